@@ -1,0 +1,1714 @@
+#!/usr/bin/env python3
+"""tun6: a stable, routed IPv6 /64 for any machine that can open one IPv4 TCP connection.
+
+A server with a routed IPv6 range gives each client, known by its Id (usually a MAC address), one /64 for ever and carries
+that client's IPv6 packets over the client's TCP connection. Usage: `tun6.py server`, `tun6.py client`, `tun6.py demo`.
+
+The path of a packet, from a host on the client's LAN to the Internet (the way back is the same, mirrored):
+
+    LAN host -> client's kernel -> TUN "tun6"                 routed there by the client's default route
+                 pump_tun_to_tcp  reads all that waits in the TUN, sends it as one batch of frames
+                 -> TCP over IPv4, through any NAT ->
+                 pump_tcp_to_tun  receives, cuts frames (Deframer), writes each into this client's TUN
+    server's kernel <- TUN "tun6-0"                           which forwards it to the Internet
+
+The wire, on one TCP connection (README.md has it in full):
+
+    client -> server   {"Id": "00:11:22:aa:bb:cc", "Offload": ["tso6", "uso6"]}
+    server -> client   {"Prefix": "2001:db8:1:2::/64", "Offload": ["tso6", "uso6"]}   or {"Error": code, "Text": why}, then close
+    both ways          frame frame frame ...
+
+A frame is an IPv6 packet (40 + payload-length bytes; no other length is needed), behind a 10-byte virtio_net_hdr when both
+sides sent "Offload". A legacy peer (one that sends no "Offload") gets bare packets, each in a send of its own.
+
+The file, top to bottom; a section uses only names defined above it, and the pure ones touch neither socket nor file:
+
+    constants, errors            what ends when each is raised
+    pure: wire                   Handshake, messages, offload header, Deframer
+    pure: prefixes               PrefixPool
+    pure: network plans          what is to be said to `ip`, as do/undo pairs
+    edge: batching, store        Gather, AssignmentStore
+    edge: kernel, TUN, identity  Kernel, Tun, default_id
+    pumps, Session               the two hot loops, and what ends them
+    Server, Client
+    demo                         Lab, a network of namespaces on this machine
+    command line                 configuration, logging, signals, exit status
+"""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import ctypes
+import dataclasses
+import difflib
+import errno
+import fcntl
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import socket as system_socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv6Network
+from pathlib import Path
+from typing import Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, cast
+
+try:
+    import gevent
+    import gevent.event
+    import gevent.lock
+    import gevent.pool
+    import netifaces
+    import pytun
+    from gevent import socket
+except ImportError as missing:
+    sys.exit(
+        f"tun6: the Python package {'python-pytun' if missing.name == 'pytun' else missing.name} is missing for {sys.executable}; "
+        f"install what tun6 needs with: {sys.executable} -m pip install gevent netifaces python-pytun"
+    )
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("tun6")
+T = TypeVar("T")
+R = TypeVar("R")
+
+# ---- constants of the wire -------------------------------------------------------------------------------------------
+
+MESSAGE_MAX = 4096  # bytes of a handshake message
+MESSAGE_DEPTH = 16  # nested brackets in one; json itself fails with RecursionError at some thousands
+ID_MAX = 64  # characters of an Id
+IPV6_HEADER = 40  # bytes, RFC 8200 section 3
+PACKET_MAX = IPV6_HEADER + 0xFFFF  # bytes: the largest that payload-length can say
+OFFLOAD_HEADER = struct.Struct("<BBHHHH")  # struct virtio_net_hdr, linux/virtio_net.h, little-endian:
+#                                            flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
+NO_OFFLOAD = bytes(OFFLOAD_HEADER.size)
+NEEDS_CSUM, DATA_VALID = 1, 2  # flags
+GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # gso_type
+GSO_SEGMENTS_MAX = 128  # that one frame may become; UDP_MAX_SEGMENTS of linux/udp.h, and we set it for TCP on our TUNs
+
+# ---- constants of this implementation --------------------------------------------------------------------------------
+
+RETRY_S = 2.0  # between two attempts of a client to connect
+CONNECT_S = 10.0  # for one TCP connect
+HANDSHAKE_S = 10.0  # for the whole handshake
+LEGACY_READ_S = 0.2  # that a legacy client gets to read the answer, once its kernel has it, before the first frame follows
+KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
+USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged this long ends the connection
+BACKLOG = 1024  # connections that wait for accept
+ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
+BATCH = 256 << 10  # bytes moved before others get their turn: 2,100 of the smallest frames, which take about 6 ms
+TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
+ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
+POOL_METRIC = 29_494  # of the pool's unreachable route: behind every real route, and nobody else's number
+DEFAULT_METRIC = 1  # of the client's default route: before every other one (router advertisements get 1024)
+
+
+# ---- errors: the class says what ends --------------------------------------------------------------------------------
+
+
+class Tun6Error(Exception):
+    """Root of all errors of tun6; its text is one sentence for the user."""
+
+    exit_status = 1
+
+
+class ConfigError(Tun6Error):
+    """Ends the process, before it has done anything: usage, config.ini or the assignments file."""
+
+    exit_status = 2
+
+
+class KernelError(Tun6Error):
+    """`ip` or a TUN device failed: ends the session, and at the start the process."""
+
+
+class StorageError(Tun6Error):
+    """An assignment could not be saved: ends the handshake of its client."""
+
+
+class SessionError(Tun6Error):
+    """Ends the session."""
+
+
+class ProtocolError(SessionError):
+    """The peer broke a rule of the wire: ends the session, as a stream of frames can't be resynchronised."""
+
+
+class Refusal(SessionError):
+    """The server won't serve this client; code as in README's wire protocol, text for people."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+        self.code, self.text = code, text
+
+
+# ---- pure: wire ------------------------------------------------------------------------------------------------------
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """The bytes of one handshake message."""
+    return json.dumps(message).encode("ascii")
+
+
+class Handshake:
+    """Finds the one JSON object that a connection begins with, however it is cut into segments."""
+
+    def __init__(self) -> None:
+        self._text = bytearray()
+        self._depth = 0  # of brackets
+        self._in_string = self._escaped = False
+
+    def feed(self, data: bytes) -> tuple[dict[str, Any], bytes] | None:
+        """Takes received bytes; gives None until the closing brace, then the object and the bytes behind it (frames).
+
+        Raises ProtocolError for what is not one object of at most MESSAGE_MAX bytes of UTF-8.
+        """
+        for at, byte in enumerate(data):
+            self._text.append(byte)
+            if len(self._text) > MESSAGE_MAX:
+                raise ProtocolError(f"handshake message longer than {MESSAGE_MAX} bytes")
+            if self._closes(byte):
+                return self._parse(), data[at + 1 :]
+        return None
+
+    def _closes(self, byte: int) -> bool:
+        """Follows strings and brackets over one more byte; True for the one that closes the object."""
+        if self._in_string:
+            if self._escaped:
+                self._escaped = False
+            elif byte == ord("\\"):
+                self._escaped = True
+            elif byte == ord('"'):
+                self._in_string = False
+            return False
+        if not self._depth and byte != ord("{"):
+            raise ProtocolError("handshake message does not begin with {")
+        if byte == ord('"'):
+            self._in_string = True
+        elif byte in b"{[":
+            self._depth += 1
+            if self._depth > MESSAGE_DEPTH:
+                raise ProtocolError(f"handshake message with more than {MESSAGE_DEPTH} nested brackets")
+        elif byte in b"}]":
+            self._depth -= 1
+        return not self._depth
+
+    def _parse(self) -> dict[str, Any]:
+        try:
+            message = json.loads(self._text.decode("utf-8"))
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+            raise ProtocolError(f"handshake message is not JSON: {error}") from None
+        assert isinstance(message, dict)  # it began with a brace
+        return message
+
+
+def is_id(text: object) -> bool:
+    """Whether it may be an Id: 1 to ID_MAX printable characters."""
+    return isinstance(text, str) and 1 <= len(text) <= ID_MAX and text.isprintable()
+
+
+def offload_of(message: dict[str, Any]) -> frozenset[str] | None:
+    """The GSO kinds that the sender of this message can take; None from a legacy peer."""
+    kinds = message.get("Offload")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ProtocolError("Offload is not a list of strings")
+    return frozenset(kinds)
+
+
+def parse_hello(message: dict[str, Any]) -> tuple[str, frozenset[str] | None]:
+    """Id and offload kinds of a client's message. Raises ProtocolError."""
+    if not is_id(message.get("Id")):
+        raise ProtocolError(f"Id is not a string of 1 to {ID_MAX} printable characters")
+    return message["Id"], offload_of(message)
+
+
+def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
+    """Prefix and offload kinds of a server's message. Raises Refusal for an Error, ProtocolError."""
+    if "Error" in message:
+        raise Refusal(printable(message["Error"]), printable(message.get("Text", "")))
+    try:
+        prefix = IPv6Network(message.get("Prefix"), strict=False)
+        require_unicast(prefix)
+    except ValueError as error:  # TypeError can't be: IPv6Network takes any object's str()
+        raise ProtocolError(f"Prefix {printable(message.get('Prefix'))!r} is no unicast IPv6 network: {error}") from None
+    if prefix.prefixlen != 64:
+        raise ProtocolError(f"Prefix {prefix} is not a /64")
+    return prefix, offload_of(message)
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """A peer's text made safe for one line of a log or terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:limit])
+
+
+def require_unicast(network: IPv6Network) -> None:
+    """Raises ValueError for a network whose addresses nobody could use as global ones (RFC 4291 section 2.4)."""
+    for special, name in (("::/64", "loopback"), ("fe80::/10", "link-local"), ("ff00::/8", "multicast")):
+        if network.overlaps(IPv6Network(special)):
+            raise ValueError(f"it contains {name} addresses")
+
+
+def check_offload(header: memoryview, length: int, kinds: frozenset[str]) -> None:
+    """Checks a virtio_net_hdr that came with a packet of `length` bytes before the kernel sees it.
+
+    `kinds` are the GSO kinds that we offered. Raises ProtocolError. Rules: struct virtio_net_hdr in linux/virtio_net.h,
+    virtio_net_hdr_to_skb() in the kernel, and GSO_SEGMENTS_MAX.
+    """
+    flags, gso_type, hdr_len, gso_size, csum_start, csum_offset = OFFLOAD_HEADER.unpack(header)
+    if flags not in (0, NEEDS_CSUM):
+        raise ProtocolError(f"offload header with flags {flags:#x}")
+    if hdr_len > length:
+        raise ProtocolError(f"offload header with hdr_len {hdr_len} in a packet of {length} bytes")
+    if flags and not IPV6_HEADER <= csum_start <= csum_start + csum_offset + 2 <= length:
+        raise ProtocolError(f"offload header with a checksum at {csum_start} + {csum_offset} in a packet of {length} bytes")
+    if gso_type == GSO_NONE:
+        return
+    kind = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}.get(gso_type)
+    if kind not in kinds:
+        raise ProtocolError(f"offload header with gso_type {gso_type:#x}, which was not offered")
+    if not flags:
+        raise ProtocolError("offload header with a gso_type but no checksum to fill in")
+    if not gso_size or (length - csum_start) > gso_size * GSO_SEGMENTS_MAX:
+        raise ProtocolError(f"offload header with gso_size {gso_size} for {length} bytes: over {GSO_SEGMENTS_MAX} segments")
+
+
+class Deframer:
+    """Cuts what one TCP connection brings into frames.
+
+    `buffer` may belong to the whole process: nothing stays in it between two calls but what `pull` gave out, which
+    is valid until the next use of the buffer. `kinds` as in check_offload, None when frames are bare packets.
+    """
+
+    def __init__(self, buffer: bytearray, kinds: frozenset[str] | None) -> None:
+        assert len(buffer) >= 2 * (OFFLOAD_HEADER.size + PACKET_MAX)
+        self._buffer, self._view = buffer, memoryview(buffer)
+        self._kinds = kinds
+        self._rest = b""  # the beginning of a frame
+
+    def push(self, data: bytes) -> list[memoryview]:
+        """The frames that are complete with these bytes, at most as many as the buffer has room for behind a frame."""
+        have = len(self._rest) + len(data)
+        self._view[:have] = self._rest + data
+        return self._cut(have)
+
+    def pull(self, receive: Callable[[memoryview], int]) -> list[memoryview]:
+        """The frames that are complete after one call of `receive`, which fills a view and returns how many bytes it put there.
+
+        Raises EOFError when that is 0, ProtocolError, and what `receive` raises; after the latter pull can be called again.
+        """
+        kept = len(self._rest)
+        self._view[:kept] = self._rest
+        got = receive(self._view[kept:])
+        if not got:
+            raise EOFError
+        return self._cut(kept + got)
+
+    # Behind the offload header: version nibble, payload length, next header.
+    _WITH_HEADER = struct.Struct(">QHBxxxHB")
+    _BARE = struct.Struct(">BxxxHB")
+
+    def _cut(self, have: int) -> list[memoryview]:
+        buffer, view, frames, at = self._buffer, self._view, [], 0
+        kinds = self._kinds
+        shortest = IPV6_HEADER if kinds is None else OFFLOAD_HEADER.size + IPV6_HEADER
+        unpack_with, unpack_bare = self._WITH_HEADER.unpack_from, self._BARE.unpack_from
+        while at + shortest <= have:
+            if kinds is None:
+                offload, (first, payload, following) = 0, unpack_bare(buffer, at)
+            else:
+                offload, tail, first, payload, following = unpack_with(buffer, at)
+                offload |= tail  # all zero, as for most small packets: nothing to check
+            if first >> 4 != 6:
+                raise ProtocolError(f"frame that begins with {first:#04x} is no IPv6 packet")
+            if not payload and not following:  # a hop-by-hop header of no length: RFC 2675, and the kernel's BIG TCP
+                raise ProtocolError("frame is a jumbogram")
+            end = at + shortest + payload
+            if end > have:
+                break
+            if offload and kinds is not None:
+                check_offload(view[at : at + OFFLOAD_HEADER.size], IPV6_HEADER + payload, kinds)
+            frames.append(view[at:end])
+            at = end
+        self._rest = bytes(view[at:have])
+        return frames
+
+
+_TO_SEND = struct.Struct(">BBxxxxxxxxBxxxH")  # flags, gso_type; version nibble, payload length
+
+
+def sendable(buffer: memoryview, at: int, length: int, bare: bool) -> bool:
+    """Whether what one read of a TUN put into the buffer (offload header and packet) may go on the wire.
+
+    Not what is no IPv6 packet or has no length that the wire could say (IPv4, BIG TCP); nor, to a peer without offload,
+    what waited in the TUN from a time when its peer had it. Clears the flag that drivers set for the kernel's own use.
+    """
+    if length < OFFLOAD_HEADER.size + IPV6_HEADER:
+        return False
+    flags, gso_type, first, payload = _TO_SEND.unpack_from(buffer, at)
+    if flags & DATA_VALID:
+        flags &= ~DATA_VALID
+        buffer[at] = flags
+    return first >> 4 == 6 and payload == length - OFFLOAD_HEADER.size - IPV6_HEADER and not (bare and (flags or gso_type))
+
+
+# ---- pure: prefixes --------------------------------------------------------------------------------------------------
+
+
+class PrefixPool:
+    """Which Id owns which /64 of a range. Every method takes constant time (assign: amortised), however full it is."""
+
+    def __init__(self, network: IPv6Network) -> None:
+        """`network` is /64 or shorter."""
+        self.network = network
+        self.size = 1 << (64 - network.prefixlen)  # /64s
+        self._base = int(network.network_address) >> 64
+        self._index_of: dict[str, int] = {}
+        self._owner_of: dict[int, str] = {}
+        self._released: list[int] = []
+        self._next = 0  # every index below is owned or released
+
+    def __len__(self) -> int:
+        return len(self._index_of)
+
+    def find(self, id_: str) -> IPv6Network | None:
+        """The /64 that the Id owns."""
+        index = self._index_of.get(id_)
+        return None if index is None else self._prefix(index)
+
+    def owner(self, prefix: IPv6Network) -> str | None:
+        """The Id that owns the /64."""
+        return self._owner_of.get((int(prefix.network_address) >> 64) - self._base)
+
+    def assign(self, id_: str) -> IPv6Network:
+        """The Id's /64: the one it owns, or one that nobody does, the lowest first. Raises Refusal when there is none."""
+        index = self._index_of.get(id_)
+        if index is None:
+            index = self._free_index()
+            self._own(id_, index)
+        return self._prefix(index)
+
+    def pin(self, id_: str, prefix: IPv6Network) -> None:
+        """Gives the Id this /64. Raises ValueError when it is no /64 of the range, or either has another partner."""
+        index = (int(prefix.network_address) >> 64) - self._base
+        if prefix.prefixlen != 64:
+            raise ValueError(f"{prefix} is not a /64")
+        if not 0 <= index < self.size:
+            raise ValueError(f"{prefix} is outside {self.network}")
+        if self._owner_of.get(index, id_) != id_:
+            raise ValueError(f"{prefix} is already the prefix of {self._owner_of[index]!r}")
+        if self._index_of.get(id_, index) != index:
+            raise ValueError(f"{id_!r} already has {self.find(id_)}")
+        self._own(id_, index)
+
+    def release(self, id_: str) -> None:
+        """Takes back what the Id owns, as it never heard of it. Raises KeyError."""
+        index = self._index_of.pop(id_)
+        del self._owner_of[index]
+        self._released.append(index)
+
+    def _free_index(self) -> int:
+        while self._released:
+            index = self._released.pop()
+            if index not in self._owner_of:  # it may have been pinned since
+                return index
+        while self._next < self.size:
+            self._next += 1
+            if self._next - 1 not in self._owner_of:
+                return self._next - 1
+        raise Refusal("pool-exhausted", f"no free /64 in {self.network}")
+
+    def _own(self, id_: str, index: int) -> None:
+        self._index_of[id_], self._owner_of[index] = index, id_
+
+    def _prefix(self, index: int) -> IPv6Network:
+        return IPv6Network(((self._base + index) << 64, 64))
+
+
+# ---- pure: network plans ---------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One command for `ip -6 -batch`, and the one that undoes it; None where removing the device does."""
+
+    do: str
+    undo: str | None = None
+
+
+def pool_plan(pool: IPv6Network) -> list[Step]:
+    """Traffic to prefixes that no client holds ends here, not in a loop between us and the provider's router."""
+    route = f"unreachable {pool} metric {POOL_METRIC} proto {ROUTE_PROTOCOL}"
+    return [Step(f"route replace {route}", f"route del {route}")]
+
+
+def device_plan(device: str, mtu: int) -> list[Step]:
+    """Brings a TUN up, without a link-local address; what it sends in one piece becomes GSO_SEGMENTS_MAX packets at most."""
+    return [
+        Step(f"link set dev {device} mtu {mtu} gso_max_segs {GSO_SEGMENTS_MAX} addrgenmode none"),
+        Step(f"link set dev {device} up"),  # in one command with addrgenmode, this would come first
+    ]
+
+
+def server_plan(device: str, mtu: int, prefix: IPv6Network) -> list[Step]:
+    """A session's device on the server."""
+    return [*device_plan(device, mtu), Step(f"route add {prefix} dev {device} proto {ROUTE_PROTOCOL}")]
+
+
+def client_plan(device: str, mtu: int, default_route: bool) -> list[Step]:
+    """The client's device, before it has an address. An existing default route stays, behind ours."""
+    route = f"route add default dev {device} metric {DEFAULT_METRIC} proto {ROUTE_PROTOCOL}"
+    return [*device_plan(device, mtu), *([Step(route)] if default_route else [])]
+
+
+def address_plan(device: str, prefix: IPv6Network) -> list[Step]:
+    """The client's own address, ::1 of its prefix."""
+    address = f"{prefix[1]}/128 dev {device}"
+    return [Step(f"addr add {address} nodad", f"addr del {address}")]
+
+
+# ---- edge: batching and the store ------------------------------------------------------------------------------------
+
+
+class Gather(Generic[T, R]):
+    """Group commit: one call of `work` handles all items that wait at the moment, the next ones gather while it runs.
+
+    `work` takes the items in order and gives as many results; what it raises, all of its callers get.
+    """
+
+    def __init__(self, work: Callable[[list[T]], list[R]]) -> None:
+        self._work = work
+        self._waiting: list[tuple[T, gevent.event.AsyncResult]] = []
+        self._turn = gevent.lock.BoundedSemaphore(1)
+
+    def __call__(self, item: T) -> R:
+        """Waits for the item's turn and gives its result. Raises what `work` does."""
+        outcome = gevent.event.AsyncResult()
+        self._waiting.append((item, outcome))
+        with self._turn:
+            if not outcome.ready():
+                batch, self._waiting = self._waiting, []
+                try:
+                    results = self._work([item for item, _ in batch])
+                except Exception as error:  # it is for whoever waits
+                    for _, other in batch:
+                        other.set_exception(error)
+                except BaseException:  # this greenlet alone is killed
+                    self._waiting = [entry for entry in batch if entry[1] is not outcome] + self._waiting
+                    raise
+                else:
+                    for (_, other), result in zip(batch, results):
+                        other.set(result)
+        return cast(R, outcome.get())
+
+
+def in_thread(function: Callable[..., R], *args: Any) -> R:
+    """Runs what blocks in a thread; the event loop goes on."""
+    return cast(R, gevent.get_hub().threadpool.apply(function, args))
+
+
+class AssignmentStore:
+    """The map Id -> /64, in memory and, with a path, in a JSON file {"<id>": "<prefix>/64", ...}.
+
+    One process at a time: the lock is on `<path>.lock`, as `<path>` itself is replaced at every save.
+    """
+
+    def __init__(self, pool: PrefixPool, path: str | None = None) -> None:
+        """Locks and reads the file; missing or empty is an empty map. Raises ConfigError, which names the entry at fault."""
+        self.pool = pool
+        self.path = path and Path(os.path.realpath(path))  # a symbolic link stays one
+        self._saved: dict[str, str] = {}
+        self._save = Gather(self._save_batch)
+        if self.path:
+            self._lock = self._locked()
+            self._load()
+
+    def assign(self, id_: str) -> IPv6Network:
+        """The Id's /64, saved before it is returned. Not for two greenlets with one Id at once.
+
+        Raises Refusal when the pool is exhausted, StorageError when it can't be saved; the Id then owns nothing new.
+        """
+        known = self.pool.find(id_)
+        if known:
+            return known
+        prefix = self.pool.assign(id_)
+        try:
+            self._save((id_, str(prefix)))
+        except BaseException:
+            self.pool.release(id_)
+            raise
+        return prefix
+
+    def close(self) -> None:
+        """Gives up the lock."""
+        if self.path and self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _locked(self) -> int | None:
+        try:
+            lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            log.warning("%s.lock: %s; nothing keeps a second server off these assignments", self.path, error.strerror)
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ConfigError(f"{self.path} is in use by another tun6 server; stop that one, or give this one another file") from None
+        return lock
+
+    def _load(self) -> None:
+        assert self.path
+        try:
+            text = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ConfigError(f"{self.path}: {error.strerror}; make it readable, or name another file") from None
+        advice = "mend the entry, or move the file away to begin an empty one"
+        try:
+            entries = json.loads(text.decode("utf-8"), object_pairs_hook=list) if text.strip() else []
+            if not isinstance(entries, list) or not all(isinstance(entry, tuple) for entry in entries):
+                raise ValueError('it is not one object {"<id>": "<prefix>/64", ...}')
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{self.path} is not a file of assignments: {error}; {advice}") from None
+        for id_, prefix in entries:
+            try:
+                if not is_id(id_):
+                    raise ValueError(f"the Id is not 1 to {ID_MAX} printable characters")
+                if id_ in self._saved:
+                    raise ValueError("the Id is there twice")
+                if not isinstance(prefix, str):
+                    raise ValueError("the prefix is not a string")
+                self.pool.pin(id_, IPv6Network(prefix))
+            except ValueError as error:
+                raise ConfigError(f"{self.path}: entry {printable(id_)!r}: {printable(error)}; {advice}") from None
+            self._saved[id_] = prefix
+
+    def _save_batch(self, entries: list[tuple[str, str]]) -> list[None]:
+        if self.path:
+            everything = {**self._saved, **dict(entries)}
+            try:
+                in_thread(self._write, everything)
+            except OSError as error:
+                raise StorageError(f"{self.path} can't be written: {error.strerror}") from error
+            self._saved = everything
+        return [None] * len(entries)
+
+    def _write(self, entries: dict[str, str]) -> None:
+        """In a thread: the new file replaces the old one whole, and lasts, before this returns. Raises OSError."""
+        assert self.path
+        # these separators put each entry on a line of its own without json's slow indenting
+        text = json.dumps(entries, separators=(",\n ", ": ")).replace("{", "{\n ", 1)[:-1] + "\n}\n"
+        new = self.path.with_name(self.path.name + ".new")
+        with open(new, "w", encoding="ascii") as file:
+            if self.path.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode))
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# ---- edge: kernel, TUN, identity -------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """Runs plans with `ip`; all that wait at the moment share one process of 2 ms."""
+
+    def __init__(self) -> None:
+        self._run = Gather(self._run_batch)
+
+    def apply(self, plan: Sequence[Step]) -> None:
+        """Does the steps. Raises KernelError when one fails, after undoing the others."""
+        failures = self._run([step.do for step in plan])
+        if failures:
+            self.undo([step for number, step in enumerate(plan) if number not in failures])
+            number, reason = min(failures.items())
+            raise KernelError(f"`ip -6 {plan[number].do}` failed: {reason}")
+
+    def undo(self, plan: Sequence[Step]) -> None:
+        """Undoes the steps, last first; what is gone already is as it should be."""
+        undone = [step.undo for step in reversed(plan) if step.undo]
+        for number, reason in self._run(undone).items() if undone else ():
+            log.debug("`ip -6 %s` failed: %s", undone[number], reason)
+
+    def remove_devices(self, names: Sequence[str]) -> None:
+        """Removes many devices at once, 1,000 in 0.3 s, where one by one each takes 24 ms."""
+        group = 0x74000000 | os.getpid()  # a number that no other process uses
+        self._run([*(f"link set dev {name} group {group}" for name in names), f"link del group {group}"])
+
+    def _run_batch(self, jobs: list[list[str]]) -> list[dict[int, str]]:
+        """Gives, for each list of commands, the number and reason of those that failed."""
+        commands = [(job, number, command) for job, commands in enumerate(jobs) for number, command in enumerate(commands)]
+        failures: list[dict[int, str]] = [{} for _ in jobs]
+        try:
+            done = in_thread(self._ip, "".join(f"{command}\n" for _, _, command in commands))
+        except OSError as error:
+            return [dict.fromkeys(range(len(commands)), f"`ip` can't be run: {error.strerror}") for commands in jobs]
+        reasons: list[str] = []
+        for line in done.stderr.splitlines():
+            failed = re.fullmatch(r"Command failed -:(\d+)", line)
+            if failed:
+                job, number, _ = commands[int(failed[1]) - 1]
+                failures[job][number] = "; ".join(reasons) or "for no stated reason"
+                reasons = []
+            else:
+                reasons.append(line.replace("RTNETLINK answers: ", "").strip())
+        if done.returncode and not any(failures):  # it never came to the commands
+            return [{0: "; ".join(reasons) or f"`ip` ended with {done.returncode}"} for _ in jobs]
+        return failures
+
+    @staticmethod
+    def _ip(text: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["ip", "-6", "-force", "-batch", "-"], input=text, capture_output=True, text=True)
+
+
+class Tun:
+    """A TUN device that always has a virtio_net_hdr before each packet; the only user of pytun.
+
+    Read and write frames with `fd`, which does not block. Reading more than one frame takes more than one read.
+    """
+
+    IFF_VNET_HDR, TUNSETVNETLE, TUNSETOFFLOAD = 0x4000, 0x400454DC, 0x400454D0  # linux/if_tun.h, as are the next
+    CSUM, TSO6, USO = 0x01, 0x04, 0x20 | 0x40  # TUN_F_...; USO for both IP versions, since Linux 6.2
+
+    def __init__(self, name: str) -> None:
+        """Makes the device; in `name` the kernel fills a %d with the next free number. Raises KernelError."""
+        try:
+            self._device = pytun.TunTapDevice(name, flags=pytun.IFF_TUN | pytun.IFF_NO_PI | self.IFF_VNET_HDR)
+        except (pytun.Error, OSError) as error:
+            code, reason = error.args if len(error.args) == 2 else (0, str(error))
+            advice = {
+                errno.ENOENT: "load the kernel's module with `modprobe tun`",
+                errno.EPERM: "run tun6 as root",
+                errno.EACCES: "run tun6 as root",
+                errno.EBUSY: "another program has a device of this name; end it, or set another `tun` in config.ini",
+            }.get(code, "see the kernel's log")
+            raise KernelError(f"TUN device {name} can't be made: {reason}; {advice}") from None
+        self.name: str = self._device.name
+        self.fd: int = self._device.fileno()
+        os.set_blocking(self.fd, False)
+        os.set_inheritable(self.fd, False)  # a child would keep the device alive
+        fcntl.ioctl(self.fd, self.TUNSETVNETLE, struct.pack("i", 1))
+        self.kinds = frozenset({"tso6", "uso6"} if self._offload(self.USO) else {"tso6"} if self._offload(0) else ())
+        self.give(None)
+
+    def give(self, kinds: frozenset[str] | None) -> None:
+        """From now on reads may bring GSO packets of these kinds and open checksums; None: finished packets only."""
+        if kinds is None or not self._offload(self.USO if {"tso6", "uso6"} <= kinds & self.kinds else 0, "tso6" in kinds):
+            fcntl.ioctl(self.fd, self.TUNSETOFFLOAD, 0)
+
+    def close(self) -> None:
+        """Removes the device with its addresses and routes. Takes 24 ms, in a thread. Nobody may still wait for `fd`."""
+        in_thread(self._device.close)
+
+    def _offload(self, more: int, tso: bool = True) -> bool:
+        try:
+            fcntl.ioctl(self.fd, self.TUNSETOFFLOAD, self.CSUM | (self.TSO6 if tso else 0) | more)
+            return True
+        except OSError:
+            return False
+
+
+def default_id() -> str:
+    """The MAC address of the interface that has the IPv4 default route. Raises KernelError when there is none."""
+    try:
+        _, interface = netifaces.gateways()["default"][netifaces.AF_INET][:2]
+    except KeyError:
+        raise KernelError(
+            "no IPv4 default route, whose interface would give the Id; connect the network, or set `id` in config.ini"
+        ) from None
+    try:
+        address: str = netifaces.ifaddresses(interface)[netifaces.AF_LINK][0]["addr"]
+    except (KeyError, ValueError):
+        raise KernelError(f"{interface} has the IPv4 default route but no MAC address to be the Id; set `id` in config.ini") from None
+    return address
+
+
+def sysctl(name: str) -> str:
+    """The value of a sysctl such as net.ipv6.conf.all.forwarding; "" when there is no such one."""
+    try:
+        return Path("/proc/sys", *name.split(".")).read_text().strip()
+    except OSError:
+        return ""
+
+
+# ---- pumps -----------------------------------------------------------------------------------------------------------
+
+# One pair of buffers for the process, not for each session: a pump never switches while it has something in them.
+_tun_buffer = memoryview(bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX))
+_tcp_buffer = bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX)
+
+
+@dataclass
+class Traffic:
+    """What a session has moved."""
+
+    sent: int = 0  # bytes of frames, TUN -> TCP
+    received: int = 0  # bytes of frames, TCP -> TUN
+    dropped: int = 0  # packets
+
+
+class Readable:
+    """Wakes the greenlet that made it whenever `fd` can be read, inside a `with`.
+
+    The watcher stays started from one wait to the next: `hub.wait` would start and stop it each time, which costs
+    0.1 of 0.6 ms round trip. So nothing else may switch in between, unless it is between `pause` and `resume`.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._hub = gevent.get_hub()
+        self._watcher = self._hub.loop.io(fd, 1)
+        self._wake = gevent.getcurrent().switch
+
+    def __enter__(self) -> Readable:
+        self.resume()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watcher.stop()
+        self._watcher.close()
+
+    def wait(self) -> None:
+        self._hub.switch()
+
+    def pause(self) -> None:
+        self._watcher.stop()
+
+    def resume(self) -> None:
+        self._watcher.start(self._wake)
+
+
+def pump_tun_to_tcp(tun: Tun, sock: socket.socket, bare: bool, traffic: Traffic) -> NoReturn:
+    """Sends what the TUN gives, all that waits there as one batch; bare: to a legacy peer, each packet as a send of its own.
+
+    Raises KernelError when the TUN fails, OSError when the connection does.
+    """
+    view, frame_max, bare_at = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, OFFLOAD_HEADER.size
+    with Readable(tun.fd) as tun_readable:
+        while True:
+            tun_readable.wait()
+            have, packets = 0, []
+            try:
+                while have < BATCH:
+                    got = os.readv(tun.fd, [view[have : have + frame_max]])
+                    if not sendable(view, have, got, bare):
+                        traffic.dropped += 1
+                        continue
+                    if bare:
+                        packets.append(view[have + bare_at : have + got])
+                    have += got
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
+            if have:
+                _send(sock, packets if bare else [view[:have]], tun_readable)
+                traffic.sent += have
+
+
+def _send(sock: socket.socket, pieces: list[memoryview], source: Readable) -> None:
+    """One send a piece. When the connection is full what is left is copied, and the source waits with what it has."""
+    for number, piece in enumerate(pieces):
+        try:
+            sent = os.write(sock.fileno(), piece)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(piece):
+            source.pause()
+            for rest in [bytes(piece[sent:]), *map(bytes, pieces[number + 1 :])]:
+                sock.sendall(rest)
+            source.resume()
+            return
+
+
+def pump_tcp_to_tun(sock: socket.socket, tun: Tun, deframer: Deframer, early: bytes, bare: bool, traffic: Traffic) -> NoReturn:
+    """Writes what the connection brings into the TUN, a frame at a time; `early` came behind the handshake.
+
+    Raises EOFError or OSError when the connection ends, KernelError when the TUN fails, ProtocolError.
+    """
+    fd = sock.fileno()
+
+    def receive(view: memoryview) -> int:
+        return os.readv(fd, [view])
+
+    def write(frames: list[memoryview]) -> None:
+        for frame in frames:
+            try:
+                traffic.received += os.writev(tun.fd, [NO_OFFLOAD, frame]) if bare else os.write(tun.fd, frame)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    raise ProtocolError("frame that the kernel refuses as a packet") from None
+                if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
+                    raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
+                traffic.dropped += 1
+
+    write(deframer.push(early))
+    with Readable(fd) as sock_readable:
+        while True:
+            sock_readable.wait()
+            try:
+                frames = deframer.pull(receive)
+            except BlockingIOError:
+                continue
+            write(frames)
+
+
+# ---- Session ---------------------------------------------------------------------------------------------------------
+
+
+def tune(sock: socket.socket) -> None:
+    """Sends at once, and notices a dead peer: after KEEPALIVE when idle, after USER_TIMEOUT_MS when not."""
+    idle, interval, probes = KEEPALIVE
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+
+def receive_message(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
+    """The peer's handshake message and the first bytes behind it. Raises ProtocolError, EOFError, OSError."""
+    handshake = Handshake()
+    while True:
+        data = sock.recv(MESSAGE_MAX)
+        if not data:
+            raise EOFError
+        found = handshake.feed(data)
+        if found:
+            return found
+
+
+def wait_until_read(sock: socket.socket) -> None:
+    """Returns when the peer's kernel has what we sent, and its program, which waits for it, had time to take it.
+
+    A legacy client takes whatever its first recv brings as the answer: the first frame must not be behind it by then.
+    """
+    unacknowledged = bytearray(4)
+    while True:
+        fcntl.ioctl(sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
+        if not any(unacknowledged):
+            break
+        gevent.sleep(0.01)
+    gevent.sleep(LEGACY_READ_S)
+
+
+def explain(error: BaseException) -> str:
+    """Why a connection ended, in words for the log."""
+    if isinstance(error, EOFError):
+        return "the peer closed the connection"
+    if isinstance(error, gevent.Timeout):
+        return f"no answer within {error.seconds:.0f} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+class Session:
+    """A connection whose handshake is done and a TUN, with a pump each way, from `run` until the first of them ends.
+
+    Whoever made the socket and the TUN closes them afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.device: str | None = None  # name of its TUN
+        self.gone = gevent.event.Event()  # all it had is released
+        self.traffic = Traffic()
+        self.began = time.monotonic()
+        self._end: gevent.event.AsyncResult = gevent.event.AsyncResult()
+
+    def close(self, why: BaseException) -> None:
+        """Lets `run` return, now or as soon as it is called. The first reason counts."""
+        if not self._end.ready():
+            self._end.set(why)
+
+    def run(self, sock: socket.socket, tun: Tun, accepted: frozenset[str] | None, early: bytes, settle: bool = False) -> BaseException:
+        """Moves frames until the session ends, and gives the reason.
+
+        `accepted` are the GSO kinds that we offered to take, None with a legacy peer; `early` the bytes behind its
+        message; `settle`: it is a legacy client that has not read our answer yet.
+        """
+        bare = accepted is None
+        pumps = [
+            gevent.spawn(self._guard, pump_tcp_to_tun, sock, tun, Deframer(_tcp_buffer, accepted), early, bare, self.traffic),
+            gevent.spawn(self._guard, self._tun_to_tcp, sock, tun, bare, settle),
+        ]
+        try:
+            why: BaseException = self._end.get()
+        finally:
+            gevent.killall(pumps)
+        return why
+
+    def _tun_to_tcp(self, sock: socket.socket, tun: Tun, bare: bool, settle: bool) -> None:
+        if settle:
+            wait_until_read(sock)
+        pump_tun_to_tcp(tun, sock, bare, self.traffic)
+
+    def _guard(self, pump: Callable[..., None], *args: object) -> None:
+        try:
+            pump(*args)
+        except (Tun6Error, EOFError, OSError) as error:
+            self.close(error)
+        except Exception as error:  # a defect of ours ends this session, not the process
+            log.exception("internal error; please report it")
+            self.close(error)
+
+    def summary(self) -> str:
+        """Its traffic and age, for the log."""
+        age = time.monotonic() - self.began
+        return (
+            f"after {age:.0f} s, {self.traffic.received} bytes received, {self.traffic.sent} sent, {self.traffic.dropped} packets dropped"
+        )
+
+
+# ---- Server ----------------------------------------------------------------------------------------------------------
+
+
+def shown(id_: str) -> str:
+    """An Id as the log shows it."""
+    return repr(id_[:ID_MAX])
+
+
+class Server:
+    """Gives each client its prefix, a TUN and a route, and pumps."""
+
+    def __init__(self, address: tuple[str, int], store: AssignmentStore, kernel: Kernel, tun: str, mtu: int, max_clients: int) -> None:
+        self._address, self._store, self._kernel = address, store, kernel
+        self._tun, self._mtu, self._max_clients = tun, mtu, max_clients
+        self._sessions: dict[str, Session] = {}  # by Id
+        self._connections = gevent.pool.Group()  # a greenlet each
+        self._greeting: set[gevent.Greenlet] = set()  # those of them that have no session yet
+
+    def run(self) -> NoReturn:
+        """Serves until killed, then undoes everything. Raises KernelError or ConfigError when it can't begin."""
+        gevent.get_hub().threadpool.maxsize = TUN_CLOSERS
+        route = pool_plan(self._store.pool.network)
+        with ExitStack() as undo:
+            undo.callback(self._store.close)
+            listener = undo.enter_context(self._listen())
+            undo.callback(self._kernel.undo, route)
+            self._kernel.apply(route)
+            undo.callback(self._end_sessions)
+            log.info("serving %s on %s port %d", self._store.pool.network, *self._address)
+            while True:
+                self._accept(listener)
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(self._address)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            listener.close()
+            host, port = self._address
+            raise KernelError(f"can't listen on {host} port {port}: {error.strerror}") from None
+        return listener
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, (host, port) = listener.accept()
+        except ConnectionAbortedError:
+            return
+        except OSError as error:
+            log.error("can't accept a connection: %s", error.strerror)
+            gevent.sleep(ACCEPT_PAUSE_S)
+            return
+        self._greeting.add(self._connections.spawn(self._serve, sock, f"{host} port {port}"))
+
+    def _serve(self, sock: socket.socket, peer: str) -> None:
+        """One connection from its first byte to its last."""
+        with sock:
+            try:
+                tune(sock)
+                with gevent.Timeout(HANDSHAKE_S):
+                    message, early = receive_message(sock)
+                id_, kinds = parse_hello(message)
+                self._serve_id(sock, peer, id_, kinds, early)
+            except Refusal as refusal:
+                log.warning("%s: refused, %s", peer, refusal)
+                self._refuse(sock, refusal)
+            except ProtocolError as error:
+                log.warning("%s: refused, bad hello: %s", peer, error)
+                self._refuse(sock, Refusal("bad-hello", str(error)))
+            except (gevent.Timeout, EOFError, OSError) as error:
+                log.info("%s: left during the handshake: %s", peer, explain(error))
+            except Exception:  # a defect of ours ends this connection, not the process
+                log.exception("%s: internal error; please report it", peer)
+            finally:
+                self._greeting.discard(gevent.getcurrent())
+
+    @staticmethod
+    def _refuse(sock: socket.socket, refusal: Refusal) -> None:
+        """Says why, and waits a little for the client to go: a close with its bytes unread would destroy the message."""
+        with gevent.Timeout(1, False):
+            try:
+                sock.sendall(encode({"Error": refusal.code, "Text": refusal.text}))
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(MESSAGE_MAX):
+                    pass
+            except OSError as error:
+                log.debug("the refused client left: %s", explain(error))
+
+    def _serve_id(self, sock: socket.socket, peer: str, id_: str, kinds: frozenset[str] | None, early: bytes) -> None:
+        """A client that said who it is, until it leaves. Raises Refusal, OSError."""
+        while id_ in self._sessions:  # the newcomer takes over, when all that the old session had is gone
+            old = self._sessions[id_]
+            old.close(SessionError(f"a newcomer from {peer} has its Id"))
+            old.gone.wait()
+        if len(self._sessions) >= self._max_clients:
+            raise Refusal("busy", f"{self._max_clients} clients are connected already")
+        session = self._sessions[id_] = Session()
+        self._greeting.discard(gevent.getcurrent())
+        try:
+            with ExitStack() as undo:
+                prefix = self._store.assign(id_)
+                tun = Tun(self._tun)
+                undo.callback(tun.close)
+                session.device = tun.name
+                tun.give(kinds)
+                self._kernel.apply(server_plan(tun.name, self._mtu, prefix))
+                answer: dict[str, Any] = {"Prefix": str(prefix)}
+                if kinds is not None:
+                    answer["Offload"] = sorted(tun.kinds)
+                sock.sendall(encode(answer))
+                log.info("%s from %s: has %s on %s", shown(id_), peer, prefix, tun.name)
+                why = session.run(sock, tun, None if kinds is None else tun.kinds, early, settle=kinds is None)
+            log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
+        except (StorageError, KernelError) as error:
+            log.error("%s from %s: can't be served: %s", shown(id_), peer, error)
+            raise Refusal("server-error", "the server can't serve a new client at the moment") from None
+        finally:
+            del self._sessions[id_]
+            session.gone.set()
+
+    def _end_sessions(self) -> None:
+        gevent.killall(list(self._greeting))
+        for session in self._sessions.values():
+            session.close(SessionError("the server stops"))
+        self._kernel.remove_devices([session.device for session in self._sessions.values() if session.device])
+        self._connections.join()
+
+
+# ---- Client ----------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """Keeps a TUN, and a connection to the server whenever there is one to be had."""
+
+    def __init__(self, remote: tuple[str, int], id_: str | None, kernel: Kernel, tun: str, mtu: int, default_route: bool) -> None:
+        self._remote, self._id, self._kernel = remote, id_, kernel
+        self._name, self._mtu, self._default_route = tun, mtu, default_route
+        self._tun: Tun | None = None
+        self._prefix: IPv6Network | None = None  # whose address the TUN has
+        self._told: str | None = None  # what the log says of the outage; None while connected
+
+    def run(self) -> NoReturn:
+        """Serves until killed, then removes the TUN. Raises KernelError when it can't be made at the start."""
+        try:
+            tun = self._open()
+            while True:
+                try:
+                    tun = self._tun or self._open()
+                    self._connect(tun)
+                except KernelError as error:  # somebody removed the device or set it down: make another
+                    self._tell(error)
+                    self._close()
+                except (SessionError, gevent.Timeout, EOFError, OSError) as error:
+                    self._tell(error)
+                gevent.sleep(RETRY_S)
+        finally:
+            self._close()
+
+    def _open(self) -> Tun:
+        self._tun = Tun(self._name)
+        self._kernel.apply(client_plan(self._tun.name, self._mtu, self._default_route))
+        return self._tun
+
+    def _close(self) -> None:
+        if self._tun:
+            self._tun.close()
+            self._tun = self._prefix = None
+
+    def _connect(self, tun: Tun) -> NoReturn:
+        """One connection, from dialling to its end, which it raises."""
+        self._id = self._id or default_id()
+        with self._dial() as sock:
+            tune(sock)
+            sock.sendall(encode({"Id": self._id, "Offload": sorted(tun.kinds)}))
+            with gevent.Timeout(HANDSHAKE_S):
+                message, early = receive_message(sock)
+            prefix, kinds = parse_answer(message)
+            tun.give(kinds)
+            self._take_address(tun, prefix)
+            log.info("%s at %s port %d: has %s on %s", shown(self._id), *self._remote, prefix, tun.name)
+            self._told = None
+            raise Session().run(sock, tun, None if kinds is None else tun.kinds, early)
+
+    def _dial(self) -> socket.socket:
+        """A connection to the first of the server's IPv4 addresses that takes it; others would be routed into our TUN."""
+        found = socket.getaddrinfo(self._remote[0], self._remote[1], socket.AF_INET, socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                with gevent.Timeout(CONNECT_S):
+                    sock.connect(address)
+                return sock
+            except (gevent.Timeout, OSError) as error:
+                sock.close()
+                failure = error
+            except BaseException:
+                sock.close()
+                raise
+        raise failure
+
+    def _take_address(self, tun: Tun, prefix: IPv6Network) -> None:
+        if prefix == self._prefix:
+            return
+        self._kernel.apply(address_plan(tun.name, prefix))
+        if self._prefix:
+            log.warning("the server changed our prefix from %s to %s", self._prefix, prefix)
+            self._kernel.undo(address_plan(tun.name, self._prefix))
+        self._prefix = prefix
+
+    def _tell(self, error: BaseException) -> None:
+        """Says why there is no connection: once an outage, and again when silence turns into a refusal or back."""
+        kind = error.code if isinstance(error, Refusal) else ""
+        level = logging.DEBUG if kind == self._told else logging.WARNING
+        log.log(level, "no connection to %s port %d: %s; trying again every %.0f s", *self._remote, explain(error), RETRY_S)
+        self._told = kind
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+def wait_until(what: str, condition: Callable[[], T], seconds: float = 10) -> T:
+    """The first true value of the condition, tried a hundred times a second. Raises KernelError, with `what`, when it takes longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise KernelError(f"{what}: not within {seconds:.0f} s")
+        time.sleep(0.01)
+
+
+class Lab:
+    """A network of hosts on this machine, each in a network namespace of its own, from `with Lab() as lab` until its end.
+
+    internet ---------- server ---------- nat ---------- client ---------- lan
+    2001:db8:ffff::2    10.9.0.1          masquerades    10.8.0.2         a host behind the client
+                                          |
+             only IPv4 passes here -----> +------------- second, 10.8.1.2: another client
+    """
+
+    INTERNET = "2001:db8:ffff::2"
+    SERVER = "10.9.0.1"
+    HOSTS = ("internet", "server", "nat", "client", "lan", "second")
+
+    def __init__(self) -> None:
+        self._names = {host: f"tun6-{os.getpid()}-{host}" for host in self.HOSTS}
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Lab:
+        with ExitStack() as undo:
+            for name in self._names.values():
+                self._ip(f"netns add {name}")
+                undo.callback(self._ip, f"netns del {name}")
+            self._lay()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def ip(self, host: str, command: str) -> str:
+        """Runs `ip` on a host; gives what it says. Raises KernelError."""
+        return self._ip(f"-n {self._names[host]} {command}")
+
+    def popen(self, host: str, *command: str, **options: Any) -> subprocess.Popen[str]:
+        """Starts a program on a host, as subprocess.Popen with text does."""
+        return subprocess.Popen(["ip", "netns", "exec", self._names[host], *command], text=True, **options)
+
+    def run(self, host: str, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Runs a program on a host, as subprocess.run with text and captured output does."""
+        return subprocess.run(["ip", "netns", "exec", self._names[host], *command], text=True, capture_output=True, **options)
+
+    @contextmanager
+    def inside(self, host: str) -> Iterator[None]:
+        """This thread is on the host meanwhile; a socket or TUN made there stays there. Don't start threads inside."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{self._names[host]}") as there:
+            for namespace in (there, home):
+                if libc.setns(namespace.fileno(), 0x40000000):  # CLONE_NEWNET, sched.h
+                    raise KernelError(f"can't enter the network namespace of {host}: {os.strerror(ctypes.get_errno())}")
+                if namespace is there:
+                    try:
+                        yield
+                    except BaseException:
+                        libc.setns(home.fileno(), 0x40000000)
+                        raise
+
+    def sysctl(self, host: str, name: str, value: str) -> None:
+        """Sets a sysctl of the host's network."""
+        with self.inside(host):
+            Path("/proc/sys", *name.split(".")).write_text(value)
+
+    def _lay(self) -> None:
+        for host in self.HOSTS:  # addresses can be used at once, without a search for duplicates
+            self.sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
+        for near, far in (
+            (("internet", "eth0"), ("server", "eth1")),
+            (("server", "eth0"), ("nat", "eth0")),
+            (("nat", "eth1"), ("client", "eth0")),
+            (("nat", "eth2"), ("second", "eth0")),
+            (("client", "eth1"), ("lan", "eth0")),
+        ):
+            self.ip(near[0], f"link add {near[1]} type veth peer name {far[1]} netns {self._names[far[0]]}")
+            for host, device in (near, far):
+                self.ip(host, f"link set {device} up")
+        for host in self.HOSTS:
+            self.ip(host, "link set lo up")
+        self.ip("internet", f"addr add {self.INTERNET}/64 dev eth0 nodad")
+        self.ip("server", "addr add 2001:db8:ffff::1/64 dev eth1 nodad")
+        self.ip("internet", "-6 route add default via 2001:db8:ffff::1")
+        for host, device, address, router in (
+            ("server", "eth0", f"{self.SERVER}/24", None),
+            ("nat", "eth0", "10.9.0.2/24", None),
+            ("nat", "eth1", "10.8.0.1/24", None),
+            ("nat", "eth2", "10.8.1.1/24", None),
+            ("client", "eth0", "10.8.0.2/24", "10.8.0.1"),
+            ("second", "eth0", "10.8.1.2/24", "10.8.1.1"),
+        ):
+            self.ip(host, f"addr add {address} dev {device}")
+            if router:
+                self.ip(host, f"route add default via {router}")
+        self.sysctl("server", "net.ipv6.conf.all.forwarding", "1")
+        self.sysctl("client", "net.ipv6.conf.all.forwarding", "1")
+        self.sysctl("nat", "net.ipv4.ip_forward", "1")
+        wait_until("the links are up", lambda: all(" DOWN " not in self.ip(host, "-br link") for host in self.HOSTS))
+        nat = "table ip nat { chain out { type nat hook postrouting priority 100; oifname eth0 masquerade; }; }"
+        self._check(["ip", "netns", "exec", self._names["nat"], "nft", nat])
+
+    def _ip(self, command: str) -> str:
+        return self._check(["ip", *command.split()])
+
+    @staticmethod
+    def _check(command: list[str]) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise KernelError(f"the program {command[0]} is missing; on Debian: apt-get install iproute2 nftables iputils-ping") from None
+        if done.returncode:
+            raise KernelError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+        return done.stdout
+
+
+class Demo:
+    """The real server and clients in a Lab, and what a newcomer wants to see them do."""
+
+    CONFIG = """
+        [server]
+        localhost = 0.0.0.0
+        listenport = 10000
+        prefixrange = 2001:db8:1::/56
+        assignments = assignments.json
+        [client]
+        remotehost = 10.9.0.1
+        remoteport = 10000
+    """
+    BULK = 64 << 20  # bytes each way
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self._lab, self._folder = lab, folder
+        self._running: dict[str, subprocess.Popen[str]] = {}
+        (folder / "config.ini").write_text(textwrap.dedent(self.CONFIG))
+
+    def run(self) -> None:
+        """All steps. Raises KernelError at the first that does not hold."""
+        say = self._say
+        say("six hosts are up", "internet - server - nat - client - lan, and second behind the same nat; only IPv4 passes the nat")
+        self._start("server", "server")
+        began = time.monotonic()
+        self._start("client", "client")
+        prefix = self._prefix("client")
+        say("hello and prefix", f"the client said its MAC and got {prefix}, {time.monotonic() - began:.2f} s after it was started")
+        self._lab.ip("client", f"addr add {prefix[2]}/64 dev eth1 nodad")
+        self._lab.ip("lan", f"addr add {prefix[0x10]}/64 dev eth0 nodad")
+        self._lab.ip("lan", f"-6 route add default via {prefix[2]}")
+        say("a LAN host reaches the IPv6 Internet", f"{prefix[0x10]} pinged {Lab.INTERNET}: {self._ping('lan')}")
+        for source, sink, words in (("lan", "internet", "up"), ("internet", "lan", "down")):
+            say(f"bulk transfer {words}", self._bulk(source, sink, str(prefix[0x10]) if sink == "lan" else Lab.INTERNET))
+        outage = self._server_killed(prefix)
+        say("server killed and restarted", f"the tunnel was back {outage:.1f} s after the restart, with the same {prefix}")
+        self._start("second", "client")
+        other = self._prefix("second")
+        if other == prefix:
+            raise KernelError(f"the second client got the first one's prefix, {prefix}")
+        say("a second client", f"it got {other} and pinged {Lab.INTERNET}: {self._ping('second')}")
+
+    def stop(self) -> None:
+        """Ends the programs; those who do not end by themselves are killed."""
+        for process in reversed(self._running.values()):
+            process.terminate()
+        for host, process in self._running.items():
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise KernelError(f"the tun6 on {host} did not end within 5 s of SIGTERM") from None
+
+    def _say(self, what: str, figures: str) -> None:
+        print(f"  ok  {what}: {figures}", flush=True)
+
+    def _start(self, host: str, role: str) -> None:
+        with open(self._folder / f"{host}.log", "a") as log_file:
+            command = (sys.executable, str(Path(__file__).resolve()), role, "-c", str(self._folder / "config.ini"))
+            self._running[host] = self._lab.popen(host, *command, stderr=log_file, stdin=subprocess.DEVNULL)
+        if role == "server":
+            wait_until("the server listens", lambda: " serving " in "".join(self._log(host).splitlines()[-1:]))
+
+    def _log(self, host: str) -> str:
+        text = (self._folder / f"{host}.log").read_text()
+        if self._running[host].poll() not in (None, -signal.SIGKILL):
+            raise KernelError(f"the tun6 on {host} ended by itself: {text.strip().splitlines()[-1:]}")
+        return text
+
+    def _prefix(self, host: str) -> IPv6Network:
+        found = wait_until(f"the client on {host} has a prefix", lambda: re.findall(r": has (\S+) on", self._log(host)))
+        return IPv6Network(found[-1])
+
+    def _ping(self, host: str) -> str:
+        done = self._lab.run(host, "ping", "-6", "-c", "10", "-i", "0.05", "-W", "2", Lab.INTERNET)
+        found = re.search(r" 0% packet loss.*= [\d.]+/([\d.]+)/", done.stdout, re.DOTALL)
+        if not found:
+            raise KernelError(f"ping on {host} lost packets: {done.stdout.strip() or done.stderr.strip()}")
+        return f"10 of 10 came back, {found[1]} ms on average"
+
+    def _bulk(self, source: str, sink: str, address: str) -> str:
+        data = os.urandom(1 << 20) * (self.BULK >> 20)
+        with self._lab.inside(sink):
+            listener = system_socket.create_server((address, 5001), family=system_socket.AF_INET6)
+        with self._lab.inside(source):
+            sender = system_socket.socket(system_socket.AF_INET6)
+
+        def send() -> None:
+            sender.sendall(data)
+            sender.shutdown(system_socket.SHUT_WR)
+
+        received = bytearray()
+        with listener, sender:
+            sender.settimeout(20)
+            sender.connect((address, 5001))
+            receiver, _ = listener.accept()
+            with receiver:
+                began = time.monotonic()
+                threading.Thread(target=send, daemon=True).start()
+                receiver.settimeout(20)
+                while chunk := receiver.recv(1 << 20):
+                    received += chunk
+                seconds = time.monotonic() - began
+        if hashlib.sha256(received).digest() != hashlib.sha256(data).digest():
+            raise KernelError(f"bulk transfer from {source} to {sink}: other bytes arrived than were sent")
+        return f"{len(data) >> 20} MiB at {len(data) * 8 / seconds / 1e6:,.0f} Mbit/s, SHA-256 the same at both ends"
+
+    def _server_killed(self, prefix: IPv6Network) -> float:
+        """Seconds from the restart until the LAN host's ping is answered."""
+        self._running["server"].kill()
+        self._running["server"].wait()
+        self._start("server", "server")
+        began = time.monotonic()
+        wait_until("the tunnel comes back", lambda: not self._lab.run("lan", "ping", "-6", "-c", "1", "-W", "0.2", Lab.INTERNET).returncode)
+        outage = time.monotonic() - began
+        if f": has {prefix} on" not in self._log("client").splitlines()[-1]:
+            raise KernelError("the client got another prefix from the restarted server")
+        return outage
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def _ipv4(text: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise ValueError("must be an IPv4 address of this machine, or 0.0.0.0 for all of them") from None
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text):
+        raise ValueError("must be the name or the IPv4 address of a server")
+    return text
+
+
+def _whole(lowest: int, highest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not lowest <= int(text) <= highest:
+            raise ValueError(f"must be a whole number from {lowest} to {highest}")
+        return int(text)
+
+    return parse
+
+
+def _pool(text: str) -> IPv6Network:
+    try:
+        network = IPv6Network(text, strict=False)
+    except ValueError:
+        raise ValueError("must be an IPv6 range such as 2001:db8:1::/48") from None
+    if network.prefixlen > 64:
+        raise ValueError("must be /64 or shorter, as each client gets a /64")
+    try:
+        require_unicast(network)
+    except ValueError as error:
+        raise ValueError(f"must be a range of yours: {error}") from None
+    return network
+
+
+def _device(pattern: bool) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        number = text.count("%d") if pattern else 0
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,15}", text.replace("%d", "0000", number)) or number != pattern or text in (".", ".."):
+            raise ValueError(
+                "must be " + ("a device name of at most 13 characters with one %d" if pattern else "a device name of at most 15 characters")
+            )
+        return text
+
+    return parse
+
+
+def _id(text: str) -> str:
+    if not is_id(text):
+        raise ValueError(f"must be 1 to {ID_MAX} printable characters")
+    return text
+
+
+def _yes(text: str) -> bool:
+    if text.lower() not in configparser.ConfigParser.BOOLEAN_STATES:
+        raise ValueError("must be yes or no")
+    return configparser.ConfigParser.BOOLEAN_STATES[text.lower()]
+
+
+def _setting(parse: Callable[[str], Any], default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse})
+
+
+_MTU = _whole(1280, 65_500)  # RFC 8200 section 5; a TUN takes no more
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The section [server] of config.ini."""
+
+    localhost: str = _setting(_ipv4)
+    listenport: int = _setting(_whole(1, 65_535))
+    prefixrange: IPv6Network = _setting(_pool)
+    assignments: str | None = _setting(str, None)
+    tun: str = _setting(_device(pattern=True), "tun6-%d")
+    mtu: int = _setting(_MTU, 1500)
+    max_clients: int = _setting(_whole(1, 1_000_000), 1000)
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """The section [client] of config.ini."""
+
+    remotehost: str = _setting(_host)
+    remoteport: int = _setting(_whole(1, 65_535))
+    id: str | None = _setting(_id, None)
+    tun: str = _setting(_device(pattern=False), "tun6")
+    mtu: int = _setting(_MTU, 1500)
+    default_route: bool = _setting(_yes, True)
+
+
+_SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
+_CONFIG_FILES = ("config.ini", "/etc/tun6/config.ini")
+
+
+def find_config(named: str | None) -> str:
+    """The file to read. Raises ConfigError."""
+    if named:
+        return named
+    for path in _CONFIG_FILES:
+        if os.path.exists(path):
+            return path
+    raise ConfigError(f"there is neither ./{_CONFIG_FILES[0]} nor {_CONFIG_FILES[1]}; write one, or name it with -c FILE")
+
+
+def read_config(path: str, section: str) -> Any:
+    """ServerConfig or ClientConfig from the file. Raises ConfigError: a sentence with file, key, value and what would be right."""
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"), default_section="")
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name a readable file with -c FILE") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: it is not UTF-8 text") from None
+    except configparser.Error as error:
+        raise ConfigError(f"{' '.join(str(error).split())}; write sections like [server] and lines like key = value") from None
+    for name in parser.sections():
+        if name not in _SECTIONS:
+            raise ConfigError(f"{path}: unknown section [{name}]; {_nearest(name, _SECTIONS, '[%s]')}")
+        known = [field.name for field in dataclasses.fields(_SECTIONS[name])]
+        for key in parser[name]:
+            if key not in known:
+                raise ConfigError(f"{path}: [{name}] {key} = {parser[name][key]}: unknown key; {_nearest(key, known, '%s')}")
+    if section not in parser:
+        raise ConfigError(f"{path}: there is no section [{section}]; add one with its keys, as in the config.ini that came with tun6")
+    values = {}
+    for field in dataclasses.fields(_SECTIONS[section]):
+        text = parser[section].get(field.name)
+        if text:
+            try:
+                values[field.name] = field.metadata["parse"](text)
+            except ValueError as error:
+                raise ConfigError(f"{path}: [{section}] {field.name} = {text}: it {error}") from None
+        elif field.default is dataclasses.MISSING:
+            raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
+    return _SECTIONS[section](**values)
+
+
+def _nearest(word: str, known: Iterable[str], form: str) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {form % near[0]}?" if near else "known are " + ", ".join(form % name for name in known)
+
+
+def server_command(options: argparse.Namespace) -> None:
+    """`tun6.py server`."""
+    path = find_config(options.config)
+    config: ServerConfig = read_config(path, "server")
+    require_privilege()
+    warn_of_forwarding()
+    raise_descriptor_limit()
+    if config.assignments is None:
+        log.warning("no `assignments` file in %s: all prefixes are forgotten when the server ends", path)
+    # a relative path is relative to config.ini
+    file = config.assignments and os.path.join(os.path.dirname(path), config.assignments)
+    store = AssignmentStore(PrefixPool(config.prefixrange), file)
+    run_until_signalled(Server((config.localhost, config.listenport), store, Kernel(), config.tun, config.mtu, config.max_clients).run)
+
+
+def client_command(options: argparse.Namespace) -> None:
+    """`tun6.py client`."""
+    config: ClientConfig = read_config(find_config(options.config), "client")
+    require_privilege()
+    remote = (config.remotehost, config.remoteport)
+    run_until_signalled(Client(remote, config.id, Kernel(), config.tun, config.mtu, config.default_route).run)
+
+
+def demo_command(options: argparse.Namespace) -> None:
+    """`tun6.py demo`."""
+    require_privilege()
+    print("tun6 demo: lays a network of six hosts on this machine and tunnels IPv6 through its NAT. Nothing outside it is touched.")
+    with ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="tun6-demo-")))
+        demo = Demo(undo.enter_context(Lab()), folder)
+        undo.callback(demo.stop)
+        demo.run()
+    print("All steps held, and all that the demo made is removed. README.md tells how to do the same between a VPS and a Raspberry Pi.")
+
+
+def require_privilege() -> None:
+    """Raises KernelError without CAP_NET_ADMIN (linux/capability.h), which root has."""
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if capabilities and not int(capabilities[1], 16) >> 12 & 1:
+        raise KernelError("making network devices needs root; run it with sudo")
+
+
+def warn_of_forwarding() -> None:
+    """The operator's sysctls that the server depends on: said, not set."""
+    if sysctl("net.ipv6.conf.all.forwarding") == "1":
+        return
+    uplink = netifaces.gateways()["default"].get(netifaces.AF_INET6, (None, "eth0"))[1]
+    log.warning(
+        "IPv6 forwarding is off, clients reach this machine only; turn it on with `sysctl -w net.ipv6.conf.all.forwarding=1`"
+        " and keep it on with `echo net.ipv6.conf.all.forwarding=1 > /etc/sysctl.d/60-tun6.conf`; an uplink that gets its address"
+        " or default route from router advertisements loses them then, unless you first"
+        " `sysctl -w net.ipv6.conf.%s.accept_ra=2` and keep that in the same file",
+        uplink,
+    )
+
+
+def raise_descriptor_limit() -> None:
+    """Each client takes two descriptors; the soft limit is often 1,024 in all."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def run_until_signalled(run: Callable[[], object]) -> None:
+    """Runs until it fails, whose error this raises, or SIGTERM, SIGINT or SIGHUP; then it is killed and undoes what it did."""
+    stop = gevent.event.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        gevent.signal_handler(number, stop.set)
+    gevent.get_hub().NOT_ERROR += (Tun6Error,)  # raised to us by `get`, no need to print it
+    service = gevent.spawn(run)
+    service.link(lambda _: stop.set())
+    stop.wait()
+    service.kill()
+    service.get()
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Events to stderr, a line each; without time where systemd's journal adds it (systemd.exec(5), JOURNAL_STREAM)."""
+    stderr = os.fstat(sys.stderr.fileno())
+    journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; gives its exit status: 2 for usage and configuration, 1 for what fails later."""
+    parser = argparse.ArgumentParser(prog="tun6", description="A stable IPv6 /64 over one IPv4 TCP connection, through any NAT.")
+    parser.add_argument("--version", action="version", version=f"tun6 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, function, text in (
+        ("server", server_command, "serve clients; on a host with a routed IPv6 range"),
+        ("client", client_command, "keep a tunnel to a server; on the machine that wants IPv6"),
+        ("demo", demo_command, "show it all on this machine, in network namespaces that are removed afterwards"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function)
+        command.add_argument("-v", "--verbose", action="store_true", help="log more")
+        if name != "demo":
+            command.add_argument("-c", "--config", metavar="FILE", help=f"default: ./{_CONFIG_FILES[0]}, then {_CONFIG_FILES[1]}")
+    options = parser.parse_args(arguments)
+    set_up_logging(options.verbose)
+    try:
+        options.function(options)
+        return 0
+    except Tun6Error as error:
+        print(f"tun6: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
