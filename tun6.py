@@ -1311,7 +1311,7 @@ class Lab:
         self.sysctl("server", "net.ipv6.conf.all.forwarding", "1")
         self.sysctl("client", "net.ipv6.conf.all.forwarding", "1")
         self.sysctl("nat", "net.ipv4.ip_forward", "1")
-        wait_until("the links are up", lambda: all(" DOWN " not in self.ip(host, "-br link") for host in self.HOSTS))
+        wait_until("the links are up", lambda: all("DOWN " not in self.ip(host, "-br link") for host in self.HOSTS))
         nat = "table ip nat { chain out { type nat hook postrouting priority 100; oifname eth0 masquerade; }; }"
         self._check(["ip", "netns", "exec", self._names["nat"], "nft", nat])
 
