@@ -1274,6 +1274,10 @@ class Lab:
                         libc.setns(home.fileno(), 0x40000000)
                         raise
 
+    def pings(self, host: str, address: str = INTERNET) -> bool:
+        """Whether one ping from the host is answered, within 0.2 s."""
+        return self.run(host, "ping", "-6", "-c", "1", "-W", "0.2", address).returncode == 0
+
     def sysctl(self, host: str, name: str, value: str) -> None:
         """Sets a sysctl of the host's network."""
         with self.inside(host):
@@ -1311,9 +1315,10 @@ class Lab:
         self.sysctl("server", "net.ipv6.conf.all.forwarding", "1")
         self.sysctl("client", "net.ipv6.conf.all.forwarding", "1")
         self.sysctl("nat", "net.ipv4.ip_forward", "1")
-        wait_until("the links are up", lambda: all("DOWN " not in self.ip(host, "-br link") for host in self.HOSTS))
         nat = "table ip nat { chain out { type nat hook postrouting priority 100; oifname eth0 masquerade; }; }"
         self._check(["ip", "netns", "exec", self._names["nat"], "nft", nat])
+        # a new link takes up to a second before it carries the first packet
+        wait_until("the server reaches the Internet", lambda: self.pings("server"))
 
     def _ip(self, command: str) -> str:
         return self._check(["ip", *command.split()])
@@ -1361,6 +1366,7 @@ class Demo:
         self._lab.ip("client", f"addr add {prefix[2]}/64 dev eth1 nodad")
         self._lab.ip("lan", f"addr add {prefix[0x10]}/64 dev eth0 nodad")
         self._lab.ip("lan", f"-6 route add default via {prefix[2]}")
+        wait_until("the LAN host reaches its router", lambda: self._lab.pings("lan", str(prefix[2])))
         say("a LAN host reaches the IPv6 Internet", f"{prefix[0x10]} pinged {Lab.INTERNET}: {self._ping('lan')}")
         for source, sink, words in (("lan", "internet", "up"), ("internet", "lan", "down")):
             say(f"bulk transfer {words}", self._bulk(source, sink, str(prefix[0x10]) if sink == "lan" else Lab.INTERNET))
@@ -1444,7 +1450,7 @@ class Demo:
         self._running["server"].wait()
         self._start("server", "server")
         began = time.monotonic()
-        wait_until("the tunnel comes back", lambda: not self._lab.run("lan", "ping", "-6", "-c", "1", "-W", "0.2", Lab.INTERNET).returncode)
+        wait_until("the tunnel comes back", lambda: self._lab.pings("lan"))
         outage = time.monotonic() - began
         if f": has {prefix} on" not in self._log("client").splitlines()[-1]:
             raise KernelError("the client got another prefix from the restarted server")
