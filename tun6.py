@@ -385,17 +385,10 @@ class PrefixPool:
         self._released: list[int] = []
         self._next = 0  # every index below is owned or released
 
-    def __len__(self) -> int:
-        return len(self._index_of)
-
     def find(self, id_: str) -> IPv6Network | None:
         """The /64 that the Id owns."""
         index = self._index_of.get(id_)
         return None if index is None else self._prefix(index)
-
-    def owner(self, prefix: IPv6Network) -> str | None:
-        """The Id that owns the /64."""
-        return self._owner_of.get((int(prefix.network_address) >> 64) - self._base)
 
     def assign(self, id_: str) -> IPv6Network:
         """The Id's /64: the one it owns, or one that nobody does, the lowest first. Raises Refusal when there is none."""
@@ -858,7 +851,8 @@ def pump_tcp_to_tun(sock: socket.socket, tun: Tun, deframer: Deframer, early: by
     def write(frames: list[memoryview]) -> None:
         for frame in frames:
             try:
-                traffic.received += os.writev(tun.fd, [NO_OFFLOAD, frame]) if bare else os.write(tun.fd, frame)
+                _ = os.writev(tun.fd, [NO_OFFLOAD, frame]) if bare else os.write(tun.fd, frame)
+                traffic.received += len(frame)
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     raise ProtocolError("frame that the kernel refuses as a packet") from None
@@ -928,6 +922,11 @@ def explain(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def log_defect(where: str, error: Exception) -> None:
+    """An error that nobody expected is a defect of tun6: one line, and with -v where it happened."""
+    log.error("%s: internal error, please report it: %r", where, error, exc_info=log.isEnabledFor(logging.DEBUG))
+
+
 class Session:
     """A connection whose handshake is done and a TUN, with a pump each way, from `run` until the first of them ends.
 
@@ -974,7 +973,7 @@ class Session:
         except (Tun6Error, EOFError, OSError) as error:
             self.close(error)
         except Exception as error:  # a defect of ours ends this session, not the process
-            log.exception("internal error; please report it")
+            log_defect("session", error)
             self.close(error)
 
     def summary(self) -> str:
@@ -1057,8 +1056,8 @@ class Server:
                 self._refuse(sock, Refusal("bad-hello", str(error)))
             except (gevent.Timeout, EOFError, OSError) as error:
                 log.info("%s: left during the handshake: %s", peer, explain(error))
-            except Exception:  # a defect of ours ends this connection, not the process
-                log.exception("%s: internal error; please report it", peer)
+            except Exception as error:  # a defect of ours ends this connection, not the process
+                log_defect(peer, error)
             finally:
                 self._greeting.discard(gevent.getcurrent())
 
@@ -1631,7 +1630,10 @@ def client_command(options: argparse.Namespace) -> None:
 def demo_command(options: argparse.Namespace) -> None:
     """`tun6.py demo`."""
     require_privilege()
-    print("tun6 demo: lays a network of six hosts on this machine and tunnels IPv6 through its NAT. Nothing outside it is touched.")
+    print(
+        "tun6 demo: lays a network of six hosts on this machine and tunnels IPv6 through its NAT. Nothing outside it is touched.",
+        flush=True,
+    )
     with ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="tun6-demo-")))
         demo = Demo(undo.enter_context(Lab()), folder)
@@ -1672,7 +1674,7 @@ def run_until_signalled(run: Callable[[], object]) -> None:
     stop = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         gevent.signal_handler(number, stop.set)
-    gevent.get_hub().NOT_ERROR += (Tun6Error,)  # raised to us by `get`, no need to print it
+    gevent.get_hub().NOT_ERROR += (Exception,)  # raised to us by `get`, no need to print it
     service = gevent.spawn(run)
     service.link(lambda _: stop.set())
     stop.wait()
@@ -1714,6 +1716,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Tun6Error as error:
         print(f"tun6: {error}", file=sys.stderr)
         return error.exit_status
+    except Exception as error:
+        log_defect(options.command, error)
+        return 1
 
 
 if __name__ == "__main__":
