@@ -245,10 +245,10 @@ def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] |
     if "Error" in message:
         raise Refusal(printable(message["Error"]), printable(message.get("Text", "")))
     try:
-        prefix = IPv6Network(message.get("Prefix"), strict=False)
+        prefix = parse_network(message.get("Prefix"), strict=False)
         require_unicast(prefix)
-    except ValueError as error:  # TypeError can't be: IPv6Network takes any object's str()
-        raise ProtocolError(f"Prefix {printable(message.get('Prefix'))!r} is no unicast IPv6 network: {error}") from None
+    except ValueError as error:
+        raise ProtocolError(f"Prefix {printable(message.get('Prefix'))!r} is no unicast IPv6 network: {printable(error)}") from None
     if prefix.prefixlen != 64:
         raise ProtocolError(f"Prefix {prefix} is not a /64")
     return prefix, offload_of(message)
@@ -257,6 +257,13 @@ def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] |
 def printable(text: object, limit: int = 200) -> str:
     """A peer's text made safe for one line of a log or terminal."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:limit])
+
+
+def parse_network(text: object, strict: bool = True) -> IPv6Network:
+    """As IPv6Network, but takes neither numbers nor scopes (RFC 4007: anything behind a %). Raises ValueError."""
+    if not isinstance(text, str) or "%" in text:
+        raise ValueError("it is not written like 2001:db8:1:2::/64")
+    return IPv6Network(text, strict=strict)
 
 
 def require_unicast(network: IPv6Network) -> None:
@@ -286,7 +293,8 @@ def check_offload(header: memoryview, length: int, kinds: frozenset[str]) -> Non
         raise ProtocolError(f"offload header with gso_type {gso_type:#x}, which was not offered")
     if not flags:
         raise ProtocolError("offload header with a gso_type but no checksum to fill in")
-    if not gso_size or (length - csum_start) > gso_size * GSO_SEGMENTS_MAX:
+    transport = 60 if kind == "tso6" else 8  # bytes of header, at most: they are not part of any segment's gso_size
+    if length - csum_start - transport > gso_size * GSO_SEGMENTS_MAX or not gso_size:
         raise ProtocolError(f"offload header with gso_size {gso_size} for {length} bytes: over {GSO_SEGMENTS_MAX} segments")
 
 
@@ -304,7 +312,7 @@ class Deframer:
         self._rest = b""  # the beginning of a frame
 
     def push(self, data: bytes) -> list[memoryview]:
-        """The frames that are complete with these bytes, at most as many as the buffer has room for behind a frame."""
+        """The frames that are complete with these bytes, of which there are at most MESSAGE_MAX."""
         have = len(self._rest) + len(data)
         self._view[:have] = self._rest + data
         return self._cut(have)
@@ -321,8 +329,8 @@ class Deframer:
             raise EOFError
         return self._cut(kept + got)
 
-    # Behind the offload header: version nibble, payload length, next header.
-    _WITH_HEADER = struct.Struct(">QHBxxxHB")
+    # Offload header but csum_offset, which matters only with flags; version nibble, payload length, next header.
+    _WITH_HEADER = struct.Struct(">QxxBxxxHB")
     _BARE = struct.Struct(">BxxxHB")
 
     def _cut(self, have: int) -> list[memoryview]:
@@ -334,8 +342,7 @@ class Deframer:
             if kinds is None:
                 offload, (first, payload, following) = 0, unpack_bare(buffer, at)
             else:
-                offload, tail, first, payload, following = unpack_with(buffer, at)
-                offload |= tail  # all zero, as for most small packets: nothing to check
+                offload, first, payload, following = unpack_with(buffer, at)
             if first >> 4 != 6:
                 raise ProtocolError(f"frame that begins with {first:#04x} is no IPv6 packet")
             if not payload and not following:  # a hop-by-hop header of no length: RFC 2675, and the kernel's BIG TCP
@@ -343,7 +350,7 @@ class Deframer:
             end = at + shortest + payload
             if end > have:
                 break
-            if offload and kinds is not None:
+            if offload and kinds is not None:  # small packets mostly have none
                 check_offload(view[at : at + OFFLOAD_HEADER.size], IPV6_HEADER + payload, kinds)
             frames.append(view[at:end])
             at = end
@@ -351,7 +358,7 @@ class Deframer:
         return frames
 
 
-_TO_SEND = struct.Struct(">BBxxxxxxxxBxxxH")  # flags, gso_type; version nibble, payload length
+_TO_SEND = struct.Struct(">BBxxxxxxxxBxxxHB")  # flags, gso_type; version nibble, payload length, next header
 
 
 def sendable(buffer: memoryview, at: int, length: int, bare: bool) -> bool:
@@ -362,10 +369,12 @@ def sendable(buffer: memoryview, at: int, length: int, bare: bool) -> bool:
     """
     if length < OFFLOAD_HEADER.size + IPV6_HEADER:
         return False
-    flags, gso_type, first, payload = _TO_SEND.unpack_from(buffer, at)
+    flags, gso_type, first, payload, following = _TO_SEND.unpack_from(buffer, at)
     if flags & DATA_VALID:
         flags &= ~DATA_VALID
         buffer[at] = flags
+    if not payload and not following:  # as in Deframer
+        return False
     return first >> 4 == 6 and payload == length - OFFLOAD_HEADER.size - IPV6_HEADER and not (bare and (flags or gso_type))
 
 
@@ -391,7 +400,7 @@ class PrefixPool:
         return None if index is None else self._prefix(index)
 
     def assign(self, id_: str) -> IPv6Network:
-        """The Id's /64: the one it owns, or one that nobody does, the lowest first. Raises Refusal when there is none."""
+        """The Id's /64: the one it owns, one that was released, or the lowest that never had an owner. Raises Refusal."""
         index = self._index_of.get(id_)
         if index is None:
             index = self._free_index()
@@ -488,27 +497,28 @@ class Gather(Generic[T, R]):
     def __init__(self, work: Callable[[list[T]], list[R]]) -> None:
         self._work = work
         self._waiting: list[tuple[T, gevent.event.AsyncResult]] = []
-        self._turn = gevent.lock.BoundedSemaphore(1)
+        self._worker: gevent.Greenlet | None = None
 
     def __call__(self, item: T) -> R:
-        """Waits for the item's turn and gives its result. Raises what `work` does."""
+        """Waits for the item's turn and gives its result. Raises what `work` does. Killing the caller does not stop the work."""
         outcome = gevent.event.AsyncResult()
         self._waiting.append((item, outcome))
-        with self._turn:
-            if not outcome.ready():
-                batch, self._waiting = self._waiting, []
-                try:
-                    results = self._work([item for item, _ in batch])
-                except Exception as error:  # it is for whoever waits
-                    for _, other in batch:
-                        other.set_exception(error)
-                except BaseException:  # this greenlet alone is killed
-                    self._waiting = [entry for entry in batch if entry[1] is not outcome] + self._waiting
-                    raise
-                else:
-                    for (_, other), result in zip(batch, results):
-                        other.set(result)
+        if self._worker is None:
+            self._worker = gevent.spawn(self._work_off)
         return cast(R, outcome.get())
+
+    def _work_off(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            try:
+                results = self._work([item for item, _ in batch])
+            except Exception as error:  # it is for whoever waits
+                for _, outcome in batch:
+                    outcome.set_exception(error)
+            else:
+                for (_, outcome), result in zip(batch, results):
+                    outcome.set(result)
+        self._worker = None
 
 
 def in_thread(function: Callable[..., R], *args: Any) -> R:
@@ -530,7 +540,11 @@ class AssignmentStore:
         self._save = Gather(self._save_batch)
         if self.path:
             self._lock = self._locked()
-            self._load()
+            try:
+                self._load()
+            except ConfigError:
+                self.close()
+                raise
 
     def assign(self, id_: str) -> IPv6Network:
         """The Id's /64, saved before it is returned. Not for two greenlets with one Id at once.
@@ -541,11 +555,7 @@ class AssignmentStore:
         if known:
             return known
         prefix = self.pool.assign(id_)
-        try:
-            self._save((id_, str(prefix)))
-        except BaseException:
-            self.pool.release(id_)
-            raise
+        self._save((id_, str(prefix)))
         return prefix
 
     def close(self) -> None:
@@ -557,6 +567,8 @@ class AssignmentStore:
     def _locked(self) -> int | None:
         try:
             lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            raise ConfigError(f"{self.path}: its folder does not exist; make it, or name another file") from None
         except OSError as error:
             log.warning("%s.lock: %s; nothing keeps a second server off these assignments", self.path, error.strerror)
             return None
@@ -578,7 +590,7 @@ class AssignmentStore:
         advice = "mend the entry, or move the file away to begin an empty one"
         try:
             entries = json.loads(text.decode("utf-8"), object_pairs_hook=list) if text.strip() else []
-            if not isinstance(entries, list) or not all(isinstance(entry, tuple) for entry in entries):
+            if text.strip() and not text.lstrip().startswith(b"{"):
                 raise ValueError('it is not one object {"<id>": "<prefix>/64", ...}')
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.path} is not a file of assignments: {error}; {advice}") from None
@@ -590,7 +602,7 @@ class AssignmentStore:
                     raise ValueError("the Id is there twice")
                 if not isinstance(prefix, str):
                     raise ValueError("the prefix is not a string")
-                self.pool.pin(id_, IPv6Network(prefix))
+                self.pool.pin(id_, parse_network(prefix))
             except ValueError as error:
                 raise ConfigError(f"{self.path}: entry {printable(id_)!r}: {printable(error)}; {advice}") from None
             self._saved[id_] = prefix
@@ -601,6 +613,8 @@ class AssignmentStore:
             try:
                 in_thread(self._write, everything)
             except OSError as error:
+                for id_, _ in entries:
+                    self.pool.release(id_)
                 raise StorageError(f"{self.path} can't be written: {error.strerror}") from error
             self._saved = everything
         return [None] * len(entries)
@@ -660,7 +674,9 @@ class Kernel:
         try:
             done = in_thread(self._ip, "".join(f"{command}\n" for _, _, command in commands))
         except OSError as error:
-            return [dict.fromkeys(range(len(commands)), f"`ip` can't be run: {error.strerror}") for commands in jobs]
+            return [
+                dict.fromkeys(range(len(commands)), f"`ip` can't be run: {error.strerror}; it comes with iproute2") for commands in jobs
+            ]
         reasons: list[str] = []
         for line in done.stderr.splitlines():
             failed = re.fullmatch(r"Command failed -:(\d+)", line)
@@ -1483,7 +1499,7 @@ def _whole(lowest: int, highest: int) -> Callable[[str], int]:
 
 def _pool(text: str) -> IPv6Network:
     try:
-        network = IPv6Network(text, strict=False)
+        network = parse_network(text, strict=False)
     except ValueError:
         raise ValueError("must be an IPv6 range such as 2001:db8:1::/48") from None
     if network.prefixlen > 64:
@@ -1575,15 +1591,19 @@ def read_config(path: str, section: str) -> Any:
         raise ConfigError(f"{path}: {error.strerror}; name a readable file with -c FILE") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: it is not UTF-8 text") from None
+    except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
+        raise ConfigError(f"{' '.join(str(error).split())}; keep one of them") from None
     except configparser.Error as error:
         raise ConfigError(f"{' '.join(str(error).split())}; write sections like [server] and lines like key = value") from None
     for name in parser.sections():
         if name not in _SECTIONS:
             raise ConfigError(f"{path}: unknown section [{name}]; {_nearest(name, _SECTIONS, '[%s]')}")
         known = [field.name for field in dataclasses.fields(_SECTIONS[name])]
-        for key in parser[name]:
+        for key, value in parser[name].items():
             if key not in known:
-                raise ConfigError(f"{path}: [{name}] {key} = {parser[name][key]}: unknown key; {_nearest(key, known, '%s')}")
+                raise ConfigError(f"{path}: [{name}] {key} = {printable(value)}: unknown key; {_nearest(key, known, '%s')}")
+            if "\n" in value:
+                raise ConfigError(f"{path}: [{name}] {key} = {printable(value)}: an indented line follows, don't indent")
     if section not in parser:
         raise ConfigError(f"{path}: there is no section [{section}]; add one with its keys, as in the config.ini that came with tun6")
     values = {}
@@ -1593,7 +1613,7 @@ def read_config(path: str, section: str) -> Any:
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                raise ConfigError(f"{path}: [{section}] {field.name} = {text}: it {error}") from None
+                raise ConfigError(f"{path}: [{section}] {field.name} = {printable(text)}: it {error}") from None
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
     return _SECTIONS[section](**values)
