@@ -38,16 +38,19 @@ The file, top to bottom; a section uses only names defined above it, and the pur
 from __future__ import annotations
 
 import argparse
+import bisect
 import configparser
 import ctypes
 import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -61,6 +64,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -108,11 +112,19 @@ RETRY_S = 2.0  # between two attempts of a client to connect
 CONNECT_S = 10.0  # for one TCP connect
 HANDSHAKE_S = 10.0  # for the whole handshake
 LEGACY_READ_S = 0.2  # that a legacy client gets to read the answer, once its kernel has it, before the first frame follows
+TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
 KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
 USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged this long ends the connection
 BACKLOG = 1024  # connections that wait for accept
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH = 256 << 10  # bytes moved before others get their turn: 2,100 of the smallest frames, which take about 6 ms
+LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN
+NOTSENT_LOWAT = 32 << 10  # bytes that a socket takes before it can send them, on a real link: what is behind them can't overtake
+FLUSH = 16 << 10  # bytes taken from the queue at a time, for the same reason
+QUANTUM = 1524  # bytes of a flow's turn: a full frame, RFC 8290 section 5.2
+CODEL_INTERVAL_S = 0.1  # RFC 8289 section 4.3
+CODEL_TARGET_S = 0.05  # section 4.4 has 0.005: with that an upload over 40 ms and 1 % loss moves a third less
+QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
 POOL_METRIC = 29_494  # of the pool's unreachable route: behind every real route, and nobody else's number
@@ -442,6 +454,216 @@ class PrefixPool:
 
     def _prefix(self, index: int) -> IPv6Network:
         return IPv6Network(((self._base + index) << 64, 64))
+
+
+# ---- pure: the queue before a blocked socket --------------------------------------------------------------------------
+
+
+class Flow:
+    """The frames of one flow, and CoDel's state for them: RFC 8289 section 5.2, with its names."""
+
+    __slots__ = ("bytes", "count", "deficit", "drop_next", "dropping", "first_above_time", "frames", "key", "lastcount")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.frames: deque[tuple[float, bytearray]] = deque()  # time of arrival, frame
+        self.bytes = 0
+        self.deficit = QUANTUM
+        self.dropping = False
+        self.first_above_time = self.drop_next = 0.0
+        self.count = self.lastcount = 0
+
+
+class FrameQueue:
+    """FQ-CoDel (RFC 8290) for frames that a blocked socket does not take: a queue a flow, sparse flows first.
+
+    Times in seconds of any one clock. What is dropped or marked is counted.
+    """
+
+    def __init__(self, target: float = CODEL_TARGET_S, interval: float = CODEL_INTERVAL_S, limit: int = QUEUE_MAX) -> None:
+        """`limit`: bytes that may wait."""
+        self._target, self._interval, self._limit = target, interval, limit
+        self._flows: dict[bytes, Flow] = {}
+        self._new: deque[Flow] = deque()
+        self._old: deque[Flow] = deque()
+        self.bytes = self.dropped = self.marked = 0
+
+    def push(self, frame: bytearray, now: float) -> None:
+        """A frame that arrived now. When too much waits, the longest flow loses its oldest."""
+        key = self._key(frame)
+        flow = self._flows.get(key)
+        if flow is None:
+            flow = self._flows[key] = Flow(key)
+            self._new.append(flow)
+        flow.frames.append((now, frame))
+        flow.bytes += len(frame)
+        self.bytes += len(frame)
+        while self.bytes > self._limit:
+            self._take(max(self._flows.values(), key=lambda flow: flow.bytes))
+            self.dropped += 1
+
+    def pop(self, now: float) -> bytearray | None:
+        """The frame to be sent next; None when there is none."""
+        while self._new or self._old:
+            queue = self._new or self._old
+            flow = queue[0]
+            if flow.deficit <= 0:
+                flow.deficit += QUANTUM
+                self._old.append(queue.popleft())
+                continue
+            frame = self._codel(flow, now)
+            if frame is None:
+                queue.popleft()
+                if queue is self._new and self._old:  # RFC 8290 section 4.2: not at once new again
+                    self._old.append(flow)
+                else:
+                    del self._flows[flow.key]
+                continue
+            flow.deficit -= len(frame)
+            return frame
+        return None
+
+    def _key(self, frame: bytearray) -> bytes:
+        """What packets of one flow have in common: addresses, next header, and ports or the Id of an echo."""
+        at = OFFLOAD_HEADER.size
+        following = frame[at + 6]
+        ports = frame[at + 44 : at + 46] if following == 58 else frame[at + 40 : at + 44] if following in (6, 17) else b""
+        return bytes(frame[at + 6 : at + 7] + frame[at + 8 : at + 40] + ports)
+
+    def _take(self, flow: Flow) -> tuple[float, bytearray]:
+        arrived, frame = flow.frames.popleft()
+        flow.bytes -= len(frame)
+        self.bytes -= len(frame)
+        return arrived, frame
+
+    def _dodequeue(self, flow: Flow, now: float) -> tuple[bytearray | None, bool]:
+        if not flow.frames:
+            flow.first_above_time = 0
+            return None, False
+        arrived, frame = self._take(flow)
+        if now - arrived < self._target or flow.bytes <= QUANTUM:
+            flow.first_above_time = 0
+        elif not flow.first_above_time:
+            flow.first_above_time = now + self._interval
+        elif now >= flow.first_above_time:
+            return frame, True
+        return frame, False
+
+    def _codel(self, flow: Flow, now: float) -> bytearray | None:
+        frame, ok_to_drop = self._dodequeue(flow, now)
+        if flow.dropping:
+            if not ok_to_drop:
+                flow.dropping = False
+            while flow.dropping and now >= flow.drop_next:
+                flow.count += 1
+                marked = self._mark(frame)
+                if not marked:
+                    frame, ok_to_drop = self._dodequeue(flow, now)
+                if not ok_to_drop:
+                    flow.dropping = False
+                else:
+                    flow.drop_next += self._interval / math.sqrt(flow.count)
+                if marked:
+                    break
+        elif ok_to_drop:
+            if not self._mark(frame):
+                frame, _ = self._dodequeue(flow, now)
+            flow.dropping = True
+            delta = flow.count - flow.lastcount
+            flow.count = delta if delta > 1 and now - flow.drop_next < 16 * self._interval else 1
+            flow.drop_next = now + self._interval / math.sqrt(flow.count)
+            flow.lastcount = flow.count
+        return frame
+
+    def _mark(self, frame: bytearray | None) -> bool:
+        """Sets CE in a packet whose sender knows ECN (RFC 3168 section 5); else counts it as dropped."""
+        assert frame is not None
+        at = OFFLOAD_HEADER.size + 1  # the low half of the traffic class begins this byte
+        if frame[at] & 0x30:
+            frame[at] |= 0x30
+            self.marked += 1
+            return True
+        self.dropped += 1
+        return False
+
+
+class Outbox:
+    """What goes to one peer. While the connection takes everything there is no queue; when it does not, frames wait in a FrameQueue."""
+
+    def __init__(self, write: Callable[[memoryview], int], bare: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        """`write` gives how many bytes the connection took, or raises BlockingIOError; bare: each packet is written by itself."""
+        self._write, self._bare, self._clock = write, bare, clock
+        self._queue = FrameQueue()
+        self._begun = memoryview(b"")  # the rest of what the connection took in part
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits for the connection."""
+        return bool(self._begun or self._queue.bytes)
+
+    @property
+    def dropped(self) -> int:
+        """Frames that waited too long."""
+        return self._queue.dropped
+
+    def send(self, frames: memoryview, ends: list[int]) -> None:
+        """Takes frames, each with its offload header, that lie one behind the other; `ends` says where each one ends."""
+        taken = 0
+        if not self.blocked:
+            taken = self._send_each(frames, ends) if self._bare else self._send_all(frames, ends)
+            if taken == len(ends):
+                return
+        now = self._clock()
+        begin = ends[taken - 1] if taken else 0
+        for end in ends[taken:]:
+            self._queue.push(bytearray(frames[begin:end]), now)
+            begin = end
+
+    def flush(self) -> None:
+        """Writes what waits, until the connection is full or nothing waits."""
+        now = self._clock()
+        while self._begun or self._begin(now):
+            self._begun = self._begun[self._try(self._begun) :]
+            if self._begun:
+                return
+
+    def _begin(self, now: float) -> bool:
+        """Takes the next few frames from the queue; few, as what is behind them could be more urgent a moment later."""
+        frames: list[bytearray] = []
+        size = 0
+        while size < FLUSH and (frame := self._queue.pop(now)) is not None:
+            frames.append(frame)
+            size += len(frame)
+            if self._bare:
+                break
+        self._begun = memoryview(frames[0][OFFLOAD_HEADER.size :] if self._bare and frames else b"".join(frames))
+        return bool(frames)
+
+    def _send_all(self, frames: memoryview, ends: list[int]) -> int:
+        """Gives how many frames the connection took, one that it took in part among them."""
+        sent = self._try(frames[: ends[-1]])
+        whole = bisect.bisect_right(ends, sent)
+        if whole == len(ends) or sent == (ends[whole - 1] if whole else 0):
+            return whole
+        self._begun = memoryview(bytes(frames[sent : ends[whole]]))
+        return whole + 1
+
+    def _send_each(self, frames: memoryview, ends: list[int]) -> int:
+        begin = 0
+        for number, end in enumerate(ends):
+            packet = frames[begin + OFFLOAD_HEADER.size : end]
+            sent = self._try(packet)
+            if sent < len(packet):
+                self._begun = memoryview(bytes(packet[sent:])) if sent else self._begun
+                return number + bool(sent)
+            begin = end
+        return len(ends)
+
+    def _try(self, data: memoryview) -> int:
+        try:
+            return self._write(data)
+        except BlockingIOError:
+            return 0
 
 
 # ---- pure: network plans ---------------------------------------------------------------------------------------------
@@ -781,34 +1003,38 @@ class Traffic:
     dropped: int = 0  # packets
 
 
-class Readable:
-    """Wakes the greenlet that made it whenever `fd` can be read, inside a `with`.
+class Waker:
+    """Wakes the greenlet that made it whenever `source` can be read and, while it is `blocked`, `sink` can be written; in a `with`.
 
-    The watcher stays started from one wait to the next: `hub.wait` would start and stop it each time, which costs
-    0.1 of 0.6 ms round trip. So nothing else may switch in between, unless it is between `pause` and `resume`.
+    The watchers stay started from one wait to the next: `hub.wait` would start and stop them each time, which costs
+    0.1 of 0.6 ms round trip. So nothing else may switch in between.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, source: int, sink: int | None = None) -> None:
         self._hub = gevent.get_hub()
-        self._watcher = self._hub.loop.io(fd, 1)
         self._wake = gevent.getcurrent().switch
+        self._source = self._hub.loop.io(source, 1)
+        self._sink = self._hub.loop.io(source if sink is None else sink, 2)
+        self._blocked = False
 
-    def __enter__(self) -> Readable:
-        self.resume()
+    def __enter__(self) -> Waker:
+        self._source.start(self._wake)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._watcher.stop()
-        self._watcher.close()
+        for watcher in (self._source, self._sink):
+            watcher.stop()
+            watcher.close()
 
-    def wait(self) -> None:
+    def wait(self, blocked: bool = False) -> None:
+        """Until there is something to read or, while blocked, room to write."""
+        if blocked != self._blocked:
+            self._blocked = blocked
+            if blocked:
+                self._sink.start(self._wake)
+            else:
+                self._sink.stop()
         self._hub.switch()
-
-    def pause(self) -> None:
-        self._watcher.stop()
-
-    def resume(self) -> None:
-        self._watcher.start(self._wake)
 
 
 def pump_tun_to_tcp(tun: Tun, sock: socket.socket, bare: bool, traffic: Traffic) -> NoReturn:
@@ -816,42 +1042,29 @@ def pump_tun_to_tcp(tun: Tun, sock: socket.socket, bare: bool, traffic: Traffic)
 
     Raises KernelError when the TUN fails, OSError when the connection does.
     """
-    view, frame_max, bare_at = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, OFFLOAD_HEADER.size
-    with Readable(tun.fd) as tun_readable:
+    view, frame_max = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX
+    outbox = Outbox(functools.partial(os.write, sock.fileno()), bare)
+    with Waker(tun.fd, sock.fileno()) as waker:
         while True:
-            tun_readable.wait()
-            have, packets = 0, []
+            waker.wait(outbox.blocked)
+            have, ends = 0, []
             try:
                 while have < BATCH:
                     got = os.readv(tun.fd, [view[have : have + frame_max]])
-                    if not sendable(view, have, got, bare):
+                    if sendable(view, have, got, bare):
+                        have += got
+                        ends.append(have)
+                    else:
                         traffic.dropped += 1
-                        continue
-                    if bare:
-                        packets.append(view[have + bare_at : have + got])
-                    have += got
             except BlockingIOError:
                 pass
             except OSError as error:
                 raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
-            if have:
-                _send(sock, packets if bare else [view[:have]], tun_readable)
-                traffic.sent += have
-
-
-def _send(sock: socket.socket, pieces: list[memoryview], source: Readable) -> None:
-    """One send a piece. When the connection is full what is left is copied, and the source waits with what it has."""
-    for number, piece in enumerate(pieces):
-        try:
-            sent = os.write(sock.fileno(), piece)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(piece):
-            source.pause()
-            for rest in [bytes(piece[sent:]), *map(bytes, pieces[number + 1 :])]:
-                sock.sendall(rest)
-            source.resume()
-            return
+            if ends:
+                outbox.send(view, ends)
+            if outbox.blocked:
+                outbox.flush()
+            traffic.sent += have
 
 
 def pump_tcp_to_tun(sock: socket.socket, tun: Tun, deframer: Deframer, early: bytes, bare: bool, traffic: Traffic) -> NoReturn:
@@ -877,9 +1090,9 @@ def pump_tcp_to_tun(sock: socket.socket, tun: Tun, deframer: Deframer, early: by
                 traffic.dropped += 1
 
     write(deframer.push(early))
-    with Readable(fd) as sock_readable:
+    with Waker(fd) as waker:
         while True:
-            sock_readable.wait()
+            waker.wait()
             try:
                 frames = deframer.pull(receive)
             except BlockingIOError:
@@ -899,6 +1112,28 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+
+class Congestion(NamedTuple):
+    """Names of TCP congestion controls; None for the system's default."""
+
+    link: str | None  # on a real link
+    lan: str | None
+
+
+def adapt(sock: socket.socket, congestion: Congestion) -> None:
+    """Suits the connection to its path, by the shortest round trip that the kernel has seen on it.
+
+    On a real link BBR hides losses from the TCP inside the tunnel, and bytes wait in our queue, which is managed, not in the
+    socket's. On a LAN BBR's pacing would cost half of the speed.
+    """
+    rtt_us = struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 152), 148)[0]  # tcpi_min_rtt, linux/tcp.h
+    name = congestion.lan if rtt_us < LAN_RTT_US else congestion.link
+    if name:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name.encode())
+    if rtt_us >= LAN_RTT_US:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+    log.debug("round trip %.1f ms: congestion control %s", rtt_us / 1000, name or "as the system has it")
 
 
 def receive_message(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
@@ -1011,8 +1246,10 @@ def shown(id_: str) -> str:
 class Server:
     """Gives each client its prefix, a TUN and a route, and pumps."""
 
-    def __init__(self, address: tuple[str, int], store: AssignmentStore, kernel: Kernel, tun: str, mtu: int, max_clients: int) -> None:
-        self._address, self._store, self._kernel = address, store, kernel
+    def __init__(
+        self, address: tuple[str, int], store: AssignmentStore, kernel: Kernel, congestion: Congestion, tun: str, mtu: int, max_clients: int
+    ) -> None:
+        self._address, self._store, self._kernel, self._congestion = address, store, kernel, congestion
         self._tun, self._mtu, self._max_clients = tun, mtu, max_clients
         self._sessions: dict[str, Session] = {}  # by Id
         self._connections = gevent.pool.Group()  # a greenlet each
@@ -1111,6 +1348,7 @@ class Server:
                 if kinds is not None:
                     answer["Offload"] = sorted(tun.kinds)
                 sock.sendall(encode(answer))
+                adapt(sock, self._congestion)
                 log.info("%s from %s: has %s on %s", shown(id_), peer, prefix, tun.name)
                 why = session.run(sock, tun, None if kinds is None else tun.kinds, early, settle=kinds is None)
             log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
@@ -1135,8 +1373,10 @@ class Server:
 class Client:
     """Keeps a TUN, and a connection to the server whenever there is one to be had."""
 
-    def __init__(self, remote: tuple[str, int], id_: str | None, kernel: Kernel, tun: str, mtu: int, default_route: bool) -> None:
-        self._remote, self._id, self._kernel = remote, id_, kernel
+    def __init__(
+        self, remote: tuple[str, int], id_: str | None, kernel: Kernel, congestion: Congestion, tun: str, mtu: int, default_route: bool
+    ) -> None:
+        self._remote, self._id, self._kernel, self._congestion = remote, id_, kernel, congestion
         self._name, self._mtu, self._default_route = tun, mtu, default_route
         self._tun: Tun | None = None
         self._prefix: IPv6Network | None = None  # whose address the TUN has
@@ -1180,6 +1420,7 @@ class Client:
             prefix, kinds = parse_answer(message)
             tun.give(kinds)
             self._take_address(tun, prefix)
+            adapt(sock, self._congestion)
             log.info("%s at %s port %d: has %s on %s", shown(self._id), *self._remote, prefix, tun.name)
             self._told = None
             raise Session().run(sock, tun, None if kinds is None else tun.kinds, early)
@@ -1529,6 +1770,12 @@ def _id(text: str) -> str:
     return text
 
 
+def _congestion(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_-]{1,15}", text):
+        raise ValueError("must be auto or the name of a TCP congestion control, such as bbr or cubic")
+    return text
+
+
 def _yes(text: str) -> bool:
     if text.lower() not in configparser.ConfigParser.BOOLEAN_STATES:
         raise ValueError("must be yes or no")
@@ -1550,6 +1797,7 @@ class ServerConfig:
     listenport: int = _setting(_whole(1, 65_535))
     prefixrange: IPv6Network = _setting(_pool)
     assignments: str | None = _setting(str, None)
+    congestion: str = _setting(_congestion, "auto")
     tun: str = _setting(_device(pattern=True), "tun6-%d")
     mtu: int = _setting(_MTU, 1500)
     max_clients: int = _setting(_whole(1, 1_000_000), 1000)
@@ -1562,6 +1810,7 @@ class ClientConfig:
     remotehost: str = _setting(_host)
     remoteport: int = _setting(_whole(1, 65_535))
     id: str | None = _setting(_id, None)
+    congestion: str = _setting(_congestion, "auto")
     tun: str = _setting(_device(pattern=False), "tun6")
     mtu: int = _setting(_MTU, 1500)
     default_route: bool = _setting(_yes, True)
@@ -1636,7 +1885,17 @@ def server_command(options: argparse.Namespace) -> None:
     # a relative path is relative to config.ini
     file = config.assignments and os.path.join(os.path.dirname(path), config.assignments)
     store = AssignmentStore(PrefixPool(config.prefixrange), file)
-    run_until_signalled(Server((config.localhost, config.listenport), store, Kernel(), config.tun, config.mtu, config.max_clients).run)
+    run_until_signalled(
+        Server(
+            (config.localhost, config.listenport),
+            store,
+            Kernel(),
+            find_congestion(config.congestion),
+            config.tun,
+            config.mtu,
+            config.max_clients,
+        ).run
+    )
 
 
 def client_command(options: argparse.Namespace) -> None:
@@ -1644,7 +1903,9 @@ def client_command(options: argparse.Namespace) -> None:
     config: ClientConfig = read_config(find_config(options.config), "client")
     require_privilege()
     remote = (config.remotehost, config.remoteport)
-    run_until_signalled(Client(remote, config.id, Kernel(), config.tun, config.mtu, config.default_route).run)
+    run_until_signalled(
+        Client(remote, config.id, Kernel(), find_congestion(config.congestion), config.tun, config.mtu, config.default_route).run
+    )
 
 
 def demo_command(options: argparse.Namespace) -> None:
@@ -1681,6 +1942,21 @@ def warn_of_forwarding() -> None:
         " `sysctl -w net.ipv6.conf.%s.accept_ra=2` and keep that in the same file",
         uplink,
     )
+
+
+def find_congestion(wanted: str) -> Congestion:
+    """What the setting `congestion` means on this kernel. Raises ConfigError when that has no such one."""
+    name = "bbr" if wanted == "auto" else wanted
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name.encode())
+        except OSError:
+            available = sysctl("net.ipv4.tcp_available_congestion_control")
+            if wanted != "auto":
+                raise ConfigError(f"congestion = {name}: this kernel has no such congestion control; it has {available}") from None
+            log.warning("this kernel has no BBR (`modprobe tcp_bbr`), which makes the tunnel fast over links that lose packets")
+            return Congestion(None, None)
+    return Congestion(name, None if wanted == "auto" else name)
 
 
 def raise_descriptor_limit() -> None:
