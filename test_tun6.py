@@ -1,0 +1,2818 @@
+"""The tests of tun6. `python test_tun6.py` checks format, lint and types and runs all; `pytest test_tun6.py -k WORDS` some.
+
+The first half is pure or needs no root. The second runs the real tun6 in the namespaces of tun6.Lab, through a NAT:
+
+    internet ---------- server ---------- nat ---------- client ---------- lan
+    2001:db8:ffff::2    10.9.0.1          masquerades    10.8.0.2
+                                          +------------- second, 10.8.1.2
+
+There each test proves at its end that addresses, routes and sysctls of all six hosts are as they were, that no process, device,
+namespace or thread is left, that every tun6 exits with 0 when told to, and that none of them logged a traceback. It takes
+root; without it those tests are skipped, and with CI=true in the environment a skipped test is a failed one.
+
+kit - wire - prefixes - plans - queue - Gather - store - kernel - command line - kit for the Lab - end to end - main
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from ipaddress import IPv6Address, IPv6Network
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Callable, Optional, TypeVar
+
+import gevent
+import gevent.event
+import gevent.lock
+import pytest
+import pytun
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+import tun6
+from tun6 import Lab, wait_until
+
+settings.register_profile("tun6", deadline=None)
+settings.load_profile("tun6")
+
+T = TypeVar("T")
+
+# ---- kit -------------------------------------------------------------------------------------------------------------
+
+BOTH = frozenset({"tso6", "uso6"})  # all GSO kinds
+TCP, UDP, HOP_BY_HOP, NOTHING = 6, 17, 0, 59  # next header
+POOL = IPv6Network("2001:db8:1::/56")
+BUFFER = bytearray(2 * (tun6.OFFLOAD_HEADER.size + tun6.PACKET_MAX))  # shared by all Deframers, as in the program
+
+
+def packet(payload: bytes = b"", next_header: int = NOTHING) -> bytes:
+    """An IPv6 packet."""
+    return struct.pack(">IHBB", 6 << 28, len(payload), next_header, 64) + bytes(15) + b"\1" + bytes(15) + b"\2" + payload
+
+
+def offload(flags: int = 1, gso_type: int = 0, hdr_len: int = 0, gso_size: int = 0, csum_start: int = 40, csum_offset: int = 16) -> bytes:
+    """A virtio_net_hdr; as it is, one that leaves a TCP checksum open."""
+    return struct.pack("<BBHHHH", flags, gso_type, hdr_len, gso_size, csum_start, csum_offset)
+
+
+PLAIN = bytes(10)  # the virtio_net_hdr of a finished packet
+TSO6, USO6 = offload(gso_type=4, gso_size=1440), offload(gso_type=5, gso_size=1452, csum_offset=6)
+
+
+def subnet(number: int) -> IPv6Network:
+    """The /64 of this number in POOL."""
+    return IPv6Network(((int(POOL.network_address) >> 64) + number << 64, 64))
+
+
+Segments = list[Optional[bytes]]  # as a connection brings them; at a None there is nothing to read
+
+
+class Wire:
+    """The receiving end of a connection."""
+
+    def __init__(self, segments: Segments) -> None:
+        self.segments = segments
+
+    def receive(self, view: memoryview) -> int:
+        data = self.segments.pop(0)
+        if data is None:
+            raise BlockingIOError
+        got = min(len(view), len(data))
+        view[:got] = data[:got]
+        if got < len(data):
+            self.segments.insert(0, data[got:])
+        return got
+
+
+def deframe(deframer: tun6.Deframer, wire: Wire) -> list[bytes]:
+    """The frames of one pull; none when there is nothing to read."""
+    try:
+        return [bytes(frame) for frame in deframer.pull(wire.receive)]
+    except BlockingIOError:
+        return []
+
+
+@st.composite
+def cuts(draw: st.DrawFn, data: bytes, gaps: bool = False) -> Segments:
+    """The data in arbitrary segments; with gaps, there is sometimes nothing to read in between."""
+    at = sorted(draw(st.sets(st.integers(1, len(data) - 1), max_size=20))) if len(data) > 1 else []
+    segments: Segments = []
+    for start, end in zip([0, *at], [*at, len(data)]):
+        segments += [None] * (gaps and draw(st.booleans())) + [data[start:end]] * (end > start)
+    return segments
+
+
+PACKETS = st.builds(packet, st.binary(max_size=100) | st.just(bytes(1500)) | st.just(bytes(0xFFFF)), st.sampled_from([TCP, UDP, NOTHING]))
+HEADERS = st.sampled_from([PLAIN, PLAIN, offload(0), offload(0, hdr_len=40)])  # good with any packet
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def feed(segments: Segments) -> tuple[dict[str, Any], bytes]:
+    """What a Handshake makes of them: the message, and all that was behind it."""
+    handshake = tun6.Handshake()
+    for number, segment in enumerate(segments):
+        found = handshake.feed(segment or b"")
+        if found:
+            return found[0], found[1] + b"".join(rest or b"" for rest in segments[number + 1 :])
+    raise AssertionError("the handshake found no message")
+
+
+def hello(id_: object) -> bytes:
+    """A client's message."""
+    return json.dumps({"Id": id_}).encode()
+
+
+# ---- wire: handshake -------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.booleans(), st.binary(max_size=80))
+def test_a_message_is_found_however_it_is_cut_and_the_bytes_behind_it_are_kept(
+    data: st.DataObject, message: dict[str, Any], ascii_only: bool, frames: bytes
+) -> None:
+    text = json.dumps(message, ensure_ascii=ascii_only).encode("utf-8", "replace")
+    expected = json.loads(text)
+    whole: Segments = [text + frames]
+    single: Segments = [bytes([byte]) for byte in text + frames]
+    for segments in whole, single, data.draw(cuts(text + frames)):
+        found, rest = feed(segments)
+        assert repr(found) == repr(expected)  # nan is not equal to itself
+        assert rest == frames
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"Id": "}{][", "a": [{"b": "}"}]}',
+        r'{"Id": "\"}", "b": "\\"}',
+        r'{"Id": "\\\"}{", "b": {}}',
+        r'{"Id": "\u00e9\ud83d\ude00"}',
+        '{"Id": "é😀"}',
+        ' {"Id": "x"}'[1:],
+        "{" + '"a":{' * 15 + "}" * 16,
+        '{"a":"' + "x" * (tun6.MESSAGE_MAX - 8) + '"}',
+    ],
+)
+def test_brackets_and_quotes_in_strings_are_text_and_the_limits_themselves_are_allowed(text: str) -> None:
+    whole = text.encode()
+    single: Segments = [bytes([byte]) for byte in whole]
+    assert feed([whole + b"}`"]) == (json.loads(text), b"}`")
+    assert feed([*single, b"}`"]) == (json.loads(text), b"}`")
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b'\x16\x03\x01{"Id": "x"}', "begin"),
+        (b' {"Id": "x"}', "begin"),
+        (b'["Id"]', "begin"),
+        (b'"Id"', "begin"),
+        (b"{" + b'"a":{' * 16, "16 nested"),
+        (b'{"a":' + b"[" * 16, "16 nested"),
+        (b'{"a":"' + b"x" * (tun6.MESSAGE_MAX - 7) + b'"}', "longer than 4096"),
+        (b"{" + b" " * 5000, "longer than 4096"),
+        (b'{"Id": "\xff"}', "JSON"),
+        (b'{"Id": "\xed\xa0\x80"}', "JSON"),  # a surrogate in UTF-8
+        (b'{"Id": "\xc0\xaf"}', "JSON"),  # overlong
+        (b'{"Id": "x"]', "JSON"),
+        (b'{"Id"}', "JSON"),
+        (b"{'Id': 'x'}", "JSON"),
+        (b'{"Id": "a\nb"}', "JSON"),  # control characters must be escaped
+    ],
+)
+def test_what_is_no_message_is_refused_as_soon_as_that_is_certain(data: bytes, complaint: str) -> None:
+    for step in 1, len(data):
+        handshake = tun6.Handshake()
+        with pytest.raises(tun6.ProtocolError, match=complaint):
+            for at in range(0, len(data), step):
+                assert handshake.feed(data[at : at + step]) is None
+
+
+SCRAPS = st.lists(
+    st.sampled_from([b"{", b"}", b"[", b"]", b'"', b"\\", b":", b",", b'"Id"', b"1e9", b"\xff", b"\0", b"null"]) | st.binary(max_size=3)
+)
+
+
+@given(SCRAPS.map(b"".join))
+def test_no_bytes_make_a_handshake_raise_anything_but_the_protocol_error(garbage: bytes) -> None:
+    for data in garbage, b'{"Id": ' + garbage, b'{"Id": "' + garbage:
+        try:
+            found = tun6.Handshake().feed(data)
+        except tun6.ProtocolError:
+            continue
+        if found:
+            assert data.endswith(found[1])
+            assert json.loads(data[: len(data) - len(found[1])]) == found[0]
+
+
+@pytest.mark.parametrize("id_", ["00:11:22:aa:bb:cc", "x", "x" * 64, "é😀" * 32, "a b", '"', "{}"])
+def test_an_id_of_1_to_64_printable_characters_is_taken(id_: str) -> None:
+    assert tun6.parse_hello(feed([hello(id_)])[0]) == (id_, None)
+
+
+@pytest.mark.parametrize(
+    "id_", ["", "x" * 65, "a\nb", "\0", "a\x7f", "\x1b[2J", "\u202e", "\u200b", "\ud800", None, 7, True, ["x"], {"x": 1}]
+)
+def test_any_other_id_is_refused(id_: object) -> None:
+    with pytest.raises(tun6.ProtocolError, match="Id"):
+        tun6.parse_hello(feed([hello(id_)])[0])
+
+
+def test_a_hello_without_id_is_refused_and_unknown_fields_are_ignored() -> None:
+    with pytest.raises(tun6.ProtocolError, match="Id"):
+        tun6.parse_hello({"id": "x"})
+    assert tun6.parse_hello({"Id": "x", "Key": "k", "Error": "e"}) == ("x", None)
+
+
+@pytest.mark.parametrize(("value", "kinds"), [(None, None), ([], frozenset()), (["tso6"], {"tso6"}), (["tso6", "new"], {"tso6", "new"})])
+def test_offload_is_a_list_of_kinds_and_its_absence_is_a_legacy_peer(value: object, kinds: object) -> None:
+    assert tun6.parse_hello({"Id": "x", "Offload": value})[1] == kinds
+    assert tun6.parse_answer({"Prefix": "2001:db8::/64", "Offload": value})[1] == kinds
+
+
+@pytest.mark.parametrize("value", ["tso6", {"tso6": 1}, 1, True, [1], ["tso6", None], [["tso6"]], 0, "", False])
+def test_offload_of_another_type_is_refused(value: object) -> None:
+    with pytest.raises(tun6.ProtocolError, match="Offload"):
+        tun6.parse_hello({"Id": "x", "Offload": value})
+    with pytest.raises(tun6.ProtocolError, match="Offload"):
+        tun6.parse_answer({"Prefix": "2001:db8::/64", "Offload": value})
+
+
+def test_a_legacy_answer_has_exactly_the_bytes_of_the_original() -> None:
+    assert tun6.encode({"Prefix": "2000:aaaa:bbbb:ccdd::/64"}) == b'{"Prefix": "2000:aaaa:bbbb:ccdd::/64"}'
+
+
+@given(st.text(max_size=64))
+def test_what_is_encoded_is_found_again(text: str) -> None:
+    data = tun6.encode({"Id": text})
+    assert data.isascii()
+    assert feed([data]) == ({"Id": text}, b"")
+
+
+@pytest.mark.parametrize("prefix", ["2001:db8:1:2::/64", "2001:DB8:1:2:0:0:0:0/64", "2001:db8:1:2::1/64"])
+def test_a_prefix_is_taken_in_any_of_its_spellings(prefix: str) -> None:
+    assert tun6.parse_answer({"Prefix": prefix}) == (IPv6Network("2001:db8:1:2::/64"), None)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "::/64",
+        "::1/64",
+        "::/0",
+        "fe80::/64",
+        "ff00::/64",
+        "ff02::1/64",
+        "2001:db8::/48",
+        "2001:db8::/65",
+        "2001:db8::",
+        "2001:db8::/64 dev lo",
+        "10.0.0.0/8",
+        "",
+        "junk",
+        "x" * 3000,
+        "/64",
+        "2001:db8::/64/64",
+        "2001:db8::/\uff16\uff14",
+        "2001:db8::%eth0/64",
+        "2001:db8::%a\nb/64",
+        None,
+        64,
+        2**125,
+        -1,
+        10**100,
+        1.5,
+        True,
+        [],
+        ["2001:db8::", 64],
+        {},
+    ],
+)
+def test_what_is_no_unicast_64_is_no_prefix(prefix: object) -> None:
+    with pytest.raises(tun6.ProtocolError, match="Prefix") as caught:
+        tun6.parse_answer({"Prefix": prefix})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_an_error_from_the_server_is_a_refusal_whose_text_can_be_printed() -> None:
+    with pytest.raises(tun6.Refusal) as caught:
+        tun6.parse_answer({"Error": "pool-exhausted", "Text": "no free\n\x1b[31m/64\ud800"})
+    assert (caught.value.code, caught.value.text) == ("pool-exhausted", "no free??[31m/64?")
+    assert str(caught.value) == "pool-exhausted: no free??[31m/64?"
+    with pytest.raises(tun6.Refusal) as caught:
+        tun6.parse_answer({"Error": ["\0"], "Text": "x" * 4000, "Prefix": "2001:db8::/64"})
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+@given(st.dictionaries(st.sampled_from(["Id", "Prefix", "Offload", "Error", "Text"]) | st.text(max_size=3), JSON))
+def test_no_message_makes_the_parsers_raise_anything_but_session_errors(message: dict[str, Any]) -> None:
+    parsers: list[tuple[Callable[[dict[str, Any]], object], tuple[type[Exception], ...]]] = [
+        (tun6.parse_hello, (tun6.ProtocolError,)),
+        (tun6.parse_answer, (tun6.ProtocolError, tun6.Refusal)),
+    ]
+    for parse, allowed in parsers:
+        try:
+            parse(message)
+        except allowed as error:
+            assert str(error).isprintable()
+
+
+# ---- wire: frames ----------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.lists(PACKETS, max_size=5), st.lists(st.tuples(HEADERS, PACKETS), max_size=5))
+def test_the_same_frames_come_out_whatever_the_segments_and_whoever_shares_the_buffer(
+    data: st.DataObject, bare: list[bytes], framed: list[tuple[bytes, bytes]]
+) -> None:
+    streams = [b"".join(bare), b"".join(header + packet_ for header, packet_ in framed)]
+    deframers = [tun6.Deframer(BUFFER, None), tun6.Deframer(BUFFER, BOTH)]
+    early = [data.draw(st.integers(0, min(len(stream), tun6.MESSAGE_MAX))) for stream in streams]  # came behind the handshake
+    found = [[bytes(frame) for frame in deframer.push(stream[:n])] for deframer, stream, n in zip(deframers, streams, early)]
+    wires = [Wire(data.draw(cuts(stream[n:], gaps=True))) for stream, n in zip(streams, early)]
+    while any(wire.segments for wire in wires):
+        turn = data.draw(st.sampled_from([number for number, wire in enumerate(wires) if wire.segments]))
+        found[turn] += deframe(deframers[turn], wires[turn])
+    assert found == [bare, [header + packet_ for header, packet_ in framed]]
+
+
+@pytest.mark.parametrize("kinds", [None, BOTH])
+def test_a_stream_of_the_largest_packets_is_cut_in_single_bytes_and_in_full_buffers(kinds: frozenset[str] | None) -> None:
+    head = b"" if kinds is None else PLAIN
+    frames = [head + packet(bytes([n]) * 0xFFFF) for n in range(5)] + [head + packet(), head + packet(b"end")]
+    stream = b"".join(frames)
+    for size in 1009, len(stream):
+        wire = Wire([stream[at : at + size] for at in range(0, len(stream), size)])
+        deframer, found = tun6.Deframer(BUFFER, kinds), []
+        while wire.segments:
+            found += deframe(deframer, wire)
+        assert found == frames
+    deframer, found = tun6.Deframer(BUFFER, kinds), []
+    single = frames[-2] + frames[-1]
+    for at in range(len(single)):
+        found += deframe(deframer, Wire([single[at : at + 1]]))
+    assert found == frames[-2:]
+
+
+@given(st.data(), st.sampled_from([None, frozenset({"tso6"})]), st.lists(PACKETS.filter(lambda p: len(p) < 200), max_size=3), st.binary())
+def test_garbage_gives_well_formed_frames_or_the_protocol_error(
+    data: st.DataObject, kinds: frozenset[str] | None, packets: list[bytes], garbage: bytes
+) -> None:
+    stream = bytearray(b"".join((b"" if kinds is None else PLAIN) + good for good in packets) + garbage)
+    for at, value in data.draw(st.dictionaries(st.integers(0, 300), st.integers(0, 255), max_size=3)).items():
+        if at < len(stream):
+            stream[at] = value
+    deframer, wire, found = tun6.Deframer(BUFFER, kinds), Wire(data.draw(cuts(bytes(stream)))), b""
+    try:
+        while wire.segments:
+            for frame in deframe(deframer, wire):
+                found += frame
+                body = frame if kinds is None else frame[10:]
+                assert (body[0] >> 4, len(body)) == (6, 40 + int.from_bytes(body[4:6], "big"))
+    except tun6.ProtocolError:
+        return
+    assert stream.startswith(found)
+
+
+@pytest.mark.parametrize("kinds", [None, BOTH])
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        (b"\x45" + bytes(39), "0x45 is no IPv6"),
+        (bytes(40), "0x00 is no IPv6"),
+        (b"{" + packet()[1:], "0x7b"),
+        (packet(b"", HOP_BY_HOP), "jumbogram"),
+    ],
+)
+def test_what_is_no_ipv6_packet_with_a_length_ends_the_stream(kinds: frozenset[str] | None, bad: bytes, complaint: str) -> None:
+    head = b"" if kinds is None else PLAIN
+    for data in head + bad, head + packet(b"good") + head + bad:
+        with pytest.raises(tun6.ProtocolError, match=complaint):
+            tun6.Deframer(BUFFER, kinds).push(data)
+
+
+def test_packets_with_hop_by_hop_options_or_without_payload_are_no_jumbograms() -> None:
+    frames = [packet(bytes(8), HOP_BY_HOP), packet(b"", NOTHING)]
+    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, None).push(b"".join(frames))] == frames
+
+
+def test_the_end_of_the_stream_is_an_eof_error_even_within_a_frame() -> None:
+    deframer = tun6.Deframer(BUFFER, None)
+    deframer.push(packet(b"half")[:20])
+    with pytest.raises(EOFError):
+        deframer.pull(lambda view: 0)
+
+
+LONG = packet(bytes(20 + 1440 * 3), TCP)  # a TCP header without options, and three segments
+GOOD_HEADERS = [
+    (PLAIN, packet()),
+    (offload(0, hdr_len=40), packet()),
+    (offload(csum_start=40, csum_offset=16), packet(bytes(18), TCP)),  # the checksum is the last that there is
+    (offload(hdr_len=60, csum_offset=6), packet(bytes(20), UDP)),
+    (TSO6, LONG),
+    (offload(gso_type=0x84, gso_size=1440), LONG),  # with ECN
+    (USO6, packet(bytes(8 + 1452 * 3), UDP)),
+    (offload(gso_type=4, gso_size=65535), LONG),
+    (offload(gso_type=5, gso_size=100, csum_offset=6), packet(bytes(8 + 128 * 100), UDP)),  # UDP_MAX_SEGMENTS: the header is not data
+    (offload(gso_type=4, gso_size=500), packet(bytes(32 + 128 * 500), TCP)),  # as many as gso_max_segs lets our kernel make
+]
+BAD_HEADERS = [
+    (offload(2), packet(bytes(40), TCP), "flags 0x2"),
+    (offload(3), packet(bytes(40), TCP), "flags 0x3"),
+    (offload(0x80), packet(bytes(40), TCP), "flags 0x80"),
+    (offload(0, hdr_len=41), packet(), "hdr_len 41"),
+    (offload(hdr_len=101), packet(bytes(60), TCP), "hdr_len 101"),
+    (offload(csum_start=39), packet(bytes(60), TCP), "checksum at 39"),
+    (offload(csum_start=0, csum_offset=50), packet(bytes(60), TCP), "checksum at 0"),
+    (offload(), packet(bytes(17), TCP), "checksum at 40 . 16"),
+    (offload(csum_start=65535, csum_offset=65535), packet(bytes(60), TCP), "checksum"),
+    (offload(gso_type=1, gso_size=1440), LONG, "gso_type 0x1"),  # TCP over IPv4
+    (offload(gso_type=3, gso_size=1440), LONG, "gso_type 0x3"),  # UFO
+    (offload(gso_type=0x80, gso_size=1440), LONG, "gso_type 0x80"),
+    (offload(gso_type=0x85, gso_size=1440), LONG, "gso_type 0x85"),
+    (offload(0, gso_type=4, gso_size=1440), LONG, "no checksum"),
+    (offload(gso_type=4, gso_size=0), LONG, "gso_size 0"),
+    (offload(gso_type=4, gso_size=1), LONG, "gso_size 1 "),
+    (offload(gso_type=5, gso_size=100, csum_offset=6), packet(bytes(8 + 130 * 100), UDP), "gso_size 100"),
+    (offload(gso_type=4, gso_size=500), packet(bytes(20 + 130 * 500), TCP), "gso_size 500"),
+]
+
+
+@pytest.mark.parametrize(("header", "body"), GOOD_HEADERS)
+def test_offload_headers_that_a_kernel_makes_are_taken(header: bytes, body: bytes) -> None:
+    tun6.check_offload(memoryview(header), len(body), BOTH)
+    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, BOTH).push(header + body)] == [header + body]
+
+
+@pytest.mark.parametrize(("header", "body", "complaint"), BAD_HEADERS)
+def test_any_other_offload_header_ends_the_session(header: bytes, body: bytes, complaint: str) -> None:
+    with pytest.raises(tun6.ProtocolError, match=complaint):
+        tun6.check_offload(memoryview(header), len(body), BOTH)
+    with pytest.raises(tun6.ProtocolError, match=complaint):
+        tun6.Deframer(BUFFER, BOTH).push(header + body)
+
+
+@pytest.mark.parametrize(("header", "offered", "other"), [(TSO6, "tso6", "uso6"), (USO6, "uso6", "tso6")])
+def test_a_kind_of_offload_is_taken_only_when_it_was_offered(header: bytes, offered: str, other: str) -> None:
+    tun6.check_offload(memoryview(header), len(LONG), frozenset({offered}))
+    for kinds in frozenset({other}), frozenset[str]():
+        with pytest.raises(tun6.ProtocolError, match="not offered"):
+            tun6.check_offload(memoryview(header), len(LONG), kinds)
+
+
+@pytest.mark.parametrize(
+    ("frame", "all_kinds", "no_kinds", "legacy"),
+    [
+        (PLAIN + packet(b"data"), True, True, True),
+        (PLAIN + packet(), True, True, True),
+        (PLAIN + packet(bytes(8), HOP_BY_HOP), True, True, True),
+        (offload() + packet(bytes(60), TCP), True, True, False),  # a checksum is open
+        (TSO6 + LONG, True, False, False),  # a segmentation too
+        (USO6 + LONG, True, False, False),
+        (offload(gso_type=1, gso_size=1440) + LONG, False, False, False),  # segments of IPv4
+        (PLAIN + b"\x45" + bytes(59), False, False, False),  # IPv4
+        (PLAIN + packet()[:39], False, False, False),
+        (PLAIN, False, False, False),
+        (b"", False, False, False),
+        (PLAIN + packet(b"data")[:-1], False, False, False),
+        (PLAIN + packet(b"data") + b"\0", False, False, False),
+        (PLAIN + packet(b"", HOP_BY_HOP), False, False, False),  # every receiver would end the session
+        (PLAIN + packet(b"", HOP_BY_HOP) + bytes(8), False, False, False),  # a jumbogram, BIG TCP
+    ],
+)
+def test_only_packets_that_the_peer_can_take_are_sent(frame: bytes, all_kinds: bool, no_kinds: bool, legacy: bool) -> None:
+    buffer = bytearray(b"\xff" * 7 + frame + b"\xff" * 60)
+    for kinds, sent in ((BOTH, all_kinds), (frozenset[str](), no_kinds), (None, legacy)):
+        assert tun6.sendable(memoryview(buffer), 7, len(frame), kinds) is sent
+        assert buffer == b"\xff" * 7 + frame + b"\xff" * 60
+        if sent:  # and our own receiver agrees
+            packet_ = frame if kinds is not None else frame[len(PLAIN) :]
+            assert list(tun6.Deframer(BUFFER, kinds).push(packet_)) == [packet_]
+
+
+@pytest.mark.parametrize(("flags", "left"), [(2, 0), (3, 1)])
+def test_the_kernels_own_flag_is_cleared_and_keeps_no_packet_from_a_legacy_peer(flags: int, left: int) -> None:
+    buffer = bytearray(offload(flags, csum_start=40 * left) + packet(bytes(60), TCP))
+    assert tun6.sendable(memoryview(buffer), 0, len(buffer), None) is (not left)
+    assert buffer[0] == left
+    assert len(tun6.Deframer(BUFFER, BOTH).push(bytes(buffer))) == 1
+
+
+# ---- prefixes --------------------------------------------------------------------------------------------------------
+
+
+class PoolBesideADict(RuleBasedStateMachine):
+    """A PrefixPool of eight and what it should hold."""
+
+    IDS = st.sampled_from("abcdefghij")
+    NETWORK = IPv6Network("2001:db8:1::/61")
+    ALL = tuple(NETWORK.subnets(new_prefix=64))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = tun6.PrefixPool(self.NETWORK)
+        self.owned: dict[str, IPv6Network] = {}
+        self.only_assigned = True
+
+    @rule(id_=IDS)
+    def assign(self, id_: str) -> None:
+        free = [prefix for prefix in self.ALL if prefix not in self.owned.values()]
+        if id_ in self.owned or free:
+            prefix = self.pool.assign(id_)
+            assert prefix == self.owned.get(id_, prefix)
+            assert id_ in self.owned or prefix in free
+            assert id_ in self.owned or not self.only_assigned or prefix == free[0]
+            self.owned[id_] = prefix
+        else:
+            with pytest.raises(tun6.Refusal, match=f"no free /64 in {self.NETWORK}") as caught:
+                self.pool.assign(id_)
+            assert caught.value.code == "pool-exhausted"
+
+    @rule(id_=IDS, prefix=st.sampled_from(ALL))
+    def pin(self, id_: str, prefix: IPv6Network) -> None:
+        if all((id_ == other) == (prefix == its) for other, its in self.owned.items() if id_ == other or prefix == its):
+            self.pool.pin(id_, prefix)
+            self.owned[id_] = prefix
+        else:
+            with pytest.raises(ValueError, match="already"):
+                self.pool.pin(id_, prefix)
+
+    @rule(id_=IDS)
+    def release(self, id_: str) -> None:
+        self.only_assigned = False
+        if id_ in self.owned:
+            self.pool.release(id_)
+            del self.owned[id_]
+        else:
+            with pytest.raises(KeyError):
+                self.pool.release(id_)
+
+    @invariant()
+    def same(self) -> None:
+        assert {id_: self.pool.find(id_) for id_ in "abcdefghij"} == {id_: self.owned.get(id_) for id_ in "abcdefghij"}
+
+
+test_a_pool_holds_what_a_plain_dict_holds = PoolBesideADict.TestCase
+
+
+@pytest.mark.parametrize(
+    ("prefix", "complaint"),
+    [("2001:db8:1:100::/64", "outside"), ("2001:db8:0:ffff::/64", "outside"), ("2001:db8:1::/65", "not a /64"), ("2001:db8:1::/63", "not")],
+)
+def test_only_a_64_of_the_pool_can_be_pinned(prefix: str, complaint: str) -> None:
+    pool = tun6.PrefixPool(POOL)
+    with pytest.raises(ValueError, match=complaint):
+        pool.pin("a", IPv6Network(prefix))
+    assert (pool.find("a"), pool.assign("b")) == (None, subnet(0))
+
+
+@pytest.mark.parametrize("network", ["2001:db8::/32", "2000::/3", "2001:db8:0:7::/64"])
+def test_a_pool_of_any_size_gives_its_first_64_first_and_has_its_last(network: str) -> None:
+    whole = IPv6Network(network)
+    last = IPv6Network((int(whole.broadcast_address) >> 64 << 64, 64))
+    pool = tun6.PrefixPool(whole)  # one that kept its 2,305,843,009,213,693,952 /64s would not come back
+    assert pool.assign("a") == IPv6Network((whole.network_address, 64))
+    if whole.prefixlen == 64:
+        with pytest.raises(tun6.Refusal):
+            pool.assign("z")
+        assert pool.find("z") is None
+    else:
+        pool.pin("z", last)
+        assert pool.assign("z") == last
+    assert pool.assign("a") == IPv6Network((whole.network_address, 64))
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def inverse(command: str) -> str:
+    """What takes back an `ip` command that adds something."""
+    return re.sub(r"^(\w+) (add|replace) ", r"\1 del ", command).replace(" nodad", "")
+
+
+def test_a_plan_undoes_what_removing_its_device_would_not() -> None:
+    for step in [*tun6.pool_plan(POOL, 7), *tun6.address_plan("tun6", subnet(3))]:  # the address can change while the device stays
+        assert step.undo == inverse(step.do) != step.do
+    for step in [*tun6.server_plan("tun6-0", 1500, subnet(3)), *tun6.client_plan("tun6", 1500, True)]:
+        assert re.search(r" dev tun6(-0)?( |$)", step.do)  # it goes with the device
+
+
+def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_prefix() -> None:
+    def said(plan: list[tun6.Step]) -> str:
+        return "; ".join(step.do for step in plan)
+
+    assert f"unreachable {POOL} " in said(tun6.pool_plan(POOL, 7))
+    assert re.search(
+        r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route add 2001:db8:1:3::/64 ",
+        said(tun6.server_plan("tun6-0", 1400, subnet(3))),
+    )
+    assert re.search(
+        r"dev tun6 mtu 1280 .*; link set dev tun6 up; route add default .*metric 1 ", said(tun6.client_plan("tun6", 1280, True))
+    )
+    listing = said(tun6.pool_plan(POOL, 7)).replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
+    assert tun6.pools_in(listing) == [(POOL, 7)]
+    assert "route" not in said(tun6.client_plan("tun6", 1500, False))
+    assert said(tun6.address_plan("tun6", subnet(3))).startswith("addr add 2001:db8:1:3::1/128 dev tun6")
+
+
+# ---- Gather ----------------------------------------------------------------------------------------------------------
+
+
+def results(greenlets: list[Any]) -> list[Any]:
+    """What they returned or raised, within five seconds."""
+    gevent.joinall(greenlets, timeout=5)
+    assert all(greenlet.ready() for greenlet in greenlets), "a caller waits for ever"
+    return [greenlet.value if greenlet.successful() else greenlet.exception for greenlet in greenlets]
+
+
+def spawn(function: Callable[..., object], *args: object) -> Any:
+    """A greenlet whose error is for `results`, not for stderr."""
+
+    def run() -> object:
+        try:
+            return function(*args)
+        except Exception as error:
+            return error
+
+    return gevent.spawn(run)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Lets the other greenlets run until it is true, for five seconds at most."""
+    with gevent.Timeout(5):
+        while not condition():
+            gevent.sleep(0)
+
+
+def spawn_behind_the_first(function: Callable[[T], object], items: Iterable[T], begun: Sequence[object]) -> list[Any]:
+    """A greenlet for each item, all waiting; `begun` tells that the first is being worked on, and only then the others come."""
+    first, *others = items
+    greenlets = [spawn(function, first)]
+    until(lambda: begun)
+    greenlets += [spawn(function, item) for item in others]
+    gevent.sleep(0)  # each has run up to its wait
+    return greenlets
+
+
+def test_what_arrives_during_the_work_is_the_next_batch_and_each_caller_gets_its_own_result() -> None:
+    batches: list[list[int]] = []
+    gate = gevent.event.Event()
+
+    def work(items: list[int]) -> list[int]:
+        batches.append(items)
+        gate.wait()
+        return [-item for item in items]
+
+    gather = tun6.Gather(work)
+    callers = spawn_behind_the_first(gather, range(100), batches)
+    gate.set()
+    assert results(callers) == [-number for number in range(100)]
+    assert batches == [[0], list(range(1, 100))]
+    assert gather(7) == -7
+
+
+def test_what_the_work_raises_reaches_all_of_its_batch_and_nobody_else() -> None:
+    begun: list[int] = []
+    gate = gevent.event.Event()
+
+    def work(items: list[int]) -> list[int]:
+        begun.extend(items)
+        gate.wait()
+        if 5 in items:
+            raise tun6.StorageError("disk full")
+        return items
+
+    gather = tun6.Gather(work)
+    callers = spawn_behind_the_first(gather, range(10), begun)
+    gate.set()
+    first, *others = results(callers)
+    assert first == 0
+    assert {str(error) for error in others} == {"disk full"}
+    assert gather(1) == 1
+
+
+def test_killing_a_caller_neither_loses_nor_repeats_the_work_of_the_others() -> None:
+    done: list[int] = []
+    gate = gevent.lock.Semaphore(0)
+
+    def work(items: list[int]) -> list[int]:
+        done.extend(items)  # what `ip` or a thread has begun goes on, whoever waits for it
+        gate.acquire()
+        return items
+
+    gather = tun6.Gather(work)
+    callers = spawn_behind_the_first(gather, range(5), done)
+    gate.release()
+    until(lambda: len(done) == 5)
+    for number in 1, 3:
+        callers[number].kill()
+    callers.append(spawn(gather, 5))
+    for _ in range(5):
+        gate.release()
+    values = results(callers)
+    assert [values[number] for number in (0, 2, 4, 5)] == [0, 2, 4, 5]
+    assert done == [0, 1, 2, 3, 4, 5]
+
+
+# ---- store -----------------------------------------------------------------------------------------------------------
+
+OpenStore = Callable[..., tun6.AssignmentStore]
+
+
+@pytest.fixture
+def open_store() -> Iterator[OpenStore]:
+    """Opens stores of POOL and closes them at the end."""
+    stores: list[tun6.AssignmentStore] = []
+
+    def open_(path: Path | None, pool: IPv6Network = POOL) -> tun6.AssignmentStore:
+        stores.append(tun6.AssignmentStore(tun6.PrefixPool(pool), str(path) if path else None))
+        return stores[-1]
+
+    yield open_
+    for store in stores:
+        store.close()
+
+
+def saved(path: Path, pool: IPv6Network = POOL) -> dict[str, IPv6Network]:
+    """What a server that starts now knows; by way of another name, as the test may have a store open."""
+    copy = path.with_name("copy-of-" + path.name)
+    shutil.copy(path, copy)
+    reader = tun6.AssignmentStore(tun6.PrefixPool(pool), str(copy))
+    reader.close()
+    copy.unlink()
+    copy.with_name(copy.name + ".lock").unlink(missing_ok=True)
+    return {
+        id_: IPv6Network(prefix)
+        for id_, prefix in json.loads(path.read_text() or "{}").items()
+        if reader.pool.find(id_) == IPv6Network(prefix)
+    }
+
+
+def test_assignments_last_over_restarts(tmp_path: Path, open_store: OpenStore) -> None:
+    path = tmp_path / "assignments.json"
+    ids = ["00:11:22:aa:bb:cc", "é😀", '"{}\\', "a b", "x" * 64]
+    store = open_store(path)
+    given_ = {id_: store.assign(id_) for id_ in ids}
+    assert given_ == {id_: subnet(number) for number, id_ in enumerate(ids)}
+    assert json.loads(path.read_text()) == {id_: str(prefix) for id_, prefix in given_.items()}
+    store.close()
+    again = open_store(path)
+    assert {id_: again.assign(id_) for id_ in reversed(ids)} == given_
+    assert again.assign("new") == subnet(len(ids))
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n\t\r\n", b"{}", b"{\n}\n"])
+def test_a_missing_or_empty_file_is_an_empty_map(content: bytes | None, tmp_path: Path, open_store: OpenStore) -> None:
+    path = tmp_path / "assignments.json"
+    if content is not None:
+        path.write_bytes(content)
+    store = open_store(path)
+    assert store.assign("a") == subnet(0)
+    assert saved(path) == {"a": subnet(0)}
+
+
+def test_the_originals_own_file_is_read_as_it_is(tmp_path: Path, open_store: OpenStore) -> None:
+    path = tmp_path / "assignments.json"
+    path.write_text('{"00:11:22:aa:bb:cc": "2000:aaaa:bbbb:ccdd::/64", "00:11:22:aa:bb:dd": "2000:aaaa:bbbb:cc00:0:0:0:0/64"}')
+    store = open_store(path, IPv6Network("2000:aaaa:bbbb:cc00::/56"))
+    assert store.assign("00:11:22:aa:bb:cc") == IPv6Network("2000:aaaa:bbbb:ccdd::/64")
+    assert store.assign("00:11:22:aa:bb:dd") == IPv6Network("2000:aaaa:bbbb:cc00::/64")
+    assert store.assign("new") == IPv6Network("2000:aaaa:bbbb:cc01::/64")
+
+
+def test_without_a_file_assignments_live_in_memory(open_store: OpenStore) -> None:
+    store = open_store(None)
+    assert [store.assign("a"), store.assign("b"), store.assign("a")] == [subnet(0), subnet(1), subnet(0)]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'{"a": "2001:db8:1::/64", "b": "2001:db8:1:1::/64", "a": "2001:db8:1:2::/64"}', "entry 'a'.*twice"),
+        (b'{"a": "2001:db8:1::/64", "b": "2001:db8:1:0::/64"}', "entry 'b'.*already the prefix of 'a'"),
+        (b'{"a": "2001:db8:2::/64"}', "entry 'a'.*outside 2001:db8:1::/56"),
+        (b'{"a": "2001:db8:1::/60"}', "entry 'a'.*not a /64"),
+        (b'{"a": "2001:db8:1::"}', "entry 'a'.*not a /64"),
+        (b'{"a": "2001:db8:1::1/64"}', "entry 'a'.*host bits"),
+        (b'{"a": "2001:db8:1::%x/64"}', "entry 'a'"),
+        (b'{"a": "10.0.0.0/8"}', "entry 'a'"),
+        (b'{"a": ""}', "entry 'a'"),
+        (b'{"a": null}', "entry 'a'.*not a string"),
+        (b'{"a": 7}', "entry 'a'.*not a string"),
+        (b'{"a": {"b": "2001:db8:1::/64"}}', "entry 'a'.*not a string"),
+        (b'{"": "2001:db8:1::/64"}', "entry ''.*printable"),
+        (b'{"a\\n": "2001:db8:1::/64"}', r"entry 'a\?'.*printable"),
+        (b'{"' + b"x" * 65 + b'": "2001:db8:1::/64"}', "entry 'xxx.*64 printable"),
+        (b"[]", "not one object"),
+        (b'["a"]', "not one object"),
+        (b"[{}]", "not one object"),
+        (b"null", "not one object"),
+        (b'"a"', "not one object"),
+        (b"7", "not one object"),
+        (b"a = b", "not a file of assignments"),
+        (b'{"a": "2001:db8:1::/64"} x', "Extra data"),
+        (b'{"a": "2001:db8:1::/64",}', "not a file of assignments"),
+        (b'{"a": "\xff"}', "utf-8"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b"\0" * 100, "not a file of assignments"),
+        (b"[" * 100_000, "not a file of assignments"),
+        (b'{"a":' * 100_000, "not a file of assignments"),
+    ],
+)
+def test_a_corrupt_file_stops_the_start_with_a_sentence_and_stays_as_it_was(
+    content: bytes, named: str, tmp_path: Path, open_store: OpenStore
+) -> None:
+    path = tmp_path / "assignments.json"
+    path.write_bytes(content)
+    with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(path))}\\b.*{named}") as caught:
+        open_store(path)
+    assert str(caught.value).isprintable()
+    assert path.read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) in (["assignments.json"], ["assignments.json", "assignments.json.lock"])
+
+
+def test_a_start_that_failed_does_not_keep_the_file_locked(tmp_path: Path, open_store: OpenStore) -> None:
+    path = tmp_path / "assignments.json"
+    path.write_text("corrupt")
+    with pytest.raises(tun6.ConfigError, match="not a file of assignments"):
+        open_store(path)
+    path.write_text("{}")
+    assert open_store(path).assign("a") == subnet(0)
+
+
+def test_a_file_cut_short_anywhere_is_refused_and_never_another_map(tmp_path: Path, open_store: OpenStore) -> None:
+    path = tmp_path / "assignments.json"
+    store = open_store(path)
+    whole = {id_: store.assign(id_) for id_ in ("a", "é", '"}')}
+    content = path.read_bytes()
+    for length in range(1, len(content)):  # of nothing at all, `touch` makes an empty map
+        cut = tmp_path / f"{length}.json"
+        cut.write_bytes(content[:length])
+        if content[length:].strip():
+            with pytest.raises(tun6.ConfigError, match=str(cut)):
+                open_store(cut)
+        else:
+            assert saved(cut) == whole
+
+
+def test_a_folder_in_place_of_the_file_stops_the_start(tmp_path: Path, open_store: OpenStore) -> None:
+    with pytest.raises(tun6.ConfigError, match=f"{tmp_path}.*directory"):
+        open_store(tmp_path)
+
+
+def test_a_second_server_on_the_same_file_is_refused_until_the_first_ends(tmp_path: Path, open_store: OpenStore) -> None:
+    path, link = tmp_path / "assignments.json", tmp_path / "link.json"
+    link.symlink_to(path)
+    first = open_store(path)
+    first.assign("a")
+    for name in path, link:
+        with pytest.raises(tun6.ConfigError, match="in use by another tun6 server"):
+            open_store(name)
+    first.close()
+    assert open_store(link).assign("a") == subnet(0)
+
+
+def test_a_save_keeps_the_symbolic_link_and_the_mode_of_the_file(tmp_path: Path, open_store: OpenStore) -> None:
+    path, link = tmp_path / "elsewhere" / "real.json", tmp_path / "assignments.json"
+    path.parent.mkdir()
+    path.touch()
+    path.chmod(0o640)
+    link.symlink_to(path)
+    open_store(link).assign("a")
+    assert link.is_symlink()
+    assert saved(path) == {"a": subnet(0)}
+    assert path.stat().st_mode & 0o7777 == 0o640
+    assert sorted(os.listdir(path.parent)) == ["real.json", "real.json.lock"]
+
+
+def test_an_assignment_is_on_disk_before_it_is_returned(tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "assignments.json"
+    store, fsync, synced = open_store(path), os.fsync, []
+    path.touch()
+
+    def note(fd: int) -> None:
+        synced.append((os.fstat(fd).st_ino, path.stat().st_ino))  # of what is made to last, of what has the name
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    store.assign("a")
+    (file, before), (folder, after) = synced
+    assert file == after != before  # the content before the name
+    assert folder == tmp_path.stat().st_ino  # and then the name
+    store.assign("a")
+    assert len(synced) == 2  # nothing new, nothing written
+
+
+def test_many_assignments_at_once_share_few_writes(tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, count = tmp_path / "assignments.json", 200
+    store, fsync, synced = open_store(path), os.fsync, []
+
+    def note(fd: int) -> None:
+        synced.append(fd)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    prefixes = results([spawn(store.assign, str(number)) for number in range(count)])
+    assert prefixes == [subnet(number) for number in range(count)]
+    assert saved(path) == {str(number): subnet(number) for number in range(count)}
+    assert 2 <= len(synced) <= 20
+
+
+def test_a_disk_that_can_not_be_written_refuses_newcomers_only_and_later_recovers(tmp_path: Path, open_store: OpenStore) -> None:
+    path = tmp_path / "folder" / "assignments.json"
+    path.parent.mkdir()
+    store = open_store(path)
+    assert store.assign("old") == subnet(0)
+    path.parent.rename(tmp_path / "away")
+    errors = results([spawn(store.assign, id_) for id_ in "abcdef"])
+    assert {type(error) for error in errors} == {tun6.StorageError}
+    assert re.fullmatch(rf"{path}.* can't be written: No such file or directory.*", str(errors[0]))
+    assert [store.pool.find(id_) for id_ in "abcdef"] == [None] * 6
+    assert store.assign("old") == subnet(0)
+    (tmp_path / "away").rename(path.parent)
+    told = {id_: store.assign(id_) for id_ in "cba"}
+    assert len({*told.values(), subnet(0)}) == 4
+    assert saved(path) == {"old": subnet(0), **told}
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_full_disk_leaves_a_file_that_is_read_and_owners_that_are_never_two(
+    failing: int, tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "assignments.json"
+    store = open_store(path)
+    store.assign("old")
+    fsync, calls = os.fsync, []
+
+    def full(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(tun6.StorageError, match="No space left on device"):
+        store.assign("a")
+    assert store.pool.find("a") is None
+    assert saved(path)["old"] == subnet(0)
+    assert store.assign("b") == subnet(1)
+    assert saved(path) == {"old": subnet(0), "b": subnet(1)}
+
+
+def crash(path: Path, at: int) -> tuple[int, bool]:
+    """Two newcomers and a child that dies at its `at`-th call of an operating-system or file function, before or after it.
+
+    Gives how many of them were told their prefix, and whether it died.
+    """
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        countdown = [at]
+
+        def hook(frame: object, event: str, function: object) -> None:
+            if event not in ("c_call", "c_return"):
+                return
+            owner = getattr(function, "__self__", None)
+            if isinstance(owner, io.IOBase) or getattr(function, "__module__", "") in ("posix", "io", "_io") or owner is os:
+                countdown[0] -= 1
+                if not countdown[0]:
+                    os._exit(9)
+
+        def serve() -> None:  # in a thread, which has an event loop of its own: the parent's does not survive the fork
+            store = tun6.AssignmentStore(tun6.PrefixPool(POOL), str(path))
+            for id_ in "ab":
+                store.assign(id_)
+                sys.setprofile(None)
+                os.write(tell, b".")
+                sys.setprofile(hook)
+            os._exit(0)
+
+        threading.setprofile(hook)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        thread.join()
+        os._exit(1)
+    os.close(tell)
+    with os.fdopen(told, "rb") as pipe:
+        count = len(pipe.read())
+    status = os.waitpid(child, 0)[1] >> 8
+    assert status in (0, 9), "the child failed"
+    return count, status == 9
+
+
+def test_a_crash_at_any_system_call_leaves_the_old_map_or_the_new_and_all_that_was_told(tmp_path: Path) -> None:
+    maps: list[dict[str, IPv6Network]] = [
+        {"old": subnet(0)},
+        {"old": subnet(0), "a": subnet(1)},
+        {"old": subnet(0), "a": subnet(1), "b": subnet(2)},
+    ]
+    seen, at, died = set(), 0, True
+    while died:
+        at += 1
+        path = tmp_path / f"{at}.json"
+        path.write_text(json.dumps({"old": str(subnet(0))}))
+        told, died = crash(path, at)
+        found = saved(path)
+        assert found in maps[told : told + 2], f"after a crash at call {at}"
+        seen.add((told, len(found)))
+    assert {(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)} <= seen  # it died before and after the name changed hands, both times
+
+
+# ---- kernel ----------------------------------------------------------------------------------------------------------
+
+FAKE_IP = r"""#!/bin/sh
+# like `ip -6 -force -batch -` of iproute2: notes each run and its commands, goes on behind those that fail
+echo run >> "$0.log"
+status=0 number=0
+while read -r line; do
+    number=$((number + 1))
+    echo "$line" >> "$0.log"
+    case "$line" in
+        broken*) echo "Cannot open netlink socket: Out of memory" >&2; exit 255 ;;
+        *bad*) printf 'RTNETLINK answers: Bad luck with %s\nCommand failed -:%d\n' "$line" "$number" >&2; status=1 ;;
+        *noisy*) echo "Warning: noise" >&2 ;;
+    esac
+done
+exit $status
+"""
+
+
+@pytest.fixture
+def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[str]]]:
+    """A fake `ip`; gives the commands of each run of it."""
+    program = tmp_path / "ip"
+    program.write_text(FAKE_IP)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def read() -> list[list[str]]:
+        runs: list[list[str]] = []
+        for line in (tmp_path / "ip.log").read_text().splitlines():
+            if line == "run":
+                runs.append([])
+            else:
+                runs[-1].append(line)
+        return runs
+
+    return read
+
+
+def steps(*commands: str) -> list[tun6.Step]:
+    return [tun6.Step(command, f"undo {command}") for command in commands]
+
+
+def test_a_plan_is_one_run_of_ip_and_is_undone_last_step_first(batches: Callable[[], list[list[str]]]) -> None:
+    kernel = tun6.Kernel()
+    plan = [*steps("one", "two"), tun6.Step("with the device"), *steps("noisy")]
+    kernel.apply(plan)
+    kernel.undo(plan)
+    assert batches() == [["one", "two", "with the device", "noisy"], ["undo noisy", "undo two", "undo one"]]
+
+
+def test_when_a_step_fails_the_others_are_undone_last_first_and_the_error_names_it(batches: Callable[[], list[list[str]]]) -> None:
+    with pytest.raises(tun6.KernelError, match=r"^`ip -6 bad four` failed: .*Bad luck with bad four$"):
+        tun6.Kernel().apply(steps("one", "two", "three", "bad four", "five"))
+    assert batches()[1:] == [["undo five", "undo three", "undo two", "undo one"]]
+
+
+def test_the_reason_of_a_failure_is_its_own_and_undo_goes_on_behind_one(batches: Callable[[], list[list[str]]]) -> None:
+    with pytest.raises(tun6.KernelError, match=r"`ip -6 bad two` failed: Bad luck with bad two$"):
+        tun6.Kernel().apply(steps("one", "bad two", "bad three"))
+    tun6.Kernel().undo(steps("one", "bad", "three"))
+    assert batches()[-1] == ["undo three", "undo bad", "undo one"]
+
+
+def test_plans_that_wait_share_one_process_and_only_those_at_fault_fail_each_for_its_own_reason(
+    batches: Callable[[], list[list[str]]],
+) -> None:
+    kernel = tun6.Kernel()
+    outcomes = results([spawn(kernel.apply, steps(f"{number}", f"bad {number}" if number in (13, 31) else "fine")) for number in range(50)])
+    assert {number: str(outcome) for number, outcome in enumerate(outcomes) if outcome is not None} == {
+        number: f"`ip -6 bad {number}` failed: Bad luck with bad {number}" for number in (13, 31)
+    }
+    commands = [command for run in batches() for command in run]
+    assert [command for command in commands if command.isdigit()] == [str(number) for number in range(50)]
+    assert [command for command in commands if "undo" in command] == ["undo 13", "undo 31"]
+    assert len(batches()) <= 4
+
+
+def test_an_ip_that_is_missing_or_breaks_is_a_kernel_error(
+    batches: Callable[[], list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = tun6.Kernel()
+    with pytest.raises(tun6.KernelError, match="Out of memory"):
+        kernel.apply(steps("broken", "two"))
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(tun6.KernelError, match="`ip` can't be run: No such file"):
+        kernel.apply(steps("one", "two"))
+    kernel.undo(steps("one", "two"))  # nothing more can be done
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+SERVER = {"localhost": "192.0.2.1", "listenport": "10000", "prefixrange": "2001:db8:1::/56"}
+CLIENT = {"remotehost": "tun6.example", "remoteport": "10000"}
+REQUIRED = {"server": SERVER, "client": CLIENT}
+
+
+def write_config(folder: Path, **sections: dict[str, str]) -> str:
+    """A config.ini; gives its path."""
+    path = folder / "config.ini"
+    lines = [f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()) for name, keys in sections.items()]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) -> None:
+    path = write_config(tmp_path, server={**SERVER, "assignments": ""}, client={**CLIENT, "id": ""})
+    assert dataclasses.asdict(tun6.read_config(path, "server")) == {
+        "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
+        "assignments": None, "congestion": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000,
+    }  # fmt: skip
+    assert dataclasses.asdict(tun6.read_config(path, "client")) == {
+        "remotehost": "tun6.example", "remoteport": 10000,
+        "id": None, "congestion": "auto", "tun": "tun6", "mtu": 1500, "default_route": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "text", "value"),
+    [
+        ("server", "localhost", "0.0.0.0 ; all of them", "0.0.0.0"),
+        ("server", "LISTENPORT", "65535", 65535),
+        ("server", "prefixrange", "2001:db8:1::7:8/56 # host bits", POOL),
+        ("server", "prefixrange", "2001:db8::/64", IPv6Network("2001:db8::/64")),
+        ("server", "assignments", "/var/lib/tun6/a b.json", "/var/lib/tun6/a b.json"),
+        ("server", "tun", "v%dpn", "v%dpn"),
+        ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
+        ("server", "mtu", "1280", 1280),
+        ("server", "max_clients", "1", 1),
+        ("client", "remotehost", "203.0.113.7", "203.0.113.7"),
+        ("client", "id", "my raspberry é", "my raspberry é"),
+        ("client", "tun", "t" * 15, "t" * 15),
+        ("client", "default_route", "No", False),
+        ("client", "default_route", "on", True),
+    ],
+)
+def test_good_values_are_taken_without_their_comments(section: str, key: str, text: str, value: object, tmp_path: Path) -> None:
+    path = write_config(tmp_path, **{section: {**{k: v for k, v in REQUIRED[section].items() if k != key.lower()}, key: text}})
+    assert getattr(tun6.read_config(path, section), key.lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "text", "right"),
+    [
+        *[("server", "localhost", text, "IPv4 address") for text in ("::1", "localhost", "10.0.0.256", "10.0.0.0/8")],
+        *[
+            ("server", "listenport", text, "whole number from 1 to 65535")
+            for text in ("0", "65536", "-1", "http", "1.5", "1_0", "\uff19", "9" * 5000)
+        ],
+        *[("server", "prefixrange", text, "/64 or shorter") for text in ("2001:db8::/65", "2001:db8::1", "2001:db8::/128")],
+        *[("server", "prefixrange", text, "IPv6 range such as") for text in ("10.0.0.0/8", "junk", "2001:db8::/x", "2001:db8::%eth0/48")],
+        *[("server", "prefixrange", text, "range of yours") for text in ("::/0", "fe80::/56", "ff00::/56")],
+        *[("server", "tun", text, "one %d") for text in ("tun6", "a%db%d", "t" * 12 + "%d", "a/%d", "a b%d", "%s")],
+        *[(section, "mtu", text, "from 1280 to 65500") for section in REQUIRED for text in ("1279", "65501", "big")],
+        *[("server", "max_clients", text, "whole number from 1") for text in ("0", "-5", "many")],
+        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "x:1")],
+        *[("client", "remoteport", text, "whole number from 1 to 65535") for text in ("0", "x")],
+        *[("client", "id", text, "1 to 64 printable") for text in ("x" * 65, "a\tb", "a\x1bb")],
+        *[("client", "tun", text, "at most 15 characters") for text in ("t" * 16, "tun%d", "a/b", ".", "..")],
+        *[("client", "default_route", text, "yes or no") for text in ("maybe", "2")],
+        *[
+            (section, key, f"{value}\n  mtu = 1400", "") for section in REQUIRED for key, value in REQUIRED[section].items()
+        ],  # an indented line
+        ("server", "assignments", "a.json\n  mtu = 1400", ""),
+    ],
+)
+def test_a_bad_value_is_one_sentence_with_file_key_value_and_what_would_be_right(
+    section: str, key: str, text: str, right: str, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, **{section: {**REQUIRED[section], key: text}})
+    with pytest.raises(tun6.ConfigError) as caught:
+        tun6.read_config(path, section)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{path}: [{section}] {key}")
+    assert right in sentence
+    assert "".join(takewhile(str.isprintable, text[:10])) in sentence
+    assert sentence.isprintable()
+    assert len(sentence) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[serve]\nlocalhost = 0.0.0.0\n", r"unknown section \[serve\].*did you mean \[server\]\?"),
+        ("[DEFAULT]\nmtu = 1500\n", r"unknown section \[DEFAULT\].*known are \[server\], \[client\]"),
+        ("[server]\nlistnport = 10000\n", r"\[server\] listnport = 10000.*unknown key.*did you mean listenport\?"),
+        ("[client]\nlistenport = 10000\n", r"\[client\] listenport = 10000.*unknown key"),
+        ("[server]\nqqq = a\n b\n", r"\[server\] qqq.*unknown key.*known are localhost, "),
+        ("[client]\nremotehost = a\n", r"no section \[server\]"),
+        ("", r"no section \[server\]"),
+        ("[server]\nlocalhost = 0.0.0.0\nprefixrange = 2001:db8::/56\n", r"\[server\] listenport is missing.*add"),
+        ("[server]\nlistenport =  # none\n", r"\[server\] \w+ is missing"),
+        ("localhost = 0.0.0.0\n", "no section headers.*line: 1"),
+        ("[server]\nlocalhost\n", "line  ?2.*localhost"),
+        ("[server]\nmtu = 1500\nmtu = 1400\n", "line  ?3.*'mtu'.*already exists"),
+        ("[server]\nMTU = 1500\nmtu = 1400\n", "line  ?3.*'mtu'.*already exists"),
+        ("[server]\n[server]\n", "line  ?2.*'server' already exists"),
+    ],
+)
+def test_a_bad_config_is_one_sentence_that_names_the_file_and_the_fault(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.ini"
+    path.write_text(text)
+    with pytest.raises(tun6.ConfigError, match=complaint) as caught:
+        tun6.read_config(str(path), "server")
+    assert str(path) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_config_that_can_not_be_read_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"[client]\nid = \xe9\n")
+    for name, complaint in ("missing", "No such file"), ("latin", "not UTF-8"), (".", "directory"):
+        path = str(tmp_path / name)
+        with pytest.raises(tun6.ConfigError, match=f"^{re.escape(path)}.*{complaint}"):
+            tun6.read_config(path, "server")
+
+
+def test_the_config_is_the_named_one_or_the_folders_or_that_in_etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    etc = tmp_path / "etc.ini"
+    monkeypatch.setattr(tun6, "_CONFIG_FILES", ("config.ini", str(etc)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(tun6.ConfigError, match=r"neither ./config.ini nor .*etc.ini.*-c FILE"):
+        tun6.find_config(None)
+    etc.touch()
+    assert tun6.find_config(None) == str(etc)
+    write_config(tmp_path)
+    assert tun6.find_config(None) == "config.ini"
+    assert tun6.find_config("other.ini") == "other.ini"
+
+
+def test_the_shipped_examples_are_read_as_they_are(open_store: OpenStore, tmp_path: Path) -> None:
+    folder = Path(tun6.__file__).parent
+    server = tun6.read_config(str(folder / "config.ini"), "server")
+    assert tun6.read_config(str(folder / "config.ini"), "client").remoteport == server.listenport
+    shutil.copy(folder / "assignments.json.example", tmp_path / "example.json")
+    open_store(tmp_path / "example.json", server.prefixrange)
+
+
+def run_tun6(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs tun6.py as a user does."""
+    command = [sys.executable, str(Path(tun6.__file__).resolve()), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, **options)
+
+
+def only_line(done: subprocess.CompletedProcess[str], status: int) -> str:
+    """What it said on stderr, which is one line."""
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1), done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("command", ["server", "client"])
+def test_a_configuration_error_is_one_line_on_stderr_and_status_2(command: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path, **{command: {**REQUIRED[command], "mtu": "12"}})
+    assert (
+        only_line(run_tun6(command, "-c", path), 2) == f"tun6: {path}: [{command}] mtu = 12: it must be a whole number from 1280 to 65500\n"
+    )
+    assert "missing.ini: No such file" in only_line(run_tun6(command, "-c", "missing.ini", cwd=tmp_path), 2)
+
+
+def test_usage_errors_have_status_2_and_help_and_version_0() -> None:
+    for arguments in [], ["serve"], ["server", "--what"], ["server", "-c"]:
+        done = run_tun6(*arguments)
+        assert (done.returncode, done.stderr.startswith("usage: ")) == (2, True)
+    assert run_tun6("--version").stdout == f"tun6 {tun6.__version__}\n"
+    for arguments in ["--help"], ["server", "--help"]:
+        done = run_tun6(*arguments)
+        assert (done.returncode, done.stdout.startswith("usage: "), done.stderr) == (0, True, "")
+
+
+@pytest.mark.parametrize(("module", "package"), [("gevent", "gevent"), ("netifaces", "netifaces"), ("pytun", "python-pytun")])
+def test_a_missing_dependency_is_one_sentence_with_the_command_that_installs_it(module: str, package: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
+    said = only_line(run_tun6("--version", env={**os.environ, "PYTHONPATH": str(tmp_path)}), 1)
+    assert f"package {package} is missing" in said
+    assert f"{sys.executable} -m pip install " in said
+    assert package in said.split("pip install ")[1]
+
+
+def drop_privilege() -> None:
+    """In a child: its program will have no CAP_NET_ADMIN, even as root."""
+    ctypes.CDLL(None).prctl(24, 12, 0, 0, 0)  # PR_CAPBSET_DROP, linux/prctl.h
+
+
+@pytest.mark.parametrize("command", ["server", "client", "demo"])
+def test_without_privilege_it_is_one_sentence(command: str, tmp_path: Path) -> None:
+    config = [] if command == "demo" else ["-c", write_config(tmp_path, server=dict(SERVER), client=dict(CLIENT))]
+    said = only_line(run_tun6(command, *config, preexec_fn=drop_privilege), 1)
+    assert "needs root" in said
+    assert "sudo" in said
+
+
+@pytest.mark.parametrize("journal", [False, True])
+def test_events_are_a_line_each_with_the_time_unless_the_journal_adds_it(journal: bool, tmp_path: Path) -> None:
+    script = "import tun6; tun6.set_up_logging(False); tun6.log.warning('told %s', 'so'); tun6.log.debug('not said')"
+    with open(tmp_path / "log", "w+") as file:
+        status = os.fstat(file.fileno())
+        stream = f"{status.st_dev}:{status.st_ino + (not journal)}"  # the journal of something else is not ours
+        environment = {**os.environ, "PYTHONPATH": str(Path(tun6.__file__).parent), "JOURNAL_STREAM": stream}
+        subprocess.run([sys.executable, "-c", script], env=environment, stderr=file, check=True, timeout=30)
+    text = (tmp_path / "log").read_text()
+    assert re.fullmatch(r"WARNING told so\n" if journal else r"[0-9-]{10} [0-9:]{8}\S* WARNING told so\n", text)
+
+
+# ---- kit: what is there before is there afterwards --------------------------------------------------------------------
+
+
+def namespaces() -> set[str]:
+    """The namespaces of Labs, but not those of a Lab in another process that still runs."""
+    names = os.listdir("/run/netns") if os.path.isdir("/run/netns") else []
+    owner = {name: int(found[1]) for name in names if (found := re.fullmatch(r"tun6-(\d+)-\w+", name))}
+    return {name for name, pid in owner.items() if pid == os.getpid() or not os.path.exists(f"/proc/{pid}")}
+
+
+def children() -> set[int]:
+    """The processes that this one has started and not waited for."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+        except OSError:  # it has ended
+            continue
+        if int(parent) == os.getpid():
+            found.add(int(stat.parent.name))
+    return found
+
+
+def leftovers() -> dict[str, set[Any]]:
+    """What a test must not leave behind."""
+    return {
+        "namespaces": namespaces(),
+        "processes": children(),
+        "devices": {name for _, name in socket.if_nameindex()},
+        "threads": {thread.name for thread in threading.enumerate()},
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    before = leftovers()
+    yield
+    try:
+        wait_until("the leftovers of the test go", lambda: all(now <= before[kind] for kind, now in leftovers().items()), 3)
+    except tun6.KernelError:
+        left = {kind: now - before[kind] for kind, now in leftovers().items()}
+        pytest.fail(f"the test left behind {left}")
+
+
+VOLATILE = {"expires", "valid_life_time", "preferred_life_time"}  # fields of `ip -j` that change by themselves
+WATCHED_SYSCTLS = ("forwarding", "accept_ra", "disable_ipv6", "addr_gen_mode", "mtu")
+
+
+def state_of(lab: Lab, host: str) -> dict[str, Any]:
+    """Links, addresses, routes and sysctls of a host, comparable."""
+    state: dict[str, Any] = {}
+    for what in ("addr", "-4 route show table all", "-6 route show table all"):
+        for entry in json.loads(lab.ip(host, f"-j {what}") or "[]"):
+            name = f"{what} {entry.get('ifname') or entry.get('dst')} {entry.get('dev', '')} {entry.get('metric', '')}"
+            state[name] = _without_volatile(entry)
+    with lab.inside(host):
+        for conf in Path("/proc/sys/net/ipv6/conf").iterdir():
+            for key in WATCHED_SYSCTLS:
+                state[f"{conf.name}.{key}"] = tun6.sysctl(f"net.ipv6.conf.{conf.name}.{key}")
+    return state
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_volatile(inner) for key, inner in value.items() if key not in VOLATILE}
+    if isinstance(value, list):
+        return [_without_volatile(inner) for inner in value]
+    return value
+
+
+def settled(lab: Lab, host: str) -> bool:
+    """Whether all links of the host have their link-local addresses, with the routes that these bring."""
+    links = len(json.loads(lab.ip(host, "-j link"))) - 1  # the loopback has none
+    tentative = "tentative" in lab.ip(host, "-6 addr")
+    return not tentative and lab.ip(host, "-6 route show table local type local").count("fe80::") == links
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[Lab]:
+    """The six hosts, made once; tests take `lab`, which checks how they leave them."""
+    if os.geteuid():
+        pytest.skip("makes network namespaces and TUN devices, which takes root")
+    before = namespaces()
+    with Lab() as lab:
+        for host in Lab.HOSTS:
+            wait_until(f"the links of {host} have their addresses", lambda host=host: settled(lab, host))  # type: ignore[misc]
+        yield lab
+    assert namespaces() <= before, "the Lab left namespaces behind"
+
+
+@pytest.fixture
+def lab(hosts: Lab) -> Iterator[Lab]:
+    before = {host: state_of(hosts, host) for host in Lab.HOSTS}
+    yield hosts
+    for host in Lab.HOSTS:
+        assert state_of(hosts, host) == before[host], f"{host} is not as it was"
+        assert not hosts.run(host, "ip", "netns", "pids", hosts._names[host]).stdout.split()[1:], f"a process is left on {host}"
+
+
+# ---- kit: the real tun6 ----------------------------------------------------------------------------------------------
+
+TUN6 = str(Path(tun6.__file__).resolve())
+SERVER_ENDS_S = 2.0  # the issue: SIGTERM and SIGINT undo everything in under 2 s
+
+
+class Program:
+    """A tun6 that runs on a host of the lab."""
+
+    def __init__(self, lab: Lab, host: str, role: str, config: Path, log: Path) -> None:
+        self.host, self.role, self._log = host, role, log
+        with open(log, "w") as stderr:
+            self.process = lab.popen(host, sys.executable, TUN6, role, "-v", "-c", str(config), stderr=stderr, stdin=subprocess.DEVNULL)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, pattern: str, times: int = 1, seconds: float = 10) -> list[str]:
+        """What the pattern finds in the log, as soon as it does so this many times."""
+
+        def found() -> list[str]:
+            matches = re.findall(pattern, self.log())
+            assert matches or self.process.poll() is None, f"the {self.role} ended by itself:\n{self.log()}"
+            return matches if len(matches) >= times else []
+
+        try:
+            return wait_until("the log", found, seconds)
+        except tun6.KernelError:
+            raise AssertionError(f"{pattern!r} is not {times} times in the log of the {self.role}:\n{self.log()}") from None
+
+    def prefix(self, times: int = 1, seconds: float = 10) -> IPv6Network:
+        """The prefix of the client when it has connected so many times."""
+        return IPv6Network(self.wait_for(r": has (\S+) on", times, seconds)[-1])
+
+    def stop(self, number: int = signal.SIGTERM) -> float:
+        """Ends it by a signal; it must exit with 0. Gives the seconds that it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        try:
+            status = self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the {self.role} did not end within 10 s of signal {number}:\n{self.log()}") from None
+        assert status == 0, f"the {self.role} exited with {status}:\n{self.log()}"
+        return time.monotonic() - began
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Tunnel:
+    """Starts tun6 programs on the lab's hosts, with a pool and a port of their own, and ends those that still run."""
+
+    _numbers = itertools.count(0x100)
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self.lab, self._folder = lab, folder
+        self.port = 10_000 + next(self._numbers)
+        self.pool = self.new_pool()
+        self._programs: list[Program] = []
+
+    def new_pool(self) -> IPv6Network:
+        """A pool that no test had before: the hosts remember the path MTUs of addresses."""
+        return IPv6Network(f"2001:db8:{next(self._numbers):x}::/56")
+
+    def server(self, host: str = "server", **settings: object) -> Program:
+        """A server that listens. The settings are those of its section of config.ini, None to leave one out."""
+        server = self.start("server", host, **settings)
+        server.wait_for(" serving ")
+        return server
+
+    def client(self, host: str = "client", **settings: object) -> Program:
+        return self.start("client", host, **settings)
+
+    def start(self, role: str, host: str, **settings: object) -> Program:
+        number = len(self._programs)
+        program = Program(self.lab, host, role, self.config(role, **settings), self._folder / f"{number}-{role}.log")
+        self._programs.append(program)
+        return program
+
+    def config(self, role: str, **settings: object) -> Path:
+        """A config.ini of one section."""
+        usual: dict[str, object] = {
+            "server": {"localhost": "0.0.0.0", "listenport": self.port, "prefixrange": self.pool, "assignments": "assignments.json"},
+            "client": {"remotehost": Lab.SERVER, "remoteport": self.port},
+        }[role]
+        lines = [f"{key} = {value}" for key, value in {**usual, **settings}.items() if value is not None]
+        path = self._folder / f"{len(self._programs)}-{role}.ini"
+        path.write_text("\n".join([f"[{role}]", *lines, ""]))
+        return path
+
+    def fails(self, role: str, host: str, **settings: object) -> str:
+        """Starts a tun6 that can't begin: it must exit with 1 and say why in one sentence, which this gives."""
+        done = self.lab.run(host, sys.executable, TUN6, role, "-c", str(self.config(role, **settings)), timeout=10)
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        (sentence,) = re.findall(r"^tun6: (.*)$", done.stderr, re.MULTILINE)
+        assert done.stderr.endswith(f"tun6: {sentence}\n")
+        return str(sentence)
+
+    def peer(self, id_: str = "by-hand", host: str = "client", offload: list[str] | None = None) -> Peer:
+        """A client spoken by hand that has said its hello."""
+        peer = Peer(self.lab, self.port, host)
+        peer.hello(id_, offload)
+        return peer
+
+    def close(self) -> None:
+        """Ends, and asks of all programs that they behaved."""
+        slow = [p.role for p in reversed(self._programs) if p.process.poll() is None and p.stop() > SERVER_ENDS_S]
+        assert not slow, f"took more than {SERVER_ENDS_S} s to end: {slow}"
+        for program in self._programs:
+            assert "Traceback" not in program.log(), program.log()
+            assert "internal error" not in program.log(), program.log()
+
+    def kill(self) -> None:
+        for program in self._programs:
+            if program.process.poll() is None:
+                program.kill()
+
+
+@pytest.fixture
+def tunnel(lab: Lab, tmp_path: Path) -> Iterator[Tunnel]:
+    tunnel = Tunnel(lab, tmp_path)
+    with ExitStack() as undo:
+        undo.callback(tunnel.kill)
+        yield tunnel
+        tunnel.close()
+
+
+def server_devices(lab: Lab) -> set[str]:
+    """The names of the sessions' TUNs."""
+    return {link["ifname"] for link in json.loads(lab.ip("server", "-j link")) if link["ifname"].startswith("tun6-")}
+
+
+def server_routes(lab: Lab, kind: str = "unicast") -> set[str]:
+    """Where the server's own routes lead: those of the sessions, or with "unreachable" that of the pool."""
+    return {route["dst"] for route in json.loads(lab.ip("server", f"-6 -j route show type {kind} proto {tun6.ROUTE_PROTOCOL}"))}
+
+
+def wait_until_no_sessions(lab: Lab, seconds: float = 3) -> None:
+    wait_until("TUNs and routes of the sessions go", lambda: not server_devices(lab) and not server_routes(lab), seconds)
+
+
+def tun_of(lab: Lab, host: str = "client", device: str = "tun6") -> dict[str, Any]:
+    """What `ip -j addr` says of the client's TUN; {} when there is none."""
+    return next((link for link in json.loads(lab.ip(host, "-j addr")) if link["ifname"] == device), {})
+
+
+def addresses(lab: Lab, host: str = "client") -> list[str]:
+    return [f"{entry['local']}/{entry['prefixlen']}" for entry in tun_of(lab, host).get("addr_info", [])]
+
+
+def way_to_internet(lab: Lab, host: str = "client") -> str:
+    """The device that a packet for the IPv6 Internet leaves by."""
+    return str(json.loads(lab.ip(host, f"-6 -j route get {Lab.INTERNET}"))[0]["dev"])
+
+
+@contextmanager
+def lan_behind(lab: Lab, prefix: IPv6Network) -> Iterator[str]:
+    """The prefix's addresses on the LAN behind the client; gives that of the host there."""
+    commands = (
+        ("client", "addr", f"{prefix[2]}/64 dev eth1"),
+        ("lan", "addr", f"{prefix[16]}/64 dev eth0"),
+        ("lan", "-6 route", f"default via {prefix[2]}"),
+    )
+    with ExitStack() as undo:
+        for host, what, which in commands:
+            lab.ip(host, f"{what} add {which}{' nodad' if what == 'addr' else ''}")
+            undo.callback(lab.ip, host, f"{what} del {which}")
+        wait_until("the LAN host reaches its router", lambda: lab.pings("lan", str(prefix[2])))
+        yield str(prefix[16])
+
+
+def ping(lab: Lab, host: str, address: str = Lab.INTERNET, size: int = 56) -> None:
+    """Five pings of this many bytes all come back, once the path's MTU is known to both ends."""
+
+    def pings(count: int) -> bool:
+        command = ("ping", "-6", "-c", str(count), "-i", "0.02", "-W", "1", "-s", str(size), address)
+        return lab.run(host, *command).returncode == 0 if count == 1 else " 0% packet loss" in lab.run(host, *command).stdout
+
+    wait_until(f"{host} pings {address} with {size} bytes", lambda: pings(1))
+    assert pings(5), f"pings of {size} bytes from {host} to {address} were lost"
+
+
+def transfer(lab: Lab, source: str, sink: str, address: str, size: int) -> None:
+    """Moves random bytes over one TCP connection; what arrives at `address` of the sink must have their hash."""
+    data = os.urandom(size)
+    with lab.inside(sink):
+        listener = socket.create_server((address, 0), family=socket.AF_INET6)
+    with lab.inside(source):
+        sender = socket.socket(socket.AF_INET6)
+    with listener, sender:
+        for one in (listener, sender):
+            one.settimeout(20)
+        sender.connect(listener.getsockname()[:2])
+        receiver, _ = listener.accept()
+        with receiver:
+            receiver.settimeout(20)
+
+            def send() -> None:
+                sender.sendall(data)
+                sender.shutdown(socket.SHUT_WR)
+
+            thread = threading.Thread(target=send, daemon=True)
+            thread.start()
+            digest, got = hashlib.sha256(), 0
+            while chunk := receiver.recv(1 << 20):
+                digest.update(chunk)
+                got += len(chunk)
+            thread.join(20)
+    assert (got, digest.digest()) == (size, hashlib.sha256(data).digest())
+
+
+# ---- kit: peers spoken by hand ---------------------------------------------------------------------------------------
+
+
+def echo_request(source: IPv6Address, number: int, size: int = 16) -> bytes:
+    """An IPv6 packet: an ICMPv6 echo request (RFC 4443) to the Internet host; the number is its id and sequence number."""
+    target = IPv6Address(Lab.INTERNET)
+    body = struct.pack(">HH", number, number) + bytes(size)
+    pseudo = source.packed + target.packed + struct.pack(">IxxxB", 4 + len(body), 58)
+    words = pseudo + struct.pack(">BBH", 128, 0, 0) + body
+    total = sum(struct.unpack(f">{len(words) // 2}H", words))
+    while total >> 16:
+        total = (total >> 16) + (total & 0xFFFF)
+    icmp = struct.pack(">BBH", 128, 0, ~total & 0xFFFF) + body
+    return struct.pack(">IHBB", 6 << 28, len(icmp), 58, 64) + source.packed + target.packed + icmp
+
+
+def is_reply(packet: bytes, number: int) -> bool:
+    return packet[6] == 58 and packet[40] == 129 and packet[44:48] == struct.pack(">HH", number, number)
+
+
+def packet_length(data: bytes) -> int:
+    """Of the IPv6 packet that begins here."""
+    return 40 + int.from_bytes(data[4:6], "big")
+
+
+def is_one_packet(data: bytes) -> bool:
+    return len(data) >= 40 and data[0] >> 4 == 6 and len(data) == packet_length(data)
+
+
+class Peer:
+    """A connection to the server, spoken by hand from a host of the lab."""
+
+    def __init__(self, lab: Lab, port: int, host: str = "client") -> None:
+        with lab.inside(host):
+            self.sock = socket.socket()
+        self.sock.settimeout(5)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.connect((Lab.SERVER, port))
+        self._buffer = b""
+        self._header = b""
+        self._numbers = itertools.count(1)
+        self.prefix = IPv6Network("::/64")
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def hello(self, id_: str, offload: list[str] | None = None) -> None:
+        hello: dict[str, object] = {"Id": id_}
+        if offload is not None:
+            hello["Offload"], self._header = offload, bytes(10)
+        self.sock.sendall(json.dumps(hello).encode())
+
+    def answer(self) -> dict[str, Any]:
+        """The server's message, and the prefix that it brings is kept."""
+        while b"}" not in self._buffer:
+            self._more()
+        text, _, self._buffer = self._buffer.partition(b"}")
+        answer: dict[str, Any] = json.loads(text + b"}")
+        self.prefix = IPv6Network(answer.get("Prefix", "::/64"))
+        return answer
+
+    def connected(self) -> Peer:
+        """Itself, when the server has taken it."""
+        assert "Prefix" in self.answer()
+        return self
+
+    def frame(self) -> tuple[bytes, bytes]:
+        """The next frame: offload header (empty when there is none) and packet."""
+        skip = len(self._header)
+        while len(self._buffer) < skip + 40 or len(self._buffer) < skip + packet_length(self._buffer[skip:]):
+            self._more()
+        end = skip + packet_length(self._buffer[skip:])
+        frame, self._buffer = self._buffer[:end], self._buffer[end:]
+        return frame[:skip], frame[skip:]
+
+    def send_echo(self) -> int:
+        number = next(self._numbers)
+        self.sock.sendall(self._header + echo_request(self.prefix[1], number))
+        return number
+
+    def echo(self) -> None:
+        """Pings the Internet host: the tunnel works both ways."""
+        self.expect_reply(self.send_echo())
+
+    def expect_reply(self, number: int) -> None:
+        deadline = time.monotonic() + 5
+        while not is_reply(self.frame()[1], number):
+            assert time.monotonic() < deadline, "no reply to the ping"
+
+    def ended(self) -> str:
+        """How the server ended the connection, whatever it sent before."""
+        try:
+            while self.sock.recv(65_536):
+                pass
+        except ConnectionResetError:
+            return "reset"
+        return "closed"
+
+    def reset(self) -> None:
+        """Leaves with RST."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def send_segment(self, data: bytes) -> None:
+        """Sends, and waits until the server's kernel has it: what is sent next is another segment."""
+        self.sock.sendall(data)
+        unacknowledged = bytearray(4)
+
+        def arrived() -> bool:
+            fcntl.ioctl(self.sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
+            return not any(unacknowledged)
+
+        wait_until("the segment is acknowledged", arrived)
+
+    def _more(self) -> None:
+        data = self.sock.recv(65_536)
+        if not data:
+            raise EOFError(f"the server closed the connection behind {self._buffer[:200]!r}")
+        self._buffer += data
+
+
+class Legacy:
+    """Half of a program of the original's kind: a TUN without offload header, one connection, and a thread for both.
+
+    As in the original, what one read of the TUN gives is one send.
+    """
+
+    def __init__(self, lab: Lab, host: str) -> None:
+        self._lab, self._host = lab, host
+        with lab.inside(host):
+            self._tun = pytun.TunTapDevice("legacy", flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
+        os.set_blocking(self._tun.fileno(), False)
+        lab.ip(host, "link set legacy addrgenmode none")
+        lab.ip(host, "link set legacy up")
+        self.sock: socket.socket | None = None
+        self._wake, self._waker = os.pipe()
+        self._thread = threading.Thread(target=self._run)
+        self._failure: BaseException | None = None
+
+    def close(self) -> None:
+        os.close(self._waker)
+        if self._thread.ident:
+            self._thread.join(10)
+        os.close(self._wake)
+        if self.sock:
+            self.sock.close()
+        self._tun.close()
+        if self._failure:
+            raise self._failure
+
+    def _sources(self) -> list[Any]:
+        return [self._wake, self._tun, *([self.sock] if self.sock else [])]
+
+    def _run(self) -> None:
+        try:
+            while True:
+                ready, _, _ = select.select(self._sources(), [], [])
+                if self._wake in ready:
+                    return
+                self._serve(ready)
+        except BaseException as failure:
+            self._failure = failure
+
+    def _serve(self, ready: list[Any]) -> None:
+        if self._tun in ready:
+            packet = os.read(self._tun.fileno(), 65_536)
+            if self.sock:
+                try:
+                    self.sock.sendall(packet)
+                except OSError:
+                    self._drop()
+        if self.sock in ready:
+            self._receive()
+
+    def _receive(self) -> None:
+        assert self.sock
+        try:
+            data = self.sock.recv(65_536)
+        except OSError:
+            data = b""
+        if data:
+            self._received(data)
+        else:
+            self._drop()
+
+    def _received(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def _drop(self) -> None:
+        if self.sock:
+            self.sock.close()
+            self.sock = None
+
+
+class LegacyClient(Legacy):
+    """The original client: its first recv is the whole answer."""
+
+    def __init__(self, lab: Lab, tunnel: Tunnel, host: str = "client", dawdle: float = 0) -> None:
+        """`dawdle` seconds pass before the first recv, as on a small machine that is busy."""
+        super().__init__(lab, host)
+        self._stream = b""
+        try:
+            with lab.inside(host):
+                self.sock = socket.create_connection((Lab.SERVER, tunnel.port), timeout=5)
+            self.sock.sendall(b'{"Id": "legacy"}')
+            time.sleep(dawdle)
+            self.first = self.sock.recv(4096)
+            self.prefix = IPv6Network(json.loads(self.first)["Prefix"])
+            lab.ip(host, f"addr add {self.prefix[1]}/128 dev legacy nodad")
+            lab.ip(host, "-6 route add default dev legacy metric 5")
+        except BaseException:
+            self.close()
+            raise
+        self._thread.start()
+
+    def __enter__(self) -> LegacyClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _received(self, data: bytes) -> None:
+        self._stream += data
+        while len(self._stream) >= 40 and len(self._stream) >= packet_length(self._stream):
+            end = packet_length(self._stream)
+            os.write(self._tun.fileno(), self._stream[:end])
+            self._stream = self._stream[end:]
+
+
+class LegacyServer(Legacy):
+    """The original server, with one prefix to give: every recv is one packet for it."""
+
+    def __init__(self, lab: Lab, tunnel: Tunnel, prefix: IPv6Network) -> None:
+        super().__init__(lab, "server")
+        self.hellos: list[dict[str, Any]] = []
+        self.recvs: list[bytes] = []  # since the last hello
+        self._prefix = prefix
+        lab.ip("server", f"-6 route add {prefix} dev legacy")
+        with lab.inside("server"):
+            self._listener = socket.create_server((Lab.SERVER, tunnel.port))
+        self._thread.start()
+
+    def __enter__(self) -> LegacyServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.close()
+        finally:
+            self._listener.close()
+
+    def _sources(self) -> list[Any]:
+        return [self._listener, *super()._sources()]
+
+    def _serve(self, ready: list[Any]) -> None:
+        if self._listener in ready:
+            self._drop()
+            self.sock, _ = self._listener.accept()
+            self.sock.settimeout(5)
+            self.hellos.append(json.loads(self.sock.recv(4096)))
+            self.recvs = []
+            self.sock.sendall(json.dumps({"Prefix": str(self._prefix)}).encode())
+            return
+        super()._serve(ready)
+
+    def _received(self, data: bytes) -> None:
+        self.recvs.append(data)
+        os.write(self._tun.fileno(), data)  # of several packets, the kernel takes the first
+
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server_mtu", "client_mtu"), [(1500, 1500), (1280, 1280), (1280, 1500), (1500, 1280), (1400, 9000), (65_500, 65_500)]
+)
+def test_a_lan_host_behind_the_nat_pings_and_moves_bulk_both_ways(lab: Lab, tunnel: Tunnel, server_mtu: int, client_mtu: int) -> None:
+    tunnel.server(mtu=server_mtu)
+    client = tunnel.client(mtu=client_mtu)
+    prefix = client.prefix()
+    assert prefix == IPv6Network(f"{tunnel.pool[0]}/64")  # the first of the pool
+    assert tun_of(lab)["mtu"] == client_mtu
+    assert tun_of(lab, "server", "tun6-0")["mtu"] == server_mtu
+    bulk = 48 << 20 if server_mtu == client_mtu == 1500 else 8 << 20
+    with lan_behind(lab, prefix) as address:
+        for size in (64, 1440, 3000):
+            ping(lab, "lan", size=size)
+        transfer(lab, "lan", "internet", Lab.INTERNET, bulk)
+        transfer(lab, "internet", "lan", address, bulk)
+
+
+def test_a_server_without_session_leaves_the_hosts_as_they_were_while_it_waits(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    assert not server_devices(lab)
+    assert not server_routes(lab)
+    assert server_routes(lab, "unreachable") == {str(tunnel.pool)}
+
+
+def test_two_clients_at_once_have_their_own_prefixes_and_both_move_bulk(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    hosts = ("client", "second")
+    prefixes = [client.prefix() for client in [tunnel.client(host) for host in hosts]]
+    assert len(set(prefixes)) == 2
+    failures: list[BaseException] = []
+
+    def move(source: str, sink: str, address: str) -> None:
+        try:
+            transfer(lab, source, sink, address, 16 << 20)
+        except BaseException as failure:
+            failures.append(failure)
+
+    ways = [
+        *((host, "internet", Lab.INTERNET) for host in hosts),
+        *(("internet", host, str(prefix[1])) for host, prefix in zip(hosts, prefixes)),
+        ("client", "second", str(prefixes[1][1])),
+    ]
+    threads = [threading.Thread(target=move, args=way) for way in ways]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+
+
+def test_forty_clients_at_once_have_forty_prefixes_devices_and_routes_until_they_leave(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    peers = [Peer(lab, tunnel.port) for _ in range(40)]
+    try:
+        for number, peer in enumerate(peers):
+            peer.hello(f"client {number}", ["tso6", "uso6"] if number % 2 else None)
+        prefixes = {str(peer.connected().prefix) for peer in peers}
+        assert len(prefixes) == 40
+        assert all(IPv6Network(prefix).subnet_of(tunnel.pool) for prefix in prefixes)
+        assert len(server_devices(lab)) == 40
+        assert server_routes(lab) == prefixes
+        numbers = [peer.send_echo() for peer in peers]
+        for peer, number in zip(peers, numbers):
+            peer.expect_reply(number)
+    finally:
+        for peer in peers:
+            peer.sock.close()
+    wait_until_no_sessions(lab)
+    server.wait_for(": gone, (?:the peer closed the connection|Connection reset by peer);", 40)
+
+
+def test_the_fifth_client_of_a_pool_of_four_is_refused_and_the_four_go_on(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.pool = IPv6Network(f"{tunnel.pool[0]}/62")
+    tunnel.server()
+    with ExitStack() as undo:
+        four = [undo.enter_context(tunnel.peer(f"client {number}")).connected() for number in range(4)]
+        with tunnel.peer("client 4") as fifth:
+            refusal = fifth.answer()
+            assert refusal["Error"] == "pool-exhausted"
+            assert str(tunnel.pool) in refusal["Text"]
+            assert fifth.ended() == "closed"
+        for peer in four:
+            peer.echo()
+        assert len(server_devices(lab)) == 4
+        refused = tunnel.client("second")
+        refused.wait_for("DEBUG no connection .* pool-exhausted: no free /64")
+        assert len(re.findall("WARNING no connection", refused.log())) == 1
+
+
+def test_a_client_too_many_is_told_that_the_server_is_busy_until_another_leaves(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server(max_clients=2)
+    with tunnel.peer("a") as first, tunnel.peer("b") as second:
+        first.connected()
+        second.connected()
+        with tunnel.peer("c") as third:
+            assert third.answer()["Error"] == "busy"
+        with tunnel.peer("b") as again:  # takes over, so it is none too many
+            again.connected().echo()
+        first.echo()
+        server.wait_for("'b' from .*: gone", 2)
+        with tunnel.peer("c") as third:
+            third.connected().echo()
+
+
+def test_clients_of_all_kinds_share_a_server(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    with (
+        tunnel.peer("plain") as plain,
+        tunnel.peer("none", offload=[]) as none,
+        tunnel.peer("all", offload=["tso6", "uso6", "new"]) as both,
+    ):
+        assert set(plain.answer()) == {"Prefix"}  # a legacy client hears nothing else
+        for peer in (none, both):
+            assert "tso6" in peer.answer()["Offload"]
+        for peer in (plain, none, both):
+            peer.echo()
+
+
+def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel) -> None:
+    lab.ip("server", f"-6 route add default via {Lab.INTERNET}")
+    lab.sysctl("internet", "net.ipv6.conf.all.forwarding", "1")  # so it is the provider's router, which sends the pool back to us
+    try:
+        server = tunnel.server()
+
+        def answer() -> str:
+            return lab.run("internet", "ping", "-6", "-c", "1", "-W", "1", str(tunnel.pool[1])).stdout
+
+        wait_until("an unassigned prefix is unreachable", lambda: "Destination unreachable" in answer())
+        server.stop()
+        wait_until("without the server, it loops", lambda: "Time exceeded" in answer())
+    finally:
+        lab.sysctl("internet", "net.ipv6.conf.all.forwarding", "0")
+        lab.ip("server", f"-6 route del default via {Lab.INTERNET}")
+
+
+# ---- outages ---------------------------------------------------------------------------------------------------------
+
+
+class Echo:
+    """Pings the Internet host from a host's own socket: what `send` has returned from is in the TUN's queue."""
+
+    def __init__(self, lab: Lab, host: str = "client") -> None:
+        with lab.inside(host):
+            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+
+    def __enter__(self) -> Echo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, number: int) -> None:
+        self._sock.sendto(struct.pack(">BBHHH", 128, 0, 0, number, number), (Lab.INTERNET, 0))  # the kernel fills the checksum
+
+    def expect_replies(self, numbers: set[int], seconds: float = 5) -> None:
+        deadline = time.monotonic() + seconds
+        while numbers:
+            self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+            packet = self._sock.recv(65_536)
+            if packet[0] == 129:
+                numbers = numbers - {int.from_bytes(packet[4:6], "big")}
+
+
+def test_a_server_killed_and_started_again_gives_the_same_prefix_and_what_waited_is_delivered(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    client = tunnel.client()
+    prefix = client.prefix()
+    tun = tun_of(lab)
+    server.kill()
+    client.wait_for("WARNING no connection")
+    wait_until_no_sessions(lab)
+    assert server_routes(lab, "unreachable") == {str(tunnel.pool)}  # stale, and no obstacle
+    assert tun_of(lab) == tun  # device, address and route stay
+    assert way_to_internet(lab) == "tun6"
+    with Echo(lab) as echo:
+        for number in range(100):
+            echo.send(number)
+        client.wait_for("DEBUG no connection", 2)
+        tunnel.server()
+        assert client.prefix(times=2) == prefix
+        echo.expect_replies(set(range(100)))
+    assert tun_of(lab) == tun
+    assert len(re.findall("WARNING", client.log())) == 1  # once, and not every two seconds
+
+
+def test_prefixes_outlive_the_server_whatever_order_the_clients_come_back_in(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+
+    def prefixes(names: list[str]) -> dict[str, IPv6Network]:
+        with ExitStack() as undo:
+            return {name: undo.enter_context(tunnel.peer(name)).connected().prefix for name in names}
+
+    before = prefixes(["a", "b", "c"])
+    with tunnel.peer("a") as peer:
+        peer.connected().echo()
+        wait_until(
+            "all else that the server sends is here", lambda: not select.select([peer.sock], [], [], 0.2)[0] or not peer.sock.recv(65_536)
+        )
+        server.stop()
+        assert peer.ended() == "closed"  # by the server, whose kernel then keeps the port for a while: TIME_WAIT
+    server = tunnel.server()
+    assert prefixes(["c", "a", "b"]) == before
+    server.kill()
+    tunnel.server()
+    assert prefixes(["new", "b", "c", "a"]).items() > before.items()
+
+
+def test_a_server_removes_the_route_that_a_killed_one_left_and_not_that_of_one_that_lives(lab: Lab, tunnel: Tunnel) -> None:
+    living, left = tunnel.new_pool(), tunnel.new_pool()
+    tunnel.server(prefixrange=living, assignments=None, listenport=tunnel.port + 5000)
+    tunnel.server(prefixrange=left, assignments=None).kill()
+    assert server_routes(lab, "unreachable") == {str(living), str(left)}
+    tunnel.server()
+    assert server_routes(lab, "unreachable") == {str(living), str(tunnel.pool)}
+
+
+def test_a_client_killed_and_started_again_has_the_same_prefix(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    client = tunnel.client()
+    prefix = client.prefix()
+    client.kill()
+    wait_until_no_sessions(lab)
+    assert not tun_of(lab)
+    again = tunnel.client()
+    assert again.prefix() == prefix
+    ping(lab, "client")
+
+
+def test_the_id_is_the_mac_of_the_interface_with_the_default_route_unless_it_is_set(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    tunnel.client().prefix()
+    tunnel.client("second", id="pi in the attic").prefix()
+    mac = json.loads(lab.ip("client", "-j link show eth0"))[0]["address"]
+    assert set(server.wait_for("INFO '(.*)' from .*: has", 2)) == {mac, "pi in the attic"}
+
+
+def test_a_client_started_before_the_server_connects_when_it_comes(lab: Lab, tunnel: Tunnel) -> None:
+    client = tunnel.client()
+    client.wait_for("DEBUG no connection")  # the second attempt
+    assert way_to_internet(lab) == "tun6"
+    tunnel.server()
+    client.prefix()
+    ping(lab, "client")
+    assert len(re.findall("WARNING", client.log())) == 1
+
+
+def test_a_client_whose_server_has_no_address_says_so_and_stops_in_time_while_it_asks_again(lab: Lab, tunnel: Tunnel) -> None:
+    client = tunnel.client(remotehost="no-such-host.invalid")
+    client.wait_for("WARNING no connection to no-such-host.invalid port", seconds=30)
+    assert way_to_internet(lab) == "tun6"
+
+
+def test_the_address_follows_when_the_server_gives_another_prefix(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    client = tunnel.client()
+    old = client.prefix()
+    assert addresses(lab) == [f"{old[1]}/128"]
+    server.stop()
+    tunnel.pool = tunnel.new_pool()
+    tunnel.server(assignments=None)
+    new = client.prefix(times=2)
+    assert new != old
+    assert addresses(lab) == [f"{new[1]}/128"]
+    ping(lab, "client")
+
+
+def test_a_client_without_default_route_leaves_the_way_to_the_internet_alone(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    client = tunnel.client(default_route="no")
+    prefix = client.prefix()
+    assert "default" not in lab.ip("client", "-6 route show table all")
+    lab.ip("client", f"-6 route add {Lab.INTERNET} dev tun6")
+    ping(lab, "internet", str(prefix[1]))
+
+
+def test_an_existing_default_route_is_in_effect_again_when_the_client_has_gone(lab: Lab, tunnel: Tunnel) -> None:
+    lab.ip("client", "-6 route add default dev eth1 metric 1024")
+    try:
+        tunnel.server()
+        client = tunnel.client()
+        client.prefix()
+        assert way_to_internet(lab) == "tun6"
+        client.stop()
+        assert way_to_internet(lab) == "eth1"
+    finally:
+        lab.ip("client", "-6 route del default dev eth1 metric 1024")
+
+
+# ---- sessions: how they begin ----------------------------------------------------------------------------------------
+
+
+def test_a_newcomer_with_the_id_of_a_live_session_takes_over(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    with tunnel.peer("same") as first, tunnel.peer("other") as other:
+        prefix = first.connected().prefix
+        first.echo()
+        other.connected()
+        with tunnel.peer("same", host="second") as second:
+            assert second.connected().prefix == prefix
+            assert first.ended() == "closed"
+            second.echo()
+            other.echo()
+            assert server_routes(lab) == {str(prefix), str(other.prefix)}
+            assert len(server_devices(lab)) == 2
+    server.wait_for("'same' from .*: gone, a newcomer from")
+
+
+def test_many_newcomers_with_one_id_leave_one_session(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    peers = [Peer(lab, tunnel.port) for _ in range(10)]
+    try:
+        for peer in peers:
+            peer.hello("same")
+        wait_until("all but one are closed", lambda: len(select.select([peer.sock for peer in peers], [], [], 0)[0]) == 10)
+        wait_until("one session is left", lambda: len(server_devices(lab)) == len(server_routes(lab)) == 1)
+        alive = []
+        for peer in peers:
+            peer.answer()
+            peer.sock.settimeout(1)
+            try:
+                peer.echo()
+                alive.append(peer)
+            except (EOFError, OSError):
+                pass
+        assert len(alive) == 1
+    finally:
+        for peer in peers:
+            peer.sock.close()
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example takes seconds: no shrinking
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_however_hello_and_frames_are_cut_into_segments_the_session_works(hello_server: Tunnel, data: st.DataObject) -> None:
+    offload = data.draw(st.sampled_from([None, ["tso6"]]))
+    header = b"" if offload is None else bytes(10)
+    hello: dict[str, object] = {"Id": "cut } { anyhow"} if offload is None else {"Offload": offload, "Id": 'a "quoted" one'}
+    prefix = IPv6Network(f"{tunnel_prefix(hello_server, hello)}")
+    stream = json.dumps(hello).encode() + b"".join(header + echo_request(prefix[1], number, 200) for number in (1, 2))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(stream) - 1), max_size=6)))
+    with Peer(hello_server.lab, hello_server.port) as peer:
+        peer._header = header
+        for start, end in zip([0, *cuts], [*cuts, len(stream)]):
+            peer.send_segment(stream[start:end])
+        assert peer.connected().prefix == prefix
+        peer.expect_reply(1)
+        peer.expect_reply(2)
+        peer.echo()
+
+
+@pytest.fixture
+def hello_server(tunnel: Tunnel) -> Tunnel:
+    tunnel.server()
+    return tunnel
+
+
+def tunnel_prefix(tunnel: Tunnel, hello: dict[str, object]) -> IPv6Network:
+    """The prefix of the hello's Id, from a session of its own that is over."""
+    with tunnel.peer(str(hello["Id"])) as peer:
+        return peer.connected().prefix
+
+
+def test_a_hello_in_one_byte_segments_is_a_hello(tunnel: Tunnel) -> None:
+    tunnel.server()
+    with Peer(tunnel.lab, tunnel.port) as peer:
+        for byte in b'{"Id": "00:11:22:aa:bb:cc"}':
+            peer.send_segment(bytes([byte]))
+        peer.connected().echo()
+
+
+def test_packets_in_the_same_segment_as_the_hello_are_delivered(tunnel: Tunnel) -> None:
+    tunnel.server()
+    prefix = tunnel_prefix(tunnel, {"Id": "hasty"})
+    with Peer(tunnel.lab, tunnel.port) as peer:
+        requests = b"".join(echo_request(prefix[1], number) for number in range(50, 60))
+        peer.sock.sendall(b'{"Id": "hasty"}' + requests)
+        peer.connected()
+        for number in range(50, 60):
+            peer.expect_reply(number)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        bytes(100),
+        b"\x16\x03\x01",
+        b"[]",
+        b'{"Id": 7}',
+        b'{"Id": ""}',
+        b"{}",
+        b"{" * 5000,
+        b'{"Id": "\xff"}',
+        b'{"Id": "x", "Offload": 1}',
+    ],
+    ids=["http", "zeros", "tls", "list", "number", "empty", "no-id", "braces", "not-utf-8", "offload"],
+)
+def test_garbage_instead_of_a_hello_is_refused_and_the_server_lives(garbage_server: Tunnel, garbage: bytes) -> None:
+    with Peer(garbage_server.lab, garbage_server.port) as peer:
+        peer.sock.sendall(garbage)
+        assert peer.answer()["Error"] == "bad-hello"
+        assert peer.ended() == "closed"
+    with garbage_server.peer() as peer:
+        peer.connected().echo()
+
+
+@pytest.fixture
+def garbage_server(tunnel: Tunnel) -> Tunnel:
+    tunnel.server()
+    return tunnel
+
+
+def test_a_connection_without_whole_hello_is_dropped_after_ten_seconds_and_disturbs_nobody(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    with Peer(lab, tunnel.port) as silent, Peer(lab, tunnel.port) as slow, tunnel.peer() as live:
+        live.connected()
+        began = time.monotonic()
+        waiting = [silent.sock, slow.sock]
+        while waiting and time.monotonic() < began + 15:
+            gone = select.select(waiting, [], [], 1)[0]
+            for sock in gone:
+                assert sock.recv(1) == b""
+                assert 9 < time.monotonic() - began < 13
+                waiting.remove(sock)
+            live.echo()
+            if slow.sock in waiting:
+                slow.sock.send(b"{" if time.monotonic() < began + 2 else b" ")
+        assert not waiting
+    assert len(server.wait_for("left during the handshake: no answer within 10 s")) == 2
+
+
+# ---- sessions: how they end ------------------------------------------------------------------------------------------
+
+
+def leave(peer: Peer) -> None:
+    peer.sock.close()
+
+
+def half_close(peer: Peer) -> None:
+    peer.sock.shutdown(socket.SHUT_WR)
+
+
+def send_garbage(peer: Peer) -> None:
+    peer.sock.sendall(b"\x45" + bytes(100))
+
+
+def send_jumbogram(peer: Peer) -> None:
+    peer.sock.sendall(struct.pack(">IHBB", 6 << 28, 0, 0, 64) + bytes(32 + 100))
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (leave, "(the peer closed the connection|Connection reset by peer)"),  # reset when frames wait that it has not read
+        (half_close, "the peer closed the connection"),
+        (Peer.reset, "Connection reset by peer"),
+        (send_garbage, "frame that begins with 0x45 is no IPv6 packet"),
+        (send_jumbogram, "frame is a jumbogram"),
+    ],
+    ids=["close", "half-close", "reset", "garbage", "jumbogram"],
+)
+def test_whatever_the_peer_does_ends_its_own_session_alone_and_wholly(lab: Lab, tunnel: Tunnel, end: Any, reason: str) -> None:
+    server = tunnel.server()
+    with tunnel.peer("by-stander") as other, tunnel.peer("culprit") as peer:
+        other.connected()
+        peer.connected().echo()
+        assert len(server_devices(lab)) == 2
+        end(peer)
+        server.wait_for(f"'culprit' from .*: gone, {reason}; after . s, [1-9][0-9]* bytes received, [1-9][0-9]* sent, 0 packets dropped")
+        wait_until("its TUN and route go", lambda: len(server_devices(lab)) == 1 and server_routes(lab) == {str(other.prefix)})
+        other.echo()
+        if peer.sock.fileno() >= 0:
+            assert peer.ended() in ("closed", "reset")
+    with tunnel.peer("culprit") as peer:  # and may come back
+        peer.connected().echo()
+
+
+def test_a_tun_deleted_under_the_server_ends_that_session_and_the_client_comes_back(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    client = tunnel.client()
+    prefix = client.prefix()
+    with tunnel.peer(host="second") as other:
+        other.connected()
+        lab.ip("server", "link del tun6-0")
+        server.wait_for(": gone, TUN device tun6-0")
+        wait_until("its route goes", lambda: server_routes(lab) == {str(other.prefix)})
+        other.echo()
+        assert client.prefix(times=2) == prefix
+        ping(lab, "client")
+
+
+def test_a_tun_deleted_under_the_client_is_made_anew_and_the_client_comes_back(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    client = tunnel.client()
+    prefix = client.prefix()
+    index = tun_of(lab)["ifindex"]
+    lab.ip("client", "link del tun6")
+    assert client.prefix(times=2) == prefix
+    assert tun_of(lab)["ifindex"] != index
+    assert addresses(lab) == [f"{prefix[1]}/128"]
+    ping(lab, "client")
+
+
+def test_a_tun_deleted_under_the_client_during_an_outage_is_made_anew(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    client = tunnel.client()
+    prefix = client.prefix()
+    server.stop()
+    client.wait_for("WARNING no connection")
+    lab.ip("client", "link del tun6")
+    tunnel.server()
+    wait_until("the TUN is there again, with its address", lambda: addresses(lab) == [f"{prefix[1]}/128"])
+    ping(lab, "client")
+
+
+def test_a_tun_set_down_on_either_side_does_not_stay_so(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    address = str(tunnel.client().prefix()[1])
+    for host, device in (("client", "tun6"), ("server", "tun6-0")):
+        lab.ip(host, f"link set {device} down")
+        for end, other in (("internet", address), ("client", Lab.INTERNET)):
+            wait_until(f"{end} reaches the other end again", lambda end=end, other=other: lab.pings(end, other))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_told_to_stop_undoes_everything_in_two_seconds(lab: Lab, tunnel: Tunnel, number: int) -> None:
+    server = tunnel.server()
+    client = tunnel.client()
+    client.prefix()
+    with ExitStack() as undo:
+        peers = [undo.enter_context(tunnel.peer(f"client {number}")).connected() for number in range(20)]
+        undo.enter_context(Peer(lab, tunnel.port))  # has said nothing yet
+        peers[0].echo()
+        assert len(server_devices(lab)) == 21
+        assert server.stop(number) < SERVER_ENDS_S
+        assert not server_devices(lab)
+        assert not server_routes(lab)
+        assert not server_routes(lab, "unreachable")
+        assert all(peer.ended() in ("closed", "reset") for peer in peers)
+    assert server.log().count(": gone, the server stops;") == 21
+    client.wait_for("WARNING no connection .*: the peer closed the connection|WARNING no connection .*: Connection reset by peer")
+
+
+def test_a_server_stops_in_time_while_a_client_does_not_read(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    with lab.inside("internet"):
+        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    with sender, tunnel.peer("deaf") as deaf, tunnel.peer("other") as other:
+        deaf.connected()
+        other.connected()
+        (device,) = [route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {deaf.prefix}"))]
+
+        def drops() -> int:
+            for _ in range(500):
+                sender.sendto(bytes(1400), (str(deaf.prefix[1]), 9))
+            return int(json.loads(lab.ip("server", f"-s -j link show {device}"))[0]["stats64"]["tx"]["dropped"])
+
+        wait_until("the connection and the TUN's queue are full", drops)
+        other.echo()
+        assert server.stop() < SERVER_ENDS_S
+
+
+@pytest.mark.parametrize("devices", [0, 1, 20])
+def test_a_server_told_to_stop_while_clients_connect_undoes_everything_too(lab: Lab, tunnel: Tunnel, devices: int) -> None:
+    server = tunnel.server()
+    with ExitStack() as undo:
+        peers = [undo.enter_context(Peer(lab, tunnel.port)) for _ in range(40)]
+        for number, peer in enumerate(peers):
+            peer.hello(f"client {number % 30}")  # some take over
+        wait_until("some have been served", lambda: len(server_devices(lab)) >= devices)
+        assert server.stop() < SERVER_ENDS_S
+        assert not server_devices(lab)
+        assert not server_routes(lab)
+        assert not server_routes(lab, "unreachable")
+
+
+def test_a_client_told_to_stop_as_soon_as_it_has_its_tun_leaves_nothing(lab: Lab, tunnel: Tunnel) -> None:
+    before = state_of(lab, "client")
+    tunnel.server()
+    client = tunnel.client()
+    wait_until("there is a TUN", lambda: tun_of(lab))
+    assert client.stop() < SERVER_ENDS_S
+    assert state_of(lab, "client") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_client_told_to_stop_undoes_everything_in_two_seconds(lab: Lab, tunnel: Tunnel, number: int, connected: bool) -> None:
+    before = state_of(lab, "client")
+    if connected:
+        tunnel.server()
+    client = tunnel.client()
+    if connected:
+        client.prefix()
+    else:
+        client.wait_for("no connection")
+    assert client.stop(number) < SERVER_ENDS_S
+    assert state_of(lab, "client") == before
+    wait_until_no_sessions(lab)
+
+
+# ---- starts that fail or warn ----------------------------------------------------------------------------------------
+
+
+def test_a_server_whose_port_is_taken_says_so_and_leaves_the_other_alone(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    sentence = tunnel.fails("server", "server", assignments="other.json", prefixrange="2001:db8:fffe::/56")
+    assert sentence == f"can't listen on 0.0.0.0 port {tunnel.port}: Address already in use"
+    with tunnel.peer() as peer:
+        peer.connected().echo()
+
+
+def test_a_client_whose_device_name_is_taken_says_so_and_leaves_the_other_alone(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    tunnel.client().prefix()
+    assert tunnel.fails("client", "client").startswith("TUN device tun6 can't be made: Device or resource busy")
+    ping(lab, "client")
+
+
+def test_a_client_whose_device_name_is_that_of_another_kind_of_device_says_so(lab: Lab, tunnel: Tunnel) -> None:
+    assert tunnel.fails("client", "client", tun="eth1").startswith("TUN device eth1 can't be made: ")
+
+
+def test_a_server_without_forwarding_says_how_to_turn_it_on_and_keep_it_on(lab: Lab, tunnel: Tunnel) -> None:
+    warning = tunnel.server("second").wait_for("WARNING IPv6 forwarding is off.*")[0]
+    for command in ("sysctl -w net.ipv6.conf.all.forwarding=1", "/etc/sysctl.d/", "accept_ra=2"):
+        assert command in warning
+    assert "forwarding is off" not in tunnel.server("server", assignments="other.json").log()
+
+
+def test_a_server_without_assignments_file_warns_that_prefixes_are_forgotten(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server(assignments=None)
+    server.wait_for("WARNING no `assignments` file in .*forgotten")
+    with tunnel.peer() as peer:
+        peer.connected().echo()
+
+
+# ---- legacy peers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_legacy_client_pings_and_moves_bulk_both_ways(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    tunnel.client("second").prefix()
+    with LegacyClient(lab, tunnel) as client:
+        assert set(json.loads(client.first)) == {"Prefix"}
+        for size in (64, 1440, 3000):
+            ping(lab, "client", size=size)
+        transfer(lab, "client", "internet", Lab.INTERNET, 2 << 20)
+        transfer(lab, "internet", "client", str(client.prefix[1]), 2 << 20)
+        transfer(lab, "second", "client", str(client.prefix[1]), 1 << 20)  # its modern neighbour's packets, finished for it
+        transfer(lab, "client", "second", addresses(lab, "second")[0].split("/")[0], 1 << 20)
+
+
+def test_traffic_for_a_legacy_client_does_not_spoil_its_first_recv(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    with LegacyClient(lab, tunnel) as client:
+        prefix = client.prefix
+    command = ("ping", "-6", "-q", "-i", "0.002", str(prefix[1]))
+    with lab.popen("internet", *command, stdout=subprocess.DEVNULL) as pings:
+        try:
+            for dawdle in (0, 0, 0, 0.05, 0.1):
+                wait_until_no_sessions(lab)
+                with LegacyClient(lab, tunnel, dawdle=dawdle) as client:
+                    assert json.loads(client.first) == {"Prefix": str(prefix)}
+                    ping(lab, "client")
+        finally:
+            pings.kill()
+
+
+def test_a_legacy_server_gets_one_packet_a_recv_and_traffic_works_both_ways(lab: Lab, tunnel: Tunnel) -> None:
+    prefix = IPv6Network(f"{tunnel.pool[0]}/64")
+    with LegacyServer(lab, tunnel, prefix) as server:
+        client = tunnel.client()
+        assert client.prefix() == prefix
+        assert "Id" in server.hellos[0]
+        for size in (64, 1440):  # not 3000: fragments come together, and the original loses those that it reads together
+            ping(lab, "client", size=size)
+        server.recvs.clear()
+        with Echo(lab) as echo:
+            for number in range(50):  # each when the one before is back: the server keeps up
+                echo.send(number)
+                echo.expect_replies({number})
+        assert len(server.recvs) == 50
+        assert all(map(is_one_packet, server.recvs))
+        transfer(lab, "client", "internet", Lab.INTERNET, 256 << 10)
+        transfer(lab, "internet", "client", str(prefix[1]), 256 << 10)
+
+
+def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunnel: Tunnel) -> None:
+    prefix = IPv6Network(f"{tunnel.pool[0]}/64")
+    with lab.inside("client"):
+        autocorking = tun6.sysctl("net.ipv4.tcp_autocorking")
+    lab.sysctl("client", "net.ipv4.tcp_autocorking", "0")  # so that each send is a segment, and can be told on the way
+    try:
+        with LegacyServer(lab, tunnel, prefix):
+            client = tunnel.client()
+            client.prefix()
+        client.wait_for("WARNING no connection")
+        with Echo(lab) as echo, lab.inside("server"):
+            for number in range(8):  # fewer than the segments that TCP may send at once
+                echo.send(number)
+            sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
+            sniffer.bind(("eth0", 0x0800))
+        with sniffer, LegacyServer(lab, tunnel, prefix), Echo(lab) as echo:
+            client.prefix(times=2)
+            sniffer.settimeout(5)
+            segments: dict[int, bytes] = {}  # by sequence number: a retransmission is no send
+            request = IPv6Address(Lab.INTERNET).packed + b"\x80\0"  # the end of an IPv6 header and the beginning of an echo request
+            while b"".join(segments.values()).count(request) < 8:
+                packet = sniffer.recv(65_536)
+                tcp = packet[(packet[0] & 15) * 4 : int.from_bytes(packet[2:4], "big")]
+                payload = tcp[(tcp[12] >> 4) * 4 :]
+                if int.from_bytes(tcp[2:4], "big") == tunnel.port and payload:
+                    segments[int.from_bytes(tcp[4:8], "big")] = payload
+        hello, *frames = segments.values()
+        assert json.loads(hello)
+        assert all(map(is_one_packet, frames))
+    finally:
+        lab.sysctl("client", "net.ipv4.tcp_autocorking", autocorking)
+
+
+def test_a_client_keeps_its_tun_from_a_modern_server_to_a_legacy_one_and_back(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    client = tunnel.client()
+    prefix = client.prefix()
+    index = tun_of(lab)["ifindex"]
+    transfer(lab, "client", "internet", Lab.INTERNET, 4 << 20)
+    server.stop()
+    with LegacyServer(lab, tunnel, prefix):
+        client.prefix(times=2)
+        ping(lab, "client", size=1440)
+        transfer(lab, "client", "internet", Lab.INTERNET, 256 << 10)
+        transfer(lab, "internet", "client", str(prefix[1]), 256 << 10)
+    tunnel.server()
+    client.prefix(times=3)
+    assert tun_of(lab)["ifindex"] == index
+    for source, sink, address in (("client", "internet", Lab.INTERNET), ("internet", "client", str(prefix[1]))):
+        transfer(lab, source, sink, address, 4 << 20)
+
+
+# ---- offload ---------------------------------------------------------------------------------------------------------
+
+
+class ServerByHand:
+    """A server that a test speaks for, a connection at a time."""
+
+    def __init__(self, lab: Lab, tunnel: Tunnel) -> None:
+        self._prefix = IPv6Network(f"{tunnel.pool[0]}/64")
+        with lab.inside("server"):
+            self._listener = socket.create_server((Lab.SERVER, tunnel.port))
+        self._listener.settimeout(10)
+
+    def __enter__(self) -> ServerByHand:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def accept(self, offload: list[str] | None) -> socket.socket:
+        """The client's next connection, its hello answered."""
+        sock, _ = self._listener.accept()
+        sock.settimeout(10)
+        json.loads(sock.recv(4096))
+        sock.sendall(json.dumps({"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload})}).encode())
+        return sock
+
+
+def segments_offloaded(lab: Lab, size: int) -> None:
+    """Sends one UDP datagram train from the client, which the kernel hands on as one packet while the TUN may have it."""
+    with lab.inside("client"):
+        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    with sender:
+        sender.setsockopt(socket.SOL_UDP, 103, size // 4)  # UDP_SEGMENT, linux/udp.h
+        sender.sendto(bytes(size), (Lab.INTERNET, 9))
+
+
+def datagrams(sock: socket.socket, header: int) -> Iterator[tuple[bytes, bytes]]:
+    """Offload header (of so many bytes) and packet of each frame that comes with UDP or an echo request in it.
+
+    Others are the kernel's own: reports of multicast listeners.
+    """
+    stream = b""
+    while data := sock.recv(65_536):
+        stream += data
+        while len(stream) >= header + 40 and len(stream) >= header + packet_length(stream[header:]):
+            end = header + packet_length(stream[header:])
+            packet = stream[header:end]
+            if packet[6] == 17 or (packet[6] == 58 and packet[40] == 128):
+                yield stream[:header], packet
+            stream = stream[end:]
+    raise EOFError("the client closed the connection")
+
+
+@pytest.mark.parametrize("offload", [["tso6", "uso6"], ["tso6"], []], ids=["all", "tcp", "none"])
+def test_a_server_gets_only_the_kinds_of_offloaded_packets_that_it_can_take(lab: Lab, tunnel: Tunnel, offload: list[str]) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        client = tunnel.client()
+        sock = server.accept(offload)
+    with sock:
+        client.prefix()
+        segments_offloaded(lab, 4000)
+        kinds = frozenset(offload)
+        header, packet = next(datagrams(sock, 10))
+        tun6.check_offload(memoryview(header), len(packet), kinds)
+        assert (header[1] == tun6.GSO_UDP_L4) == ("uso6" in kinds)
+
+
+@pytest.mark.parametrize("offload", [["tso6"], [], None], ids=["tcp", "none", "legacy"])
+def test_what_waited_for_a_server_with_offload_is_nothing_that_the_next_one_can_not_take(
+    lab: Lab, tunnel: Tunnel, offload: list[str] | None
+) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        client = tunnel.client()
+        with server.accept(["tso6", "uso6"]):
+            client.prefix()
+        client.wait_for("WARNING no connection")
+        segments_offloaded(lab, 4000)  # waits in the TUN, as one packet
+        with server.accept(offload) as sock, Echo(lab) as echo:
+            client.prefix(times=2)
+            echo.send(77)  # behind it
+            kinds = frozenset(offload or [])
+            for header, packet in datagrams(sock, 0 if offload is None else 10):
+                if header:
+                    tun6.check_offload(memoryview(header), len(packet), kinds)
+                if packet[6] == 58:  # the echo request
+                    break
+                assert len(packet) <= 1500
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_shows_every_step_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, TUN6, "demo"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as demo:
+        try:
+            out, err = demo.communicate(timeout=60)
+        finally:
+            demo.kill()
+    assert demo.returncode == 0, out + err
+    for step in ("hello and prefix", "a LAN host reaches", "bulk transfer up", "bulk transfer down", "server killed", "a second client"):
+        assert f"  ok  {step}" in out
+    assert not [name for name in os.listdir("/run/netns") if name.startswith(f"tun6-{demo.pid}-")]
+    assert not list(tmp_path.iterdir())
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+
+class SkippedIsFailed:
+    """pytest plugin for CI: a test that does not run there tests nothing."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.skipped:
+            report.outcome = "failed"
+        return report
+
+
+def main() -> int:
+    """Format, lint, types, tests; gives the exit status."""
+    os.chdir(Path(__file__).parent)
+    for command in ("ruff format --check .", "ruff check .", "mypy"):
+        print(f"$ {command}", flush=True)
+        status = subprocess.run([sys.executable, "-m", *command.split()]).returncode
+        if status:
+            return status
+    print("$ pytest", flush=True)
+    plugins = [SkippedIsFailed()] if os.environ.get("CI") == "true" else []
+    quiet = ["-q", "--durations=5", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    return int(pytest.main([*quiet, *sys.argv[1:], __file__], plugins))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -104,6 +104,7 @@ OFFLOAD_HEADER = struct.Struct("<BBHHHH")  # struct virtio_net_hdr, linux/virtio
 NO_OFFLOAD = bytes(OFFLOAD_HEADER.size)
 NEEDS_CSUM, DATA_VALID = 1, 2  # flags
 GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # gso_type
+GSO_KINDS = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}  # as "Offload" names them
 GSO_SEGMENTS_MAX = 128  # that one frame may become; UDP_MAX_SEGMENTS of linux/udp.h, and we set it for TCP on our TUNs
 
 # ---- constants of this implementation --------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ CODEL_TARGET_S = 0.05  # section 4.4 has 0.005: with that an upload over 40 ms a
 QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
-POOL_METRIC = 29_494  # of the pool's unreachable route: behind every real route, and nobody else's number
+OUR_NUMBERS = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
 DEFAULT_METRIC = 1  # of the client's default route: before every other one (router advertisements get 1024)
 
 
@@ -300,7 +301,7 @@ def check_offload(header: memoryview, length: int, kinds: frozenset[str]) -> Non
         raise ProtocolError(f"offload header with a checksum at {csum_start} + {csum_offset} in a packet of {length} bytes")
     if gso_type == GSO_NONE:
         return
-    kind = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}.get(gso_type)
+    kind = GSO_KINDS.get(gso_type)
     if kind not in kinds:
         raise ProtocolError(f"offload header with gso_type {gso_type:#x}, which was not offered")
     if not flags:
@@ -373,11 +374,11 @@ class Deframer:
 _TO_SEND = struct.Struct(">BBxxxxxxxxBxxxHB")  # flags, gso_type; version nibble, payload length, next header
 
 
-def sendable(buffer: memoryview, at: int, length: int, bare: bool) -> bool:
-    """Whether what one read of a TUN put into the buffer (offload header and packet) may go on the wire.
+def sendable(buffer: memoryview, at: int, length: int, kinds: frozenset[str] | None) -> bool:
+    """Whether what one read of a TUN put into the buffer (offload header and packet) may go to a peer that takes these GSO kinds.
 
-    Not what is no IPv6 packet or has no length that the wire could say (IPv4, BIG TCP); nor, to a peer without offload,
-    what waited in the TUN from a time when its peer had it. Clears the flag that drivers set for the kernel's own use.
+    Not what is no IPv6 packet or has no length that the wire could say (IPv4, jumbograms, BIG TCP); nor what waited in the TUN
+    from a time when its peer took more. Clears the flag that drivers set for the kernel's own use.
     """
     if length < OFFLOAD_HEADER.size + IPV6_HEADER:
         return False
@@ -385,9 +386,9 @@ def sendable(buffer: memoryview, at: int, length: int, bare: bool) -> bool:
     if flags & DATA_VALID:
         flags &= ~DATA_VALID
         buffer[at] = flags
-    if not payload and not following:  # as in Deframer
+    if (flags or gso_type) and (kinds is None or (gso_type and GSO_KINDS.get(gso_type) not in kinds)):
         return False
-    return first >> 4 == 6 and payload == length - OFFLOAD_HEADER.size - IPV6_HEADER and not (bare and (flags or gso_type))
+    return first >> 4 == 6 and payload == length - OFFLOAD_HEADER.size - IPV6_HEADER and bool(payload or following)
 
 
 # ---- pure: prefixes --------------------------------------------------------------------------------------------------
@@ -676,10 +677,16 @@ class Step(NamedTuple):
     undo: str | None = None
 
 
-def pool_plan(pool: IPv6Network) -> list[Step]:
+def pool_plan(pool: IPv6Network, process: int) -> list[Step]:
     """Traffic to prefixes that no client holds ends here, not in a loop between us and the provider's router."""
-    route = f"unreachable {pool} metric {POOL_METRIC} proto {ROUTE_PROTOCOL}"
-    return [Step(f"route replace {route}", f"route del {route}")]
+    route = f"unreachable {pool} metric {OUR_NUMBERS + process} proto {ROUTE_PROTOCOL}"
+    return [Step(f"route add {route}", f"route del {route}")]
+
+
+def pools_in(routes: str) -> list[tuple[IPv6Network, int]]:
+    """Pool and process of each pool_plan that stands in what `ip -6 route show proto 116` says."""
+    found = re.findall(r"^unreachable (\S+) .*metric (\d+)", routes, re.MULTILINE)
+    return [(IPv6Network(pool), int(metric) - OUR_NUMBERS) for pool, metric in found if int(metric) > OUR_NUMBERS]
 
 
 def device_plan(device: str, mtu: int) -> list[Step]:
@@ -884,9 +891,16 @@ class Kernel:
         for number, reason in self._run(undone).items() if undone else ():
             log.debug("`ip -6 %s` failed: %s", undone[number], reason)
 
+    def remove_stale_pools(self) -> None:
+        """Removes the pool routes of servers that were killed."""
+        for pool, process in pools_in(in_thread(self._show_routes)):
+            if not Path(f"/proc/{process}").exists():
+                log.info("removing the route of %s, which a killed server has left", pool)
+                self.undo(pool_plan(pool, process))
+
     def remove_devices(self, names: Sequence[str]) -> None:
         """Removes many devices at once, 1,000 in 0.3 s, where one by one each takes 24 ms."""
-        group = 0x74000000 | os.getpid()  # a number that no other process uses
+        group = OUR_NUMBERS + os.getpid()
         self._run([*(f"link set dev {name} group {group}" for name in names), f"link del group {group}"])
 
     def _run_batch(self, jobs: list[list[str]]) -> list[dict[int, str]]:
@@ -911,6 +925,13 @@ class Kernel:
         if done.returncode and not any(failures):  # it never came to the commands
             return [{0: "; ".join(reasons) or f"`ip` ended with {done.returncode}"} for _ in jobs]
         return failures
+
+    @staticmethod
+    def _show_routes() -> str:
+        try:
+            return subprocess.run(["ip", "-6", "route", "show", "proto", str(ROUTE_PROTOCOL)], capture_output=True, text=True).stdout
+        except OSError:  # the next command says so
+            return ""
 
     @staticmethod
     def _ip(text: str) -> subprocess.CompletedProcess[str]:
@@ -948,9 +969,13 @@ class Tun:
         self.give(None)
 
     def give(self, kinds: frozenset[str] | None) -> None:
-        """From now on reads may bring GSO packets of these kinds and open checksums; None: finished packets only."""
-        if kinds is None or not self._offload(self.USO if {"tso6", "uso6"} <= kinds & self.kinds else 0, "tso6" in kinds):
+        """From now on reads may bring GSO packets of these kinds and open checksums; None: finished packets only. Raises KernelError."""
+        if kinds is not None and self._offload(self.USO if {"tso6", "uso6"} <= kinds & self.kinds else 0, "tso6" in kinds):
+            return
+        try:
             fcntl.ioctl(self.fd, self.TUNSETOFFLOAD, 0)
+        except OSError as error:
+            raise KernelError(f"TUN device {self.name}: {error.strerror}") from None
 
     def close(self) -> None:
         """Removes the device with its addresses and routes. Takes 24 ms, in a thread. Nobody may still wait for `fd`."""
@@ -1037,13 +1062,13 @@ class Waker:
         self._hub.switch()
 
 
-def pump_tun_to_tcp(tun: Tun, sock: socket.socket, bare: bool, traffic: Traffic) -> NoReturn:
-    """Sends what the TUN gives, all that waits there as one batch; bare: to a legacy peer, each packet as a send of its own.
+def pump_tun_to_tcp(tun: Tun, sock: socket.socket, kinds: frozenset[str] | None, traffic: Traffic) -> NoReturn:
+    """Sends what the TUN gives, all that waits there as one batch. `kinds`: the GSO kinds that the peer takes, None for a legacy peer.
 
     Raises KernelError when the TUN fails, OSError when the connection does.
     """
     view, frame_max = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX
-    outbox = Outbox(functools.partial(os.write, sock.fileno()), bare)
+    outbox = Outbox(functools.partial(os.write, sock.fileno()), kinds is None)
     with Waker(tun.fd, sock.fileno()) as waker:
         while True:
             waker.wait(outbox.blocked)
@@ -1051,7 +1076,7 @@ def pump_tun_to_tcp(tun: Tun, sock: socket.socket, bare: bool, traffic: Traffic)
             try:
                 while have < BATCH:
                     got = os.readv(tun.fd, [view[have : have + frame_max]])
-                    if sendable(view, have, got, bare):
+                    if sendable(view, have, got, kinds):
                         have += got
                         ends.append(have)
                     else:
@@ -1196,16 +1221,17 @@ class Session:
         if not self._end.ready():
             self._end.set(why)
 
-    def run(self, sock: socket.socket, tun: Tun, accepted: frozenset[str] | None, early: bytes, settle: bool = False) -> BaseException:
+    def run(self, sock: socket.socket, tun: Tun, kinds: frozenset[str] | None, early: bytes, settle: bool = False) -> BaseException:
         """Moves frames until the session ends, and gives the reason.
 
-        `accepted` are the GSO kinds that we offered to take, None with a legacy peer; `early` the bytes behind its
-        message; `settle`: it is a legacy client that has not read our answer yet.
+        `kinds` are the GSO kinds that the peer takes, None for a legacy peer; `early` the bytes behind its message;
+        `settle`: it is a legacy client that has not read our answer yet.
         """
-        bare = accepted is None
+        bare = kinds is None
+        deframer = Deframer(_tcp_buffer, None if bare else tun.kinds)
         pumps = [
-            gevent.spawn(self._guard, pump_tcp_to_tun, sock, tun, Deframer(_tcp_buffer, accepted), early, bare, self.traffic),
-            gevent.spawn(self._guard, self._tun_to_tcp, sock, tun, bare, settle),
+            gevent.spawn(self._guard, pump_tcp_to_tun, sock, tun, deframer, early, bare, self.traffic),
+            gevent.spawn(self._guard, self._tun_to_tcp, sock, tun, kinds, settle),
         ]
         try:
             why: BaseException = self._end.get()
@@ -1213,10 +1239,10 @@ class Session:
             gevent.killall(pumps)
         return why
 
-    def _tun_to_tcp(self, sock: socket.socket, tun: Tun, bare: bool, settle: bool) -> None:
+    def _tun_to_tcp(self, sock: socket.socket, tun: Tun, kinds: frozenset[str] | None, settle: bool) -> None:
         if settle:
             wait_until_read(sock)
-        pump_tun_to_tcp(tun, sock, bare, self.traffic)
+        pump_tun_to_tcp(tun, sock, kinds, self.traffic)
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
         try:
@@ -1258,10 +1284,11 @@ class Server:
     def run(self) -> NoReturn:
         """Serves until killed, then undoes everything. Raises KernelError or ConfigError when it can't begin."""
         gevent.get_hub().threadpool.maxsize = TUN_CLOSERS
-        route = pool_plan(self._store.pool.network)
+        route = pool_plan(self._store.pool.network, os.getpid())
         with ExitStack() as undo:
             undo.callback(self._store.close)
             listener = undo.enter_context(self._listen())
+            self._kernel.remove_stale_pools()
             undo.callback(self._kernel.undo, route)
             self._kernel.apply(route)
             undo.callback(self._end_sessions)
@@ -1350,7 +1377,7 @@ class Server:
                 sock.sendall(encode(answer))
                 adapt(sock, self._congestion)
                 log.info("%s from %s: has %s on %s", shown(id_), peer, prefix, tun.name)
-                why = session.run(sock, tun, None if kinds is None else tun.kinds, early, settle=kinds is None)
+                why = session.run(sock, tun, kinds, early, settle=kinds is None)
             log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
         except (StorageError, KernelError) as error:
             log.error("%s from %s: can't be served: %s", shown(id_), peer, error)
@@ -1423,7 +1450,7 @@ class Client:
             adapt(sock, self._congestion)
             log.info("%s at %s port %d: has %s on %s", shown(self._id), *self._remote, prefix, tun.name)
             self._told = None
-            raise Session().run(sock, tun, None if kinds is None else tun.kinds, early)
+            raise Session().run(sock, tun, kinds, early)
 
     def _dial(self) -> socket.socket:
         """A connection to the first of the server's IPv4 addresses that takes it; others would be routed into our TUN."""
