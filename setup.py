@@ -19,7 +19,7 @@ setup(
     py_modules=["tun6"],
     python_requires=">=3.9",
     install_requires=["gevent", "netifaces", "python-pytun"],
-    extras_require={"test": ["hypothesis", "mypy", "pytest", "ruff"]},
+    extras_require={"bench": ["matplotlib"], "test": ["hypothesis", "mypy", "pytest", "ruff"]},
     entry_points={"console_scripts": ["tun6 = tun6:main"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -20,33 +20,39 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import heapq
 import io
 import itertools
 import json
+import math
 import os
 import re
 import select
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ipaddress import IPv6Address, IPv6Network
-from itertools import takewhile
+from itertools import accumulate, chain, count, takewhile
 from pathlib import Path
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+from unittest import mock
 
 import gevent
 import gevent.event
 import gevent.lock
 import pytest
 import pytun
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -638,6 +644,720 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     assert tun6.pools_in(listing) == [(POOL, 7)]
     assert "route" not in said(tun6.client_plan("tun6", 1500, False))
     assert said(tun6.address_plan("tun6", subnet(3))).startswith("addr add 2001:db8:1:3::1/128 dev tun6")
+
+
+# ---- queue: kit of frames, a simulated link --------------------------------------------------------------------------
+
+TARGET, INTERVAL = tun6.CODEL_TARGET_S, tun6.CODEL_INTERVAL_S
+NOT_ECT, ECT_1, ECT_0, CE = range(4)  # RFC 3168 section 5
+SMALLEST = 58  # bytes of a frame that has room for its number
+LARGEST = len(PLAIN) + tun6.PACKET_MAX
+RATE = 2_500_000.0  # bytes a second: 20 Mbit/s
+NEVER = 1e9  # seconds: as a target, no CoDel
+
+
+def frame(flow: int, number: int = 0, size: int = 1510, ecn: int = NOT_ECT, header: bytes = PLAIN, next_header: int = UDP) -> bytes:
+    """A frame of `size` bytes in all; `flow` stands where the ports are, `number` behind it."""
+    made = bytearray(header + packet(struct.pack(">II", flow, number) + bytes(size - SMALLEST), next_header))
+    made[len(header) + 1] |= ecn << 4
+    return bytes(made)
+
+
+Bytes = Union[bytes, bytearray, memoryview]
+
+
+def name(of: Bytes) -> tuple[int, int]:
+    """Flow and number of a frame."""
+    flow, number = struct.unpack_from(">II", of, 50)
+    return flow, number
+
+
+def ecn(of: Bytes) -> int:
+    return of[11] >> 4 & 3
+
+
+def push(queue: tun6.FrameQueue, now: float, *frames: Bytes) -> None:
+    for each in frames:
+        queue.push(bytearray(each), now)
+
+
+def drain(queue: tun6.FrameQueue, now: float = 0) -> list[bytes]:
+    """All that waits, as it comes out; leaves nothing behind."""
+    out = [bytes(popped) for popped in iter(lambda: queue.pop(now), None)]
+    assert queue.bytes == 0
+    assert not states(queue)
+    return out
+
+
+def states(queue: tun6.FrameQueue) -> int:
+    """How many flows it remembers, in whatever place."""
+    return len({id(flow) for flow in chain(queue._flows.values(), queue._new, queue._old, queue._long)})
+
+
+class Delivery(NamedTuple):
+    flow: int
+    number: int
+    size: int  # bytes
+    sent: float  # when it was pushed
+    waited: float  # until its first byte went onto the link
+    ecn: int
+
+
+class Link:
+    """A link with a FrameQueue before it, in time of its own. All that goes over it is in `deliveries`."""
+
+    def __init__(self, queue: tun6.FrameQueue, rate: float = RATE) -> None:
+        self.queue, self.rate, self.now = queue, rate, 0.0
+        self.deliveries: list[Delivery] = []
+        self.receivers: dict[int, Callable[[Delivery], None]] = {}  # by flow
+        self._pushed: dict[tuple[int, int], float] = {}
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial, self._busy = count(), False
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._serial), action))
+
+    def send(self, data: bytes) -> None:
+        self._pushed[name(data)] = self.now
+        push(self.queue, self.now, data)
+        if not self._busy:
+            self._serve()
+
+    def run(self, until: float) -> None:
+        while self._events and self._events[0][0] <= until:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+
+    def of(self, flow: int, since: float = 0) -> list[Delivery]:
+        return [each for each in self.deliveries if each.flow == flow and each.sent >= since]
+
+    def _serve(self) -> None:
+        out = self.queue.pop(self.now)
+        self._busy = out is not None
+        if out is None:
+            return
+        flow, number = name(out)
+        sent = self._pushed.pop((flow, number))
+        done = Delivery(flow, number, len(out), sent, self.now - sent, ecn(out))
+        self.deliveries.append(done)
+        self.at(self.now + len(out) / self.rate, self._serve)
+        if flow in self.receivers:
+            self.receivers[flow](done)
+
+
+class Regular:
+    """A source that sends a frame every `period`, whatever happens to them."""
+
+    def __init__(self, link: Link, flow: int, period: float, size: int = 1510, start: float = 0) -> None:
+        self._link, self._flow, self._period, self._size = link, flow, period, size
+        self._numbers = count()
+        link.at(start, self._send)
+
+    def _send(self) -> None:
+        self._link.send(frame(self._flow, next(self._numbers), self._size))
+        self._link.at(self._link.now + self._period, self._send)
+
+
+class Window:
+    """A source like TCP: slow start, then additive increase; at a loss or mark it halves its window, once a round trip."""
+
+    def __init__(self, link: Link, flow: int, round_trip: float, size: int = 1510, ecn: int = NOT_ECT) -> None:
+        self._link, self._flow, self._round_trip, self._size, self._ecn = link, flow, round_trip, size, ecn
+        self.window, self.slow_start, self._recover = 10.0, True, 0
+        self._next = self._expected = 0
+        link.receivers[flow] = lambda done: link.at(link.now + round_trip, lambda: self._acknowledged(done))
+        link.at(0, self._send)
+
+    def _send(self) -> None:
+        while self._next - self._expected < self.window:
+            self._next += 1
+            self._link.send(frame(self._flow, self._next - 1, self._size, self._ecn))
+
+    def _acknowledged(self, done: Delivery) -> None:
+        congested = done.number > self._expected or (done.ecn == CE and self._ecn != CE)
+        self._expected = done.number + 1
+        if congested and done.number >= self._recover:
+            self.window, self.slow_start, self._recover = max(2.0, self.window / 2), False, self._next
+        elif not congested:
+            self.window += 1 if self.slow_start else 1 / self.window
+        self._send()
+
+
+# ---- CoDel: the law --------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """RFC 8289 sections 5.5 to 5.8 as they stand there, with marking as in Linux's codel_impl.h; for one flow.
+
+    One thing is RFC 8290's way: a flow that has become empty is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[float, bytes]] = deque()
+        self.lost: list[tuple[float, int]] = []
+        self.marks: list[tuple[float, int]] = []
+        self.forget()
+
+    def forget(self) -> None:
+        self.first_above_time = self.drop_next = 0.0
+        self.count = self.lastcount = 0
+        self.dropping = False
+
+    def dodequeue(self, now: float) -> tuple[bytes | None, bool]:
+        if not self.queue:
+            self.first_above_time = 0
+            return None, False
+        arrived, p = self.queue.popleft()
+        ok_to_drop = False
+        if now - arrived < TARGET or sum(len(waiting) for _, waiting in self.queue) <= tun6.QUANTUM:
+            self.first_above_time = 0
+        else:
+            if self.first_above_time == 0:
+                self.first_above_time = now + INTERVAL
+            elif now >= self.first_above_time:
+                ok_to_drop = True
+        return p, ok_to_drop
+
+    def dequeue(self, now: float) -> bytes | None:
+        p, ok_to_drop = self.dodequeue(now)
+        if p is None:
+            self.forget()
+            return None
+        if self.dropping:
+            if not ok_to_drop:
+                self.dropping = False
+            while self.dropping and now >= self.drop_next:
+                assert p is not None
+                self.count += 1
+                if ecn(p):
+                    self.drop_next += INTERVAL / self.count**0.5
+                    return self.mark(p, now)
+                self.lost.append((now, name(p)[1]))
+                p, ok_to_drop = self.dodequeue(now)
+                if not ok_to_drop:
+                    self.dropping = False
+                else:
+                    self.drop_next += INTERVAL / self.count**0.5
+        elif ok_to_drop:
+            if ecn(p):
+                p = self.mark(p, now)
+            else:
+                self.lost.append((now, name(p)[1]))
+                p, _ = self.dodequeue(now)
+            self.dropping = True
+            delta, self.count = self.count - self.lastcount, 1
+            if delta > 1 and now - self.drop_next < 16 * INTERVAL:
+                self.count = delta
+            self.drop_next = now + INTERVAL / self.count**0.5
+            self.lastcount = self.count
+        return p
+
+    def mark(self, p: bytes, now: float) -> bytes:
+        self.marks.append((now, name(p)[1]))
+        return p[:11] + bytes([p[11] | 0x30]) + p[12:]
+
+
+PHASES = st.lists(
+    st.tuples(
+        st.sampled_from([0.003, 0.05, 0.12, 0.3, 1.0, 2.5]),  # seconds
+        st.sampled_from([0.0, 0.5, 0.95, 1.0, 1.1, 1.5, 4.0, 2, 10, 60, 200]),  # frames that arrive for one that leaves; int: that wait
+        st.sampled_from([SMALLEST, 700, 1510, 20_000]),
+        st.sampled_from([NOT_ECT, NOT_ECT, ECT_0, ECT_1, CE]),
+        st.sampled_from([0.0, 0.0, 0.004, 0.2, 3.0]),  # the link stands still afterwards
+    ),
+    max_size=12,
+)
+
+
+@given(PHASES)
+@example([(1.0, 4.0, 1510, NOT_ECT, 0.0), (2.5, 0.0, 1510, NOT_ECT, 0.0)])
+@example([(1.0, 1.5, 1510, NOT_ECT, 0.0), (0.12, 0.5, 1510, NOT_ECT, 0.0)] * 3)
+@example([(2.5, 4.0, 700, ECT_0, 3.0), (1.0, 1.0, 700, NOT_ECT, 0.2)])
+@example([(2.5, 60, 1510, NOT_ECT, 0.0), (0.3, 10, 1510, NOT_ECT, 0.0), (1.0, 60, 1510, NOT_ECT, 0.0)])  # soon again: goes on as before
+@example([(2.5, 60, 1510, NOT_ECT, 0.0), (2.5, 10, 1510, NOT_ECT, 0.0), (1.0, 60, 1510, NOT_ECT, 0.0)])  # late: begins anew
+def test_what_is_dropped_and_marked_and_when_is_what_rfc_8289_says(phases: list[tuple[float, float, int, int, float]]) -> None:
+    queue, reference, now, number = tun6.FrameQueue(limit=1 << 30), Reference(), 1000.0, 0
+    for seconds, load, size, ecn_of_phase, stall in phases:
+        due, end = 0.0, now + seconds
+        while now < end:
+            now += 0.003
+            due = load - len(reference.queue) if isinstance(load, int) else due + load
+            while due >= 1:
+                due -= 1
+                made = frame(7, number, size, ecn_of_phase)
+                push(queue, now, made)
+                reference.queue.append((now, made))
+                number += 1
+            assert queue.pop(now) == reference.dequeue(now)
+            assert (queue.dropped, queue.marked) == (len(reference.lost), len(reference.marks)), now
+        now += stall
+
+
+def test_drops_follow_the_control_law() -> None:
+    queue, now, period, drops = tun6.FrameQueue(), 0.0, 0.001, []
+    for number in range(8000):
+        before = queue.dropped
+        push(queue, now, *(frame(1, 3 * number + third, 100) for third in range(3)))
+        queue.pop(now)
+        drops += [now] * (queue.dropped - before)
+        now += period
+    assert drops[0] == pytest.approx(1.5 * TARGET + INTERVAL, abs=2 * period)  # thrice the link's rate: one that waits 50 ms leaves at 75
+    for number in range(1, 200):
+        expected = drops[0] + sum(INTERVAL / math.sqrt(nth) for nth in range(1, number + 1))
+        assert drops[number] == pytest.approx(expected, abs=2 * period)
+
+
+@pytest.mark.parametrize(("drained_in", "loses"), [(0.04, False), (TARGET + INTERVAL - 0.002, False), (TARGET + INTERVAL + 0.06, True)])
+def test_a_burst_passes_if_within_an_interval_it_is_below_the_target_again(drained_in: float, loses: bool) -> None:
+    link = Link(tun6.FrameQueue())
+    burst = int(drained_in * RATE / 1510)
+    for number in range(burst):
+        link.send(frame(1, number))
+    link.run(10)
+    # All arrive at once, so that each has waited longer than the one before: the first that waits too long begins the interval.
+    assert (link.queue.dropped > 0) == loses
+    assert len(link.deliveries) == burst - link.queue.dropped
+
+
+@pytest.mark.parametrize("size", [500, 1510, 6000])
+@pytest.mark.parametrize("marks", [False, True])
+def test_the_standing_queue_of_a_tcp_is_brought_to_about_the_target_and_the_link_stays_busy(marks: bool, size: int) -> None:
+    link = Link(tun6.FrameQueue())
+    Window(link, 1, 0.03, size, ECT_0 if marks else NOT_ECT)
+    link.run(30)
+    late = link.of(1, since=5)
+    assert 0.2 * TARGET < statistics.median(each.waited for each in late) < 1.5 * TARGET
+    assert max(each.waited for each in late) < TARGET + 2 * INTERVAL
+    assert sum(each.size for each in late) / 25 > 0.95 * RATE
+    assert bool(link.queue.marked) == marks
+    assert bool(link.queue.dropped) != marks
+    assert any(each.ecn == CE for each in late) == marks
+
+
+def test_without_codel_that_queue_would_be_several_times_as_long() -> None:
+    link = Link(tun6.FrameQueue(target=NEVER, limit=1 << 20))
+    Window(link, 1, 0.03)
+    link.run(30)
+    assert statistics.median(each.waited for each in link.of(1, since=5)) > 4 * TARGET
+
+
+def test_a_source_that_does_not_slow_down_is_cut_to_the_rate_of_the_link() -> None:
+    link = Link(tun6.FrameQueue(interval=0.1))
+    Regular(link, 1, 1510 / (1.1 * RATE))
+    link.run(40)
+    assert max(each.waited for each in link.of(1, since=20)) < TARGET + 0.1
+    assert link.queue.bytes < (TARGET + 0.1) * RATE
+
+
+# ---- ECN -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", [PLAIN, TSO6, USO6])
+@pytest.mark.parametrize("codepoint", [NOT_ECT, ECT_1, ECT_0, CE])
+def test_what_knows_ecn_is_marked_and_nothing_else_in_it_changes_and_what_does_not_is_dropped(codepoint: int, header: bytes) -> None:
+    queue = tun6.FrameQueue()
+    sent = [bytearray(frame(1, number, 1510, codepoint, header)) for number in range(100)]
+    for each in sent:
+        each[10] |= 0x0B  # all other bits of traffic class and flow label, which share bytes with it
+        each[11] |= 0xCF if name(each)[1] % 2 else 0
+    push(queue, 0, *sent)
+    out = [bytes(queue.pop(TARGET + step * INTERVAL) or b"") for step in range(5)]
+    if codepoint == NOT_ECT:
+        assert (queue.dropped, queue.marked) == (len(sent) - 5 - len(drain(queue, 0)), 0)
+        assert set(out) <= {bytes(each) for each in sent}
+        assert queue.dropped >= 4
+    else:
+        assert (queue.dropped, queue.marked) == (0, 4)
+        marked = [bytes(each[:11]) + bytes([each[11] | 0x30]) + bytes(each[12:]) for each in sent]
+        assert out == [bytes(sent[0]), *marked[1:5]]
+
+
+# ---- flows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bulks", [1, 8])
+@pytest.mark.parametrize("size", [1510, LARGEST])
+def test_a_ping_waits_only_for_the_frame_that_is_on_the_link(size: int, bulks: int) -> None:
+    link = Link(tun6.FrameQueue(target=NEVER))  # the bulk flows never become empty, and so never new again
+    for flow in range(bulks):
+        Regular(link, flow, size / RATE, size)
+    Regular(link, 99, 0.3, 114, start=1.234)  # after the time in which all flows are new; sparse: a round of 8 largest takes 0.21 s
+    link.run(6)
+    pings = link.of(99)
+    assert [ping.number for ping in pings] == list(range(16))
+    assert max(ping.waited for ping in pings) <= (size + 114) / RATE + 1e-9
+
+
+@pytest.mark.parametrize("sizes", [(1510, 1510), (1510, LARGEST), (100, 1510), (SMALLEST, LARGEST), (LARGEST, LARGEST, 9000, 200)])
+def test_bulk_flows_share_by_bytes_whatever_the_size_of_their_frames(sizes: tuple[int, ...]) -> None:
+    queue = tun6.FrameQueue(target=NEVER, limit=1 << 40)
+    numbers = [count() for _ in sizes]
+    got: Counter[int] = Counter()
+    for flow, size in enumerate(sizes):
+        push(queue, 0, *(frame(flow, next(numbers[flow]), size) for _ in range(3)))
+    while sum(got.values()) < 3_000_000:
+        out = queue.pop(0)
+        assert out is not None
+        flow = name(out)[0]
+        got[flow] += len(out)
+        push(queue, 0, frame(flow, next(numbers[flow]), sizes[flow]))
+        assert max(got[flow] for flow in range(len(sizes))) - min(got[flow] for flow in range(len(sizes))) <= max(sizes) + 2 * tun6.QUANTUM
+
+
+def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
+    queue, numbers, got = tun6.FrameQueue(target=NEVER), count(), Counter[int]()
+    push(queue, 0, *(frame(1, next(numbers), SMALLEST) for _ in range(3)))
+    for _ in range(10_000):
+        out = queue.pop(0)
+        assert out is not None
+        got[name(out)[0]] += len(out)
+        if name(out)[0] == 1:
+            push(queue, 0, frame(1, next(numbers), SMALLEST))
+            if queue.bytes < 1510:  # the other has nothing here and has just been found empty
+                push(queue, 0, frame(2, next(numbers)))
+    assert got[2] == pytest.approx(got[1], rel=0.1)
+
+
+@pytest.mark.parametrize("sizes", [(1510, 1510), (1510, 9000), (1510, LARGEST)])
+def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, int]) -> None:
+    link = Link(tun6.FrameQueue(), 4 * RATE)
+    for flow, size in enumerate(sizes):
+        Window(link, flow, 0.03, size)
+    link.run(30)
+    shares = [sum(each.size for each in link.of(flow, since=5)) for flow in (0, 1)]
+    assert min(shares) > 0.4 * sum(shares)
+
+
+def kin(**other: Any) -> bytes:
+    return frame(**{"flow": 0x12345678, "next_header": UDP, **other})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (kin(), kin(number=1, size=999, ecn=CE, header=USO6), True),
+        (kin(), kin(flow=0x12345679), False),  # ports
+        (kin(), kin(flow=0x92345678), False),
+        (kin(next_header=TCP), kin(), False),
+        (kin(next_header=58), kin(next_header=58, number=1 << 15), True),  # the same echo Id, another sequence number
+        (kin(next_header=58), kin(next_header=58, number=1 << 16), False),
+        (kin(next_header=44), kin(next_header=44, flow=1), True),  # fragments of one packet stay in order: their Id is no port
+        (kin(), kin()[:20] + b"\1" + kin()[21:], False),  # addresses
+        (kin(), kin()[:49] + b"\3" + kin()[50:], False),
+        (PLAIN + packet(b"", TCP), PLAIN + packet(b"ab", TCP), False),  # too short for ports
+    ],
+)
+def test_a_flow_has_addresses_next_header_and_ports_in_common(one: bytes, other: bytes, same: bool) -> None:
+    queue = tun6.FrameQueue()
+    push(queue, 0, one, other)
+    assert states(queue) == 2 - same
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 12),
+            st.sampled_from([SMALLEST, 100, 1510, 9000, LARGEST]),
+            st.integers(0, 3),
+            st.sampled_from([0, 0.01, 0.07, 0.3]),
+        ),
+        max_size=150,
+    ),
+    st.sampled_from([5000, 100_000, 1 << 30]),
+    st.sampled_from([1, 4, 1024]),
+)
+def test_all_that_is_pushed_comes_out_once_and_in_its_flows_order_or_is_counted_as_dropped(
+    operations: list[tuple[int, int, int, float]], limit: int, flows_max: int
+) -> None:
+    with mock.patch.object(tun6, "FLOWS_MAX", flows_max):
+        queue = tun6.FrameQueue(limit=limit)
+        pushed: dict[tuple[int, int], bytes] = {}
+        popped: list[bytes] = []
+        now = 0.0
+        for number, (flow, size, pops, pause) in enumerate(operations):
+            now += pause
+            pushed[flow, number] = frame(flow, number, size)
+            push(queue, now, pushed[flow, number])
+            assert queue.bytes <= limit
+            popped += [bytes(out) for out in (queue.pop(now) for _ in range(pops)) if out is not None]
+            assert states(queue) <= min(2 * flows_max, 13)
+            waiting = len(pushed) - len(popped) - queue.dropped
+            assert waiting * SMALLEST <= queue.bytes <= waiting * LARGEST
+        waiting_bytes, before, dropped = queue.bytes, len(popped), queue.dropped
+        popped += drain(queue, now)
+        if queue.dropped == dropped:
+            assert waiting_bytes == sum(map(len, popped[before:]))
+    assert len(popped) + queue.dropped == len(pushed)
+    for flow in range(13):
+        numbers = [name(out)[1] for out in popped if name(out)[0] == flow]
+        assert numbers == sorted(set(numbers))
+    assert all(pushed[name(out)] == out for out in popped)
+
+
+# ---- the limit -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.sampled_from([SMALLEST, 500, 1510])), min_size=1, max_size=60),
+    st.sampled_from([1510, LARGEST]),
+)
+def test_over_the_limit_only_the_long_flow_loses_and_its_oldest_first(others: list[tuple[int, int]], size: int) -> None:
+    limit = 5 * 60 * 1510 + 2 * LARGEST  # so that the long flow is always more than twice as long as any other
+    queue = tun6.FrameQueue(limit=limit)
+    long = 2 * limit // size
+    push(queue, 0, *(frame(100, number, size) for number in range(long)))
+    sent = [frame(flow, number, size_) for number, (flow, size_) in enumerate(others)]
+    push(queue, 0, *sent)
+    assert limit - size < queue.bytes <= limit
+    out = drain(queue)
+    assert sorted(each for each in out if name(each)[0] != 100) == sorted(sent)
+    assert [name(each)[1] for each in out if name(each)[0] == 100] == list(range(queue.dropped, long))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from([SMALLEST, 500, 1510, 9000]), st.booleans()), max_size=200))
+def test_whoever_loses_over_the_limit_had_at_least_half_of_what_the_longest_had(operations: list[tuple[int, int, bool]]) -> None:
+    queue, waiting = tun6.FrameQueue(target=NEVER, limit=20_000), dict[int, deque[bytes]]()
+    for number, (flow, size, pops) in enumerate(operations):
+        made = frame(flow, number, size)
+        waiting.setdefault(flow, deque()).append(made)
+        lengths = {flow: sum(map(len, frames)) for flow, frames in waiting.items()}
+        push(queue, 0, made)
+        if sum(lengths.values()) > 20_000:
+            left = {key: state.bytes for state in queue._flows.values() if state.frames for key in [name(state.frames[0][1])[0]]}
+            for loser in (loser for loser, length in lengths.items() if left.get(loser, 0) < length):
+                oldest = waiting[loser].popleft()
+                assert 2 * lengths[loser] >= max(lengths.values()), "the first to lose"
+                while left.get(loser, 0) < sum(map(len, waiting[loser])):
+                    oldest = waiting[loser].popleft()
+                assert oldest
+        if pops:
+            out = queue.pop(0)
+            assert out is not None
+            assert waiting[name(out)[0]].popleft() == bytes(out)
+
+
+def test_a_frame_larger_than_the_limit_is_dropped_and_the_others_stay() -> None:
+    queue = tun6.FrameQueue(limit=10_000)
+    small = [frame(flow, size=1000) for flow in range(5)]
+    push(queue, 0, *small, frame(9, size=10_001))
+    assert (queue.dropped, queue.bytes) == (1, 5000)
+    assert drain(queue) == small
+    push(queue, 0, frame(9, size=10_001))
+    assert (queue.dropped, queue.bytes) == (2, 0)
+    assert not drain(queue)
+
+
+def test_a_new_flow_in_each_frame_neither_grows_the_state_nor_keeps_the_old_flows_from_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tun6, "FLOWS_MAX", 64)
+    queue, bulk, most = tun6.FrameQueue(target=NEVER), 0, 0
+    push(queue, 0, *(frame(1 << 31, number) for number in range(1000)))
+    queue.pop(0)
+    queue.pop(0)  # now it is an old flow
+    for number in range(20_000):
+        push(queue, 0, frame(number, size=SMALLEST), frame(1 << 30 | number, size=SMALLEST))
+        out = queue.pop(0)
+        assert out is not None
+        bulk += len(out) > SMALLEST
+        most = max(most, len(queue._flows))
+    assert most <= 2 * tun6.FLOWS_MAX
+    round_ = most * (tun6.QUANTUM // SMALLEST + 2)  # frames, when each flow takes its turn
+    assert bulk >= 20_000 // round_
+    drain(queue)
+
+
+def test_a_new_flow_in_each_frame_does_not_make_a_full_queue_look_at_all_flows_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    class Counted(tun6.Flow):
+        __slots__ = ()
+
+        def __getattribute__(self, attribute: str) -> Any:
+            nonlocal looks
+            looks += attribute == "bytes"
+            return super().__getattribute__(attribute)
+
+    monkeypatch.setattr(tun6, "Flow", Counted)
+    queue = tun6.FrameQueue(limit=4000 * SMALLEST)
+    push(queue, 0, *(frame(number, size=SMALLEST) for number in range(4000)))
+    looks = 0
+    push(queue, 0, *(frame(number, size=SMALLEST) for number in range(5000, 7000)))
+    assert queue.dropped == 2000
+    assert looks < 2000 * 50
+
+
+# ---- Outbox ----------------------------------------------------------------------------------------------------------
+
+
+def batch(frames: list[bytes]) -> tuple[memoryview, list[int]]:
+    """The frames as a pump has them: in a larger buffer, one behind the other, and where each ends."""
+    return memoryview(bytearray(b"".join(frames) + bytes(100))), list(accumulate(map(len, frames)))
+
+
+class Connection:
+    """A connection that takes as many bytes at each write as `takes` says, 0: it is full; when that is over, all.
+
+    To a bare peer, each write has to begin at a packet's beginning, or go on in the one that was taken in part, and to end at its end.
+    """
+
+    def __init__(self, takes: list[int], bare: bool) -> None:
+        self.takes, self._bare = takes, bare
+        self.stream = bytearray()
+        self.writes: list[memoryview] = []  # what was offered
+        self._rest = b""
+
+    def write(self, data: memoryview) -> int:
+        assert len(data)
+        self.writes.append(data)
+        if self._bare:
+            assert bytes(data) == self._rest or (not self._rest and len(data) == tun6.IPV6_HEADER + int.from_bytes(data[4:6], "big"))
+        else:
+            assert not self._rest or bytes(data[: len(self._rest)]) == self._rest
+        took = min(self.takes.pop(0), len(data)) if self.takes else len(data)
+        if not took:
+            raise BlockingIOError
+        self.stream += data[:took]
+        self._rest = bytes(data[took:]) if self._bare else b""
+        return took
+
+    def received(self) -> list[bytes]:
+        """What the peer makes of it, with offload headers, which a bare peer has not seen."""
+        deframer = tun6.Deframer(BUFFER, None if self._bare else frozenset({"tso6", "uso6"}))
+        stream, out = bytes(self.stream), []
+        for at in range(0, len(stream), tun6.MESSAGE_MAX):
+            out += [self._bare * PLAIN + bytes(cut) for cut in deframer.push(stream[at : at + tun6.MESSAGE_MAX])]
+        assert sum(map(len, out)) == len(stream) + self._bare * len(out) * len(PLAIN)  # no part of a frame is left
+        return out
+
+
+SOME_FRAMES = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sampled_from([SMALLEST, 100, 1510, 5000, LARGEST]),
+        st.sampled_from([NOT_ECT, NOT_ECT, ECT_0]),
+        st.sampled_from([PLAIN, PLAIN, USO6]),
+    ),
+    min_size=1,
+    max_size=8,
+)
+TAKES = st.lists(st.sampled_from([0, 0, 1, 39, 58, 1500, 1510, 4000, 100_000, 1 << 20]) | st.integers(0, 10_000), max_size=60)
+
+
+@given(st.lists(st.tuples(st.none() | SOME_FRAMES, st.sampled_from([0, 0.02, 0.06, 0.2])), max_size=30), TAKES, st.booleans())
+def test_the_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
+    steps: list[tuple[list[tuple[int, int, int, bytes]] | None, float]], takes: list[int], bare: bool
+) -> None:
+    now = 0.0
+    connection = Connection(takes, bare)
+    outbox = tun6.Outbox(connection.write, bare, lambda: now)
+    sent: dict[tuple[int, int], bytes] = {}
+    for kinds, pause in steps:
+        now += pause
+        if kinds is None:
+            outbox.flush()
+            continue
+        frames = [frame(flow, len(sent) + at, size, ecn, PLAIN if bare else header) for at, (flow, size, ecn, header) in enumerate(kinds)]
+        sent.update((name(each), each) for each in frames)
+        view, ends = batch(frames)
+        outbox.send(view, ends)
+        view[:] = bytes(len(view))  # the pump uses its buffer again
+    while outbox.blocked:
+        outbox.flush()
+    received = connection.received()
+    assert len(received) + outbox.dropped == len(sent)
+    for flow in range(4):
+        numbers = [name(each)[1] for each in received if name(each)[0] == flow]
+        assert numbers == sorted(set(numbers))
+    for each in received:
+        original = sent[name(each)]
+        assert each == original or (ecn(original) and each == original[:11] + bytes([original[11] | 0x30]) + original[12:])
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_while_the_connection_takes_everything_a_batch_is_written_from_where_it_lies_at_once(bare: bool) -> None:
+    connection = Connection([], bare)
+    outbox = tun6.Outbox(connection.write, bare, lambda: pytest.fail("nothing waits: no need to know the time"))
+    for _ in range(3):
+        frames = [frame(flow, size=size) for flow, size in enumerate([1510, LARGEST, SMALLEST, 100])]
+        view, ends = batch(frames)
+        outbox.send(view, ends)
+        assert not outbox.blocked
+        assert [bytes(data) for data in connection.writes] == ([each[10:] for each in frames] if bare else [b"".join(frames)])
+        assert all(data.obj is view.obj for data in connection.writes)
+        connection.writes.clear()
+    assert connection.received() == frames * 3
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("takes", [[0], [1, 0], [1500, 0], [1510, 0], [3000, 0], [1500, 1500, 0], [4529, 0]])
+def test_it_is_blocked_from_the_first_byte_that_the_connection_does_not_take_until_it_has_the_last(takes: list[int], bare: bool) -> None:
+    connection = Connection(list(takes), bare)
+    outbox = tun6.Outbox(connection.write, bare, lambda: 0.0)
+    frames = [frame(1, number) for number in range(3)]
+    outbox.send(*batch(frames))
+    assert outbox.blocked
+    connection.takes = [0]
+    outbox.flush()
+    assert outbox.blocked
+    late = frame(1, 3)
+    outbox.send(*batch([late]))  # does not overtake
+    outbox.flush()
+    assert not outbox.blocked
+    assert not states(outbox._queue)
+    assert connection.received() == [*frames, late]
+    connection.writes.clear()
+    outbox.send(*batch([late]))
+    assert (len(connection.writes), outbox.blocked) == (1, False)  # straight through again
+
+
+def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_already_taken_from_the_queue() -> None:
+    connection = Connection([0], bare=False)
+    outbox = tun6.Outbox(connection.write, False, lambda: 0.0)
+    outbox.send(*batch([frame(1, number) for number in range(150)]))
+    connection.takes = [1, 0]
+    outbox.flush()
+    outbox.send(*batch([frame(2, size=114)]))
+    while outbox.blocked:
+        outbox.flush()
+    before = [name(each)[0] for each in connection.received()].index(2)
+    assert before * 1510 <= tun6.FLUSH + 1510
+
+
+def test_one_flush_writes_about_a_batch_so_that_others_get_their_turn() -> None:
+    connection = Connection([0] * 3, bare=False)
+    outbox = tun6.Outbox(connection.write, False, lambda: 0.0)
+    for first in range(0, 600, 200):
+        outbox.send(*batch([frame(1, number) for number in range(first, first + 200)]))
+    connection.takes.clear()
+    flushes = 0
+    while outbox.blocked:
+        before = len(connection.stream)
+        outbox.flush()
+        flushes += 1
+        assert 0 < len(connection.stream) - before <= tun6.BATCH + tun6.FLUSH + LARGEST
+    assert flushes > 2
+    assert len(connection.received()) == 600
+
+
+@pytest.mark.parametrize(("size", "flows"), [(LARGEST, 1), (LARGEST, 1 << 20), (1510, 1 << 20), (SMALLEST, 1), (SMALLEST, 1 << 20)])
+def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows: int) -> None:
+    def full(_: memoryview) -> int:
+        raise BlockingIOError
+
+    outbox = tun6.Outbox(full, False, lambda: 0.0)
+    total = max(1, int(1.25 * tun6.QUEUE_MAX) // (size * 500)) * 500 if size < LARGEST else 100
+    batches = [
+        batch([frame(number % flows, number, size) for number in range(first, min(first + 500, total))]) for first in range(0, total, 500)
+    ]
+    tracemalloc.start()
+    try:
+        for view, ends in batches:
+            outbox.send(view, ends)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert outbox.dropped
+    assert 0.9 * tun6.QUEUE_MAX < outbox._queue.bytes <= tun6.QUEUE_MAX
+    assert taken < 1.2 * outbox._queue.bytes + 200 * (total - outbox.dropped) + 2 * tun6.FLOWS_MAX * 1500  # bytes a frame, and a flow
 
 
 # ---- Gather ----------------------------------------------------------------------------------------------------------

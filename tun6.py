@@ -114,18 +114,23 @@ CONNECT_S = 10.0  # for one TCP connect
 HANDSHAKE_S = 10.0  # for the whole handshake
 LEGACY_READ_S = 0.2  # that a legacy client gets to read the answer, once its kernel has it, before the first frame follows
 TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
+SIOCOUTQ, SIOCOUTQNSD = 0x5411, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
 KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
 USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged this long ends the connection
 BACKLOG = 1024  # connections that wait for accept
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH = 256 << 10  # bytes moved before others get their turn: 2,100 of the smallest frames, which take about 6 ms
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN
-NOTSENT_LOWAT = 32 << 10  # bytes that a socket takes before it can send them, on a real link: what is behind them can't overtake
-FLUSH = 16 << 10  # bytes taken from the queue at a time, for the same reason
+UNSENT_S = 0.01  # of data that a socket gets before it can send it, on a real link: what is behind it can't overtake it
+UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR sees a sender that has nothing to say
+RETUNE_S = 0.05  # how often that is computed anew
+FLUSH = 4 << 10  # bytes taken from the queue at a time, for the same reason
 QUANTUM = 1524  # bytes of a flow's turn: a full frame, RFC 8290 section 5.2
-CODEL_INTERVAL_S = 0.1  # RFC 8289 section 4.3
-CODEL_TARGET_S = 0.05  # section 4.4 has 0.005: with that an upload over 40 ms and 1 % loss moves a third less
+# RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With these an upload over 40 ms and 1 % loss moves a third less: when the
+# outer TCP mends a loss, all that it carries is 50 to 100 ms late, which is no standing queue.
+CODEL_INTERVAL_S, CODEL_TARGET_S = 0.2, 0.05
 QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
+FLOWS_MAX = 1024  # that have a queue of their own; Linux's fq_codel has as many, RFC 8290 section 5.2
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OUR_NUMBERS = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
@@ -465,7 +470,7 @@ class Flow:
 
     __slots__ = ("bytes", "count", "deficit", "drop_next", "dropping", "first_above_time", "frames", "key", "lastcount")
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes | int) -> None:
         self.key = key
         self.frames: deque[tuple[float, bytearray]] = deque()  # time of arrival, frame
         self.bytes = 0
@@ -478,29 +483,36 @@ class Flow:
 class FrameQueue:
     """FQ-CoDel (RFC 8290) for frames that a blocked socket does not take: a queue a flow, sparse flows first.
 
-    Times in seconds of any one clock. What is dropped or marked is counted.
+    Flows beyond FLOWS_MAX share as many more queues by a hash of their key, as all do in the RFC: a new flow with each
+    packet would otherwise grow the state without bound and keep the old ones from their turn for ever. Times in seconds
+    of any one clock. What is dropped or marked is counted.
     """
 
     def __init__(self, target: float = CODEL_TARGET_S, interval: float = CODEL_INTERVAL_S, limit: int = QUEUE_MAX) -> None:
         """`limit`: bytes that may wait."""
         self._target, self._interval, self._limit = target, interval, limit
-        self._flows: dict[bytes, Flow] = {}
+        self._flows: dict[bytes | int, Flow] = {}
         self._new: deque[Flow] = deque()
         self._old: deque[Flow] = deque()
+        self._longest = 0  # bytes: no flow has more
+        self._long: list[Flow] = []  # those that had at least half of the longest when it was last looked for
         self.bytes = self.dropped = self.marked = 0
 
     def push(self, frame: bytearray, now: float) -> None:
-        """A frame that arrived now. When too much waits, the longest flow loses its oldest."""
-        key = self._key(frame)
-        flow = self._flows.get(key)
+        """A frame that arrived now. When too much waits, the longest flow (or one at least half as long) loses its oldest."""
+        key: bytes | int = self._key(frame)
+        shared = hash(key) % FLOWS_MAX  # bytes hash differently in each process: nobody can aim at a queue
+        flow = self._flows.get(key) or self._flows.get(shared)
         if flow is None:
+            key = key if len(self._flows) < FLOWS_MAX else shared
             flow = self._flows[key] = Flow(key)
             self._new.append(flow)
         flow.frames.append((now, frame))
         flow.bytes += len(frame)
         self.bytes += len(frame)
+        self._longest = max(self._longest, flow.bytes)
         while self.bytes > self._limit:
-            self._take(max(self._flows.values(), key=lambda flow: flow.bytes))
+            self._take(self._long_flow(flow))
             self.dropped += 1
 
     def pop(self, now: float) -> bytearray | None:
@@ -522,7 +534,24 @@ class FrameQueue:
                 continue
             flow.deficit -= len(frame)
             return frame
+        self._longest = 0
+        self._long.clear()
         return None
+
+    def _long_flow(self, flow: Flow) -> Flow:
+        """This flow or else another, with at least half of the longest one's bytes.
+
+        All of them at a time, so that looking is rare: for the very longest, each frame would wait for O(flows), which with
+        a new flow in each packet held the event loop for seconds.
+        """
+        while 2 * flow.bytes < self._longest:
+            if not self._long:
+                self._longest = max(flow.bytes for flow in self._flows.values())
+                self._long = [flow for flow in self._flows.values() if 2 * flow.bytes >= self._longest]
+            flow = self._long[-1]
+            if 2 * flow.bytes < self._longest:
+                self._long.pop()
+        return flow
 
     def _key(self, frame: bytearray) -> bytes:
         """What packets of one flow have in common: addresses, next header, and ports or the Id of an echo."""
@@ -621,9 +650,10 @@ class Outbox:
             begin = end
 
     def flush(self) -> None:
-        """Writes what waits, until the connection is full or nothing waits."""
-        now = self._clock()
-        while self._begun or self._begin(now):
+        """Writes what waits, until the connection is full, nothing waits, or it has been a batch: others get their turn."""
+        now, size = self._clock(), 0
+        while size < BATCH and (self._begun or self._begin(now)):
+            size += len(self._begun)
             self._begun = self._begun[self._try(self._begun) :]
             if self._begun:
                 return
@@ -1062,13 +1092,17 @@ class Waker:
         self._hub.switch()
 
 
-def pump_tun_to_tcp(tun: Tun, sock: socket.socket, kinds: frozenset[str] | None, traffic: Traffic) -> NoReturn:
-    """Sends what the TUN gives, all that waits there as one batch. `kinds`: the GSO kinds that the peer takes, None for a legacy peer.
+def pump_tun_to_tcp(
+    tun: Tun, sock: socket.socket, write: Callable[[memoryview], int], kinds: frozenset[str] | None, traffic: Traffic
+) -> NoReturn:
+    """Sends what the TUN gives, all that waits there as one batch, through `write` (see Outbox).
+
+    `kinds`: the GSO kinds that the peer takes, None for a legacy peer.
 
     Raises KernelError when the TUN fails, OSError when the connection does.
     """
     view, frame_max = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX
-    outbox = Outbox(functools.partial(os.write, sock.fileno()), kinds is None)
+    outbox = Outbox(write, kinds is None)
     with Waker(tun.fd, sock.fileno()) as waker:
         while True:
             waker.wait(outbox.blocked)
@@ -1146,19 +1180,53 @@ class Congestion(NamedTuple):
     lan: str | None
 
 
-def adapt(sock: socket.socket, congestion: Congestion) -> None:
-    """Suits the connection to its path, by the shortest round trip that the kernel has seen on it.
+class LinkWriter:
+    """Writes to a connection over a real link no more than that can send in UNSENT_S.
+
+    Bytes that the kernel holds unsent are a queue that nobody manages. TCP_NOTSENT_LOWAT alone lets in 64 KiB more.
+    """
+
+    def __init__(self, sock: socket.socket, whole: bool) -> None:
+        """whole: what is written is not to be cut."""
+        self._sock, self._whole = sock, whole
+        self._limit = UNSENT_MIN
+        self._unsent = bytearray(4)
+        self._retune_at = 0.0
+
+    def __call__(self, data: memoryview) -> int:
+        """Gives how many bytes were taken. Raises BlockingIOError until the socket is writable, OSError."""
+        now = time.monotonic()
+        if now >= self._retune_at:
+            self._retune_at = now + RETUNE_S
+            bytes_per_s = tcp_info(self._sock, "Q", 104)  # tcpi_pacing_rate
+            self._limit = min(max(int(bytes_per_s * UNSENT_S), UNSENT_MIN), UNSENT_MAX)
+            self._sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, self._limit)
+        fcntl.ioctl(self._sock.fileno(), SIOCOUTQNSD, self._unsent)
+        room = self._limit - int.from_bytes(self._unsent, sys.byteorder)
+        if room <= 0:
+            raise BlockingIOError
+        return os.write(self._sock.fileno(), data if self._whole else data[:room])
+
+
+def tcp_info(sock: socket.socket, kind: str, at: int) -> int:
+    """A field of struct tcp_info, linux/tcp.h; 0 where the kernel is too old to have it."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return cast(int, struct.unpack_from(kind, info.ljust(256, b"\0"), at)[0])
+
+
+def adapt(sock: socket.socket, congestion: Congestion, whole: bool) -> Callable[[memoryview], int]:
+    """Suits the connection to its path, by the shortest round trip that the kernel has seen on it; gives what writes to it.
 
     On a real link BBR hides losses from the TCP inside the tunnel, and bytes wait in our queue, which is managed, not in the
-    socket's. On a LAN BBR's pacing would cost half of the speed.
+    socket's. On a LAN BBR's pacing would cost half of the speed. whole: what is written at once is not to be cut.
     """
-    rtt_us = struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 152), 148)[0]  # tcpi_min_rtt, linux/tcp.h
-    name = congestion.lan if rtt_us < LAN_RTT_US else congestion.link
+    rtt_us = tcp_info(sock, "I", 148)  # tcpi_min_rtt
+    lan = rtt_us < LAN_RTT_US
+    name = congestion.lan if lan else congestion.link
     if name:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name.encode())
-    if rtt_us >= LAN_RTT_US:
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
     log.debug("round trip %.1f ms: congestion control %s", rtt_us / 1000, name or "as the system has it")
+    return functools.partial(os.write, sock.fileno()) if lan else LinkWriter(sock, whole)
 
 
 def receive_message(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
@@ -1180,7 +1248,7 @@ def wait_until_read(sock: socket.socket) -> None:
     """
     unacknowledged = bytearray(4)
     while True:
-        fcntl.ioctl(sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
+        fcntl.ioctl(sock.fileno(), SIOCOUTQ, unacknowledged)
         if not any(unacknowledged):
             break
         gevent.sleep(0.01)
@@ -1221,28 +1289,32 @@ class Session:
         if not self._end.ready():
             self._end.set(why)
 
-    def run(self, sock: socket.socket, tun: Tun, kinds: frozenset[str] | None, early: bytes, settle: bool = False) -> BaseException:
+    def run(
+        self, sock: socket.socket, tun: Tun, congestion: Congestion, kinds: frozenset[str] | None, early: bytes, settle: bool = False
+    ) -> BaseException:
         """Moves frames until the session ends, and gives the reason.
 
         `kinds` are the GSO kinds that the peer takes, None for a legacy peer; `early` the bytes behind its message;
         `settle`: it is a legacy client that has not read our answer yet.
         """
         bare = kinds is None
+        write = adapt(sock, congestion, whole=bare)
         deframer = Deframer(_tcp_buffer, None if bare else tun.kinds)
+
+        def tun_to_tcp() -> None:
+            if settle:
+                wait_until_read(sock)
+            pump_tun_to_tcp(tun, sock, write, kinds, self.traffic)
+
         pumps = [
             gevent.spawn(self._guard, pump_tcp_to_tun, sock, tun, deframer, early, bare, self.traffic),
-            gevent.spawn(self._guard, self._tun_to_tcp, sock, tun, kinds, settle),
+            gevent.spawn(self._guard, tun_to_tcp),
         ]
         try:
             why: BaseException = self._end.get()
         finally:
             gevent.killall(pumps)
         return why
-
-    def _tun_to_tcp(self, sock: socket.socket, tun: Tun, kinds: frozenset[str] | None, settle: bool) -> None:
-        if settle:
-            wait_until_read(sock)
-        pump_tun_to_tcp(tun, sock, kinds, self.traffic)
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
         try:
@@ -1375,9 +1447,8 @@ class Server:
                 if kinds is not None:
                     answer["Offload"] = sorted(tun.kinds)
                 sock.sendall(encode(answer))
-                adapt(sock, self._congestion)
                 log.info("%s from %s: has %s on %s", shown(id_), peer, prefix, tun.name)
-                why = session.run(sock, tun, kinds, early, settle=kinds is None)
+                why = session.run(sock, tun, self._congestion, kinds, early, settle=kinds is None)
             log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
         except (StorageError, KernelError) as error:
             log.error("%s from %s: can't be served: %s", shown(id_), peer, error)
@@ -1447,10 +1518,9 @@ class Client:
             prefix, kinds = parse_answer(message)
             tun.give(kinds)
             self._take_address(tun, prefix)
-            adapt(sock, self._congestion)
             log.info("%s at %s port %d: has %s on %s", shown(self._id), *self._remote, prefix, tun.name)
             self._told = None
-            raise Session().run(sock, tun, kinds, early)
+            raise Session().run(sock, tun, self._congestion, kinds, early)
 
     def _dial(self) -> socket.socket:
         """A connection to the first of the server's IPv4 addresses that takes it; others would be routed into our TUN."""

@@ -1,0 +1,1275 @@
+#!/usr/bin/env python3
+"""bench_tun6: measures tun6 beside direct routing, the same data path in C, and every other tunnel that is installed.
+
+Usage, as root: `bench_tun6.py [--quick] [--only NAME,...] [--json FILE] [--plot FILE]`; `--help` has the names.
+
+Each tunnel carries IPv6 between the hosts `client` and `internet` of a tun6.Lab, so its packets cross the NAT over IPv4;
+`direct` routes IPv6 over the same links. Machines drift, therefore each repeat measures all tunnels, one after the other,
+and a figure means something beside `direct` of the same run only. Reported are medians over the repeats.
+
+    machine     iperf3 TCP up, down and 4 streams up, with the CPU time that each end of the tunnel took for a GB;
+                64-byte UDP up: the most that arrives at <= 1 % loss, found by bisection, and in a flood;
+                round trip when idle and during the TCP upload
+    WANs        the same hosts with a Link, rate, delay, buffer and loss, between nat and server: TCP up and down
+                and the round trip meanwhile
+    clients     1, 100 and 1,000 plain sockets say hello to one tun6 server at once; each has a working tunnel when its
+                echo request, sent as a frame, is answered. Then the cost with so many clients, and the shutdown
+
+All hosts use CUBIC, as most in the world do; so does each tunnel's own connection, unless the tunnel chooses.
+
+The file, top to bottom:
+
+    what is measured     Measure, Link, the sections of the tables
+    the network          Net: hosts, programs that run on them, CPU time; the WAN emulator
+    the tunnels          how each one is brought up
+    measuring            iperf3, ping, the bisection
+    clients              Caller, a tun6 client of one socket
+    the run              order of measurements, what failed
+    reports              machine line, tables, JSON, plot
+    command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import functools
+import heapq
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import random
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, NoReturn
+
+import tun6
+from tun6 import Lab, wait_until
+
+PACKAGES = "iproute2 nftables iputils-ping iperf3 gcc libc6-dev openssl openvpn tinc wireguard-go wireguard-tools openssh-server"
+COME_UP_S = 15.0  # for a tunnel, from its start to the first ping through it
+CLIENT_ADDRESS = "2001:db8:1::1"  # also what tun6's server gives to its first client
+CLIENT_PREFIX = "2001:db8:1::/64"
+UDP_PAYLOAD = 64  # bytes
+UDP_LOSS_MAX = 0.01
+STOPPERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class BenchError(tun6.Tun6Error):
+    """Ends one measurement, or one tunnel's turn."""
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+class Measure(NamedTuple):
+    """One column of a table."""
+
+    key: str
+    title: str
+    decimals: int
+    ratio: bool = False  # to direct is shown beside it
+
+
+class Section(NamedTuple):
+    """One table."""
+
+    key: str
+    title: str
+    measures: tuple[Measure, ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A real-world path between nat and server."""
+
+    key: str
+    label: str
+    up: float  # Mbit/s, of IP packets
+    down: float  # Mbit/s
+    rtt: float  # ms, half of it each way
+    buffer: float  # ms that a packet waits at most before it is dropped, each way
+    loss: float  # per cent, each way
+
+
+LINKS = (
+    Link("home", "20 Mbit/s up, 100 down, 30 ms, 1 s of buffer", 20, 100, 30, 1000, 0),
+    Link("loss0.1", "100 Mbit/s, 40 ms, 0.1 % loss, 100 ms of buffer", 100, 100, 40, 100, 0.1),
+    Link("loss1", "100 Mbit/s, 40 ms, 1 % loss, 100 ms of buffer", 100, 100, 40, 100, 1),
+    Link("slow", "5 Mbit/s, 80 ms, 300 ms of buffer", 5, 5, 80, 300, 0),
+)
+TCP = Section(
+    "tcp",
+    "TCP through the tunnel, Mbit/s (x direct), and CPU seconds that its two ends took for a GB",
+    (
+        Measure("tcp_up", "up", 0, True),
+        Measure("tcp_down", "down", 0, True),
+        Measure("tcp_4", "4 streams", 0, True),
+        Measure("up_cpu_client", "up: client", 2),
+        Measure("up_cpu_server", "server", 2),
+        Measure("down_cpu_client", "down: client", 2),
+        Measure("down_cpu_server", "server", 2),
+    ),
+)
+UDP = Section(
+    "udp",
+    f"UDP of {UDP_PAYLOAD} bytes up, delivered, thousands of packets/s (x direct)",
+    (Measure("udp_clean", "<= 1 % loss", 1, True), Measure("udp_flood", "flood", 1, True)),
+)
+RTT = Section(
+    "rtt",
+    "Round trip, ms: idle, and during the TCP upload",
+    (
+        Measure("rtt_idle", "idle", 3),
+        Measure("rtt_extra", "over direct", 3),
+        Measure("rtt_load", "upload: mean", 2),
+        Measure("rtt_load_max", "max", 2),
+    ),
+)
+WANS = tuple(
+    Section(
+        link.key,
+        f"WAN {link.label}: Mbit/s (x direct), and the round trip under it, ms",
+        (
+            Measure("rtt_idle", "idle", 1),
+            Measure("up", "up", 1, True),
+            Measure("up_rtt", "mean", 0),
+            Measure("up_rtt_max", "max", 0),
+            Measure("down", "down", 1, True),
+            Measure("down_rtt", "mean", 0),
+            Measure("down_rtt_max", "max", 0),
+        ),
+    )
+    for link in LINKS
+)
+CLIENTS = Section(
+    "clients",
+    "tun6 with many clients: all say hello at once, while one more, real client pings; then what it costs beside them",
+    (
+        Measure("all_s", "all work, s", 2),
+        Measure("one_ms", "half, ms", 0),
+        Measure("ping_max", "ping max, ms", 0),
+        Measure("kib", "KiB each", 0),
+        Measure("next_ms", "next, ms", 1),
+        Measure("idle_cpu", "idle CPU %", 1),
+        Measure("rtt", "RTT, ms", 2),
+        Measure("tcp_up", "TCP, Mbit/s", 0),
+        Measure("cpu_gb", "CPU s/GB", 2),
+        Measure("shutdown_s", "shutdown, s", 2),
+    ),
+)
+MACHINE = (TCP, UDP, RTT)
+SECTIONS = (*MACHINE, *WANS, CLIENTS)
+GROUPS = {"machine": MACHINE, "wan": WANS}  # names that --only takes for several sections
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured."""
+
+    repeats: int = 3
+    seconds: int = 4  # of one TCP measurement; iperf3 takes whole ones only
+    udp_seconds: int = 2  # of one UDP rate
+    udp_steps: int = 6  # of the bisection, each halves what is unknown
+    pings: int = 40  # idle
+    wan_seconds: int = 8
+    wan_skip: int = 2  # seconds of these before the goodput counts
+    clients: tuple[int, ...] = (1, 100, 1000)
+
+
+QUICK = Settings(repeats=1, seconds=2, udp_seconds=1, udp_steps=3, pings=20, wan_seconds=4, wan_skip=1, clients=(100,))
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+class Net:
+    """The hosts, and the programs of the tunnel that is up; these run in a folder for their files."""
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self.lab, self.folder = lab, folder
+        self.undo = ExitStack()  # of the tunnel that is up
+        self.running: dict[str, subprocess.Popen[str]] = {}  # by host
+        for host in Lab.HOSTS:
+            lab.sysctl(host, "net.ipv4.tcp_congestion_control", "cubic")
+            lab.sysctl(host, "net.ipv4.tcp_no_metrics_save", "1")  # what one tunnel's connections learn must not guide the next
+
+    @contextmanager
+    def up(self, tunnel: Tunnel) -> Iterator[None]:
+        """The tunnel carries packets from client to internet meanwhile. Raises BenchError, which says why it does not."""
+        with ExitStack() as self.undo:
+            self.undo.callback(self.running.clear)
+            tunnel.start(self)
+            self.wait("the first ping is answered", lambda: self.lab.pings("client"))
+            yield
+
+    def spawn(self, host: str, command: str, listens: str = "", ours: bool = False, **environment: str) -> None:
+        """Runs an end of the tunnel until the tunnel goes down, and waits until it listens on a port, such as "tcp 10000"."""
+        with open(self.folder / f"{host}.log", "w") as log_file:
+            process = self.lab.popen(
+                host,
+                *shlex.split(command),
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                env={**os.environ, **environment},
+                start_new_session=True,  # Ctrl-C is for us
+            )
+        self.running[host] = process
+        self.undo.push(lambda failure, *_: end(process, ours and not failure))  # the first fault says more
+        if listens:
+            self.wait(f"it listens on {listens}", lambda: self._listens(host, *listens.split()))
+
+    def check(self, command: str, said: str = "") -> str:
+        """Runs a program, that reads `said`, to its end; gives what it says. Raises BenchError when it fails."""
+        done = subprocess.run(shlex.split(command), input=said, cwd=self.folder, capture_output=True, text=True)
+        if done.returncode:
+            raise BenchError(f"`{command[:60]}` failed: {' '.join(done.stderr.split())[:200]}")
+        return done.stdout
+
+    def wait(self, what: str, condition: Callable[[], object]) -> None:
+        """Until the condition holds. Raises BenchError when a program ends before, or when it takes longer than COME_UP_S."""
+
+        def held() -> bool:
+            for host, process in self.running.items():
+                if process.poll() is not None:
+                    raise BenchError(f"the {host}'s program ended with {process.returncode}: {self._last_words(host)}")
+            return bool(condition())
+
+        try:
+            wait_until(what, held, COME_UP_S)
+        except tun6.KernelError as error:
+            raise BenchError("; ".join([str(error), *(f"{host}: {self._last_words(host)}" for host in self.running)])) from None
+
+    def route(self, client_device: str, server_device: str) -> None:
+        """Carries the client's IPv6 over devices that the tunnel's programs make."""
+        for host, device in (("server", server_device), ("client", client_device)):
+            self.wait(f"{device} is there", functools.partial(self._has_device, host, device))
+            self.lab.ip(host, f"link set dev {device} up")
+        self.lab.ip("server", f"-6 route replace {CLIENT_PREFIX} dev {server_device}")
+        self.lab.ip("client", f"addr add {CLIENT_ADDRESS}/128 dev {client_device} nodad")
+        self.lab.ip("client", f"-6 route replace default dev {client_device} metric 1")
+
+    def cpu(self, host: str) -> float:
+        """Seconds of CPU that the tunnel's programs on the host took so far."""
+        return cpu_seconds(self.running[host].pid) if host in self.running else 0.0
+
+    def _has_device(self, host: str, name: str) -> bool:
+        return f": {name}: " in self.lab.ip(host, "link show")
+
+    def _listens(self, host: str, protocol: str, port: str) -> bool:
+        state = "0A" if protocol == "tcp" else "07"  # TCP_LISTEN, TCP_CLOSE
+        return f":{int(port):04X} 00000000:0000 {state} " in self.lab.run(host, "cat", f"/proc/net/{protocol}").stdout
+
+    def _last_words(self, host: str) -> str:
+        lines = (self.folder / f"{host}.log").read_text(errors="replace").split("\n")
+        return tun6.printable(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"), 120)
+
+
+def end(process: subprocess.Popen[str], ours: bool = False) -> None:
+    """Ends a program and its descendants with SIGTERM, then SIGKILL. Ours must end by itself: raises BenchError."""
+    family = descendants(process.pid)
+    process.terminate()
+    try:
+        status = process.wait(10)
+    except subprocess.TimeoutExpired:
+        status = -signal.SIGKILL
+    for pid in family:
+        if pid != process.pid or process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+    if ours and status:
+        raise BenchError("tun6 did not end within 10 s of SIGTERM" if status < 0 else f"tun6 ended with status {status}")
+
+
+def descendants(root: int) -> list[int]:
+    """The process and all that it started, as far as they live."""
+    children = defaultdict(list)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            children[int(path.read_text().rpartition(")")[2].split()[1])].append(int(path.parent.name))
+    family = [root]
+    for pid in family:
+        family += children[pid]
+    return family
+
+
+def cpu_seconds(root: int) -> float:
+    """CPU time of the process and its descendants: utime + stime, proc_pid_stat(5)."""
+    ticks = 0
+    for pid in descendants(root):
+        with suppress(OSError):
+            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def cubic_allowed() -> Iterator[None]:
+    """Namespaces may choose CUBIC only while this list, one for the machine, has it."""
+    path = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+    before = path.read_text()
+    if "cubic" in before.split():
+        yield
+        return
+    path.write_text(f"{before.strip()} cubic")
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+class Way:
+    """One direction of an emulated link: a rate, a drop-tail buffer in front of it, a delay and losses behind it."""
+
+    PACKET = 2048  # bytes, more than the devices' MTU
+
+    def __init__(self, source: int, sink: int, mbit: float, link: Link) -> None:
+        self.source, self._sink = source, sink
+        self._bytes_per_s = mbit * 1e6 / 8
+        self._delay, self._buffer, self._loss = link.rtt / 2e3, link.buffer / 1e3, link.loss / 100
+        self._free = 0.0  # when the last byte taken so far has left
+        self._under_way: list[tuple[float, bytes]] = []  # a heap by time of arrival
+
+    def take(self) -> None:
+        """Takes what waits at the near end, at most 64 packets, so that the other direction gets its turn."""
+        now = time.monotonic()
+        for _ in range(64):
+            try:
+                packet = os.read(self.source, self.PACKET)
+            except BlockingIOError:
+                return
+            begins = max(now, self._free)
+            if begins - now <= self._buffer and random.random() >= self._loss:
+                self._free = begins + len(packet) / self._bytes_per_s
+                heapq.heappush(self._under_way, (self._free + self._delay, packet))
+
+    def give(self) -> float:
+        """Hands over what has arrived; gives the time of the next arrival."""
+        now, under_way = time.monotonic(), self._under_way
+        while under_way and under_way[0][0] <= now:
+            with suppress(OSError):  # the far end's queue is full: lost
+                os.write(self._sink, heapq.heappop(under_way)[1])
+        return under_way[0][0] if under_way else now + 1
+
+
+def emulate(nat: int, server: int, link: Link) -> None:
+    """A process of its own: carries packets between two TUNs, in user space, so that no socket's limits reach through the link."""
+    for number in STOPPERS:
+        signal.signal(number, signal.SIG_IGN)  # whoever made this process ends it
+    parent = os.getppid()
+    ways = (Way(nat, server, link.up, link), Way(server, nat, link.down, link))
+    with selectors.DefaultSelector() as selector:
+        for way in ways:
+            selector.register(way.source, selectors.EVENT_READ, way)
+        while os.getppid() == parent:
+            arrival = min(way.give() for way in ways)
+            for key, _ in selector.select(max(0.0, arrival - time.monotonic())):
+                key.data.take()
+
+
+@contextmanager
+def wan(lab: Lab, link: Link) -> Iterator[None]:
+    """Between nat and server, in place of a cable, the link; their addresses, and the names eth0, stay."""
+    lab.ip("nat", "link del eth0")
+    ends = []
+    try:
+        for host, address in (("nat", "10.9.0.2/24"), ("server", f"{Lab.SERVER}/24")):
+            with lab.inside(host):
+                ends.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+                fcntl.ioctl(ends[-1], 0x400454CA, struct.pack("16sH22x", b"eth0", 0x1001))  # TUNSETIFF: IFF_TUN, IFF_NO_PI
+            lab.ip(host, f"addr add {address} dev eth0")
+            lab.ip(host, "link set eth0 txqueuelen 5000 addrgenmode none up")
+        process = multiprocessing.get_context("fork").Process(target=emulate, args=(*ends, link), daemon=True)
+        process.start()
+        try:
+            yield
+        finally:
+            process.kill()
+            process.join()
+    finally:
+        for descriptor in ends:
+            os.close(descriptor)
+
+
+# ---- the tunnels -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """One row of the tables."""
+
+    key: str
+    label: str
+    start: Callable[[Net], None]
+    needs: tuple[str, ...] = ()  # programs
+    ours: bool = False  # what fails is our fault
+    quick: bool = False  # --quick measures it
+    quick_wan: bool = False
+
+    def missing(self) -> str | None:
+        """The programs that it needs and that are not installed."""
+        names = [name for name in self.needs if not shutil.which(name)]
+        return f"not installed: {', '.join(names)}" if names else None
+
+
+def start_direct(net: Net) -> None:
+    """No tunnel: nat routes IPv6 too. The addresses behind `via` are on all links, as TUNs have no link-local ones."""
+    ip, undo = net.lab.ip, net.undo
+    net.lab.sysctl("nat", "net.ipv6.conf.all.forwarding", "1")
+    for host, kind, what in (
+        ("client", "addr", f"{CLIENT_ADDRESS}/128 dev lo nodad"),
+        ("client", "addr", "2001:db8:a::2/64 dev eth0 nodad"),
+        ("nat", "addr", "2001:db8:a::1/64 dev eth1 nodad"),
+        ("nat", "addr", "2001:db8:b::2/64 dev eth0 nodad"),
+        ("server", "addr", "2001:db8:b::1/64 dev eth0 nodad"),
+        ("client", "route", f"default via 2001:db8:a::1 src {CLIENT_ADDRESS}"),
+        ("nat", "route", f"{CLIENT_PREFIX} via 2001:db8:a::2"),
+        ("nat", "route", "default via 2001:db8:b::1"),
+        ("server", "route", f"{CLIENT_PREFIX} via 2001:db8:b::2"),
+    ):
+        ip(host, f"-6 {kind} add {what}")
+        if kind == "addr":  # its routes go with it
+            undo.callback(ip, host, f"-6 addr del {what.removesuffix(' nodad')}")
+        else:
+            undo.callback(ip, host, f"-6 route del {what}")
+
+
+C_SOURCE = r"""
+/* The data path of tun6 in C: two blocking threads, offload, no handshake, no checks. datapath server|client, device tun0 */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/if.h>
+#include <linux/if_tun.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+enum { BATCH = 256 << 10, FRAME = 10 + 40 + 65535, HEADERS = 10 + 40 };
+static int tun, sock;
+static void *tun_to_tcp(void *unused)
+{
+    static unsigned char buffer[BATCH + FRAME];
+    struct pollfd readable = {tun, POLLIN, 0};
+    for (;;) {
+        size_t have = 0;
+        poll(&readable, 1, -1);
+        while (have < BATCH) {
+            ssize_t got = read(tun, buffer + have, FRAME);
+            if (got < 0 && errno != EAGAIN) exit(1);
+            if (got < 0) break;
+            have += got;
+        }
+        for (size_t at = 0; at < have;) {
+            ssize_t sent = send(sock, buffer + at, have - at, 0);
+            if (sent <= 0) exit(1);
+            at += sent;
+        }
+    }
+    return unused;
+}
+static void tcp_to_tun(void)
+{
+    static unsigned char buffer[1 << 20];
+    size_t have = 0;
+    for (;;) {
+        size_t at = 0;
+        ssize_t got = recv(sock, buffer + have, sizeof buffer - have, 0);
+        if (got <= 0) exit(1);
+        have += got;
+        while (have - at >= HEADERS) {
+            size_t length = HEADERS + (buffer[at + 14] << 8 | buffer[at + 15]);
+            if (have - at < length) break;
+            if (write(tun, buffer + at, length) < 0 && errno == EBADF) exit(1); /* other packets are lost */
+            at += length;
+        }
+        memmove(buffer, buffer + at, have -= at);
+    }
+}
+int main(int count, char **words)
+{
+    struct sockaddr_in server = {.sin_family = AF_INET, .sin_port = htons(10000), .sin_addr.s_addr = inet_addr("10.9.0.1")};
+    struct ifreq device = {.ifr_name = "tun0", .ifr_flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR};
+    pthread_t thread;
+    int one = 1;
+    sock = socket(AF_INET, SOCK_STREAM, 0);
+    if (count > 1 && !strcmp(words[1], "server")) {
+        setsockopt(sock, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+        if (bind(sock, (void *)&server, sizeof server) || listen(sock, 1)) return 1;
+        sock = accept(sock, 0, 0);
+    } else if (connect(sock, (void *)&server, sizeof server)) return 1;
+    setsockopt(sock, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    tun = open("/dev/net/tun", O_RDWR | O_NONBLOCK);
+    if (ioctl(tun, TUNSETIFF, &device) || ioctl(tun, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO6)) return 2;
+    if (pthread_create(&thread, 0, tun_to_tcp, 0)) return 3;
+    tcp_to_tun();
+}
+"""
+
+
+def start_c(net: Net) -> None:
+    """The embedded program, compiled once a run."""
+    if not (net.folder / "datapath").exists():
+        (net.folder / "datapath.c").write_text(C_SOURCE)
+        net.check("cc -O2 -pthread -o datapath datapath.c")
+    net.spawn("server", "./datapath server", listens="tcp 10000")
+    net.spawn("client", "./datapath client")
+    net.route("tun0", "tun0")
+
+
+# Each is the real client in which one thing is different.
+TUN6_PLAIN = "import sys, tun6; sys.exit(tun6.main())"
+TUN6_WITHOUT_OFFLOAD = """
+import fcntl, sys, tun6
+ioctl = fcntl.ioctl
+def old_kernel(fd, request, argument=0, *more):  # one whose TUNs have no offload
+    if request == tun6.Tun.TUNSETOFFLOAD and argument:
+        raise OSError(22, "Invalid argument")
+    return ioctl(fd, request, argument, *more)
+fcntl.ioctl = old_kernel
+sys.exit(tun6.main())
+"""
+TUN6_LEGACY = """
+import sys, tun6
+encode = tun6.encode
+tun6.encode = lambda message: encode({key: value for key, value in message.items() if key != "Offload"})
+sys.exit(tun6.main())
+"""
+TUN6_CONFIG = """
+    [server]
+    localhost = 0.0.0.0
+    listenport = 10000
+    prefixrange = 2001:db8:1::/48
+    assignments = assignments.json
+    max_clients = 10000
+    [client]
+    remotehost = 10.9.0.1
+    remoteport = 10000
+"""
+
+
+def start_tun6(client: str) -> Callable[[Net], None]:
+    """The real server, and one of the clients above."""
+
+    def start(net: Net) -> None:
+        (net.folder / "config.ini").write_text(textwrap.dedent(TUN6_CONFIG))
+        (net.folder / "assignments.json").unlink(missing_ok=True)  # so that the first client gets CLIENT_PREFIX
+        module = str(Path(tun6.__file__).resolve().parent)
+        for host, code, listens in (("server", TUN6_PLAIN, "tcp 10000"), ("client", client, "")):
+            command = shlex.join([sys.executable, "-c", code, host, "-c", "config.ini"])
+            net.spawn(host, command, listens, ours=True, PYTHONPATH=module)
+
+    return start
+
+
+def start_openvpn(protocol: str, encrypted: bool) -> Callable[[Net], None]:
+    """Point to point; without a cipher there are no keys at all, and OpenVPN sends clear text."""
+
+    def start(net: Net) -> None:
+        if encrypted and not (net.folder / "vpn.crt").exists():  # it signed itself and serves both ends, being its own authority
+            new = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout vpn.key -out vpn.crt"
+            net.check(f"openssl req -x509 -subj /CN=bench -days 2 {new}")
+        for role, listens, more in (
+            ("server", f"{protocol} 1194", "--dh none" if encrypted else ""),
+            ("client", "", f"--remote {Lab.SERVER}"),
+        ):
+            path = "--proto udp" if protocol == "udp" else f"--proto tcp-{role} --socket-flags TCP_NODELAY"
+            safety = "--cipher none --auth none"
+            if encrypted:
+                safety = f"--tls-{role} --data-ciphers AES-128-GCM --cipher AES-128-GCM --ca vpn.crt --cert vpn.crt --key vpn.key"
+            net.spawn(role, f"openvpn --dev tun0 --dev-type tun --port 1194 {path} {safety} {more}", listens)
+        net.route("tun0", "tun0")
+
+    return start
+
+
+def start_tinc(net: Net) -> None:
+    """tinc over TCP, as tun6 is."""
+    for host, more, where in (
+        ("server", "", f"Address = {Lab.SERVER}\nSubnet = ::/0\n"),
+        ("client", "ConnectTo = server\n", f"Subnet = {CLIENT_PREFIX}\n"),
+    ):
+        hosts = net.folder / f"tinc-{host}" / "hosts"
+        if not hosts.exists():
+            hosts.mkdir(parents=True)
+            (hosts.parent / "tinc.conf").write_text(f"Name = {host}\nInterface = tun0\nDeviceType = tun\nAddressFamily = ipv4\n{more}")
+            (hosts / host).write_text(f"TCPOnly = yes\n{where}")
+            net.check(f"tincd -c tinc-{host} -K 2048")
+    for host, other in (("server", "client"), ("client", "server")):  # each gets the other's public key
+        shutil.copy(net.folder / f"tinc-{host}" / "hosts" / host, net.folder / f"tinc-{other}" / "hosts" / host)
+    for host in ("server", "client"):
+        (net.folder / f"tinc-{host}.pid").unlink(missing_ok=True)
+        net.spawn(host, f"tincd -c tinc-{host} -D -d1 --pidfile={net.folder}/tinc-{host}.pid", listens="tcp 655")
+    net.route("tun0", "tun0")
+
+
+def start_wireguard_go(net: Net) -> None:
+    """Its control sockets are in one folder for the whole machine, so the devices' names are ours alone."""
+    devices = {host: f"tun6{host[0]}{os.getpid()}" for host in ("server", "client")}
+    keys = {}
+    for host, device in devices.items():
+        private = net.check("wg genkey")
+        (net.folder / f"wg-{host}.key").write_text(private)
+        keys[host] = net.check("wg pubkey", private).strip()
+        control = Path(f"/var/run/wireguard/{device}.sock")
+        net.undo.callback(control.unlink, missing_ok=True)
+        net.spawn(host, f"wireguard-go -f {device}", LOG_LEVEL="error")
+        net.wait("its control socket is there", control.exists)
+    for host, settings, peer, more in (
+        ("server", "listen-port 51820", "client", f"allowed-ips {CLIENT_PREFIX}"),
+        ("client", "", "server", f"allowed-ips ::/0 endpoint {Lab.SERVER}:51820 persistent-keepalive 25"),
+    ):
+        net.check(f"wg set {devices[host]} private-key wg-{host}.key {settings} peer {keys[peer]} {more}")
+        net.lab.ip(host, f"link set dev {devices[host]} mtu 1420")
+    net.route(devices["client"], devices["server"])
+
+
+def start_ssh(net: Net) -> None:
+    """`ssh -w` to an sshd of our own, with keys of our own; the machine's own sshd and ~/.ssh play no part."""
+    for key in ("ssh_key", "ssh_host_key"):
+        if not (net.folder / key).exists():
+            net.check(f"ssh-keygen -q -t ed25519 -N '' -f {key}")
+    privileges = Path("/run/sshd")  # sshd wants it, empty; on most machines it is there
+    if not privileges.exists():
+        privileges.mkdir(0o755)
+        net.undo.callback(privileges.rmdir)
+    (net.folder / "sshd_config").write_text(
+        f"Port 2222\nListenAddress {Lab.SERVER}\nHostKey {net.folder}/ssh_host_key\nAuthorizedKeysFile {net.folder}/ssh_key.pub\n"
+        "PidFile none\nStrictModes no\nPermitRootLogin prohibit-password\nPermitTunnel yes\nPasswordAuthentication no\nUsePAM no\n"
+    )
+    net.spawn("server", f"{shutil.which('sshd')} -D -e -f {net.folder}/sshd_config", listens="tcp 2222")
+    options = "-o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o IdentitiesOnly=yes -o LogLevel=ERROR"
+    tunnel = "-o ExitOnForwardFailure=yes -o Tunnel=point-to-point -N -w 0:0"
+    net.spawn("client", f"ssh -F /dev/null {options} {tunnel} -i ssh_key -p 2222 root@{Lab.SERVER}")
+    net.route("tun0", "tun0")
+
+
+TUNNELS = (
+    Tunnel("direct", "direct routing, no tunnel", start_direct, ours=True, quick=True, quick_wan=True),
+    Tunnel("c", "C data path", start_c, ("cc",), ours=True, quick=True),
+    Tunnel("tun6", "tun6", start_tun6(TUN6_PLAIN), ours=True, quick=True, quick_wan=True),
+    Tunnel("tun6-bare", "tun6, peer without offload", start_tun6(TUN6_WITHOUT_OFFLOAD), ours=True, quick=True),
+    Tunnel("tun6-legacy", "tun6, legacy peer", start_tun6(TUN6_LEGACY), ours=True, quick=True),
+    Tunnel("openvpn", "OpenVPN TCP, no cipher", start_openvpn("tcp", False), ("openvpn",), quick=True, quick_wan=True),
+    Tunnel("openvpn-aes", "OpenVPN TCP, AES-128-GCM", start_openvpn("tcp", True), ("openvpn", "openssl")),
+    Tunnel("openvpn-udp", "OpenVPN UDP, no cipher", start_openvpn("udp", False), ("openvpn",)),
+    Tunnel("tinc", "tinc over TCP", start_tinc, ("tincd",)),
+    Tunnel("wireguard-go", "wireguard-go", start_wireguard_go, ("wireguard-go", "wg")),
+    Tunnel("ssh", "ssh -w", start_ssh, ("ssh", "sshd", "ssh-keygen")),
+)
+TUN6 = next(tunnel for tunnel in TUNNELS if tunnel.key == "tun6")
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Load(NamedTuple):
+    """What one TCP measurement gave."""
+
+    mbit: float  # per second, of payload
+    cpu: dict[str, float]  # by host, seconds for 10^9 bytes
+    rtt: Ping | None
+
+
+class Ping(NamedTuple):
+    """Round trips, ms."""
+
+    median: float
+    mean: float
+    max: float
+
+
+def ping(net: Net, count: int, interval: float) -> Ping:
+    """Round trips from client to internet. Raises BenchError when no ping is answered."""
+    return parse_ping(net.lab.run("client", "ping", "-6", "-c", str(count), "-i", str(interval), "-W", "3", Lab.INTERNET).stdout)
+
+
+def parse_ping(said: str) -> Ping:
+    """What ping's lines say."""
+    found = [float(value) for value in re.findall(r" time=([\d.]+) ms", said)]
+    if not found:
+        raise BenchError("no ping was answered")
+    return Ping(statistics.median(found), statistics.mean(found), max(found))
+
+
+@contextmanager
+def iperf3(net: Net, seconds: int, *options: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A measurement that begins now; the function given waits for its end, and returns what iperf3 found."""
+    with ExitStack() as undo:
+        server = net.lab.popen("internet", "iperf3", "-s", "-1", "--forceflush", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        undo.enter_context(server)
+        undo.callback(server.kill)
+        assert server.stdout
+        while "listening" not in (line := server.stdout.readline()):
+            if not line:
+                raise BenchError("iperf3's server ended")
+        words = ("iperf3", "-6", "-J", "-c", Lab.INTERNET, "-t", str(seconds), *options)
+        client = net.lab.popen("client", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        undo.enter_context(client)
+        undo.callback(client.kill)
+
+        def result() -> dict[str, Any]:
+            try:
+                said, _ = client.communicate(timeout=seconds + 20)
+                found: dict[str, Any] = json.loads(said)
+            except subprocess.TimeoutExpired:
+                raise BenchError("iperf3 did not end") from None
+            except ValueError:
+                raise BenchError(f"iperf3 failed: {tun6.printable(said)}") from None
+            if "error" in found:
+                raise BenchError(f"iperf3: {tun6.printable(found['error'])}")
+            end_: dict[str, Any] = found["end"]
+            return end_
+
+        yield result
+
+
+def tcp(net: Net, seconds: int, *options: str, skip: int = 0, pings: bool = False) -> Load:
+    """TCP from client to internet, with -R back; `skip` seconds come before those that count, and before the pings."""
+    before = {host: net.cpu(host) for host in ("client", "server")}
+    round_trips = None
+    with iperf3(net, seconds, *(("-O", str(skip)) if skip else ()), *options) as result:
+        if pings:
+            time.sleep(skip + 0.4)
+            round_trips = ping(net, max(3, int((seconds - 0.8) / 0.1)), 0.1)
+        received = result()["sum_received"]
+    # iperf3 does not count the bytes of the seconds skipped, so cpu means something without them only
+    return Load(
+        received["bits_per_second"] / 1e6,
+        {host: (net.cpu(host) - before[host]) / (received["bytes"] / 1e9) for host in before} if received["bytes"] else {},
+        round_trips,
+    )
+
+
+def udp(net: Net, seconds: int, packets_per_s: float = 0) -> tuple[float, float]:
+    """Small packets from client to internet, 0: as many as go. Gives packets/s sent and delivered."""
+    with iperf3(net, seconds, "-u", "-l", str(UDP_PAYLOAD), "-b", str(int(packets_per_s * UDP_PAYLOAD * 8))) as result:
+        total = result()["sum"]
+    return total["bytes"] / UDP_PAYLOAD / total["seconds"], (total["packets"] - total["lost_packets"]) / total["seconds"]
+
+
+def udp_without_loss(net: Net, settings: Settings, flood: tuple[float, float]) -> float:
+    """The most packets/s that are delivered at UDP_LOSS_MAX or less, bisected from what a flood did."""
+    sent, rate = flood
+    if rate >= sent * (1 - UDP_LOSS_MAX):
+        return rate
+    low, high, best = 0.0, min(sent, 1.6 * rate), 0.0  # a flood takes CPU that delivers packets at lower rates
+    for _ in range(settings.udp_steps):
+        sent, delivered = udp(net, settings.udp_seconds, rate)
+        if delivered >= sent * (1 - UDP_LOSS_MAX):
+            low, best = rate, max(best, delivered)
+        else:
+            high = rate
+        rate = (low + high) / 2 if low else high * 0.75
+    return best
+
+
+# ---- clients ---------------------------------------------------------------------------------------------------------
+
+
+class Caller:
+    """A client of one socket: connects, says hello, sends an echo request in a frame, and works when the reply is there."""
+
+    def __init__(self, sock: socket.socket, number: int) -> None:
+        self.sock, self._id = sock, f"caller {number}"
+        self.began = time.monotonic()
+        self.seconds: float | None = None  # until it worked
+        self._handshake: tun6.Handshake | None = None
+        self._asked = False
+        self._received = bytearray()  # frames
+        sock.setblocking(False)
+        sock.connect_ex((Lab.SERVER, 10_000))
+
+    def writable(self) -> None:
+        """Connected, or failed to: raises OSError then."""
+        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        self._handshake = tun6.Handshake()
+        self.sock.send(tun6.encode({"Id": self._id, "Offload": []}))
+
+    def readable(self) -> None:
+        """Takes what came. Raises OSError, EOFError, and SessionError when the server does what it must not."""
+        data = self.sock.recv(1 << 16)
+        if not data:
+            raise EOFError
+        if not self._asked:
+            assert self._handshake
+            found = self._handshake.feed(data)
+            if not found:
+                return
+            prefix, _ = tun6.parse_answer(found[0])
+            self.sock.send(bytes(tun6.OFFLOAD_HEADER.size) + echo_request(prefix[1].packed))
+            self._asked, data = True, found[1]
+        self._received += data
+        while len(self._received) >= 50:
+            length = 50 + int.from_bytes(self._received[14:16], "big")
+            if len(self._received) < length:
+                return
+            if self._received[16] == 58 and self._received[50] == 129 and self.seconds is None:  # ICMPv6, echo reply
+                self.seconds = time.monotonic() - self.began
+            del self._received[:length]
+
+
+def echo_request(source: bytes) -> bytes:
+    """An IPv6 packet to the host internet, RFC 8200 section 3 and RFC 4443 section 4.1."""
+    sink = socket.inet_pton(socket.AF_INET6, Lab.INTERNET)
+    message = struct.pack(">BBHHH", 128, 0, 0, 1, 1)
+    total = sum(struct.unpack(">22H", source + sink + struct.pack(">II", len(message), 58) + message[:4]))
+    total += 2  # identifier and sequence number
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return (
+        struct.pack(">IHBB", 6 << 28, len(message), 58, 64) + source + sink + message[:2] + struct.pack(">H", total ^ 0xFFFF) + message[4:]
+    )
+
+
+def call(net: Net, numbers: range, undo: ExitStack, seconds: float = 60) -> list[float]:
+    """So many callers connect at once and stay until `undo`; gives the seconds until each worked. Raises BenchError."""
+    with net.lab.inside("second"):
+        sockets = [undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in numbers]
+    with selectors.DefaultSelector() as selector:
+        callers = [Caller(sock, number) for sock, number in zip(sockets, numbers)]
+        for caller in callers:
+            selector.register(caller.sock, selectors.EVENT_WRITE, caller)
+        waiting, deadline = len(callers), time.monotonic() + seconds
+        while waiting:
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise BenchError(f"{waiting} of {len(callers)} clients have no working tunnel after {seconds:.0f} s")
+            for key, events in ready:
+                caller = key.data
+                try:
+                    if events & selectors.EVENT_WRITE:
+                        caller.writable()
+                        selector.modify(caller.sock, selectors.EVENT_READ, caller)
+                    else:
+                        caller.readable()
+                        if caller.seconds is not None:
+                            selector.unregister(caller.sock)
+                            waiting -= 1
+                except (OSError, EOFError, tun6.SessionError) as error:
+                    raise BenchError(f"a client failed: {tun6.explain(error)}") from None
+    return [caller.seconds for caller in callers if caller.seconds is not None]
+
+
+def resident(pid: int) -> int:
+    """KiB of memory of the process, proc_pid_status(5)."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def measure_clients(net: Net, count: int, settings: Settings) -> dict[str, float]:
+    """All of CLIENTS for so many clients, of a tun6 that is up with one real client. Ends its server."""
+    server, found = net.running["server"], {}
+    with ExitStack() as undo:
+        memory = resident(server.pid)
+        words = ("ping", "-6", "-i", "0.01", Lab.INTERNET)
+        with net.lab.popen("client", *words, stdout=subprocess.PIPE) as pinging:
+            try:
+                time.sleep(0.3)
+                began = time.monotonic()
+                each = call(net, range(count), undo)
+                found["all_s"], found["one_ms"] = time.monotonic() - began, statistics.median(each) * 1e3
+                time.sleep(0.3)
+            finally:
+                pinging.send_signal(signal.SIGINT)
+                said, _ = pinging.communicate()
+        found["ping_max"] = parse_ping(said).max
+        if count >= 100:  # with fewer, other memory weighs more than theirs
+            found["kib"] = (resident(server.pid) - memory) / count
+        before, began = cpu_seconds(server.pid), time.monotonic()
+        time.sleep(2)
+        found["idle_cpu"] = (cpu_seconds(server.pid) - before) / (time.monotonic() - began) * 100
+        found["next_ms"] = statistics.median([call(net, range(count + n, count + n + 1), undo)[0] for n in range(5)]) * 1e3
+        found["rtt"] = ping(net, settings.pings, 0.02).median
+        load = tcp(net, settings.seconds)
+        found["tcp_up"], found["cpu_gb"] = load.mbit, load.cpu["server"]
+        began = time.monotonic()
+        end(server, ours=True)
+        found["shutdown_s"] = time.monotonic() - began
+    return found
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Chosen(NamedTuple):
+    """What is measured."""
+
+    tunnels: Sequence[Tunnel]
+    wan_tunnels: Sequence[Tunnel]
+    sections: Sequence[Section]
+
+
+class Bench:
+    """Measures what was chosen, and keeps all figures."""
+
+    def __init__(self, settings: Settings, chosen: Chosen, folder: Path) -> None:
+        self.settings, self._folder = settings, folder
+        self.tunnels, self._wan_tunnels, self.sections = chosen
+        self.samples: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        #              by section, row and measure; the rows of CLIENTS are numbers of clients
+        self.faults: dict[str, dict[str, str]] = defaultdict(dict)  # by section and row: the first that went wrong
+        self.failed = False  # something of ours
+
+    def run(self) -> None:
+        """Everything, a fault in one tunnel aside, which is kept."""
+        if any(section in MACHINE for section in self.sections):
+            with Lab() as lab:
+                self._each("machine", Net(lab, self._folder), self.tunnels, self._machine)
+        for link in LINKS:
+            if any(section.key == link.key for section in self.sections):
+                with Lab() as lab, wan(lab, link):
+                    self._each(link.key, Net(lab, self._folder), self._wan_tunnels, functools.partial(self._wan, link))
+        if CLIENTS in self.sections:
+            with Lab() as lab:
+                self._clients(Net(lab, self._folder))
+
+    def _each(self, where: str, net: Net, tunnels: Sequence[Tunnel], measure: Callable[[Net, Tunnel], None]) -> None:
+        for repeat in range(self.settings.repeats):
+            for tunnel in tunnels:
+                missing = tunnel.missing()
+                if missing:
+                    self.faults[where][tunnel.key] = missing
+                    continue
+                say(f"{where}, repeat {repeat + 1} of {self.settings.repeats}: {tunnel.label}")
+                with self._fault_kept(where, tunnel.key, tunnel.ours), net.up(tunnel):
+                    measure(net, tunnel)
+
+    @contextmanager
+    def _fault_kept(self, where: str, row: str, ours: bool, what: str = "") -> Iterator[None]:
+        """What goes wrong inside ends only that."""
+        try:
+            yield
+        except (tun6.Tun6Error, OSError) as error:
+            words = f"{what}{tun6.explain(error)}"
+            self.faults[where].setdefault(row, words)
+            self.failed |= ours
+            say(f"{where}: {row}: {words}")
+
+    def _machine(self, net: Net, tunnel: Tunnel) -> None:
+        settings, wanted = self.settings, {section.key for section in self.sections}
+
+        def keep(section: Section, **figures: float) -> None:
+            for key, value in figures.items():
+                self.samples[section.key][tunnel.key][key].append(value)
+
+        def part(name: str) -> AbstractContextManager[None]:
+            return self._fault_kept("machine", tunnel.key, tunnel.ours, f"{name}: ")
+
+        if "rtt" in wanted:
+            with part("idle round trip"):
+                keep(RTT, rtt_idle=ping(net, settings.pings, 0.02).median)
+        for way, options in (("up", ()), ("down", ("-R",)), ("4", ("-P", "4"))):
+            if "tcp" in wanted or ("rtt" in wanted and way == "up"):
+                with part(f"TCP {way}"):
+                    load = tcp(net, settings.seconds, *options, pings=way == "up")
+                    keep(TCP, **{f"tcp_{way}": load.mbit})
+                    if net.running and way != "4":
+                        keep(TCP, **{f"{way}_cpu_{host}": seconds for host, seconds in load.cpu.items()})
+                    if load.rtt:
+                        keep(RTT, rtt_load=load.rtt.mean, rtt_load_max=load.rtt.max)
+        if "udp" in wanted:
+            with part("UDP"):
+                flood = udp(net, settings.udp_seconds)
+                keep(UDP, udp_flood=flood[1] / 1e3, udp_clean=udp_without_loss(net, settings, flood) / 1e3)
+
+    def _wan(self, link: Link, net: Net, tunnel: Tunnel) -> None:
+        samples, settings = self.samples[link.key][tunnel.key], self.settings
+        samples["rtt_idle"].append(ping(net, 10, 0.1).median)
+        for way, options in (("up", ()), ("down", ("-R",))):
+            with self._fault_kept(link.key, tunnel.key, tunnel.ours, f"TCP {way}: "):
+                load = tcp(net, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
+                samples[way].append(load.mbit)
+                if load.rtt:
+                    samples[f"{way}_rtt"].append(load.rtt.mean)
+                    samples[f"{way}_rtt_max"].append(load.rtt.max)
+            if way == "up":
+                time.sleep(1)  # what still waits in the tunnel and in the link must not meet the next measurement
+
+    def _clients(self, net: Net) -> None:
+        for repeat in range(self.settings.repeats):
+            for count in self.settings.clients:
+                say(f"clients, repeat {repeat + 1} of {self.settings.repeats}: {count}")
+                with self._fault_kept("clients", str(count), ours=True), net.up(TUN6):
+                    for key, value in measure_clients(net, count, self.settings).items():
+                        self.samples["clients"][str(count)][key].append(value)
+
+    def median(self, section: str, row: str, key: str) -> float | None:
+        """Of all repeats; None when there is none."""
+        if key == "rtt_extra":
+            mine, direct = self.median(section, row, "rtt_idle"), self.median(section, "direct", "rtt_idle")
+            return None if mine is None or direct is None else mine - direct
+        values = self.samples.get(section, {}).get(row, {}).get(key)
+        return statistics.median(values) if values else None
+
+    def ratio(self, section: str, row: str, key: str) -> float | None:
+        """To direct: the median of the repeats' ratios would need equal numbers of them, so that of the medians."""
+        mine, direct = self.median(section, row, key), self.median(section, "direct", key)
+        return None if mine is None or not direct else mine / direct
+
+
+def say(text: str) -> None:
+    """Progress, beside the tables."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    found = {
+        "cores": str(os.cpu_count()),
+        "CPU": model[1] if model else platform.machine(),
+        "Linux": platform.release(),
+        "Python": platform.python_version(),
+        "gevent": importlib.metadata.version("gevent"),
+        "tun6": tun6.__version__,
+    }
+    for program, option in (
+        ("iperf3", "--version"),
+        ("cc", "--version"),
+        ("openvpn", "--version"),
+        ("tincd", "--version"),
+        ("wireguard-go", "--version"),
+        ("ssh", "-V"),
+    ):
+        if shutil.which(program):
+            done = subprocess.run([program, option], capture_output=True, text=True)
+            version = re.search(r"\d+(\.\w+)+", done.stdout + done.stderr)
+            found[program] = version[0] if version else "unknown"
+        else:
+            found[program] = "not installed"
+    return found
+
+
+def table(bench: Bench, where: str, section: Section) -> Iterator[str]:
+    """The lines of one section's table."""
+    widths = [max(len(measure.title), 7 + 7 * measure.ratio) for measure in section.measures]
+    rows = {tunnel.key: tunnel.label for tunnel in bench.tunnels}
+    if section is CLIENTS:
+        rows = {str(count): f"{count:,}" for count in bench.settings.clients}
+    left = max(map(len, rows.values()))
+    yield section.title
+    yield "  ".join([" " * left, *(f"{measure.title:>{width}}" for measure, width in zip(section.measures, widths))])
+    for row, label in rows.items():
+        fault = bench.faults[where].get(row)
+        if row not in bench.samples[section.key]:
+            if fault:
+                yield from textwrap.wrap(f"{label:<{left}}  {fault}", 118, subsequent_indent=" " * (left + 2), drop_whitespace=True)
+            continue
+        cells = [cell(bench, section.key, row, measure, width) for measure, width in zip(section.measures, widths)]
+        yield "  ".join([f"{label:<{left}}", *cells]).rstrip()
+        if fault:
+            yield from textwrap.wrap(f"! {fault}", 118, initial_indent=" " * (left + 2), subsequent_indent=" " * (left + 4))
+
+
+def cell(bench: Bench, section: str, row: str, measure: Measure, width: int) -> str:
+    """One figure, with its ratio to direct."""
+    value = bench.median(section, row, measure.key)
+    text = "-" if value is None else f"{value:,.{measure.decimals}f}"
+    if measure.ratio:
+        ratio = bench.ratio(section, row, measure.key)
+        text += "       " if ratio is None else f" {ratio:6.{3 if ratio < 10 else 1}f}"
+    return f"{text:>{width}}"
+
+
+def report(bench: Bench) -> Iterator[str]:
+    """All tables."""
+    for section in bench.sections:
+        yield ""
+        yield from table(bench, "machine" if section in MACHINE else section.key, section)
+
+
+def as_json(bench: Bench, about: dict[str, str]) -> dict[str, Any]:
+    """All samples, their medians, and the medians' ratios to direct."""
+    return {
+        "machine": about,
+        "settings": dataclasses.asdict(bench.settings),
+        "links": [dataclasses.asdict(link) for link in LINKS],
+        "faults": bench.faults,
+        "sections": {
+            section.key: {
+                row: {
+                    key: {"median": bench.median(section.key, row, key), "ratio": bench.ratio(section.key, row, key), "samples": values}
+                    for key, values in measures.items()
+                }
+                for row, measures in bench.samples[section.key].items()
+            }
+            for section in bench.sections
+        },
+    }
+
+
+def plot(bench: Bench, path: str, about: dict[str, str]) -> None:
+    """A picture: bars for this machine, and for each WAN goodput against delay."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def bars(axes: Any, title: str, section: Section, keys: dict[str, str], scale: str = "log") -> None:
+        rows = [tunnel for tunnel in reversed(bench.tunnels) if tunnel.key in bench.samples[section.key]]
+        for number, (key, label) in enumerate(keys.items()):
+            places = [at + 0.4 - 0.8 * (number + 0.5) / len(keys) for at in range(len(rows))]
+            axes.barh(places, [bench.median(section.key, tunnel.key, key) or 0 for tunnel in rows], 0.8 / len(keys), label=label)
+        axes.set_yticks(range(len(rows)), [tunnel.label for tunnel in rows])
+        axes.set_xscale(scale)
+        axes.set_title(title, fontsize=10)
+        axes.legend(fontsize=7)
+        axes.grid(axis="x", alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:,g}")
+
+    def against(axes: Any, link: Link) -> None:
+        colours = {tunnel.key: f"C{number}" if number < 10 else "black" for number, tunnel in enumerate(TUNNELS)}
+        for tunnel in bench.tunnels:
+            for way, marker in (("up", "^"), ("down", "v")):
+                goodput, delay = (bench.median(link.key, tunnel.key, key) for key in (way, f"{way}_rtt"))
+                if goodput is not None and delay is not None:
+                    axes.plot(delay, goodput, marker, color=colours[tunnel.key], label=tunnel.label if way == "up" else None, alpha=0.8)
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("{x:,g}")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("mean round trip meanwhile, ms", fontsize=8)
+        axes.set_ylabel("Mbit/s, ▲ up ▼ down", fontsize=8)
+        axes.set_title(link.label, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:,g}")
+
+    panels: list[Callable[[Any], None]] = []
+    if bench.samples["tcp"]:
+        panels.append(lambda axes: bars(axes, "TCP, Mbit/s", TCP, {"tcp_up": "up", "tcp_down": "down", "tcp_4": "4 streams"}))
+    if bench.samples["udp"]:
+        panels.append(
+            lambda axes: bars(axes, "64-byte UDP, 1,000 packets/s", UDP, {"udp_clean": "<= 1 % loss", "udp_flood": "flood"}, "linear")
+        )
+    if bench.samples["rtt"]:
+        panels.append(lambda axes: bars(axes, "round trip, ms", RTT, {"rtt_idle": "idle", "rtt_load": "during an upload"}))
+    for link in LINKS:
+        if bench.samples[link.key]:
+            panels.append(functools.partial(against, link=link))
+    if not panels:
+        say("nothing to plot")
+        return
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(lines, columns, figsize=(7 * columns, 3.8 * lines), squeeze=False, layout="constrained")
+    for axes, panel in zip(grid.flat, panels):
+        panel(axes)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels()) if axes.get_xlabel()}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(", ".join(f"{name} {value}" for name, value in list(about.items())[:6]), fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def choose(names: str | None, quick: bool) -> Chosen:
+    """What --only says: rows, sections or both; where it names none of a kind, the usual ones. Raises ValueError."""
+    wanted = set(names.split(",")) if names else set()
+    for group in wanted & set(GROUPS):
+        wanted |= {section.key for section in GROUPS[group]}
+    unknown = wanted - {tunnel.key for tunnel in TUNNELS} - {section.key for section in SECTIONS} - set(GROUPS)
+    if unknown:
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; see --help for the names")
+    named = [tunnel for tunnel in TUNNELS if tunnel.key in wanted]
+    return Chosen(
+        named or [tunnel for tunnel in TUNNELS if tunnel.quick or not quick],
+        named or [tunnel for tunnel in TUNNELS if tunnel.quick_wan or not quick],
+        [section for section in SECTIONS if section.key in wanted]
+        or [section for section in SECTIONS if not quick or section not in WANS or section.key == "loss1"],
+    )
+
+
+def main() -> int:
+    """The program; gives its exit status: 1 when something of ours failed, 2 for usage."""
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measures tun6 beside direct routing, a C program and other tunnels, in network namespaces. Needs root.",
+        epilog=f"rows:     {' '.join(tunnel.key for tunnel in TUNNELS)}\n"
+        f"sections: {' '.join(section.key for section in SECTIONS)}; {' '.join(GROUPS)} for several\n\n"
+        "A tunnel that is not installed is left out and the table says so. On Debian this installs all of them:\n"
+        f"  apt-get install --no-install-recommends \\\n    {PACKAGES}",
+    )
+    parser.add_argument("--quick", action="store_true", help="under 2 minutes: one repeat, short, fewer tunnels, one WAN")
+    parser.add_argument("--only", metavar="NAME,...", help="these rows and sections only")
+    parser.add_argument("--repeats", type=int, metavar="N", help=f"default: {Settings.repeats}, with --quick {QUICK.repeats}")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--plot", metavar="FILE", help="draw them there, .png or .svg; needs matplotlib")
+    options = parser.parse_args()
+    try:
+        chosen = choose(options.only, options.quick)
+    except ValueError as error:
+        parser.error(str(error))
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    settings = QUICK if options.quick else Settings()
+    settings = dataclasses.replace(settings, repeats=options.repeats or settings.repeats)
+    try:
+        tun6.require_privilege()
+        if options.plot and not importlib.util.find_spec("matplotlib"):
+            raise BenchError("--plot needs matplotlib; install it with: pip install matplotlib")
+        about = machine()
+        print("\n".join(textwrap.wrap(", ".join(f"{name} {value}" for name, value in about.items()), 118)), flush=True)
+        tun6.raise_descriptor_limit()
+        for number in STOPPERS:
+            signal.signal(number, stop)
+        with cubic_allowed(), tempfile.TemporaryDirectory(prefix="tun6-bench-") as folder:
+            bench = Bench(settings, chosen, Path(folder))
+            bench.run()
+    except KeyboardInterrupt:
+        say("stopped; all that was made is removed")
+        return 130
+    except tun6.Tun6Error as error:
+        print(f"bench_tun6: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(report(bench)), flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(as_json(bench, about), indent=1) + "\n")
+    if options.plot:
+        plot(bench, options.plot, about)
+    return int(bench.failed)
+
+
+def stop(*_: object) -> NoReturn:
+    """A signal's handler: undoes everything, and nothing disturbs that."""
+    for number in STOPPERS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
