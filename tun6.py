@@ -7,7 +7,7 @@ that client's IPv6 packets over the client's TCP connection. Usage: `tun6.py ser
 The path of a packet, from a host on the client's LAN to the Internet (the way back is the same, mirrored):
 
     LAN host -> client's kernel -> TUN "tun6"                 routed there by the client's default route
-                 pump_tun_to_tcp  reads all that waits in the TUN, sends it as one batch of frames
+                 pump_tun_to_tcp  reads all that waits in the TUN, sends it as one batch of frames (Outbox)
                  -> TCP over IPv4, through any NAT ->
                  pump_tcp_to_tun  receives, cuts frames (Deframer), writes each into this client's TUN
     server's kernel <- TUN "tun6-0"                           which forwards it to the Internet
@@ -26,6 +26,7 @@ The file, top to bottom; a section uses only names defined above it, and the pur
     constants, errors            what ends when each is raised
     pure: wire                   Handshake, messages, offload header, Deframer
     pure: prefixes               PrefixPool
+    pure: the queue              FrameQueue, Outbox: what waits for a connection that is full
     pure: network plans          what is to be said to `ip`, as do/undo pairs
     edge: batching, store        Gather, AssignmentStore
     edge: kernel, TUN, identity  Kernel, Tun, default_id
@@ -119,22 +120,27 @@ KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEP
 USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged this long ends the connection
 BACKLOG = 1024  # connections that wait for accept
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
-BATCH = 256 << 10  # bytes moved before others get their turn: 2,100 of the smallest frames, which take about 6 ms
-LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN
-UNSENT_S = 0.01  # of data that a socket gets before it can send it, on a real link: what is behind it can't overtake it
-UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR sees a sender that has nothing to say
-RETUNE_S = 0.05  # how often that is computed anew
-FLUSH = 4 << 10  # bytes taken from the queue at a time, for the same reason
-QUANTUM = 1524  # bytes of a flow's turn: a full frame, RFC 8290 section 5.2
-# RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With these an upload over 40 ms and 1 % loss moves a third less: when the
-# outer TCP mends a loss, all that it carries is 50 to 100 ms late, which is no standing queue.
-CODEL_INTERVAL_S, CODEL_TARGET_S = 0.2, 0.05
-QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
-FLOWS_MAX = 1024  # that have a queue of their own; Linux's fq_codel has as many, RFC 8290 section 5.2
+BATCH = 256 << 10  # bytes moved before others get their turn
+BATCH_FRAMES = 2_000  # frames sent, likewise: about 6 ms
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OUR_NUMBERS = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
 DEFAULT_METRIC = 1  # of the client's default route: before every other one (router advertisements get 1024)
+
+
+# ---- constants for real links (a LAN has neither BBR nor a bound on unsent bytes) -------------------------------------
+
+LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN
+UNSENT_S = 0.01  # of data that a socket gets before it can send it: what is behind it can't overtake it
+UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR takes us for a sender that has nothing to say
+RETUNE_S = 0.05  # how often that is computed anew
+FLUSH = 4 << 10  # bytes taken from the queue at a time, so that what comes next can overtake the others
+QUANTUM = 1524  # bytes of a flow's turn: a full frame, RFC 8290 section 5.2
+# RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With these an upload over 40 ms and 1 % loss moves a quarter less: when the
+# outer TCP mends a loss, all that it carries is 50 to 100 ms late, which is no standing queue.
+CODEL_INTERVAL_S, CODEL_TARGET_S = 0.2, 0.05
+QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
+FLOWS_MAX = 1024  # that have a queue of their own; Linux's fq_codel has as many, RFC 8290 section 5.2
 
 
 # ---- errors: the class says what ends --------------------------------------------------------------------------------
@@ -1108,7 +1114,7 @@ def pump_tun_to_tcp(
             waker.wait(outbox.blocked)
             have, ends = 0, []
             try:
-                while have < BATCH:
+                while have < BATCH and len(ends) < BATCH_FRAMES:
                     got = os.readv(tun.fd, [view[have : have + frame_max]])
                     if sendable(view, have, got, kinds):
                         have += got
