@@ -622,7 +622,7 @@ def inverse(command: str) -> str:
 
 
 def test_a_plan_undoes_what_removing_its_device_would_not() -> None:
-    for step in [*tun6.pool_plan(POOL, 7), *tun6.address_plan("tun6", subnet(3))]:  # the address can change while the device stays
+    for step in [*tun6.pool_plan(POOL, 7), *tun6.address_plan("tun6", subnet(3), 7)]:  # the address can change while the device stays
         assert step.undo == inverse(step.do) != step.do
     for step in [*tun6.server_plan("tun6-0", 1500, subnet(3)), *tun6.client_plan("tun6", 1500, True)]:
         assert re.search(r" dev tun6(-0)?( |$)", step.do)  # it goes with the device
@@ -643,7 +643,7 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     listing = said(tun6.pool_plan(POOL, 7)).replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
     assert tun6.pools_in(listing) == [(POOL, 7)]
     assert "route" not in said(tun6.client_plan("tun6", 1500, False))
-    assert said(tun6.address_plan("tun6", subnet(3))).startswith("addr add 2001:db8:1:3::1/128 dev tun6")
+    assert said(tun6.address_plan("tun6", subnet(3), 7)).startswith("addr add 2001:db8:1:3::1/128 dev tun6")
 
 
 # ---- queue: kit of frames, a simulated link --------------------------------------------------------------------------
@@ -1601,7 +1601,7 @@ def test_a_file_cut_short_anywhere_is_refused_and_never_another_map(tmp_path: Pa
 
 
 def test_a_folder_in_place_of_the_file_stops_the_start(tmp_path: Path, open_store: OpenStore) -> None:
-    with pytest.raises(tun6.ConfigError, match=f"{tmp_path}.*directory"):
+    with pytest.raises(tun6.ConfigError, match=f"{tmp_path} is no regular file"):
         open_store(tmp_path)
 
 
@@ -1918,7 +1918,7 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("server", "tun", text, "one %d") for text in ("tun6", "a%db%d", "t" * 12 + "%d", "a/%d", "a b%d", "%s")],
         *[(section, "mtu", text, "from 1280 to 65500") for section in REQUIRED for text in ("1279", "65501", "big")],
         *[("server", "max_clients", text, "whole number from 1") for text in ("0", "-5", "many")],
-        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "x:1")],
+        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "x:1", "a..b", "x" * 64)],
         *[("client", "remoteport", text, "whole number from 1 to 65535") for text in ("0", "x")],
         *[("client", "id", text, "1 to 64 printable") for text in ("x" * 65, "a\tb", "a\x1bb")],
         *[("client", "tun", text, "at most 15 characters") for text in ("t" * 16, "tun%d", "a/b", ".", "..")],
@@ -2790,6 +2790,30 @@ def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel:
         lab.ip("server", f"-6 route del default via {Lab.INTERNET}")
 
 
+def test_an_address_that_no_lan_of_the_client_has_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    client = tunnel.client()
+    prefix = client.prefix()
+
+    def answer() -> str:
+        return lab.run("internet", "ping", "-6", "-c", "1", "-W", "1", str(prefix[0xDEAD])).stdout
+
+    wait_until("an unused address is unreachable", lambda: "Destination unreachable" in answer())
+    client.kill()
+    wait_until("the kernel removes the TUN", lambda: not tun_of(lab))
+    client = tunnel.client()
+    assert client.prefix() == prefix  # the route that the killed one left is no obstacle
+    server.stop()
+
+
+def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    tunnel.client().prefix()
+    for host, device in (("server", "tun6-0"), ("client", "tun6")):
+        with lab.inside(host):
+            assert [tun6.sysctl(f"net.ipv6.conf.{device}.{key}") for key in ("accept_ra", "accept_redirects", "autoconf")] == ["0"] * 3
+
+
 # ---- outages ---------------------------------------------------------------------------------------------------------
 
 
@@ -3091,6 +3115,14 @@ def test_a_connection_without_whole_hello_is_dropped_after_ten_seconds_and_distu
     assert len(server.wait_for("left during the handshake: no answer within 10 s")) == 2
 
 
+def test_a_refused_peer_that_goes_on_sending_is_cut_off(tunnel: Tunnel) -> None:
+    tunnel.server()
+    with Peer(tunnel.lab, tunnel.port) as peer, pytest.raises((ConnectionError, BrokenPipeError)):
+        peer.sock.sendall(b"{}")
+        for _ in range(100_000):  # 6 GB; the server reads for a second
+            peer.sock.sendall(bytes(1 << 16))
+
+
 # ---- sessions: how they end ------------------------------------------------------------------------------------------
 
 
@@ -3297,6 +3329,20 @@ def test_a_server_without_assignments_file_warns_that_prefixes_are_forgotten(lab
         peer.connected().echo()
 
 
+def test_a_pool_with_an_address_of_the_server_in_it_is_warned_of(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server(prefixrange="2001:db8:ffff::/48")
+    assert re.search("WARNING 2001:db8:ffff::1 of eth1 is in prefixrange 2001:db8:ffff::/48", server.log())
+
+
+def test_without_ipv6_in_the_kernel_nothing_starts(lab: Lab, tunnel: Tunnel) -> None:
+    lab.sysctl("second", "net.ipv6.conf.default.disable_ipv6", "1")
+    try:
+        for role in ("server", "client"):
+            assert tunnel.fails(role, "second").startswith("IPv6 is off in this kernel")
+    finally:
+        lab.sysctl("second", "net.ipv6.conf.default.disable_ipv6", "0")
+
+
 # ---- legacy peers ----------------------------------------------------------------------------------------------------
 
 
@@ -3492,7 +3538,7 @@ def test_what_waited_for_a_server_with_offload_is_nothing_that_the_next_one_can_
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_shows_every_step_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_demo_shows_every_step_and_leaves_nothing(hosts: Lab, tmp_path: Path) -> None:
     command = [sys.executable, TUN6, "demo"]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as demo:
         try:
@@ -3504,6 +3550,22 @@ def test_the_demo_shows_every_step_and_leaves_nothing(tmp_path: Path) -> None:
         assert f"  ok  {step}" in out
     assert not [name for name in os.listdir("/run/netns") if name.startswith(f"tun6-{demo.pid}-")]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_told_to_stop_leaves_nothing(hosts: Lab, tmp_path: Path, number: int) -> None:
+    command = [sys.executable, TUN6, "demo"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as demo:
+        try:
+            assert demo.stdout
+            next(line for line in demo.stdout if "hello and prefix" in line)
+            demo.send_signal(number)
+            _, err = demo.communicate(timeout=20)
+        finally:
+            demo.kill()
+    assert demo.returncode == 128 + number
+    assert "Traceback" not in err
+    assert not [name for name in os.listdir("/run/netns") if name.startswith(f"tun6-{demo.pid}-")]
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------

@@ -119,9 +119,10 @@ SIOCOUTQ, SIOCOUTQNSD = 0x5411, 0x894B  # linux/sockios.h: bytes that are not ac
 KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
 USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged this long ends the connection
 BACKLOG = 1024  # connections that wait for accept
+ACCEPTS = 32  # connections accepted before others get their turn
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH = 256 << 10  # bytes moved before others get their turn
-BATCH_FRAMES = 2_000  # frames sent, likewise: about 6 ms
+BATCH_FRAMES = 1_000  # frames moved, likewise: about 5 ms
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OUR_NUMBERS = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
@@ -502,7 +503,7 @@ class FrameQueue:
         self._old: deque[Flow] = deque()
         self._longest = 0  # bytes: no flow has more
         self._long: list[Flow] = []  # those that had at least half of the longest when it was last looked for
-        self.bytes = self.dropped = self.marked = 0
+        self.bytes = self.frames = self.dropped = self.marked = 0
 
     def push(self, frame: bytearray, now: float) -> None:
         """A frame that arrived now. When too much waits, the longest flow (or one at least half as long) loses its oldest."""
@@ -516,6 +517,7 @@ class FrameQueue:
         flow.frames.append((now, frame))
         flow.bytes += len(frame)
         self.bytes += len(frame)
+        self.frames += 1
         self._longest = max(self._longest, flow.bytes)
         while self.bytes > self._limit:
             self._take(self._long_flow(flow))
@@ -570,6 +572,7 @@ class FrameQueue:
         arrived, frame = flow.frames.popleft()
         flow.bytes -= len(frame)
         self.bytes -= len(frame)
+        self.frames -= 1
         return arrived, frame
 
     def _dodequeue(self, flow: Flow, now: float) -> tuple[bytearray | None, bool]:
@@ -658,7 +661,8 @@ class Outbox:
     def flush(self) -> None:
         """Writes what waits, until the connection is full, nothing waits, or it has been a batch: others get their turn."""
         now, size = self._clock(), 0
-        while size < BATCH and (self._begun or self._begin(now)):
+        few = self._queue.frames - BATCH_FRAMES
+        while size < BATCH and (self._begun or (self._queue.frames > few and self._begin(now))):
             size += len(self._begun)
             self._begun = self._begun[self._try(self._begun) :]
             if self._begun:
@@ -744,10 +748,10 @@ def client_plan(device: str, mtu: int, default_route: bool) -> list[Step]:
     return [*device_plan(device, mtu), *([Step(route)] if default_route else [])]
 
 
-def address_plan(device: str, prefix: IPv6Network) -> list[Step]:
-    """The client's own address, ::1 of its prefix."""
+def address_plan(device: str, prefix: IPv6Network, process: int) -> list[Step]:
+    """The client's own address, ::1 of its prefix. What no LAN of the client has must not go back into the tunnel (RFC 7084, WPD-5)."""
     address = f"{prefix[1]}/128 dev {device}"
-    return [Step(f"addr add {address} nodad", f"addr del {address}")]
+    return [Step(f"addr add {address} nodad", f"addr del {address}"), *pool_plan(prefix, process)]
 
 
 # ---- edge: batching and the store ------------------------------------------------------------------------------------
@@ -846,6 +850,8 @@ class AssignmentStore:
 
     def _load(self) -> None:
         assert self.path
+        if self.path.exists() and not self.path.is_file():  # every save replaces it: /dev/null would be a file from then on
+            raise ConfigError(f"{self.path} is no regular file; name another one, or leave `assignments` out to forget all at the end")
         try:
             text = self.path.read_bytes()
         except FileNotFoundError:
@@ -928,10 +934,10 @@ class Kernel:
             log.debug("`ip -6 %s` failed: %s", undone[number], reason)
 
     def remove_stale_pools(self) -> None:
-        """Removes the pool routes of servers that were killed."""
+        """Removes the unreachable routes of servers and clients that were killed."""
         for pool, process in pools_in(in_thread(self._show_routes)):
-            if not Path(f"/proc/{process}").exists():
-                log.info("removing the route of %s, which a killed server has left", pool)
+            if process == os.getpid() or not Path(f"/proc/{process}").exists():  # ours: in a container every start has the same
+                log.info("removing the route of %s, which a killed tun6 has left", pool)
                 self.undo(pool_plan(pool, process))
 
     def remove_devices(self, names: Sequence[str]) -> None:
@@ -1001,6 +1007,11 @@ class Tun:
         os.set_blocking(self.fd, False)
         os.set_inheritable(self.fd, False)  # a child would keep the device alive
         fcntl.ioctl(self.fd, self.TUNSETVNETLE, struct.pack("i", 1))
+        for key in ("accept_ra", "accept_redirects", "autoconf"):  # the peer must not change this machine's routes
+            try:
+                Path(f"/proc/sys/net/ipv6/conf/{self.name}/{key}").write_text("0")
+            except OSError as error:
+                log.warning("TUN device %s: %s can't be turned off: %s", self.name, key, error.strerror)
         self.kinds = frozenset({"tso6", "uso6"} if self._offload(self.USO) else {"tso6"} if self._offload(0) else ())
         self.give(None)
 
@@ -1026,17 +1037,17 @@ class Tun:
 
 
 def default_id() -> str:
-    """The MAC address of the interface that has the IPv4 default route. Raises KernelError when there is none."""
+    """The MAC address of the interface that has the IPv4 default route. Raises SessionError when there is none."""
     try:
         _, interface = netifaces.gateways()["default"][netifaces.AF_INET][:2]
     except KeyError:
-        raise KernelError(
+        raise SessionError(
             "no IPv4 default route, whose interface would give the Id; connect the network, or set `id` in config.ini"
         ) from None
     try:
         address: str = netifaces.ifaddresses(interface)[netifaces.AF_LINK][0]["addr"]
     except (KeyError, ValueError):
-        raise KernelError(f"{interface} has the IPv4 default route but no MAC address to be the Id; set `id` in config.ini") from None
+        raise SessionError(f"{interface} has the IPv4 default route but no MAC address to be the Id; set `id` in config.ini") from None
     return address
 
 
@@ -1059,9 +1070,10 @@ _tcp_buffer = bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX)
 class Traffic:
     """What a session has moved."""
 
-    sent: int = 0  # bytes of frames, TUN -> TCP
+    sent: int = 0  # bytes of frames, TUN -> TCP; those that were late among them
     received: int = 0  # bytes of frames, TCP -> TUN
-    dropped: int = 0  # packets
+    dropped: int = 0  # packets that could not go on
+    late: int = 0  # packets that waited too long for the connection
 
 
 class Waker:
@@ -1112,13 +1124,16 @@ def pump_tun_to_tcp(
     with Waker(tun.fd, sock.fileno()) as waker:
         while True:
             waker.wait(outbox.blocked)
-            have, ends = 0, []
+            have = 0
+            ends: list[int] = []
             try:
-                while have < BATCH and len(ends) < BATCH_FRAMES:
+                for _ in range(BATCH_FRAMES):  # those that can not be sent among them
                     got = os.readv(tun.fd, [view[have : have + frame_max]])
                     if sendable(view, have, got, kinds):
                         have += got
                         ends.append(have)
+                        if have >= BATCH:
+                            break
                     else:
                         traffic.dropped += 1
             except BlockingIOError:
@@ -1130,6 +1145,7 @@ def pump_tun_to_tcp(
             if outbox.blocked:
                 outbox.flush()
             traffic.sent += have
+            traffic.late = outbox.dropped
 
 
 def pump_tcp_to_tun(sock: socket.socket, tun: Tun, deframer: Deframer, early: bytes, bare: bool, traffic: Traffic) -> NoReturn:
@@ -1139,8 +1155,10 @@ def pump_tcp_to_tun(sock: socket.socket, tun: Tun, deframer: Deframer, early: by
     """
     fd = sock.fileno()
 
+    size = BATCH  # bytes that a turn may bring: less from a peer whose frames are small
+
     def receive(view: memoryview) -> int:
-        return os.readv(fd, [view])
+        return os.readv(fd, [view[:size]])
 
     def write(frames: list[memoryview]) -> None:
         for frame in frames:
@@ -1163,6 +1181,7 @@ def pump_tcp_to_tun(sock: socket.socket, tun: Tun, deframer: Deframer, early: by
             except BlockingIOError:
                 continue
             write(frames)
+            size = BATCH if len(frames) < BATCH_FRAMES * size // BATCH else BATCH // 8
 
 
 # ---- Session ---------------------------------------------------------------------------------------------------------
@@ -1334,9 +1353,8 @@ class Session:
     def summary(self) -> str:
         """Its traffic and age, for the log."""
         age = time.monotonic() - self.began
-        return (
-            f"after {age:.0f} s, {self.traffic.received} bytes received, {self.traffic.sent} sent, {self.traffic.dropped} packets dropped"
-        )
+        moved = self.traffic
+        return f"after {age:.0f} s, {moved.received} bytes received, {moved.sent} sent, {moved.dropped + moved.late} packets dropped"
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
@@ -1372,7 +1390,9 @@ class Server:
             undo.callback(self._end_sessions)
             log.info("serving %s on %s port %d", self._store.pool.network, *self._address)
             while True:
-                self._accept(listener)
+                for _ in range(ACCEPTS):
+                    self._accept(listener)
+                gevent.sleep()  # accept does not wait while others do
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -1413,7 +1433,7 @@ class Server:
                 log.warning("%s: refused, bad hello: %s", peer, error)
                 self._refuse(sock, Refusal("bad-hello", str(error)))
             except (gevent.Timeout, EOFError, OSError) as error:
-                log.info("%s: left during the handshake: %s", peer, explain(error))
+                log.debug("%s: left during the handshake: %s", peer, explain(error))
             except Exception as error:  # a defect of ours ends this connection, not the process
                 log_defect(peer, error)
             finally:
@@ -1427,7 +1447,7 @@ class Server:
                 sock.sendall(encode({"Error": refusal.code, "Text": refusal.text}))
                 sock.shutdown(socket.SHUT_WR)
                 while sock.recv(MESSAGE_MAX):
-                    pass
+                    gevent.sleep()  # recv does not wait for a peer that floods, and then the timeout would never come
             except OSError as error:
                 log.debug("the refused client left: %s", explain(error))
 
@@ -1488,12 +1508,12 @@ class Client:
 
     def run(self) -> NoReturn:
         """Serves until killed, then removes the TUN. Raises KernelError when it can't be made at the start."""
+        self._kernel.remove_stale_pools()
         try:
-            tun = self._open()
+            self._open()
             while True:
                 try:
-                    tun = self._tun or self._open()
-                    self._connect(tun)
+                    self._connect(self._tun or self._open())
                 except KernelError as error:  # somebody removed the device or set it down: make another
                     self._tell(error)
                     self._close()
@@ -1509,9 +1529,11 @@ class Client:
         return self._tun
 
     def _close(self) -> None:
+        if self._prefix and self._tun:
+            self._kernel.undo(address_plan(self._tun.name, self._prefix, os.getpid()))
         if self._tun:
             self._tun.close()
-            self._tun = self._prefix = None
+        self._tun = self._prefix = None
 
     def _connect(self, tun: Tun) -> NoReturn:
         """One connection, from dialling to its end, which it raises."""
@@ -1548,11 +1570,11 @@ class Client:
     def _take_address(self, tun: Tun, prefix: IPv6Network) -> None:
         if prefix == self._prefix:
             return
-        self._kernel.apply(address_plan(tun.name, prefix))
-        if self._prefix:
-            log.warning("the server changed our prefix from %s to %s", self._prefix, prefix)
-            self._kernel.undo(address_plan(tun.name, self._prefix))
-        self._prefix = prefix
+        old, self._prefix = self._prefix, prefix  # before it has it: whoever is killed meanwhile undoes it
+        self._kernel.apply(address_plan(tun.name, prefix, os.getpid()))
+        if old:
+            log.warning("the server changed our prefix from %s to %s", old, prefix)
+            self._kernel.undo(address_plan(tun.name, old, os.getpid()))
 
     def _tell(self, error: BaseException) -> None:
         """Says why there is no connection: once an outage, and again when silence turns into a refusal or back."""
@@ -1827,7 +1849,7 @@ def _ipv4(text: str) -> str:
 
 
 def _host(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text):
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text) or not re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", text):
         raise ValueError("must be the name or the IPv4 address of a server")
     return text
 
@@ -1981,7 +2003,9 @@ def server_command(options: argparse.Namespace) -> None:
     path = find_config(options.config)
     config: ServerConfig = read_config(path, "server")
     require_privilege()
+    require_ipv6()
     warn_of_forwarding()
+    warn_of_overlap(config.prefixrange)
     raise_descriptor_limit()
     if config.assignments is None:
         log.warning("no `assignments` file in %s: all prefixes are forgotten when the server ends", path)
@@ -2005,6 +2029,7 @@ def client_command(options: argparse.Namespace) -> None:
     """`tun6.py client`."""
     config: ClientConfig = read_config(find_config(options.config), "client")
     require_privilege()
+    require_ipv6()
     remote = (config.remotehost, config.remoteport)
     run_until_signalled(
         Client(remote, config.id, Kernel(), find_congestion(config.congestion), config.tun, config.mtu, config.default_route).run
@@ -2014,6 +2039,8 @@ def client_command(options: argparse.Namespace) -> None:
 def demo_command(options: argparse.Namespace) -> None:
     """`tun6.py demo`."""
     require_privilege()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as SIGINT does, so that all it made is removed
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     print(
         "tun6 demo: lays a network of six hosts on this machine and tunnels IPv6 through its NAT. Nothing outside it is touched.",
         flush=True,
@@ -2033,6 +2060,21 @@ def require_privilege() -> None:
         raise KernelError("making network devices needs root; run it with sudo")
 
 
+def require_ipv6() -> None:
+    """Raises KernelError where a new device gets no IPv6."""
+    if sysctl("net.ipv6.conf.default.disable_ipv6") != "0":
+        raise KernelError("IPv6 is off in this kernel; turn it on with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`")
+
+
+def warn_of_overlap(pool: IPv6Network) -> None:
+    """The addresses of this machine that are in the pool: whoever gets their /64 gets no traffic."""
+    for interface in netifaces.interfaces():
+        for entry in netifaces.ifaddresses(interface).get(netifaces.AF_INET6, ()):
+            address = ipaddress.IPv6Address(entry["addr"].partition("%")[0])
+            if address in pool:
+                log.warning("%s of %s is in prefixrange %s; give a range without it", address, interface, pool)
+
+
 def warn_of_forwarding() -> None:
     """The operator's sysctls that the server depends on: said, not set."""
     if sysctl("net.ipv6.conf.all.forwarding") == "1":
@@ -2040,7 +2082,7 @@ def warn_of_forwarding() -> None:
     uplink = netifaces.gateways()["default"].get(netifaces.AF_INET6, (None, "eth0"))[1]
     log.warning(
         "IPv6 forwarding is off, clients reach this machine only; turn it on with `sysctl -w net.ipv6.conf.all.forwarding=1`"
-        " and keep it on with `echo net.ipv6.conf.all.forwarding=1 > /etc/sysctl.d/60-tun6.conf`; an uplink that gets its address"
+        " and keep it on with `echo net.ipv6.conf.all.forwarding=1 >> /etc/sysctl.d/60-tun6.conf`; an uplink that gets its address"
         " or default route from router advertisements loses them then, unless you first"
         " `sysctl -w net.ipv6.conf.%s.accept_ra=2` and keep that in the same file",
         uplink,
@@ -2072,7 +2114,8 @@ def run_until_signalled(run: Callable[[], object]) -> None:
     """Runs until it fails, whose error this raises, or SIGTERM, SIGINT or SIGHUP; then it is killed and undoes what it did."""
     stop = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        gevent.signal_handler(number, stop.set)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            gevent.signal_handler(number, stop.set)
     gevent.get_hub().NOT_ERROR += (Exception,)  # raised to us by `get`, no need to print it
     service = gevent.spawn(run)
     service.link(lambda _: stop.set())
