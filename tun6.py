@@ -1554,17 +1554,16 @@ class Client:
         """A connection to the first of the server's IPv4 addresses that takes it; others would be routed into our TUN."""
         found = socket.getaddrinfo(self._remote[0], self._remote[1], socket.AF_INET, socket.SOCK_STREAM)
         for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
-            try:
-                with gevent.Timeout(CONNECT_S):
-                    sock.connect(address)
-                return sock
-            except (gevent.Timeout, OSError) as error:
-                sock.close()
-                failure = error
-            except BaseException:
-                sock.close()
-                raise
+            with ExitStack() as undo:
+                sock = undo.enter_context(socket.socket(family, kind, protocol))
+                try:
+                    with gevent.Timeout(CONNECT_S):
+                        sock.connect(address)
+                except (gevent.Timeout, OSError) as error:
+                    failure = error
+                else:
+                    undo.pop_all()
+                    return sock
         raise failure
 
     def _take_address(self, tun: Tun, prefix: IPv6Network) -> None:
@@ -1643,17 +1642,12 @@ class Lab:
     @contextmanager
     def inside(self, host: str) -> Iterator[None]:
         """This thread is on the host meanwhile; a socket or TUN made there stays there. Don't start threads inside."""
-        libc = ctypes.CDLL(None, use_errno=True)
         with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{self._names[host]}") as there:
-            for namespace in (there, home):
-                if libc.setns(namespace.fileno(), 0x40000000):  # CLONE_NEWNET, sched.h
-                    raise KernelError(f"can't enter the network namespace of {host}: {os.strerror(ctypes.get_errno())}")
-                if namespace is there:
-                    try:
-                        yield
-                    except BaseException:
-                        libc.setns(home.fileno(), 0x40000000)
-                        raise
+            self._enter(there.fileno())
+            try:
+                yield
+            finally:
+                self._enter(home.fileno())
 
     def pings(self, host: str, address: str = INTERNET) -> bool:
         """Whether one ping from the host is answered, within 0.2 s."""
@@ -1663,6 +1657,12 @@ class Lab:
         """Sets a sysctl of the host's network."""
         with self.inside(host):
             Path("/proc/sys", *name.split(".")).write_text(value)
+
+    @staticmethod
+    def _enter(namespace: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)  # os.setns is there since Python 3.12
+        if libc.setns(namespace, 0x40000000):  # CLONE_NEWNET, sched.h
+            raise KernelError(f"can't enter a network namespace: {os.strerror(ctypes.get_errno())}")
 
     def _lay(self) -> None:
         for host in self.HOSTS:  # addresses can be used at once, without a search for duplicates
