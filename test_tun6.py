@@ -100,10 +100,10 @@ class Wire:
     def __init__(self, segments: Segments) -> None:
         self.segments = segments
 
-    def receive(self, view: memoryview) -> int:
+    def read(self, view: memoryview) -> int | None:
         data = self.segments.pop(0)
         if data is None:
-            raise BlockingIOError
+            return None
         got = min(len(view), len(data))
         view[:got] = data[:got]
         if got < len(data):
@@ -113,10 +113,7 @@ class Wire:
 
 def deframe(deframer: tun6.Deframer, wire: Wire) -> list[bytes]:
     """The frames of one pull; none when there is nothing to read."""
-    try:
-        return [bytes(frame) for frame in deframer.pull(wire.receive)]
-    except BlockingIOError:
-        return []
+    return [bytes(frame) for frame in deframer.pull(wire.read, tun6.PACKET_MAX)]
 
 
 @st.composite
@@ -431,7 +428,7 @@ def test_the_end_of_the_stream_is_an_eof_error_even_within_a_frame() -> None:
     deframer = tun6.Deframer(BUFFER, None)
     deframer.push(packet(b"half")[:20])
     with pytest.raises(EOFError):
-        deframer.pull(lambda view: 0)
+        deframer.pull(lambda view: 0, 1)
 
 
 LONG = packet(bytes(20 + 1440 * 3), TCP)  # a TCP header without options, and three segments
@@ -527,6 +524,149 @@ def test_the_kernels_own_flag_is_cleared_and_keeps_no_packet_from_a_legacy_peer(
     assert tun6.sendable(memoryview(buffer), 0, len(buffer), None) is (not left)
     assert buffer[0] == left
     assert len(tun6.Deframer(BUFFER, BOTH).push(bytes(buffer))) == 1
+
+
+# ---- wire: joined datagrams ------------------------------------------------------------------------------------------
+
+OPEN_UDP = offload(csum_offset=6)
+
+
+def internet_sum(data: bytes) -> int:
+    """RFC 1071 section 1, without the complement at the end."""
+    total: int = sum(struct.unpack(f">{(len(data) + 1) // 2}H", data + bytes(len(data) % 2)))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def pseudo_sum(packet: bytes) -> int:
+    """Of a UDP packet's pseudo header, RFC 8200 section 8.1."""
+    return internet_sum(packet[8:40] + struct.pack(">II", len(packet) - 40, UDP))
+
+
+def with_checksum(packet: bytes) -> bytes:
+    """A UDP packet with the checksum that RFC 768 wants."""
+    blank = packet[:46] + bytes(2) + packet[48:]
+    checksum = 0xFFFF - internet_sum(struct.pack(">H", pseudo_sum(blank)) + blank[40:])
+    return packet[:46] + struct.pack(">H", checksum or 0xFFFF) + packet[48:]
+
+
+def datagram(payload: bytes, flow: int = 0, label: int = 0, finished: bool = False) -> bytes:
+    """A frame with a UDP datagram, its checksum finished or left open as a kernel does."""
+    made = packet(struct.pack(">HHHH", 1000 + flow, 9, 8 + len(payload), 0) + payload, UDP)
+    made = struct.pack(">I", 6 << 28 | label) + made[4:]
+    if finished:
+        return PLAIN + with_checksum(made)
+    return OPEN_UDP + made[:46] + struct.pack(">H", pseudo_sum(made)) + made[48:]
+
+
+def cut_apart(frame: bytes) -> list[bytes]:
+    """The packets that a kernel makes of a frame before they leave the machine: Linux's networking/segmentation-offloads.rst."""
+    (flags, gso_type, _, gso_size, start, offset), made = struct.unpack_from("<BBHHHH", frame), frame[10:]
+    if not flags:
+        return [made]
+    assert (flags, start, offset) == (1, 40, 6)
+    assert struct.unpack_from(">H", made, 46)[0] % 0xFFFF == pseudo_sum(made) % 0xFFFF
+    if not gso_type:
+        return [with_checksum(made)]
+    assert gso_type == 5
+    length = struct.unpack_from(">H", made, 44)[0]
+    assert length == len(made) - 40 == struct.unpack_from(">H", made, 4)[0]
+    payload = made[48:]
+    parts = [payload[at : at + gso_size] for at in range(0, len(payload), gso_size)]
+    return [
+        with_checksum(made[:4] + struct.pack(">H", 8 + len(part)) + made[6:44] + struct.pack(">HH", 8 + len(part), 0) + part)
+        for part in parts
+    ]
+
+
+def join(frames: list[bytes]) -> list[bytes]:
+    """What becomes of these frames, each of which the peer has to take."""
+    view, ends = batch(frames)
+    ends = tun6.join_datagrams(view, ends)
+    stream = bytes(view[: ends[-1]])
+    deframer, joined = tun6.Deframer(BUFFER, BOTH), []
+    for at in range(0, len(stream), tun6.MESSAGE_MAX):
+        joined += [bytes(frame) for frame in deframer.push(stream[at : at + tun6.MESSAGE_MAX])]
+    assert ends == list(accumulate(map(len, joined)))
+    return joined
+
+
+def damaged(frame: bytes) -> bytes:
+    return frame[:-1] + bytes([frame[-1] ^ 1])
+
+
+DATAGRAMS = st.builds(
+    datagram,
+    st.sampled_from([b"", b"a", b"ab", bytes(64), bytes(range(64)), b"\xff" * 64, bytes(65), bytes(1400)]) | st.binary(max_size=100),
+    st.integers(0, 1),
+    st.sampled_from([0, 0, 0, 1, 0x300000]),  # flow label; CE
+    st.booleans(),
+)
+OTHERS = st.sampled_from(
+    [
+        damaged(datagram(bytes(64), finished=True)),
+        datagram(bytes(64), finished=True)[:56] + bytes(2) + bytes(64),  # no checksum
+        PLAIN + packet(struct.pack(">HHHH", 1000, 9, 72, 0) + bytes(70), UDP),  # UDP's length is another
+        PLAIN + packet(bytes(4), UDP),  # shorter than UDP's header
+        PLAIN + packet(bytes(72), TCP),
+        PLAIN + packet(bytes(1400), HOP_BY_HOP),
+        PLAIN + packet(),
+    ]
+)
+RUNS = st.lists(st.tuples(DATAGRAMS | OTHERS, st.sampled_from([1, 1, 2, 3, 70])), min_size=1, max_size=12)
+
+
+@given(RUNS)
+def test_what_leaves_the_other_end_is_the_same_whether_datagrams_were_joined_or_not(runs: list[tuple[bytes, int]]) -> None:
+    frames = [frame for frame, times in runs for _ in range(times)]
+    joined = join(frames)
+    assert [cut for frame in joined for cut in cut_apart(frame)] == [cut for frame in frames for cut in cut_apart(frame)]
+    for frame in joined:
+        assert frame[1] == 0 or (len(cut_apart(frame)) <= tun6.JOINED_MAX and len(frame) <= tun6.JOINED_BYTES)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "together"),
+    [
+        ([64] * 3, [3]),
+        ([64, 64, 10], [3]),
+        ([64, 64, 10, 10], [3, 1]),
+        ([64, 65], [1, 1]),
+        ([65, 64, 65, 64], [2, 2]),
+        ([64, 0], [1, 1]),
+        ([0, 0], [1, 1]),
+        ([1, 1], [2]),
+        ([64] * 130, [64, 64, 2]),
+        ([1400] * 7, [5, 2]),
+        ([9000, 9000], [1, 1]),
+    ],
+)
+def test_neighbours_of_one_flow_and_size_are_joined(sizes: list[int], together: list[int], finished: bool) -> None:
+    assert [len(cut_apart(frame)) for frame in join([datagram(bytes(size), finished=finished) for size in sizes])] == together
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        datagram(bytes(64), flow=1),
+        datagram(bytes(64), label=1),
+        datagram(bytes(64), label=0x300000),
+        datagram(bytes(64), finished=True),
+        datagram(bytes(64))[:17] + b"\1" + datagram(bytes(64))[18:],  # hop limit
+        damaged(datagram(bytes(64), finished=True)),
+    ],
+)
+def test_what_differs_in_more_than_its_payload_is_not_joined(other: bytes) -> None:
+    frames = [datagram(bytes(64)), other, datagram(bytes(64))]
+    assert join(frames) == frames
+
+
+def test_a_datagram_whose_checksum_is_wrong_stays_as_it_is_wherever_it_is() -> None:
+    good = datagram(bytes(64), finished=True)
+    assert [len(frame) for frame in join([good, good, damaged(good), good, damaged(good)])] == [10 + 48 + 128, *[len(good)] * 3]
+    assert join([damaged(good), good]) == [damaged(good), good]
 
 
 # ---- prefixes --------------------------------------------------------------------------------------------------------
@@ -1205,7 +1345,7 @@ class Connection:
         self.writes: list[memoryview] = []  # what was offered
         self._rest = b""
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: memoryview) -> int | None:
         assert len(data)
         self.writes.append(data)
         if self._bare:
@@ -1214,7 +1354,7 @@ class Connection:
             assert not self._rest or bytes(data[: len(self._rest)]) == self._rest
         took = min(self.takes.pop(0), len(data)) if self.takes else len(data)
         if not took:
-            raise BlockingIOError
+            return None
         self.stream += data[:took]
         self._rest = bytes(data[took:]) if self._bare else b""
         return took
@@ -1340,10 +1480,7 @@ def test_one_flush_writes_about_a_batch_so_that_others_get_their_turn() -> None:
 
 @pytest.mark.parametrize(("size", "flows"), [(LARGEST, 1), (LARGEST, 1 << 20), (1510, 1 << 20), (SMALLEST, 1), (SMALLEST, 1 << 20)])
 def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows: int) -> None:
-    def full(_: memoryview) -> int:
-        raise BlockingIOError
-
-    outbox = tun6.Outbox(full, False, lambda: 0.0)
+    outbox = tun6.Outbox(lambda _: None, False, lambda: 0.0)
     total = max(1, int(1.25 * tun6.QUEUE_MAX) // (size * 500)) * 500 if size < LARGEST else 100
     batches = [
         batch([frame(number % flows, number, size) for number in range(first, min(first + 500, total))]) for first in range(0, total, 500)
@@ -3548,6 +3685,57 @@ def test_what_waited_for_a_server_with_offload_is_nothing_that_the_next_one_can_
                 if packet[6] == 58:  # the echo request
                     break
                 assert len(packet) <= 1500
+
+
+@contextmanager
+def paused(program: Program) -> Iterator[None]:
+    """Stops a program meanwhile."""
+    program.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        program.process.send_signal(signal.SIGCONT)
+
+
+def send_datagrams(lab: Lab, payloads: list[bytes], finished: bool) -> None:
+    """Sends them from the client; finished: with their checksums, which the kernel else leaves to the TUN's other end."""
+    source = next(address.split("/")[0] for address in addresses(lab) if address.startswith("2001:db8:1"))
+    with lab.inside("client"):
+        sock = socket.socket(socket.AF_INET6, *((socket.SOCK_RAW, UDP) if finished else (socket.SOCK_DGRAM, 0)))
+    with sock:
+        sock.bind((source, 0 if finished else 1000))
+        for payload in payloads:
+            made = packet(struct.pack(">HHHH", 1000, 4000, 8 + len(payload), 0) + payload, UDP)
+            made = made[:8] + IPv6Address(source).packed + IPv6Address(Lab.INTERNET).packed + made[40:]
+            sock.sendto(with_checksum(made)[40:] if finished else payload, (Lab.INTERNET, 0 if finished else 4000))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_datagrams_that_wait_together_travel_joined_and_arrive_as_they_were(lab: Lab, tunnel: Tunnel, finished: bool) -> None:
+    payloads = [struct.pack(">I", number) * (16 if number % 40 else 4) for number in range(200)]
+    with ServerByHand(lab, tunnel) as server:
+        client = tunnel.client()
+        with server.accept(["tso6", "uso6"]) as sock:
+            client.prefix()
+            with paused(client):
+                send_datagrams(lab, payloads, finished)
+            joined, frames = datagrams(sock, 10), 0
+            cut: list[bytes] = []
+            while len(cut) < len(payloads):
+                cut += cut_apart(b"".join(next(joined)))
+                frames += 1
+    assert [part[48:] for part in cut] == payloads
+    assert frames < 20
+    tunnel.server()
+    with lab.inside("internet"):
+        sink = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    with sink:
+        sink.bind((Lab.INTERNET, 4000))
+        sink.settimeout(10)
+        client.prefix(times=2)
+        with paused(client):
+            send_datagrams(lab, payloads, finished)
+        assert [sink.recv(4096) for _ in payloads] == payloads
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------

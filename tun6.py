@@ -46,8 +46,8 @@ import dataclasses
 import difflib
 import errno
 import fcntl
-import functools
 import hashlib
+import io
 import ipaddress
 import json
 import logging
@@ -71,7 +71,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv6Network
 from pathlib import Path
-from typing import Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, TypeVar, cast
 
 try:
     import gevent
@@ -92,6 +92,9 @@ __version__ = "0.1.0"
 log = logging.getLogger("tun6")
 T = TypeVar("T")
 R = TypeVar("R")
+# As readinto and write of Python's raw files: they give how many bytes they moved, None when that would block, and Read 0 at the end.
+Read = Callable[[memoryview], Optional[int]]
+Write = Callable[[memoryview], Optional[int]]
 
 # ---- constants of the wire -------------------------------------------------------------------------------------------
 
@@ -106,6 +109,7 @@ NO_OFFLOAD = bytes(OFFLOAD_HEADER.size)
 NEEDS_CSUM, DATA_VALID = 1, 2  # flags
 GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # gso_type
 GSO_KINDS = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}  # as "Offload" names them
+UDP_HEADER = 8  # bytes, RFC 768
 GSO_SEGMENTS_MAX = 128  # that one frame may become; UDP_MAX_SEGMENTS of linux/udp.h, and we set it for TCP on our TUNs
 
 # ---- constants of this implementation --------------------------------------------------------------------------------
@@ -123,6 +127,8 @@ ACCEPTS = 32  # connections accepted before others get their turn
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH = 256 << 10  # bytes moved before others get their turn
 BATCH_FRAMES = 1_000  # frames moved, likewise: about 5 ms
+JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
+JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OUR_NUMBERS = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
@@ -343,17 +349,20 @@ class Deframer:
         self._view[:have] = self._rest + data
         return self._cut(have)
 
-    def pull(self, receive: Callable[[memoryview], int]) -> list[memoryview]:
-        """The frames that are complete after one call of `receive`, which fills a view and returns how many bytes it put there.
+    def pull(self, read: Read, most: int) -> list[memoryview]:
+        """The frames that are complete after one call of `read`, for `most` bytes.
 
-        Raises EOFError when that is 0, ProtocolError, and what `receive` raises; after the latter pull can be called again.
+        Raises EOFError at the end, ProtocolError, and what `read` raises; after the latter pull can be called again.
         """
         kept = len(self._rest)
-        self._view[:kept] = self._rest
-        got = receive(self._view[kept:])
-        if not got:
-            raise EOFError
-        return self._cut(kept + got)
+        if kept:
+            self._view[:kept] = self._rest
+        got = read(self._view[kept : kept + most])
+        if got:
+            return self._cut(kept + got)
+        if got is None:
+            return []
+        raise EOFError
 
     # Offload header but csum_offset, which matters only with flags; version nibble, payload length, next header.
     _WITH_HEADER = struct.Struct(">QxxBxxxHB")
@@ -380,11 +389,12 @@ class Deframer:
                 check_offload(view[at : at + OFFLOAD_HEADER.size], IPV6_HEADER + payload, kinds)
             frames.append(view[at:end])
             at = end
-        self._rest = bytes(view[at:have])
+        self._rest = bytes(view[at:have]) if at < have else b""
         return frames
 
 
-_TO_SEND = struct.Struct(">BBxxxxxxxxBxxxHB")  # flags, gso_type; version nibble, payload length, next header
+_SHORTEST = OFFLOAD_HEADER.size + IPV6_HEADER  # bytes
+_unpack_to_send = struct.Struct(">BBxxxxxxxxBxxxHB").unpack_from  # flags, gso_type; version nibble, payload length, next header
 
 
 def sendable(buffer: memoryview, at: int, length: int, kinds: frozenset[str] | None) -> bool:
@@ -393,15 +403,80 @@ def sendable(buffer: memoryview, at: int, length: int, kinds: frozenset[str] | N
     Not what is no IPv6 packet or has no length that the wire could say (IPv4, jumbograms, BIG TCP); nor what waited in the TUN
     from a time when its peer took more. Clears the flag that drivers set for the kernel's own use.
     """
-    if length < OFFLOAD_HEADER.size + IPV6_HEADER:
+    if length < _SHORTEST:
         return False
-    flags, gso_type, first, payload, following = _TO_SEND.unpack_from(buffer, at)
-    if flags & DATA_VALID:
-        flags &= ~DATA_VALID
-        buffer[at] = flags
-    if (flags or gso_type) and (kinds is None or (gso_type and GSO_KINDS.get(gso_type) not in kinds)):
-        return False
-    return first >> 4 == 6 and payload == length - OFFLOAD_HEADER.size - IPV6_HEADER and bool(payload or following)
+    flags, gso_type, first, payload, following = _unpack_to_send(buffer, at)
+    if flags or gso_type:
+        if flags & DATA_VALID:
+            flags &= ~DATA_VALID
+            buffer[at] = flags
+        if (flags or gso_type) and (kinds is None or (gso_type and GSO_KINDS.get(gso_type) not in kinds)):
+            return False
+    return bool(first >> 4 == 6 and payload == length - _SHORTEST and (payload or following))
+
+
+_OPEN_UDP = OFFLOAD_HEADER.pack(NEEDS_CSUM, GSO_NONE, 0, 0, IPV6_HEADER, 6)  # of a datagram whose checksum is still to be filled in
+# Offload header; version to flow label; payload length; next header to ports; UDP length.
+_unpack_datagram = struct.Struct(">10s4sH38sHxx").unpack_from
+
+
+def join_datagrams(frames: memoryview, ends: list[int]) -> list[int]:
+    """Makes one GSO frame of neighbours that are datagrams of one UDP flow and of one size (the last may be shorter).
+
+    Works in place, and gives the new ends; arguments as of Outbox.send. The peer's kernel takes and routes such a frame as one
+    packet, where each small one costs as much. Cut apart again, they are as they were: none joins whose checksum is wrong.
+    """
+    joined: list[int] = []
+    kind = label = flow = b""  # what the datagrams of the last frame have in common
+    start = to = begin = datagrams = size = 0  # place of that frame; beginning of the next; its datagrams, the length of each
+    for end in ends:
+        its_kind, its_label, length, its_flow, udp_length = _unpack_datagram(frames, begin)
+        if (
+            its_flow == flow
+            and UDP_HEADER < length <= size
+            and length == udp_length
+            and its_label == label
+            and its_kind == kind
+            and datagrams < JOINED_MAX
+            and to - start + length < JOINED_BYTES
+            and (kind == _OPEN_UDP or (_is_whole(frames[begin:end]) and (datagrams > 1 or _is_whole(frames[start:to]))))
+        ):
+            datagrams += 1
+            grown = to + length - UDP_HEADER
+            frames[to:grown] = frames[end - length + UDP_HEADER : end]
+            joined[-1] = to = grown
+            if length < size:
+                flow = b""  # it was the last
+        else:
+            if datagrams > 1:
+                _write_joined_headers(frames[start:to], size)
+            start, to = to, to + end - begin
+            if start != begin:
+                frames[start:to] = frames[begin:end]
+            joined.append(to)
+            datagrams = 1
+            kind, label, size = its_kind, its_label, length
+            flow = its_flow if its_flow[0] == 17 and length == udp_length and kind in (_OPEN_UDP, NO_OFFLOAD) else b""
+        begin = end
+    if datagrams > 1:
+        _write_joined_headers(frames[start:to], size)
+    return joined
+
+
+def _is_whole(frame: memoryview) -> bool:
+    """Whether the checksum of a UDP datagram is there and right: with the pseudo header, RFC 8200 section 8.1, the sum of all is 0."""
+    udp = frame[_SHORTEST:]
+    summed = int.from_bytes(frame[OFFLOAD_HEADER.size + 8 :], "big") << 8 * (len(frame) % 2)  # 2**16 is 1, modulo 0xFFFF
+    return bool((udp[6] or udp[7]) and (summed + len(udp) + 17) % 0xFFFF == 0)
+
+
+def _write_joined_headers(frame: memoryview, size: int) -> None:
+    """Makes the first datagram's headers those of the frame of datagrams of `size` bytes, UDP header included."""
+    length = len(frame) - _SHORTEST
+    addresses = int.from_bytes(frame[OFFLOAD_HEADER.size + 8 : _SHORTEST], "big")
+    OFFLOAD_HEADER.pack_into(frame, 0, NEEDS_CSUM, GSO_UDP_L4, IPV6_HEADER + UDP_HEADER, size - UDP_HEADER, IPV6_HEADER, 6)
+    struct.pack_into(">H", frame, OFFLOAD_HEADER.size + 4, length)
+    struct.pack_into(">HH", frame, _SHORTEST + 4, length, (addresses + length + 17) % 0xFFFF)
 
 
 # ---- pure: prefixes --------------------------------------------------------------------------------------------------
@@ -630,16 +705,12 @@ class FrameQueue:
 class Outbox:
     """What goes to one peer. While the connection takes everything there is no queue; when it does not, frames wait in a FrameQueue."""
 
-    def __init__(self, write: Callable[[memoryview], int], bare: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        """`write` gives how many bytes the connection took, or raises BlockingIOError; bare: each packet is written by itself."""
+    def __init__(self, write: Write, bare: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        """bare: each packet is written by itself, without its offload header."""
         self._write, self._bare, self._clock = write, bare, clock
         self._queue = FrameQueue()
         self._begun = memoryview(b"")  # the rest of what the connection took in part
-
-    @property
-    def blocked(self) -> bool:
-        """Whether something waits for the connection."""
-        return bool(self._begun or self._queue.bytes)
+        self.blocked = False  # something waits for the connection
 
     @property
     def dropped(self) -> int:
@@ -650,9 +721,16 @@ class Outbox:
         """Takes frames, each with its offload header, that lie one behind the other; `ends` says where each one ends."""
         taken = 0
         if not self.blocked:
-            taken = self._send_each(frames, ends) if self._bare else self._send_all(frames, ends)
-            if taken == len(ends):
-                return
+            if not self._bare:
+                sent = self._write(frames[: ends[-1]]) or 0
+                if sent == ends[-1]:
+                    return
+                taken = self._taken(frames, ends, sent)
+            else:
+                taken = self._send_each(frames, ends)
+                if taken == len(ends) and not self._begun:
+                    return
+            self.blocked = True
         now = self._clock()
         begin = ends[taken - 1] if taken else 0
         for end in ends[taken:]:
@@ -665,9 +743,10 @@ class Outbox:
         few = self._queue.frames - BATCH_FRAMES
         while size < BATCH and (self._begun or (self._queue.frames > few and self._begin(now))):
             size += len(self._begun)
-            self._begun = self._begun[self._try(self._begun) :]
+            self._begun = self._begun[self._write(self._begun) or 0 :]
             if self._begun:
                 return
+        self.blocked = self._queue.frames > 0
 
     def _begin(self, now: float) -> bool:
         """Takes the next few frames from the queue; few, as what is behind them could be more urgent a moment later."""
@@ -681,11 +760,10 @@ class Outbox:
         self._begun = memoryview(frames[0][OFFLOAD_HEADER.size :] if self._bare and frames else b"".join(frames))
         return bool(frames)
 
-    def _send_all(self, frames: memoryview, ends: list[int]) -> int:
-        """Gives how many frames the connection took, one that it took in part among them."""
-        sent = self._try(frames[: ends[-1]])
+    def _taken(self, frames: memoryview, ends: list[int], sent: int) -> int:
+        """Gives how many frames the connection took with so many bytes, one that it took in part among them."""
         whole = bisect.bisect_right(ends, sent)
-        if whole == len(ends) or sent == (ends[whole - 1] if whole else 0):
+        if sent == (ends[whole - 1] if whole else 0):
             return whole
         self._begun = memoryview(bytes(frames[sent : ends[whole]]))
         return whole + 1
@@ -694,18 +772,12 @@ class Outbox:
         begin = 0
         for number, end in enumerate(ends):
             packet = frames[begin + OFFLOAD_HEADER.size : end]
-            sent = self._try(packet)
+            sent = self._write(packet) or 0
             if sent < len(packet):
                 self._begun = memoryview(bytes(packet[sent:])) if sent else self._begun
                 return number + bool(sent)
             begin = end
         return len(ends)
-
-    def _try(self, data: memoryview) -> int:
-        try:
-            return self._write(data)
-        except BlockingIOError:
-            return 0
 
 
 # ---- pure: network plans ---------------------------------------------------------------------------------------------
@@ -986,7 +1058,7 @@ class Kernel:
 class Tun:
     """A TUN device that always has a virtio_net_hdr before each packet; the only user of pytun.
 
-    Read and write frames with `fd`, which does not block. Reading more than one frame takes more than one read.
+    Read and write frames with `file` (`fd` is its descriptor), one at a time; instead of blocking, it gives None, as Python's files do.
     """
 
     IFF_VNET_HDR, TUNSETVNETLE, TUNSETOFFLOAD = 0x4000, 0x400454DC, 0x400454D0  # linux/if_tun.h, as are the next
@@ -1007,6 +1079,7 @@ class Tun:
             raise KernelError(f"TUN device {name} can't be made: {reason}; {advice}") from None
         self.name: str = self._device.name
         self.fd: int = self._device.fileno()
+        self.file = io.FileIO(self.fd, "r+", closefd=False)
         os.set_blocking(self.fd, False)
         os.set_inheritable(self.fd, False)  # a child would keep the device alive
         fcntl.ioctl(self.fd, self.TUNSETVNETLE, struct.pack("i", 1))
@@ -1087,11 +1160,12 @@ class Waker:
     """
 
     def __init__(self, source: int, sink: int | None = None) -> None:
-        self._hub = gevent.get_hub()
+        hub = gevent.get_hub()
+        self.wait: Callable[[], object] = hub.switch  # until one of them is ready
+        self.blocked = False
         self._wake = gevent.getcurrent().switch
-        self._source = self._hub.loop.io(source, 1)
-        self._sink = self._hub.loop.io(source if sink is None else sink, 2)
-        self._blocked = False
+        self._source = hub.loop.io(source, 1)
+        self._sink = hub.loop.io(source if sink is None else sink, 2)
 
     def __enter__(self) -> Waker:
         self._source.start(self._wake)
@@ -1102,36 +1176,39 @@ class Waker:
             watcher.stop()
             watcher.close()
 
-    def wait(self, blocked: bool = False) -> None:
-        """Until there is something to read or, while blocked, room to write."""
-        if blocked != self._blocked:
-            self._blocked = blocked
-            if blocked:
-                self._sink.start(self._wake)
-            else:
-                self._sink.stop()
-        self._hub.switch()
+    def block(self, blocked: bool) -> None:
+        """Whether room to write is waited for, too."""
+        self.blocked = blocked
+        if blocked:
+            self._sink.start(self._wake)
+        else:
+            self._sink.stop()
 
 
-def pump_tun_to_tcp(
-    tun: Tun, sock: socket.socket, write: Callable[[memoryview], int], kinds: frozenset[str] | None, traffic: Traffic
-) -> NoReturn:
-    """Sends what the TUN gives, all that waits there as one batch, through `write` (see Outbox).
+def pump_tun_to_tcp(tun: Tun, fd: int, write: Write, kinds: frozenset[str] | None, traffic: Traffic) -> NoReturn:
+    """Sends what the TUN gives, all that waits there as one batch, through `write`, to the connection `fd`.
 
     `kinds`: the GSO kinds that the peer takes, None for a legacy peer.
 
     Raises KernelError when the TUN fails, OSError when the connection does.
     """
-    view, frame_max = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX
-    outbox = Outbox(write, kinds is None)
-    with Waker(tun.fd, sock.fileno()) as waker:
+    view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
+    outbox = Outbox(write, bare=kinds is None)
+    joins = kinds is not None and "uso6" in kinds
+
+    most = 1
+    with Waker(tun.fd, fd) as waker:
         while True:
-            waker.wait(outbox.blocked)
-            have = 0
+            if outbox.blocked != waker.blocked:
+                waker.block(outbox.blocked)
+            waker.wait()
+            have, room = 0, view
             ends: list[int] = []
             try:
-                for _ in range(BATCH_FRAMES):  # those that can not be sent among them
-                    got = os.readv(tun.fd, [view[have : have + frame_max]])
+                for _ in range(most):  # those that can not be sent among them
+                    got = read(room)
+                    if got is None:
+                        break
                     if sendable(view, have, got, kinds):
                         have += got
                         ends.append(have)
@@ -1139,51 +1216,46 @@ def pump_tun_to_tcp(
                             break
                     else:
                         traffic.dropped += 1
-            except BlockingIOError:
-                pass
+                    room = view[have : have + frame_max]
             except OSError as error:
                 raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
-            if ends:
-                outbox.send(view, ends)
+            found = len(ends)
+            if found:
+                outbox.send(view, join_datagrams(view, ends) if joins and found > 1 else ends)
+                traffic.sent += have
             if outbox.blocked:
                 outbox.flush()
-            traffic.sent += have
-            traffic.late = outbox.dropped
+                traffic.late = outbox.dropped
+            most = 1 if found <= 1 < most else BATCH_FRAMES  # after a lone packet the next is sent before looking for more
 
 
-def pump_tcp_to_tun(sock: socket.socket, tun: Tun, deframer: Deframer, early: bytes, bare: bool, traffic: Traffic) -> NoReturn:
-    """Writes what the connection brings into the TUN, a frame at a time; `early` came behind the handshake.
+def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: bytes, bare: bool, traffic: Traffic) -> NoReturn:
+    """Writes what `read` brings from the connection `fd` into the TUN, a frame at a time; `early` came behind the handshake.
 
     Raises EOFError or OSError when the connection ends, KernelError when the TUN fails, ProtocolError.
     """
-    fd = sock.fileno()
 
-    size = BATCH  # bytes that a turn may bring: less from a peer whose frames are small
+    def write_bare(packet: memoryview) -> int:
+        return os.writev(tun.fd, [NO_OFFLOAD, packet])
 
-    def receive(view: memoryview) -> int:
-        return os.readv(fd, [view[:size]])
+    write: Write = write_bare if bare else tun.file.write
 
-    def write(frames: list[memoryview]) -> None:
-        for frame in frames:
-            try:
-                _ = os.writev(tun.fd, [NO_OFFLOAD, frame]) if bare else os.write(tun.fd, frame)
-                traffic.received += len(frame)
-            except OSError as error:
-                if error.errno == errno.EINVAL:
-                    raise ProtocolError("frame that the kernel refuses as a packet") from None
-                if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
-                    raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
-                traffic.dropped += 1
-
-    write(deframer.push(early))
+    frames, size = deframer.push(early), BATCH  # bytes that a turn may bring: less from a peer whose frames are small
     with Waker(fd) as waker:
         while True:
+            for frame in frames:
+                try:
+                    if write(frame) is None:
+                        traffic.dropped += 1
+                    traffic.received += len(frame)
+                except OSError as error:
+                    if error.errno == errno.EINVAL:
+                        raise ProtocolError("frame that the kernel refuses as a packet") from None
+                    if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
+                        raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
+                    traffic.dropped += 1
             waker.wait()
-            try:
-                frames = deframer.pull(receive)
-            except BlockingIOError:
-                continue
-            write(frames)
+            frames = deframer.pull(read, size)
             size = BATCH if len(frames) < BATCH_FRAMES * size // BATCH else BATCH // 8
 
 
@@ -1214,15 +1286,15 @@ class LinkWriter:
     Bytes that the kernel holds unsent are a queue that nobody manages. TCP_NOTSENT_LOWAT alone lets in 64 KiB more.
     """
 
-    def __init__(self, sock: socket.socket, whole: bool) -> None:
-        """whole: what is written is not to be cut."""
-        self._sock, self._whole = sock, whole
+    def __init__(self, sock: socket.socket, write: Write, whole: bool) -> None:
+        """`write` is that of the connection; whole: what is written is not to be cut."""
+        self._sock, self._write, self._whole = sock, write, whole
         self._limit = UNSENT_MIN
         self._unsent = bytearray(4)
         self._retune_at = 0.0
 
-    def __call__(self, data: memoryview) -> int:
-        """Gives how many bytes were taken. Raises BlockingIOError until the socket is writable, OSError."""
+    def __call__(self, data: memoryview) -> int | None:
+        """As a Write. Raises OSError."""
         now = time.monotonic()
         if now >= self._retune_at:
             self._retune_at = now + RETUNE_S
@@ -1232,8 +1304,8 @@ class LinkWriter:
         fcntl.ioctl(self._sock.fileno(), SIOCOUTQNSD, self._unsent)
         room = self._limit - int.from_bytes(self._unsent, sys.byteorder)
         if room <= 0:
-            raise BlockingIOError
-        return os.write(self._sock.fileno(), data if self._whole else data[:room])
+            return None
+        return self._write(data if self._whole else data[:room])
 
 
 def tcp_info(sock: socket.socket, kind: str, at: int) -> int:
@@ -1242,11 +1314,11 @@ def tcp_info(sock: socket.socket, kind: str, at: int) -> int:
     return cast(int, struct.unpack_from(kind, info.ljust(256, b"\0"), at)[0])
 
 
-def adapt(sock: socket.socket, congestion: Congestion, whole: bool) -> Callable[[memoryview], int]:
+def adapt(sock: socket.socket, write: Write, congestion: Congestion, whole: bool) -> Write:
     """Suits the connection to its path, by the shortest round trip that the kernel has seen on it; gives what writes to it.
 
     On a real link BBR hides losses from the TCP inside the tunnel, and bytes wait in our queue, which is managed, not in the
-    socket's. On a LAN BBR's pacing would cost half of the speed. whole: what is written at once is not to be cut.
+    socket's. On a LAN BBR's pacing would cost half of the speed. Arguments as of LinkWriter.
     """
     rtt_us = tcp_info(sock, "I", 148)  # tcpi_min_rtt
     lan = rtt_us < LAN_RTT_US
@@ -1254,7 +1326,7 @@ def adapt(sock: socket.socket, congestion: Congestion, whole: bool) -> Callable[
     if name:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name.encode())
     log.debug("round trip %.1f ms: congestion control %s", rtt_us / 1000, name or "as the system has it")
-    return functools.partial(os.write, sock.fileno()) if lan else LinkWriter(sock, whole)
+    return write if lan else LinkWriter(sock, write, whole)
 
 
 def receive_message(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
@@ -1326,16 +1398,17 @@ class Session:
         `settle`: it is a legacy client that has not read our answer yet.
         """
         bare = kinds is None
-        write = adapt(sock, congestion, whole=bare)
+        stream = io.FileIO(sock.fileno(), "r+", closefd=False)
+        write = adapt(sock, stream.write, congestion, whole=bare)
         deframer = Deframer(_tcp_buffer, None if bare else tun.kinds)
 
         def tun_to_tcp() -> None:
             if settle:
                 wait_until_read(sock)
-            pump_tun_to_tcp(tun, sock, write, kinds, self.traffic)
+            pump_tun_to_tcp(tun, sock.fileno(), write, kinds, self.traffic)
 
         pumps = [
-            gevent.spawn(self._guard, pump_tcp_to_tun, sock, tun, deframer, early, bare, self.traffic),
+            gevent.spawn(self._guard, pump_tcp_to_tun, sock.fileno(), stream.readinto, tun, deframer, early, bare, self.traffic),
             gevent.spawn(self._guard, tun_to_tcp),
         ]
         try:
