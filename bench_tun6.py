@@ -568,6 +568,7 @@ TUN6_CONFIG = """
     prefixrange = 2001:db8:1::/48
     assignments = assignments.json
     max_clients = 10000
+    control = /run/tun6-bench.sock
     [client]
     remotehost = 10.9.0.1
     remoteport = 10000

@@ -46,7 +46,9 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
+import hmac
 import io
 import ipaddress
 import json
@@ -55,8 +57,10 @@ import math
 import os
 import re
 import resource
+import secrets
 import signal
 import socket as system_socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -65,13 +69,13 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from ipaddress import IPv6Network
+from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
-from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, TypeVar, cast
+from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, TypeVar, Union, cast
 
 try:
     import gevent
@@ -95,17 +99,20 @@ R = TypeVar("R")
 # As readinto and write of Python's raw files: they give how many bytes they moved, None when that would block, and Read 0 at the end.
 Read = Callable[[memoryview], Optional[int]]
 Write = Callable[[memoryview], Optional[int]]
+Seal = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text to TLS records
 
 # ---- constants of the wire -------------------------------------------------------------------------------------------
 
 MESSAGE_MAX = 4096  # bytes of a handshake message
 MESSAGE_DEPTH = 16  # nested brackets in one; json itself fails with RecursionError at some thousands
 ID_MAX = 64  # characters of an Id
+KEY_BYTES = 32  # random ones of a key; on the wire and in config.ini in URL-safe base64, RFC 4648 section 5
 IPV6_HEADER = 40  # bytes, RFC 8200 section 3
 PACKET_MAX = IPV6_HEADER + 0xFFFF  # bytes: the largest that payload-length can say
 OFFLOAD_HEADER = struct.Struct("<BBHHHH")  # struct virtio_net_hdr, linux/virtio_net.h, little-endian:
 #                                            flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
 NO_OFFLOAD = bytes(OFFLOAD_HEADER.size)
+TLS_HANDSHAKE = 0x16  # first byte of a client that speaks TLS, RFC 8446 section 5.1; { is that of a plain one
 NEEDS_CSUM, DATA_VALID = 1, 2  # flags
 GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # gso_type
 GSO_KINDS = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}  # as "Offload" names them
@@ -115,6 +122,8 @@ GSO_SEGMENTS_MAX = 128  # that one frame may become; UDP_MAX_SEGMENTS of linux/u
 # ---- constants of this implementation --------------------------------------------------------------------------------
 
 RETRY_S = 2.0  # between two attempts of a client to connect
+FINAL = {"denied", "revoked", "tls-required"}  # refusals that will be the same the next time
+FINAL_RETRY_S = 60.0  # between two attempts after one of those
 CONNECT_S = 10.0  # for one TCP connect
 HANDSHAKE_S = 10.0  # for the whole handshake
 LEGACY_READ_S = 0.2  # that a legacy client gets to read the answer, once its kernel has it, before the first frame follows
@@ -124,8 +133,13 @@ KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEP
 USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged this long ends the connection
 BACKLOG = 1024  # connections that wait for accept
 ACCEPTS = 32  # connections accepted before others get their turn
+PENDING_MAX, PENDING_HOST_MAX = 64, 8  # connections that have not said who they are: in all, from one IPv4 address
+PENDING_SLOW_S = 1.0  # for as long none of those that say something has to go
+TAKEOVERS_MAX, TAKEOVERS_S = 3, 60  # so many of one Id in so many seconds mean that two clients have it
+TAKEOVER_PAUSE_S = 5.0  # for each of them then
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH = 256 << 10  # bytes moved before others get their turn
+RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: RFC 8446 section 5.2
 BATCH_FRAMES = 1_000  # frames moved, likewise: about 5 ms
 JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
 JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
@@ -174,6 +188,12 @@ class StorageError(Tun6Error):
     """An assignment could not be saved: ends the handshake of its client."""
 
 
+class RequestError(Tun6Error):
+    """What the operator asked for can't be done; nothing has changed."""
+
+    exit_status = 2
+
+
 class SessionError(Tun6Error):
     """Ends the session."""
 
@@ -185,9 +205,10 @@ class ProtocolError(SessionError):
 class Refusal(SessionError):
     """The server won't serve this client; code as in README's wire protocol, text for people."""
 
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(f"{code}: {text}")
-        self.code, self.text = code, text
+    def __init__(self, code: str, text: str, detail: str = "") -> None:
+        """`detail`: what only the server's log is to say."""
+        super().__init__(f"{code}: {detail or text}")
+        self.code, self.text, self.detail = code, text, detail
 
 
 # ---- pure: wire ------------------------------------------------------------------------------------------------------
@@ -265,11 +286,22 @@ def offload_of(message: dict[str, Any]) -> frozenset[str] | None:
     return frozenset(kinds)
 
 
-def parse_hello(message: dict[str, Any]) -> tuple[str, frozenset[str] | None]:
-    """Id and offload kinds of a client's message. Raises ProtocolError."""
+class Hello(NamedTuple):
+    """What a client says."""
+
+    id: str
+    kinds: frozenset[str] | None  # as of offload_of
+    key: str  # "" when it gave none
+
+
+def parse_hello(message: dict[str, Any]) -> Hello:
+    """Raises ProtocolError."""
     if not is_id(message.get("Id")):
         raise ProtocolError(f"Id is not a string of 1 to {ID_MAX} printable characters")
-    return message["Id"], offload_of(message)
+    key = message.get("Key", "")
+    if not isinstance(key, str):
+        raise ProtocolError("Key is not a string")
+    return Hello(message["Id"], offload_of(message), key)
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -330,17 +362,53 @@ def check_offload(header: memoryview, length: int, kinds: frozenset[str]) -> Non
         raise ProtocolError(f"offload header with gso_size {gso_size} for {length} bytes: over {GSO_SEGMENTS_MAX} segments")
 
 
+class Border:
+    """Which packets may cross the border of a client's /64, by the upper halves of their addresses; counts the others.
+
+    What comes from a client has a source in its /64 (RFC 2827), what comes from its server a destination there. The other
+    address is outside, and none that is only for one link or host (RFC 4291 section 2.4): so neither side can feed
+    the other's kernel router advertisements, redirects, or packets in somebody else's name.
+    """
+
+    def __init__(self, prefix: IPv6Network, from_client: bool, closed: IPv6Network | None = None) -> None:
+        """`closed`: a range that is not to be reached, either."""
+        self.inside = int(prefix.network_address) >> 64
+        self.from_client = from_client
+        self._closed = closed
+        self.refused: Counter[str] = Counter()  # by reason
+
+    def lets_pass(self, source: int, destination: int) -> bool:
+        """Whether a packet with these upper halves may cross."""
+        near, far = (source, destination) if self.from_client else (destination, source)
+        if near != self.inside:
+            reason = "outside its /64"
+        elif far == self.inside:
+            reason = "within its /64"
+        elif far >> 56 == 0xFF:
+            reason = "multicast"
+        elif far >> 54 == 0xFE80 >> 6:
+            reason = "link-local"
+        elif not far:
+            reason = "loopback"
+        elif self._closed and IPv6Address(far << 64) in self._closed:
+            reason = "to another client"
+        else:
+            return True
+        self.refused[reason] += 1
+        return False
+
+
 class Deframer:
-    """Cuts what one TCP connection brings into frames.
+    """Cuts what one TCP connection brings into frames, without those that may not cross the border.
 
     `buffer` may belong to the whole process: nothing stays in it between two calls but what `pull` gave out, which
     is valid until the next use of the buffer. `kinds` as in check_offload, None when frames are bare packets.
     """
 
-    def __init__(self, buffer: bytearray, kinds: frozenset[str] | None) -> None:
+    def __init__(self, buffer: bytearray, kinds: frozenset[str] | None, border: Border) -> None:
         assert len(buffer) >= 2 * (OFFLOAD_HEADER.size + PACKET_MAX)
         self._buffer, self._view = buffer, memoryview(buffer)
-        self._kinds = kinds
+        self._kinds, self._border = kinds, border
         self._rest = b""  # the beginning of a frame
 
     def push(self, data: bytes) -> list[memoryview]:
@@ -364,20 +432,21 @@ class Deframer:
             return []
         raise EOFError
 
-    # Offload header but csum_offset, which matters only with flags; version nibble, payload length, next header.
-    _WITH_HEADER = struct.Struct(">QxxBxxxHB")
-    _BARE = struct.Struct(">BxxxHB")
+    # Offload header but csum_offset, which matters only with flags; version nibble, payload length, next header; upper halves
+    # of source and destination.
+    _WITH_HEADER = struct.Struct(">QxxBxxxHBxQ8xQ8x")
+    _BARE = struct.Struct(">BxxxHBxQ8xQ8x")
 
     def _cut(self, have: int) -> list[memoryview]:
         buffer, view, frames, at = self._buffer, self._view, [], 0
-        kinds = self._kinds
+        kinds, border = self._kinds, self._border
         shortest = IPV6_HEADER if kinds is None else OFFLOAD_HEADER.size + IPV6_HEADER
         unpack_with, unpack_bare = self._WITH_HEADER.unpack_from, self._BARE.unpack_from
         while at + shortest <= have:
             if kinds is None:
-                offload, (first, payload, following) = 0, unpack_bare(buffer, at)
+                offload, (first, payload, following, source, destination) = 0, unpack_bare(buffer, at)
             else:
-                offload, first, payload, following = unpack_with(buffer, at)
+                offload, first, payload, following, source, destination = unpack_with(buffer, at)
             if first >> 4 != 6:
                 raise ProtocolError(f"frame that begins with {first:#04x} is no IPv6 packet")
             if not payload and not following:  # a hop-by-hop header of no length: RFC 2675, and the kernel's BIG TCP
@@ -387,7 +456,8 @@ class Deframer:
                 break
             if offload and kinds is not None:  # small packets mostly have none
                 check_offload(view[at : at + OFFLOAD_HEADER.size], IPV6_HEADER + payload, kinds)
-            frames.append(view[at:end])
+            if border.lets_pass(source, destination):
+                frames.append(view[at:end])
             at = end
         self._rest = bytes(view[at:have]) if at < have else b""
         return frames
@@ -494,6 +564,10 @@ class PrefixPool:
         self._owner_of: dict[int, str] = {}
         self._released: list[int] = []
         self._next = 0  # every index below is owned or released
+
+    def owners(self) -> list[str]:
+        """All Ids that own a /64."""
+        return list(self._index_of)
 
     def find(self, id_: str) -> IPv6Network | None:
         """The /64 that the Id owns."""
@@ -705,9 +779,15 @@ class FrameQueue:
 class Outbox:
     """What goes to one peer. While the connection takes everything there is no queue; when it does not, frames wait in a FrameQueue."""
 
-    def __init__(self, write: Write, bare: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        """bare: each packet is written by itself, without its offload header."""
-        self._write, self._bare, self._clock = write, bare, clock
+    def __init__(
+        self, write: Write, bare: bool, seal: Seal | None = None, clock: Callable[[], float] = time.monotonic, at_once: bool = True
+    ) -> None:
+        """bare: each packet is written by itself, without its offload header; `seal` encrypts what is written.
+
+        at_once: a whole batch is sealed, if there is no queue; else it comes in small pieces from the queue, as what is
+        sealed can't be overtaken any more.
+        """
+        self._write, self._bare, self._seal, self._clock, self._at_once = write, bare, seal, clock, at_once
         self._queue = FrameQueue()
         self._begun = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # something waits for the connection
@@ -720,17 +800,19 @@ class Outbox:
     def send(self, frames: memoryview, ends: list[int]) -> None:
         """Takes frames, each with its offload header, that lie one behind the other; `ends` says where each one ends."""
         taken = 0
-        if not self.blocked:
-            if not self._bare:
-                sent = self._write(frames[: ends[-1]]) or 0
-                if sent == ends[-1]:
-                    return
-                taken = self._taken(frames, ends, sent)
-            else:
+        if not self.blocked and self._at_once:
+            if self._bare:
                 taken = self._send_each(frames, ends)
-                if taken == len(ends) and not self._begun:
-                    return
-            self.blocked = True
+            elif self._seal:
+                taken = len(ends)
+                self._begun = memoryview(self._seal(frames[: ends[-1]]))
+                self._begun = self._begun[self._write(self._begun) or 0 :]
+            else:
+                sent = self._write(frames[: ends[-1]]) or 0
+                taken = len(ends) if sent == ends[-1] else self._taken(frames, ends, sent)
+            if taken == len(ends) and not self._begun:
+                return
+        self.blocked = True
         now = self._clock()
         begin = ends[taken - 1] if taken else 0
         for end in ends[taken:]:
@@ -757,7 +839,9 @@ class Outbox:
             size += len(frame)
             if self._bare:
                 break
-        self._begun = memoryview(frames[0][OFFLOAD_HEADER.size :] if self._bare and frames else b"".join(frames))
+        if frames:
+            data = frames[0][OFFLOAD_HEADER.size :] if self._bare else b"".join(frames)
+            self._begun = memoryview(self._seal(data) if self._seal else data)
         return bool(frames)
 
     def _taken(self, frames: memoryview, ends: list[int], sent: int) -> int:
@@ -868,6 +952,73 @@ def in_thread(function: Callable[..., R], *args: Any) -> R:
     return cast(R, gevent.get_hub().threadpool.apply(function, args))
 
 
+class JsonFile:
+    """A JSON object in a file, replaced whole at every save: it is never half written, and lasts."""
+
+    ADVICE = "mend the entry, or move the file away to begin an empty one"
+
+    def __init__(self, path: str, holds: str, mode: int) -> None:
+        """`holds`: what is in it, for messages; `mode` of a new file."""
+        self.path = Path(os.path.realpath(path))  # a symbolic link stays one
+        self._holds, self._mode = holds, mode
+
+    def load(self) -> list[tuple[str, Any]]:
+        """Its entries; missing or empty has none. Raises ConfigError."""
+        if self.path.exists() and not self.path.is_file():  # every save replaces it: /dev/null would be a file from then on
+            raise ConfigError(f"{self.path} is no regular file; name another one")
+        try:
+            text = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ConfigError(f"{self.path}: {error.strerror}; make it readable, or name another file") from None
+        if not text.strip():
+            return []
+        try:
+            entries = json.loads(text.decode("utf-8"), object_pairs_hook=list)
+            if not text.lstrip().startswith(b"{"):
+                raise ValueError('it is not one object {"<id>": ..., ...}')
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{self.path} is not a file of {self._holds}: {error}; {self.ADVICE}") from None
+        ids = set()
+        for id_, _ in entries:
+            if not is_id(id_):
+                raise self.entry_error(id_, f"the Id is not 1 to {ID_MAX} printable characters")
+            if id_ in ids:
+                raise self.entry_error(id_, "the Id is there twice")
+            ids.add(id_)
+        return cast("list[tuple[str, Any]]", entries)
+
+    def entry_error(self, id_: object, why: object) -> ConfigError:
+        """The error that an entry is."""
+        return ConfigError(f"{self.path}: entry {printable(id_)!r}: {printable(why)}; {self.ADVICE}")
+
+    def save(self, entries: dict[str, Any]) -> None:
+        """In a thread: when this returns, the file has these entries for good. Raises StorageError."""
+        try:
+            in_thread(self._write, entries)
+        except OSError as error:
+            raise StorageError(f"{self.path} can't be written: {error.strerror}") from error
+
+    def _write(self, entries: dict[str, Any]) -> None:
+        # these separators put each entry on a line of its own without json's slow indenting
+        lines = (f"{json.dumps(id_)}: {json.dumps(value)}" for id_, value in entries.items())
+        new = self.path.with_name(self.path.name + ".new")
+        new.unlink(missing_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode), "w", encoding="ascii") as file:
+            if self.path.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode))
+            file.write("{\n " + ",\n ".join(lines) + "\n}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 class AssignmentStore:
     """The map Id -> /64, in memory and, with a path, in a JSON file {"<id>": "<prefix>/64", ...}.
 
@@ -877,16 +1028,21 @@ class AssignmentStore:
     def __init__(self, pool: PrefixPool, path: str | None = None) -> None:
         """Locks and reads the file; missing or empty is an empty map. Raises ConfigError, which names the entry at fault."""
         self.pool = pool
-        self.path = path and Path(os.path.realpath(path))  # a symbolic link stays one
+        self._file = JsonFile(path, "assignments", 0o644) if path else None
         self._saved: dict[str, str] = {}
         self._save = Gather(self._save_batch)
-        if self.path:
-            self._lock = self._locked()
+        if self._file:
+            self._lock = self._locked(self._file.path)
             try:
-                self._load()
+                self._load(self._file)
             except ConfigError:
                 self.close()
                 raise
+
+    @property
+    def path(self) -> Path | None:
+        """Of the file, without symbolic links."""
+        return self._file.path if self._file else None
 
     def assign(self, id_: str) -> IPv6Network:
         """The Id's /64, saved before it is returned. Not for two greenlets with one Id at once.
@@ -900,89 +1056,146 @@ class AssignmentStore:
         self._save((id_, str(prefix)))
         return prefix
 
+    def pin(self, id_: str, prefix: IPv6Network) -> None:
+        """Gives the Id this /64 instead of the one it may have, and saves that.
+
+        Raises ValueError when it is no free /64 of the range, StorageError when it can't be saved; then all is as before.
+        """
+        old = self.pool.find(id_)
+        if old == prefix:
+            return
+        if old:
+            self.pool.release(id_)
+        try:
+            self.pool.pin(id_, prefix)
+            self._save((id_, str(prefix)))
+        except (ValueError, StorageError):
+            if old:
+                self.pool.pin(id_, old)
+            raise
+
     def close(self) -> None:
         """Gives up the lock."""
-        if self.path and self._lock is not None:
+        if self._file and self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def _locked(self) -> int | None:
+    @staticmethod
+    def _locked(path: Path) -> int | None:
         try:
-            lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
-            raise ConfigError(f"{self.path}: its folder does not exist; make it, or name another file") from None
+            raise ConfigError(f"{path}: its folder does not exist; make it, or name another file") from None
         except OSError as error:
-            log.warning("%s.lock: %s; nothing keeps a second server off these assignments", self.path, error.strerror)
+            log.warning("%s.lock: %s; nothing keeps a second server off these assignments", path, error.strerror)
             return None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise ConfigError(f"{self.path} is in use by another tun6 server; stop that one, or give this one another file") from None
+            raise ConfigError(f"{path} is in use by another tun6 server; stop that one, or give this one another file") from None
         return lock
 
-    def _load(self) -> None:
-        assert self.path
-        if self.path.exists() and not self.path.is_file():  # every save replaces it: /dev/null would be a file from then on
-            raise ConfigError(f"{self.path} is no regular file; name another one, or leave `assignments` out to forget all at the end")
-        try:
-            text = self.path.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise ConfigError(f"{self.path}: {error.strerror}; make it readable, or name another file") from None
-        advice = "mend the entry, or move the file away to begin an empty one"
-        try:
-            entries = json.loads(text.decode("utf-8"), object_pairs_hook=list) if text.strip() else []
-            if text.strip() and not text.lstrip().startswith(b"{"):
-                raise ValueError('it is not one object {"<id>": "<prefix>/64", ...}')
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{self.path} is not a file of assignments: {error}; {advice}") from None
-        for id_, prefix in entries:
+    def _load(self, file: JsonFile) -> None:
+        for id_, prefix in file.load():
             try:
-                if not is_id(id_):
-                    raise ValueError(f"the Id is not 1 to {ID_MAX} printable characters")
-                if id_ in self._saved:
-                    raise ValueError("the Id is there twice")
                 if not isinstance(prefix, str):
                     raise ValueError("the prefix is not a string")
                 self.pool.pin(id_, parse_network(prefix))
             except ValueError as error:
-                raise ConfigError(f"{self.path}: entry {printable(id_)!r}: {printable(error)}; {advice}") from None
+                raise file.entry_error(id_, error) from None
             self._saved[id_] = prefix
 
     def _save_batch(self, entries: list[tuple[str, str]]) -> list[None]:
-        if self.path:
+        if self._file:
             everything = {**self._saved, **dict(entries)}
             try:
-                in_thread(self._write, everything)
-            except Exception as error:  # whatever it is, an Id that is not on disk must not be taken for known
+                self._file.save(everything)
+            except Exception:  # whatever it is, an Id that is not on disk must not be taken for known
                 for id_, _ in entries:
                     self.pool.release(id_)
-                if isinstance(error, OSError):
-                    raise StorageError(f"{self.path} can't be written: {error.strerror}") from error
                 raise
             self._saved = everything
         return [None] * len(entries)
 
-    def _write(self, entries: dict[str, str]) -> None:
-        """In a thread: the new file replaces the old one whole, and lasts, before this returns. Raises OSError."""
-        assert self.path
-        # these separators put each entry on a line of its own without json's slow indenting
-        text = json.dumps(entries, separators=(",\n ", ": ")).replace("{", "{\n ", 1)[:-1] + "\n}\n"
-        new = self.path.with_name(self.path.name + ".new")
-        with open(new, "w", encoding="ascii") as file:
-            if self.path.exists():
-                os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode))
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+class KeyEntry(NamedTuple):
+    """What the server knows of an Id's key."""
+
+    digest: str  # SHA-256 of the key's text, hexadecimal; the key has 256 random bits, so nothing slower is needed
+    revoked: bool
+
+
+class KeyStore:
+    """Which Ids may come in, and with which key, in a JSON file {"<id>": {"key": "sha256:<digest>", "revoked": true}, ...}."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ConfigError, which names the entry at fault."""
+        self._file = JsonFile(path, "keys", 0o600)
+        self._entries: dict[str, KeyEntry] = {}
+        self._changing = gevent.lock.RLock()
+        self.reload()
+
+    @property
+    def path(self) -> Path:
+        """Of the file, without symbolic links."""
+        return self._file.path
+
+    def reload(self) -> None:
+        """Reads the file anew. Raises ConfigError, and then knows what it knew."""
+        entries = {}
+        for id_, value in self._file.load():
+            fields = dict(value) if isinstance(value, list) and all(isinstance(item, tuple) for item in value) else {}
+            digest = fields.get("key")
+            if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest) or set(fields) - {"key", "revoked"}:
+                raise self._file.entry_error(id_, 'it is not {"key": "sha256:<64 hexadecimal digits>"}, perhaps with "revoked": true')
+            if not isinstance(fields.get("revoked", False), bool):
+                raise self._file.entry_error(id_, "revoked is neither true nor false")
+            entries[id_] = KeyEntry(digest[len("sha256:") :], fields.get("revoked", False))
+        self._entries = entries
+
+    def find(self, id_: str) -> KeyEntry | None:
+        """What is known of this Id's key."""
+        return self._entries.get(id_)
+
+    def ids(self) -> list[str]:
+        """All that have a key."""
+        return list(self._entries)
+
+    def check(self, id_: str, key: str) -> None:
+        """Raises Refusal unless this is the Id's key. To the client, an unknown Id and a wrong key look and last the same."""
+        entry = self._entries.get(id_, NOBODY)
+        right = hmac.compare_digest(digest_of(key), entry.digest)
+        if not right or entry is NOBODY:
+            raise Refusal("denied", "unknown Id or wrong key", "wrong key" if id_ in self._entries else "unknown Id")
+        if entry.revoked:
+            raise Refusal("revoked", "this Id was revoked by the server's operator")
+
+    def issue(self, id_: str) -> str:
+        """Makes and saves a new key for the Id, in place of the one it may have, and gives its text. Raises StorageError."""
+        key = secrets.token_urlsafe(KEY_BYTES)
+        self._change(id_, KeyEntry(digest_of(key), False))
+        return key
+
+    def set_revoked(self, id_: str, revoked: bool) -> None:
+        """Raises KeyError, StorageError."""
+        self._change(id_, self._entries[id_]._replace(revoked=revoked))
+
+    def _change(self, id_: str, entry: KeyEntry) -> None:
+        with self._changing:
+            entries = {**self._entries, id_: entry}
+            self._file.save(
+                {id_: {"key": "sha256:" + digest, **({"revoked": True} if revoked else {})} for id_, (digest, revoked) in entries.items()}
+            )
+            self._entries = entries
+
+
+def digest_of(key: str) -> str:
+    """As KeyEntry has it."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+NOBODY = KeyEntry(digest_of(secrets.token_urlsafe(KEY_BYTES)), False)  # whom an unknown Id is compared with
 
 
 # ---- edge: kernel, TUN, identity -------------------------------------------------------------------------------------
@@ -1135,6 +1348,166 @@ def sysctl(name: str) -> str:
         return ""
 
 
+# ---- edge: streams ---------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """The bytes of one connection, as they are.
+
+    While two messages are exchanged, `receive` and `send` wait; then the pumps use `readinto`, and `seal` and `write`.
+    """
+
+    seal: Seal | None = None
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        file = io.FileIO(sock.fileno(), "r+", closefd=False)
+        self.readinto: Read = file.readinto
+        self.write: Write = file.write  # to the socket: what `seal` gave, if there is one
+
+    def receive(self) -> bytes:
+        """What comes next. Raises EOFError, OSError, ProtocolError."""
+        data: bytes = self.sock.recv(MESSAGE_MAX)
+        if not data:
+            raise EOFError
+        return data
+
+    def send(self, data: bytes) -> None:
+        """Sends it all. Raises OSError."""
+        self.sock.sendall(data)
+
+
+# One for the process, as those of the pumps; a turn brings no more than they take.
+_cipher_buffer = memoryview(bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX))
+
+
+class TlsStream(Stream):
+    """A connection inside TLS. Its records are taken from memory, many with one read of the socket; `ssl`'s sockets read twice for each."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None = None) -> None:
+        """Does the TLS handshake; `server_name`, as which the server has to identify itself, where the context asks for that.
+
+        Raises ProtocolError, EOFError, OSError.
+        """
+        super().__init__(sock)
+        self._read_socket = self.readinto
+        self.readinto = self._read_records
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, None if server_side else server_name)
+        self._wait_for(self._tls.do_handshake)
+
+    def fingerprint(self) -> str:
+        """Of the peer's certificate: "sha256:" and 64 hexadecimal digits."""
+        return fingerprint_of(self._tls.getpeercert(binary_form=True) or b"")
+
+    def receive(self) -> bytes:
+        """All that has come: nothing of it may stay behind in memory when the pumps begin to wait for the socket."""
+        data = self._wait_for(self._tls.read, MESSAGE_MAX)
+        if not data:
+            raise EOFError
+        with suppress(ssl.SSLWantReadError):
+            while more := self._tls.read(RECORD_MAX):
+                data += more
+        return data
+
+    def send(self, data: bytes) -> None:
+        """Sends it all. Raises OSError, ProtocolError."""
+        self.sock.sendall(self.seal(data))
+
+    def seal(self, data: bytes | bytearray | memoryview) -> bytes:
+        """The records that say this, behind what TLS itself has to say. Raises ProtocolError."""
+        with _tls_errors():
+            self._tls.write(data)
+        return self._outgoing.read()
+
+    def _wait_for(self, step: Callable[..., R], *args: Any) -> R:
+        """The result of a step that needs more from the peer, or has something to say to it."""
+        with _tls_errors():
+            while True:
+                try:
+                    return step(*args)
+                except ssl.SSLWantReadError:
+                    pass
+                finally:
+                    if self._outgoing.pending:
+                        self.sock.sendall(self._outgoing.read())
+                self._incoming.write(super().receive())
+
+    def _read_records(self, view: memoryview) -> int | None:
+        """A Read. What it leaves in memory is less than a record, as the view has room for all others."""
+        got = self._read_socket(_cipher_buffer[: len(view) - RECORD_MAX])
+        if not got:
+            return got
+        self._incoming.write(_cipher_buffer[:got])
+        filled = 0
+        with _tls_errors(), suppress(ssl.SSLWantReadError):
+            while self._incoming.pending and (more := cast(int, self._tls.read(len(view) - filled, cast(bytearray, view[filled:])))):
+                filled += more
+        return filled or None
+
+
+@contextmanager
+def _tls_errors() -> Iterator[None]:
+    """Turns what `ssl` raises into an error of ours."""
+    try:
+        yield
+    except ssl.SSLWantReadError:
+        raise
+    except ssl.SSLZeroReturnError:
+        raise EOFError from None
+    except ssl.SSLCertVerificationError as error:
+        raise ProtocolError(f"the server's certificate is not to be trusted: {error.verify_message}") from None
+    except ssl.SSLError as error:
+        raise ProtocolError(f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}") from None
+
+
+def fingerprint_of(certificate: bytes) -> str:
+    """Of a certificate in DER."""
+    return "sha256:" + hashlib.sha256(certificate).hexdigest()
+
+
+def server_tls(path: str) -> ssl.SSLContext:
+    """TLS with the certificate and key of this PEM file. Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _harden(context)
+    context.num_tickets = 0  # nothing comes back but new connections
+    try:
+        context.load_cert_chain(path)
+    except ssl.SSLError as error:
+        raise ConfigError(f"{path} is not a certificate with its key: {error.reason or error}; `tun6.py keygen` makes one") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; `tun6.py keygen` makes one") from None
+    return context
+
+
+def client_tls(pinned: bool) -> ssl.SSLContext:
+    """TLS to a server whose certificate the caller compares (pinned), or which the system's authorities vouch for."""
+    if pinned:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # neither authority nor date, as a Raspberry Pi has no clock
+    else:
+        context = ssl.create_default_context()
+    _harden(context)
+    if not has_aes():
+        # Python can't order the ciphers of TLS 1.3, where AES is first; in software ChaCha20 is several times as fast.
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("ECDHE+CHACHA20:ECDHE+AESGCM")
+    return context
+
+
+def _harden(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all that TLS 1.3 has are good
+
+
+def has_aes() -> bool:
+    """Whether this CPU has instructions for AES; on x86 the flag is among `flags`, on ARM among `Features`."""
+    return re.search(r"^(flags|Features)\s*:.*\baes\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
+
+
 # ---- pumps -----------------------------------------------------------------------------------------------------------
 
 # One pair of buffers for the process, not for each session: a pump never switches while it has something in them.
@@ -1185,15 +1558,14 @@ class Waker:
             self._sink.stop()
 
 
-def pump_tun_to_tcp(tun: Tun, fd: int, write: Write, kinds: frozenset[str] | None, traffic: Traffic) -> NoReturn:
-    """Sends what the TUN gives, all that waits there as one batch, through `write`, to the connection `fd`.
+def pump_tun_to_tcp(tun: Tun, fd: int, outbox: Outbox, kinds: frozenset[str] | None, traffic: Traffic) -> NoReturn:
+    """Sends what the TUN gives, all that waits there as one batch, through the outbox of the connection `fd`.
 
     `kinds`: the GSO kinds that the peer takes, None for a legacy peer.
 
     Raises KernelError when the TUN fails, OSError when the connection does.
     """
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
-    outbox = Outbox(write, bare=kinds is None)
     joins = kinds is not None and "uso6" in kinds
 
     most = 1
@@ -1221,12 +1593,14 @@ def pump_tun_to_tcp(tun: Tun, fd: int, write: Write, kinds: frozenset[str] | Non
                 raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
             found = len(ends)
             if found:
-                outbox.send(view, join_datagrams(view, ends) if joins and found > 1 else ends)
+                small = joins and found > 1 and have < found * JOINED_BYTES // 2  # large ones are no datagrams to be joined
+                outbox.send(view, join_datagrams(view, ends) if small else ends)
                 traffic.sent += have
             if outbox.blocked:
                 outbox.flush()
                 traffic.late = outbox.dropped
-            most = 1 if found <= 1 < most else BATCH_FRAMES  # after a lone packet the next is sent before looking for more
+            # after a small lone packet the next one is sent before looking for more
+            most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
 
 
 def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: bytes, bare: bool, traffic: Traffic) -> NoReturn:
@@ -1283,7 +1657,7 @@ class Congestion(NamedTuple):
 class LinkWriter:
     """Writes to a connection over a real link no more than that can send in UNSENT_S.
 
-    Bytes that the kernel holds unsent are a queue that nobody manages. TCP_NOTSENT_LOWAT alone lets in 64 KiB more.
+    Bytes that the kernel holds unsent are a queue that nobody manages, as ours is. TCP_NOTSENT_LOWAT alone lets in 64 KiB more.
     """
 
     def __init__(self, sock: socket.socket, write: Write, whole: bool) -> None:
@@ -1314,11 +1688,10 @@ def tcp_info(sock: socket.socket, kind: str, at: int) -> int:
     return cast(int, struct.unpack_from(kind, info.ljust(256, b"\0"), at)[0])
 
 
-def adapt(sock: socket.socket, write: Write, congestion: Congestion, whole: bool) -> Write:
-    """Suits the connection to its path, by the shortest round trip that the kernel has seen on it; gives what writes to it.
+def adapt(sock: socket.socket, congestion: Congestion) -> bool:
+    """Suits the connection to its path, by the shortest round trip that the kernel has seen on it; gives whether that is a LAN.
 
-    On a real link BBR hides losses from the TCP inside the tunnel, and bytes wait in our queue, which is managed, not in the
-    socket's. On a LAN BBR's pacing would cost half of the speed. Arguments as of LinkWriter.
+    On a real link BBR hides losses from the TCP inside the tunnel. On a LAN BBR's pacing would cost half of the speed.
     """
     rtt_us = tcp_info(sock, "I", 148)  # tcpi_min_rtt
     lan = rtt_us < LAN_RTT_US
@@ -1326,17 +1699,14 @@ def adapt(sock: socket.socket, write: Write, congestion: Congestion, whole: bool
     if name:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name.encode())
     log.debug("round trip %.1f ms: congestion control %s", rtt_us / 1000, name or "as the system has it")
-    return write if lan else LinkWriter(sock, write, whole)
+    return lan
 
 
-def receive_message(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
+def receive_message(stream: Stream) -> tuple[dict[str, Any], bytes]:
     """The peer's handshake message and the first bytes behind it. Raises ProtocolError, EOFError, OSError."""
     handshake = Handshake()
     while True:
-        data = sock.recv(MESSAGE_MAX)
-        if not data:
-            raise EOFError
-        found = handshake.feed(data)
+        found = handshake.feed(stream.receive())
         if found:
             return found
 
@@ -1377,12 +1747,20 @@ class Session:
     Whoever made the socket and the TUN closes them afterwards.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
         self.device: str | None = None  # name of its TUN
+        self.prefix: IPv6Network | None = None
+        self.refused: Counter[str] = Counter()  # packets that may not cross the border, by reason
         self.gone = gevent.event.Event()  # all it had is released
         self.traffic = Traffic()
         self.began = time.monotonic()
         self._end: gevent.event.AsyncResult = gevent.event.AsyncResult()
+
+    @property
+    def ending(self) -> bool:
+        """Whether it was closed, or a pump has ended it."""
+        return bool(self._end.ready())
 
     def close(self, why: BaseException) -> None:
         """Lets `run` return, now or as soon as it is called. The first reason counts."""
@@ -1390,22 +1768,25 @@ class Session:
             self._end.set(why)
 
     def run(
-        self, sock: socket.socket, tun: Tun, congestion: Congestion, kinds: frozenset[str] | None, early: bytes, settle: bool = False
+        self, stream: Stream, tun: Tun, border: Border, congestion: Congestion, kinds: frozenset[str] | None, early: bytes
     ) -> BaseException:
         """Moves frames until the session ends, and gives the reason.
 
-        `kinds` are the GSO kinds that the peer takes, None for a legacy peer; `early` the bytes behind its message;
-        `settle`: it is a legacy client that has not read our answer yet.
+        `border` is for what the peer sends; `kinds` are the GSO kinds that it takes, None for a legacy peer; `early` the bytes
+        behind its message.
         """
         bare = kinds is None
-        stream = io.FileIO(sock.fileno(), "r+", closefd=False)
-        write = adapt(sock, stream.write, congestion, whole=bare)
-        deframer = Deframer(_tcp_buffer, None if bare else tun.kinds)
+        sock = stream.sock
+        self.refused = border.refused
+        lan = adapt(sock, congestion)
+        write = stream.write if lan else LinkWriter(sock, stream.write, whole=bare)
+        outbox = Outbox(write, bare, stream.seal, at_once=lan or not stream.seal)
+        deframer = Deframer(_tcp_buffer, None if bare else tun.kinds, border)
 
         def tun_to_tcp() -> None:
-            if settle:
+            if bare and border.from_client:
                 wait_until_read(sock)
-            pump_tun_to_tcp(tun, sock.fileno(), write, kinds, self.traffic)
+            pump_tun_to_tcp(tun, sock.fileno(), outbox, kinds, self.traffic)
 
         pumps = [
             gevent.spawn(self._guard, pump_tcp_to_tun, sock.fileno(), stream.readinto, tun, deframer, early, bare, self.traffic),
@@ -1430,7 +1811,9 @@ class Session:
         """Its traffic and age, for the log."""
         age = time.monotonic() - self.began
         moved = self.traffic
-        return f"after {age:.0f} s, {moved.received} bytes received, {moved.sent} sent, {moved.dropped + moved.late} packets dropped"
+        refused = "".join(f", {count} refused as {reason}" for reason, count in self.refused.items())
+        dropped = moved.dropped + moved.late
+        return f"after {age:.0f} s, {moved.received} bytes received, {moved.sent} sent, {dropped} packets dropped{refused}"
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
@@ -1441,17 +1824,108 @@ def shown(id_: str) -> str:
     return repr(id_[:ID_MAX])
 
 
+class RateLimit:
+    """At most so many events an hour, as a token bucket that is full at first."""
+
+    def __init__(self, per_hour: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`per_hour` 0: no limit."""
+        self._per_hour, self._clock = per_hour, clock
+        self._left, self._at = float(per_hour), clock()
+
+    def allows(self) -> bool:
+        """Whether one more may happen now; it counts as happened."""
+        now = self._clock()
+        self._left = min(self._left + (now - self._at) * self._per_hour / 3600, self._per_hour)
+        self._at = now
+        if self._per_hour and self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Door:
+    """The connections that have not said who they are, and who of them has to go for a newcomer."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[gevent.Greenlet, tuple[socket.socket, str, float]] = {}  # socket, host, since when; oldest first
+        self._heard: set[gevent.Greenlet] = set()
+
+    def admits(self, host: str) -> bool:
+        """Makes room for a newcomer from this host; False when that host has to wait, as all it has are busy saying who they are."""
+        if not self._crowd(host):
+            return True
+        gevent.sleep()  # who has said it already may come in
+        while (crowd := self._crowd(host)) and not self._send_away(crowd):
+            if len(self._waiting) < PENDING_MAX:
+                return False
+            gevent.sleep(0.01)
+        return True
+
+    def enter(self, greenlet: gevent.Greenlet, sock: socket.socket, host: str) -> None:
+        """The greenlet waits for what this socket says."""
+        self._waiting[greenlet] = sock, host, time.monotonic()
+
+    def hears(self, greenlet: gevent.Greenlet) -> None:
+        """It has said something."""
+        self._heard.add(greenlet)
+
+    def leave(self, greenlet: gevent.Greenlet) -> None:
+        """It waits no more."""
+        self._waiting.pop(greenlet, None)
+        self._heard.discard(greenlet)
+
+    def _crowd(self, host: str) -> list[gevent.Greenlet]:
+        """Those of whom one has to go, if there is to be one more from this host; oldest first."""
+        same = [greenlet for greenlet, (_, its_host, _) in self._waiting.items() if its_host == host]
+        return same if len(same) >= PENDING_HOST_MAX else list(self._waiting) if len(self._waiting) >= PENDING_MAX else []
+
+    def _send_away(self, crowd: list[gevent.Greenlet]) -> bool:
+        """Ends the oldest that is silent, else the oldest if it is slow; False when it is neither."""
+        oldest = next((greenlet for greenlet in crowd if self._is_silent(greenlet)), crowd[0])
+        if not self._is_silent(oldest) and time.monotonic() - self._waiting[oldest][2] < PENDING_SLOW_S:
+            return False
+        self.leave(oldest)
+        oldest.kill(block=False)
+        return True
+
+    def _is_silent(self, greenlet: gevent.Greenlet) -> bool:
+        if greenlet in self._heard:
+            return False
+        try:
+            return not system_socket.socket.recv(self._waiting[greenlet][0]._sock, 1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+
+class Policy(NamedTuple):
+    """Whom a server serves, and what they may."""
+
+    tls: Callable[[], ssl.SSLContext] | None  # reads the certificate; None: no TLS
+    keys: KeyStore | None  # None: whoever comes
+    max_clients: int
+    new_ids_per_hour: int
+    client_to_client: bool
+
+
 class Server:
     """Gives each client its prefix, a TUN and a route, and pumps."""
 
     def __init__(
-        self, address: tuple[str, int], store: AssignmentStore, kernel: Kernel, congestion: Congestion, tun: str, mtu: int, max_clients: int
+        self, address: tuple[str, int], store: AssignmentStore, kernel: Kernel, congestion: Congestion, policy: Policy, tun: str, mtu: int
     ) -> None:
+        """Raises ConfigError for the certificate."""
         self._address, self._store, self._kernel, self._congestion = address, store, kernel, congestion
-        self._tun, self._mtu, self._max_clients = tun, mtu, max_clients
-        self._sessions: dict[str, Session] = {}  # by Id
+        self._policy, self._tun, self._mtu = policy, tun, mtu
+        self._tls = policy.tls and policy.tls()
+        self._new_ids = RateLimit(policy.new_ids_per_hour)
+        self.sessions: dict[str, Session] = {}  # by Id
+        self._successors: dict[str, object] = {}  # by Id: whoever waits to take it over, the newest only
+        self._takeovers: dict[str, deque[float]] = {}  # by Id: when that last happened
+        self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
         self._connections = gevent.pool.Group()  # a greenlet each
         self._greeting: set[gevent.Greenlet] = set()  # those of them that have no session yet
+        self._door = Door()  # those of these that have not said who they are
+        self._spare: int | None = None  # a descriptor, for the connection that there is none for
 
     def run(self) -> NoReturn:
         """Serves until killed, then undoes everything. Raises KernelError or ConfigError when it can't begin."""
@@ -1460,6 +1934,7 @@ class Server:
         with ExitStack() as undo:
             undo.callback(self._store.close)
             listener = undo.enter_context(self._listen())
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             self._kernel.remove_stale_pools()
             undo.callback(self._kernel.undo, route)
             self._kernel.apply(route)
@@ -1469,6 +1944,22 @@ class Server:
                 for _ in range(ACCEPTS):
                     self._accept(listener)
                 gevent.sleep()  # accept does not wait while others do
+
+    def reload(self) -> None:
+        """Reads keys and certificate anew; sessions go on, but those of Ids that may not come in any more. Raises ConfigError."""
+        if self._policy.tls:
+            self._tls = self._policy.tls()
+        if self._policy.keys:
+            self._policy.keys.reload()
+            for id_ in list(self.sessions):
+                entry = self._policy.keys.find(id_)
+                if entry is None or entry.revoked:
+                    self.drop(id_, "its key was taken away")
+
+    def drop(self, id_: str, why: str) -> None:
+        """Ends the session of the Id, if there is one."""
+        if id_ in self.sessions:
+            self.sessions[id_].close(SessionError(why))
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -1489,57 +1980,106 @@ class Server:
             return
         except OSError as error:
             log.error("can't accept a connection: %s", error.strerror)
+            if error.errno == errno.EMFILE:
+                self._turn_away(listener)
             gevent.sleep(ACCEPT_PAUSE_S)
             return
-        self._greeting.add(self._connections.spawn(self._serve, sock, f"{host} port {port}"))
+        if not self._door.admits(host):
+            log.warning("%s: turned away, %d connections from there have not said yet who they are", host, PENDING_HOST_MAX)
+            sock.close()
+            return
+        greenlet = self._connections.spawn(self._serve, sock, f"{host} port {port}")
+        self._greeting.add(greenlet)
+        self._door.enter(greenlet, sock, host)
+
+    def _turn_away(self, listener: socket.socket) -> None:
+        """Tells a connection that there is no descriptor for it."""
+        if self._spare is not None:
+            os.close(self._spare)
+        with suppress(OSError), gevent.Timeout(ACCEPT_PAUSE_S, False):
+            sock, _ = listener.accept()
+            with sock:
+                sock.sendall(encode({"Error": "busy", "Text": "the server has no room for another connection"}))
+        with suppress(OSError):
+            self._spare = None
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         """One connection from its first byte to its last."""
+        me = gevent.getcurrent()
+        stream = None
         with sock:
             try:
                 tune(sock)
                 with gevent.Timeout(HANDSHAKE_S):
-                    message, early = receive_message(sock)
-                id_, kinds = parse_hello(message)
-                self._serve_id(sock, peer, id_, kinds, early)
+                    stream = self._open_stream(sock)
+                    message, early = receive_message(stream)
+                hello = parse_hello(message)
+                self._require_key(hello, stream)
+                self._serve_id(stream, peer, hello, early)
             except Refusal as refusal:
                 log.warning("%s: refused, %s", peer, refusal)
-                self._refuse(sock, refusal)
+                self._refuse(stream or Stream(sock), refusal)
             except ProtocolError as error:
                 log.warning("%s: refused, bad hello: %s", peer, error)
-                self._refuse(sock, Refusal("bad-hello", str(error)))
+                self._refuse(stream or Stream(sock), Refusal("bad-hello", str(error)))
             except (gevent.Timeout, EOFError, OSError) as error:
                 log.debug("%s: left during the handshake: %s", peer, explain(error))
             except Exception as error:  # a defect of ours ends this connection, not the process
                 log_defect(peer, error)
             finally:
-                self._greeting.discard(gevent.getcurrent())
+                self._door.leave(me)
+                self._greeting.discard(me)
+
+    def _open_stream(self, sock: socket.socket) -> Stream:
+        """Plain or TLS, as the first byte says. Raises ProtocolError, EOFError, OSError."""
+        first = sock.recv(1, socket.MSG_PEEK)
+        self._door.hears(gevent.getcurrent())
+        if not first:
+            raise EOFError
+        if first[0] != TLS_HANDSHAKE:
+            return Stream(sock)
+        if self._tls is None:
+            raise ProtocolError("it speaks TLS, and there is no `cert` in config.ini")
+        return TlsStream(sock, self._tls)
+
+    def _require_key(self, hello: Hello, stream: Stream) -> None:
+        """Raises Refusal for who may not come in."""
+        if self._policy.keys is None:
+            return
+        if stream.seal is None:
+            raise Refusal("tls-required", "this server serves only clients with a key, over TLS", f"{shown(hello.id)} without TLS")
+        try:
+            self._policy.keys.check(hello.id, hello.key)
+        except Refusal as refusal:
+            raise Refusal(refusal.code, refusal.text, f"{shown(hello.id)}, {refusal.detail or refusal.text}") from None
 
     @staticmethod
-    def _refuse(sock: socket.socket, refusal: Refusal) -> None:
+    def _refuse(stream: Stream, refusal: Refusal) -> None:
         """Says why, and waits a little for the client to go: a close with its bytes unread would destroy the message."""
         with gevent.Timeout(1, False):
             try:
-                sock.sendall(encode({"Error": refusal.code, "Text": refusal.text}))
-                sock.shutdown(socket.SHUT_WR)
-                while sock.recv(MESSAGE_MAX):
+                stream.send(encode({"Error": refusal.code, "Text": refusal.text}))
+                stream.sock.shutdown(socket.SHUT_WR)
+                while stream.sock.recv(MESSAGE_MAX):
                     gevent.sleep()  # recv does not wait for a peer that floods, and then the timeout would never come
-            except OSError as error:
+            except (OSError, ProtocolError) as error:
                 log.debug("the refused client left: %s", explain(error))
 
-    def _serve_id(self, sock: socket.socket, peer: str, id_: str, kinds: frozenset[str] | None, early: bytes) -> None:
-        """A client that said who it is, until it leaves. Raises Refusal, OSError."""
-        while id_ in self._sessions:  # the newcomer takes over, when all that the old session had is gone
-            old = self._sessions[id_]
-            old.close(SessionError(f"a newcomer from {peer} has its Id"))
-            old.gone.wait()
-        if len(self._sessions) >= self._max_clients:
-            raise Refusal("busy", f"{self._max_clients} clients are connected already")
-        session = self._sessions[id_] = Session()
+    def _serve_id(self, stream: Stream, peer: str, hello: Hello, early: bytes) -> None:
+        """A client that said who it is, until it leaves. Raises Refusal, OSError, ProtocolError."""
+        id_, kinds, _ = hello
+        self._door.leave(gevent.getcurrent())
+        self._take_over(id_, peer)
+        if len(self.sessions) >= self._policy.max_clients:
+            raise Refusal("busy", f"{self._policy.max_clients} clients are connected already")
+        if self._policy.keys is None and self._store.pool.find(id_) is None and not self._new_ids.allows():
+            raise Refusal("busy", f"more than {self._policy.new_ids_per_hour} new Ids in an hour")
+        session = self.sessions[id_] = Session(peer)
         self._greeting.discard(gevent.getcurrent())
         try:
             with ExitStack() as undo:
-                prefix = self._store.assign(id_)
+                prefix = session.prefix = self._store.assign(id_)
                 tun = Tun(self._tun)
                 undo.callback(tun.close)
                 session.device = tun.name
@@ -1548,39 +2088,88 @@ class Server:
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 if kinds is not None:
                     answer["Offload"] = sorted(tun.kinds)
-                sock.sendall(encode(answer))
-                log.info("%s from %s: has %s on %s", shown(id_), peer, prefix, tun.name)
-                why = session.run(sock, tun, self._congestion, kinds, early, settle=kinds is None)
+                stream.send(encode(answer))
+                log.info("%s from %s: has %s on %s%s", shown(id_), peer, prefix, tun.name, "" if stream.seal is None else ", over TLS")
+                border = Border(prefix, True, None if self._policy.client_to_client else self._store.pool.network)
+                why = session.run(stream, tun, border, self._congestion, kinds, early)
             log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
         except (StorageError, KernelError) as error:
             log.error("%s from %s: can't be served: %s", shown(id_), peer, error)
             raise Refusal("server-error", "the server can't serve a new client at the moment") from None
         finally:
-            del self._sessions[id_]
+            del self.sessions[id_]
             session.gone.set()
+
+    def _take_over(self, id_: str, peer: str) -> None:
+        """Ends the session that the Id has, and waits until all it had is gone; of several newcomers the last one wins. Raises Refusal."""
+        if id_ not in self.sessions:
+            return
+        me = self._successors[id_] = object()
+        live = not self.sessions[id_].ending
+        past = self._takeovers.setdefault(id_, deque(maxlen=TAKEOVERS_MAX))
+        if live and len(past) == TAKEOVERS_MAX and time.monotonic() - past[0] < TAKEOVERS_S:
+            if id_ not in self._contended:
+                self._contended.add(id_)
+                other = self.sessions[id_].peer
+                log.warning("%s: clients at %s and %s take it from each other; give each an `id` of its own", shown(id_), other, peer)
+            gevent.sleep(TAKEOVER_PAUSE_S)
+        elif live:
+            self._contended.discard(id_)
+        while id_ in self.sessions and self._successors.get(id_) is me:
+            old = self.sessions[id_]
+            old.close(SessionError(f"a newcomer from {peer} has its Id"))
+            old.gone.wait()
+        if self._successors.get(id_) is not me:
+            raise Refusal("busy", "a newer connection has this Id")
+        del self._successors[id_]
+        if live:
+            past.append(time.monotonic())
+        if len(self._takeovers) > self._policy.max_clients:
+            self._takeovers = {
+                each: times for each, times in self._takeovers.items() if times and time.monotonic() - times[-1] < TAKEOVERS_S
+            }
+            self._contended &= set(self._takeovers)
 
     def _end_sessions(self) -> None:
         gevent.killall(list(self._greeting))
-        for session in self._sessions.values():
+        for session in self.sessions.values():
             session.close(SessionError("the server stops"))
-        self._kernel.remove_devices([session.device for session in self._sessions.values() if session.device])
+        self._kernel.remove_devices([session.device for session in self.sessions.values() if session.device])
         self._connections.join()
 
 
 # ---- Client ----------------------------------------------------------------------------------------------------------
 
 
+class Trust(NamedTuple):
+    """How a client knows its server, and what shows the server that it is the client."""
+
+    tls: ssl.SSLContext
+    fingerprint: str | None  # of the server's certificate, as fingerprint_of gives it; None: the context checks it
+    key: str | None
+
+
 class Client:
     """Keeps a TUN, and a connection to the server whenever there is one to be had."""
 
     def __init__(
-        self, remote: tuple[str, int], id_: str | None, kernel: Kernel, congestion: Congestion, tun: str, mtu: int, default_route: bool
+        self,
+        remote: tuple[str, int],
+        id_: str | None,
+        trust: Trust | None,
+        kernel: Kernel,
+        congestion: Congestion,
+        tun: str,
+        mtu: int,
+        default_route: bool,
     ) -> None:
-        self._remote, self._id, self._kernel, self._congestion = remote, id_, kernel, congestion
+        """`trust`: None for a plain connection."""
+        self._remote, self._id, self._trust, self._kernel, self._congestion = remote, id_, trust, kernel, congestion
         self._name, self._mtu, self._default_route = tun, mtu, default_route
         self._tun: Tun | None = None
         self._prefix: IPv6Network | None = None  # whose address the TUN has
         self._told: str | None = None  # what the log says of the outage; None while connected
+        self._pause = RETRY_S
 
     def run(self) -> NoReturn:
         """Serves until killed, then removes the TUN. Raises KernelError when it can't be made at the start."""
@@ -1595,7 +2184,7 @@ class Client:
                     self._close()
                 except (SessionError, gevent.Timeout, EOFError, OSError) as error:
                     self._tell(error)
-                gevent.sleep(RETRY_S)
+                gevent.sleep(self._pause)
         finally:
             self._close()
 
@@ -1616,15 +2205,28 @@ class Client:
         self._id = self._id or default_id()
         with self._dial() as sock:
             tune(sock)
-            sock.sendall(encode({"Id": self._id, "Offload": sorted(tun.kinds)}))
             with gevent.Timeout(HANDSHAKE_S):
-                message, early = receive_message(sock)
+                stream = self._open_stream(sock)
+                hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(tun.kinds)}
+                if self._trust and self._trust.key:
+                    hello["Key"] = self._trust.key
+                stream.send(encode(hello))
+                message, early = receive_message(stream)
             prefix, kinds = parse_answer(message)
             tun.give(kinds)
             self._take_address(tun, prefix)
             log.info("%s at %s port %d: has %s on %s", shown(self._id), *self._remote, prefix, tun.name)
             self._told = None
-            raise Session().run(sock, tun, self._congestion, kinds, early)
+            raise Session("the server").run(stream, tun, Border(prefix, from_client=False), self._congestion, kinds, early)
+
+    def _open_stream(self, sock: socket.socket) -> Stream:
+        """What the server is asked through; before that, it is the right server. Raises ProtocolError, EOFError, OSError."""
+        if self._trust is None:
+            return Stream(sock)
+        stream = TlsStream(sock, self._trust.tls, self._remote[0])
+        if self._trust.fingerprint not in (None, stream.fingerprint()):
+            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
+        return stream
 
     def _dial(self) -> socket.socket:
         """A connection to the first of the server's IPv4 addresses that takes it; others would be routed into our TUN."""
@@ -1655,8 +2257,200 @@ class Client:
         """Says why there is no connection: once an outage, and again when silence turns into a refusal or back."""
         kind = error.code if isinstance(error, Refusal) else ""
         level = logging.DEBUG if kind == self._told else logging.WARNING
-        log.log(level, "no connection to %s port %d: %s; trying again every %.0f s", *self._remote, explain(error), RETRY_S)
+        final = isinstance(error, Refusal) and error.code in FINAL
+        self._pause = FINAL_RETRY_S if final else RETRY_S
+        log.log(
+            level,
+            "no connection to %s port %d: %s; %strying again every %.0f s",
+            *self._remote,
+            explain(error),
+            "the server won't serve this client until its operator changes that; " if final else "",
+            self._pause,
+        )
         self._told = kind
+
+
+# ---- administration --------------------------------------------------------------------------------------------------
+
+
+class Registry:
+    """What an operator does with clients: on the running server, or on its files when none runs."""
+
+    def __init__(
+        self, store: AssignmentStore, keys: KeyStore | None, sessions: dict[str, Session], drop: Callable[[str, str], None]
+    ) -> None:
+        """`drop` ends the session of an Id, and says why."""
+        self._store, self._keys, self._sessions, self._drop = store, keys, sessions, drop
+        self._one = gevent.lock.RLock()
+
+    def perform(self, request: dict[str, Any]) -> Any:
+        """Does what a request says: {"do": a method below, its arguments}. Raises RequestError, StorageError, Refusal."""
+        requests: dict[str, Callable[..., Any]] = {
+            "list": self.list,
+            "add": self.add,
+            "pin": self.pin,
+            "revoke": self.revoke,
+            "restore": self.restore,
+        }
+        arguments = dict(request)
+        files = arguments.pop("files", None)
+        if files != self.files():
+            raise RequestError(f"the server that runs here has other files, {self.files()}; name its config.ini with -c")
+        try:
+            with self._one:
+                return requests[arguments.pop("do")](**arguments)
+        except (KeyError, TypeError):
+            raise RequestError("the server that runs here is of another version of tun6; restart it") from None
+
+    def files(self) -> list[str | None]:
+        """What it works on, so that nobody asks the wrong server."""
+        return [str(self._store.path) if self._store.path else None, str(self._keys.path) if self._keys else None]
+
+    def list(self) -> list[dict[str, Any]]:
+        """All that have a prefix, a key or a session."""
+        ids = dict.fromkeys([*self._store.pool.owners(), *(self._keys.ids() if self._keys else ()), *self._sessions])
+        return [self._entry(id_) for id_ in ids]
+
+    def add(self, id: str, prefix: str | None, new_key: bool) -> dict[str, Any]:
+        """Gives an Id a key, and a prefix at once."""
+        keys = self._need_keys()
+        if keys.find(id) and not new_key:
+            raise RequestError(f"{shown(id)} has a key already; with --new-key it gets another one, and the old one ends")
+        if prefix is not None:
+            self.pin(id, prefix)
+        entry = {"id": id, "prefix": str(self._store.assign(id)), "key": keys.issue(id)}
+        self._drop(id, "it got another key")
+        return entry
+
+    def pin(self, id: str, prefix: str) -> dict[str, Any]:
+        """Gives an Id this prefix."""
+        try:
+            self._store.pin(id, parse_network(prefix))
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        if id in self._sessions and self._sessions[id].prefix != parse_network(prefix):
+            self._drop(id, "its prefix was changed")
+        return self._entry(id)
+
+    def revoke(self, id: str) -> dict[str, Any]:
+        """Keeps an Id out from now on; its prefix stays its own."""
+        self._set_revoked(id, True)
+        self._drop(id, "it was revoked")
+        return self._entry(id)
+
+    def restore(self, id: str) -> dict[str, Any]:
+        """Undoes `revoke`."""
+        self._set_revoked(id, False)
+        return self._entry(id)
+
+    def _set_revoked(self, id_: str, revoked: bool) -> None:
+        try:
+            self._need_keys().set_revoked(id_, revoked)
+        except KeyError:
+            raise RequestError(f"{shown(id_)} has no key; `clients list` shows who has") from None
+
+    def _need_keys(self) -> KeyStore:
+        if self._keys is None:
+            raise RequestError("this server is open to everybody; name a file with `keys` in config.ini, and restart it")
+        return self._keys
+
+    def _entry(self, id_: str) -> dict[str, Any]:
+        prefix, key, session = self._store.pool.find(id_), self._keys and self._keys.find(id_), self._sessions.get(id_)
+        entry: dict[str, Any] = {"id": id_, "prefix": prefix and str(prefix), "key": bool(key), "revoked": bool(key and key.revoked)}
+        if session:
+            moved = session.traffic
+            entry["session"] = {
+                "peer": session.peer,
+                "device": session.device,
+                "seconds": round(time.monotonic() - session.began),
+                "received": moved.received,
+                "sent": moved.sent,
+                "dropped": moved.dropped + moved.late,
+                "refused": dict(session.refused),
+            }
+        return entry
+
+
+class Control:
+    """The server's Unix socket for `tun6.py clients`: one request and one answer a connection, JSON objects as on the wire."""
+
+    def __init__(self, path: str, registry: Registry) -> None:
+        self._path, self._registry = path, registry
+        self._handlers = gevent.pool.Group()
+
+    def __enter__(self) -> Control:
+        """Listens, if nobody else does there; a server without it serves as well."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)  # for root alone
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(os.path.dirname(self._path), 0o755)
+            if self._is_dead():
+                os.unlink(self._path)
+            listener.bind(self._path)
+            listener.listen()
+        except OSError as error:
+            listener.close()
+            log.warning("control = %s: %s; `tun6.py clients` can't reach this server", self._path, error.strerror)
+        else:
+            self._handlers.spawn(self._run, listener)
+        finally:
+            os.umask(mask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if len(self._handlers):
+            self._handlers.kill()
+            with suppress(OSError):
+                os.unlink(self._path)
+
+    def _is_dead(self) -> bool:
+        """Whether a socket is there that a killed server has left."""
+        with system_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(self._path)
+            except ConnectionRefusedError:
+                return True
+            except OSError:
+                pass
+        return False
+
+    def _run(self, listener: socket.socket) -> NoReturn:
+        with listener:
+            while True:
+                sock, _ = listener.accept()
+                self._handlers.spawn(self._handle, sock)
+
+    def _handle(self, sock: socket.socket) -> None:
+        with sock:
+            try:
+                with gevent.Timeout(HANDSHAKE_S):
+                    request, _ = receive_message(Stream(sock))
+                try:
+                    answer = {"done": self._registry.perform(request)}
+                except Tun6Error as error:
+                    answer = {"error": str(error)}
+                sock.sendall(encode(answer))
+            except (gevent.Timeout, EOFError, OSError, ProtocolError) as error:
+                log.debug("control: %s", explain(error))
+            except Exception as error:
+                log_defect("control", error)
+
+
+def ask_server(path: str, request: dict[str, Any]) -> Any:
+    """What the server behind this Unix socket answers. Raises RequestError, OSError where none listens."""
+    with system_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(HANDSHAKE_S)
+        sock.connect(path)
+        sock.sendall(encode(request))
+        text = b"".join(iter(functools.partial(sock.recv, 1 << 16), b""))
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        raise RequestError(f"the server behind {path} gave no answer; its log says why") from None
+    if "error" in answer:
+        raise RequestError(answer["error"])
+    return answer["done"]
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
@@ -1800,6 +2594,7 @@ class Demo:
         listenport = 10000
         prefixrange = 2001:db8:1::/56
         assignments = assignments.json
+        control = {folder}/control
         [client]
         remotehost = 10.9.0.1
         remoteport = 10000
@@ -1809,7 +2604,7 @@ class Demo:
     def __init__(self, lab: Lab, folder: Path) -> None:
         self._lab, self._folder = lab, folder
         self._running: dict[str, subprocess.Popen[str]] = {}
-        (folder / "config.ini").write_text(textwrap.dedent(self.CONFIG))
+        (folder / "config.ini").write_text(textwrap.dedent(self.CONFIG).format(folder=folder))
 
     def run(self) -> None:
         """All steps. Raises KernelError at the first that does not hold."""
@@ -1977,6 +2772,20 @@ def _congestion(text: str) -> str:
     return text
 
 
+def _fingerprint(text: str) -> str:
+    text = text.lower()
+    digits = text.replace("sha256:", "", 1).replace(":", "")
+    if not text.startswith("sha256:") or not re.fullmatch("[0-9a-f]{64}", digits):
+        raise ValueError("must be sha256: and the 64 hexadecimal digits that `tun6.py keygen` printed on the server")
+    return "sha256:" + digits
+
+
+def _key(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{43}", text):
+        raise ValueError("must be the 43 characters that `tun6.py clients add` printed on the server")
+    return text
+
+
 def _yes(text: str) -> bool:
     if text.lower() not in configparser.ConfigParser.BOOLEAN_STATES:
         raise ValueError("must be yes or no")
@@ -2002,6 +2811,11 @@ class ServerConfig:
     tun: str = _setting(_device(pattern=True), "tun6-%d")
     mtu: int = _setting(_MTU, 1500)
     max_clients: int = _setting(_whole(1, 1_000_000), 1000)
+    cert: str | None = _setting(str, None)
+    keys: str | None = _setting(str, None)
+    control: str = _setting(str, "/run/tun6/server.sock")
+    new_ids_per_hour: int = _setting(_whole(0, 1_000_000), 0)
+    client_to_client: bool = _setting(_yes, True)
 
 
 @dataclass(frozen=True)
@@ -2015,6 +2829,9 @@ class ClientConfig:
     tun: str = _setting(_device(pattern=False), "tun6")
     mtu: int = _setting(_MTU, 1500)
     default_route: bool = _setting(_yes, True)
+    tls: bool = _setting(_yes, False)
+    fingerprint: str | None = _setting(_fingerprint, None)
+    key: str | None = _setting(_key, None)
 
 
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
@@ -2074,6 +2891,11 @@ def _nearest(word: str, known: Iterable[str], form: str) -> str:
     return f"did you mean {form % near[0]}?" if near else "known are " + ", ".join(form % name for name in known)
 
 
+def beside(config: str, name: str | None) -> str | None:
+    """The path of a file that config.ini names: a relative one is relative to config.ini."""
+    return name and os.path.join(os.path.dirname(config), name)
+
+
 def server_command(options: argparse.Namespace) -> None:
     """`tun6.py server`."""
     path = find_config(options.config)
@@ -2085,20 +2907,39 @@ def server_command(options: argparse.Namespace) -> None:
     raise_descriptor_limit()
     if config.assignments is None:
         log.warning("no `assignments` file in %s: all prefixes are forgotten when the server ends", path)
-    # a relative path is relative to config.ini
-    file = config.assignments and os.path.join(os.path.dirname(path), config.assignments)
-    store = AssignmentStore(PrefixPool(config.prefixrange), file)
-    run_until_signalled(
-        Server(
-            (config.localhost, config.listenport),
-            store,
-            Kernel(),
-            find_congestion(config.congestion),
-            config.tun,
-            config.mtu,
-            config.max_clients,
-        ).run
-    )
+    store = AssignmentStore(PrefixPool(config.prefixrange), beside(path, config.assignments))
+    keys, tls = open_keys(path, config), None
+    if config.cert:
+        tls = functools.partial(server_tls, cast(str, beside(path, config.cert)))
+    if keys is None:
+        log.warning(
+            "open: whoever reaches port %d gets a /64 and may claim any Id; `keys` in %s closes it, `new_ids_per_hour` bounds new Ids",
+            config.listenport,
+            path,
+        )
+    policy = Policy(tls, keys, config.max_clients, config.new_ids_per_hour, config.client_to_client)
+    address = (config.localhost, config.listenport)
+    server = Server(address, store, Kernel(), find_congestion(config.congestion), policy, config.tun, config.mtu)
+
+    def run() -> None:
+        with Control(config.control, Registry(store, keys, server.sessions, server.drop)):
+            server.run()
+
+    def reload() -> None:
+        try:
+            server.reload()
+            log.info("keys and certificate read anew")
+        except ConfigError as error:
+            log.error("keys and certificate stay as they were: %s", error)
+
+    run_until_signalled(run, reload)
+
+
+def open_keys(path: str, config: ServerConfig) -> KeyStore | None:
+    """The keys that config.ini, `path`, names. Raises ConfigError."""
+    if config.keys and not config.cert:
+        raise ConfigError(f"{path}: [server] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate")
+    return KeyStore(cast(str, beside(path, config.keys))) if config.keys else None
 
 
 def client_command(options: argparse.Namespace) -> None:
@@ -2107,9 +2948,107 @@ def client_command(options: argparse.Namespace) -> None:
     require_privilege()
     require_ipv6()
     remote = (config.remotehost, config.remoteport)
-    run_until_signalled(
-        Client(remote, config.id, Kernel(), find_congestion(config.congestion), config.tun, config.mtu, config.default_route).run
-    )
+    trust = None
+    if config.tls or config.fingerprint or config.key:
+        trust = Trust(client_tls(pinned=config.fingerprint is not None), config.fingerprint, config.key)
+    congestion = find_congestion(config.congestion)
+    run_until_signalled(Client(remote, config.id, trust, Kernel(), congestion, config.tun, config.mtu, config.default_route).run)
+
+
+def keygen_command(options: argparse.Namespace) -> None:
+    """`tun6.py keygen`: makes the server's certificate, valid for a hundred years, as its clients compare it and nothing else."""
+    path = find_config(options.config)
+    config: ServerConfig = read_config(path, "server")
+    file = Path(cast(str, beside(path, config.cert or "server.pem")))
+    if file.exists():
+        raise ConfigError(f"{file} is there already, its fingerprint is {certificate_fingerprint(file)}; move it away to make another")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=tun6 -keyout - -out -"
+    try:
+        made = subprocess.run(command.split(), capture_output=True, text=True)
+    except OSError as error:
+        raise KernelError(f"`openssl` can't be run: {error.strerror}; install it with `apt-get install openssl`") from None
+    if made.returncode:
+        raise KernelError(f"`{command}` failed: {' '.join(made.stderr.split())}")
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as pem:
+            pem.write(made.stdout)
+    except OSError as error:
+        raise StorageError(f"{file} can't be written: {error.strerror}") from None
+    print(f"{file} is the server's key and certificate: keep it secret, and a copy of it safe.")
+    if not config.cert:
+        print(f"Add to [server] in {path}: cert = {file.name}")
+    print(f"Clients know the server by this line in their [client]: fingerprint = {certificate_fingerprint(file)}")
+
+
+def certificate_fingerprint(file: Path) -> str:
+    """Of the certificate in a PEM file. Raises ConfigError."""
+    try:
+        found = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", file.read_text("ascii"), re.DOTALL)
+        if not found:
+            raise ValueError("there is no certificate in it")
+        return fingerprint_of(ssl.PEM_cert_to_DER_cert(found[0]))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{file}: {reason}; `tun6.py keygen` makes one") from None
+
+
+def clients_command(options: argparse.Namespace) -> None:
+    """`tun6.py clients`: asks the running server, or works on its files while none runs."""
+    path = find_config(options.config)
+    config: ServerConfig = read_config(path, "server")
+    arguments = {name: getattr(options, name) for name in ("id", "prefix", "new_key") if hasattr(options, name)}
+    if "id" in arguments and not is_id(options.id):
+        raise RequestError(f"the Id must be 1 to {ID_MAX} printable characters")
+    files = [name and os.path.realpath(name) for name in (beside(path, config.assignments), beside(path, config.keys))]
+    request = {"do": options.action, "files": files, **arguments}
+    try:
+        done = ask_server(config.control, request)
+    except OSError as error:
+        if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+            raise RequestError(
+                f"control = {config.control}: {error.strerror or error}; run this as the server's user, mostly root"
+            ) from None
+        if config.assignments is None:
+            raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {path} nothing is kept") from None
+        store = AssignmentStore(PrefixPool(config.prefixrange), files[0])
+        done = Registry(store, open_keys(path, config), {}, lambda id_, why: None).perform(request)
+        store.close()
+    if options.json:
+        print(json.dumps(done, indent=1))
+    elif options.action == "add":
+        print(client_section(config, Path(cast(str, beside(path, config.cert))), done))
+    else:
+        for entry in done if isinstance(done, list) else [done]:
+            print(client_line(entry))
+
+
+def client_section(config: ServerConfig, certificate: Path, added: dict[str, str]) -> str:
+    """The part of config.ini for a client that was added."""
+    host = config.localhost
+    if host == "0.0.0.0":
+        with suppress(KeyError):
+            interface = netifaces.gateways()["default"][netifaces.AF_INET][1]
+            host = netifaces.ifaddresses(interface)[netifaces.AF_INET][0]["addr"]
+    return textwrap.dedent(f"""\
+        # config.ini of the client; its prefix is {added["prefix"]}. The key is shown only now; whoever has it is this client.
+        [client]
+        # or the server's name
+        remotehost = {host}
+        remoteport = {config.listenport}
+        id = {added["id"]}
+        key = {added["key"]}
+        fingerprint = {certificate_fingerprint(certificate)}""")
+
+
+def client_line(entry: dict[str, Any]) -> str:
+    """One line of `clients list`."""
+    session = entry.get("session")
+    state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key"
+    if session:
+        refused = sum(session["refused"].values())
+        state += f", connected for {session['seconds']} s from {session['peer']} on {session['device']}"
+        state += f", {session['received']} bytes received, {session['sent']} sent, {session['dropped']} packets dropped, {refused} refused"
+    return f"{shown(entry['id'])}  {entry['prefix'] or 'no prefix yet'}  {state}"
 
 
 def demo_command(options: argparse.Namespace) -> None:
@@ -2186,12 +3125,16 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def run_until_signalled(run: Callable[[], object]) -> None:
-    """Runs until it fails, whose error this raises, or SIGTERM, SIGINT or SIGHUP; then it is killed and undoes what it did."""
+def run_until_signalled(run: Callable[[], object], reload: Callable[[], None] | None = None) -> None:
+    """Runs until it fails, whose error this raises, or SIGTERM or SIGINT; then it is killed and undoes what it did.
+
+    SIGHUP means `reload`, without which it ends as well.
+    """
     stop = gevent.event.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-            gevent.signal_handler(number, stop.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(number, stop.set)
+    if reload or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        gevent.signal_handler(signal.SIGHUP, reload or stop.set)
     gevent.get_hub().NOT_ERROR += (Exception,)  # raised to us by `get`, no need to print it
     service = gevent.spawn(run)
     service.link(lambda _: stop.set())
@@ -2219,6 +3162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, function, text in (
         ("server", server_command, "serve clients; on a host with a routed IPv6 range"),
         ("client", client_command, "keep a tunnel to a server; on the machine that wants IPv6"),
+        ("clients", clients_command, "list, add, pin, revoke or restore clients; on the server's machine"),
+        ("keygen", keygen_command, "make the server's certificate and show its fingerprint"),
         ("demo", demo_command, "show it all on this machine, in network namespaces that are removed afterwards"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -2226,6 +3171,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("-v", "--verbose", action="store_true", help="log more")
         if name != "demo":
             command.add_argument("-c", "--config", metavar="FILE", help=f"default: ./{_CONFIG_FILES[0]}, then {_CONFIG_FILES[1]}")
+        if name == "clients":
+            command.add_argument("--json", action="store_true", help="answer in JSON")
+            actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+            for action, text in (
+                ("list", "who has which prefix, has a key, is connected"),
+                ("add", "give an Id a key, and show once the [client] section for it"),
+                ("pin", "give an Id a certain prefix"),
+                ("revoke", "keep an Id out from now on; its prefix stays reserved"),
+                ("restore", "let a revoked Id in again"),
+            ):
+                sub = actions.add_parser(action, help=text, description=text)
+                if action != "list":
+                    sub.add_argument("id", metavar="ID", help="as the client says it, often a MAC address")
+                if action == "pin":
+                    sub.add_argument("prefix", metavar="PREFIX", help="a free /64 of prefixrange")
+                if action == "add":
+                    sub.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
+                    sub.add_argument("--new-key", action="store_true", help="replace the key that the Id has")
     options = parser.parse_args(arguments)
     set_up_logging(options.verbose)
     try:
