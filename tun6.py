@@ -1992,6 +1992,13 @@ class Server:
         self._greeting.add(greenlet)
         self._door.enter(greenlet, sock, host)
 
+        def forget(_: object) -> None:  # it may be killed before it has begun
+            self._door.leave(greenlet)
+            self._greeting.discard(greenlet)
+            sock.close()
+
+        greenlet.rawlink(forget)
+
     def _turn_away(self, listener: socket.socket) -> None:
         """Tells a connection that there is no descriptor for it."""
         if self._spare is not None:
@@ -2006,7 +2013,6 @@ class Server:
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         """One connection from its first byte to its last."""
-        me = gevent.getcurrent()
         stream = None
         with sock:
             try:
@@ -2027,9 +2033,6 @@ class Server:
                 log.debug("%s: left during the handshake: %s", peer, explain(error))
             except Exception as error:  # a defect of ours ends this connection, not the process
                 log_defect(peer, error)
-            finally:
-                self._door.leave(me)
-                self._greeting.discard(me)
 
     def _open_stream(self, sock: socket.socket) -> Stream:
         """Plain or TLS, as the first byte says. Raises ProtocolError, EOFError, OSError."""
