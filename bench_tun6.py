@@ -575,13 +575,19 @@ TUN6_CONFIG = """
 """
 
 
-def start_tun6(client: str) -> Callable[[Net], None]:
+def start_tun6(client: str, encrypted: bool = False) -> Callable[[Net], None]:
     """The real server, and one of the clients above."""
 
     def start(net: Net) -> None:
-        (net.folder / "config.ini").write_text(textwrap.dedent(TUN6_CONFIG))
-        (net.folder / "assignments.json").unlink(missing_ok=True)  # so that the first client gets CLIENT_PREFIX
         module = str(Path(tun6.__file__).resolve().parent)
+        config = textwrap.dedent(TUN6_CONFIG)
+        (net.folder / "config.ini").write_text(config)
+        (net.folder / "assignments.json").unlink(missing_ok=True)  # so that the first client gets CLIENT_PREFIX
+        if encrypted:
+            (net.folder / "server.pem").unlink(missing_ok=True)
+            said = net.check(f"{sys.executable} {module}/tun6.py keygen -c config.ini")
+            (fingerprint,) = re.findall("fingerprint = .*", said)
+            (net.folder / "config.ini").write_text(config.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
         for host, code, listens in (("server", TUN6_PLAIN, "tcp 10000"), ("client", client, "")):
             command = shlex.join([sys.executable, "-c", code, host, "-c", "config.ini"])
             net.spawn(host, command, listens, ours=True, PYTHONPATH=module)
@@ -675,6 +681,7 @@ TUNNELS = (
     Tunnel("direct", "direct routing, no tunnel", start_direct, ours=True, quick=True, quick_wan=True),
     Tunnel("c", "C data path", start_c, ("cc",), ours=True, quick=True),
     Tunnel("tun6", "tun6", start_tun6(TUN6_PLAIN), ours=True, quick=True, quick_wan=True),
+    Tunnel("tun6-tls", "tun6 inside TLS", start_tun6(TUN6_PLAIN, encrypted=True), ("openssl",), ours=True),
     Tunnel("tun6-bare", "tun6, peer without offload", start_tun6(TUN6_WITHOUT_OFFLOAD), ours=True, quick=True),
     Tunnel("tun6-legacy", "tun6, legacy peer", start_tun6(TUN6_LEGACY), ours=True, quick=True),
     Tunnel("openvpn", "OpenVPN TCP, no cipher", start_openvpn("tcp", False), ("openvpn",), quick=True, quick_wan=True),

@@ -137,6 +137,7 @@ PENDING_MAX, PENDING_HOST_MAX = 64, 8  # connections that have not said who they
 PENDING_SLOW_S = 1.0  # for as long none of those that say something has to go
 TAKEOVERS_MAX, TAKEOVERS_S = 3, 60  # so many of one Id in so many seconds mean that two clients have it
 TAKEOVER_PAUSE_S = 5.0  # for each of them then
+COLLAPSE_MAX, COLLAPSE_S = 20, 60  # warnings of one kind in the log, in so many seconds
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH = 256 << 10  # bytes moved before others get their turn
 RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: RFC 8446 section 5.2
@@ -1302,6 +1303,8 @@ class Tun:
             except OSError as error:
                 log.warning("TUN device %s: %s can't be turned off: %s", self.name, key, error.strerror)
         self.kinds = frozenset({"tso6", "uso6"} if self._offload(self.USO) else {"tso6"} if self._offload(0) else ())
+        if "uso6" not in self.kinds:
+            note_missing(self.kinds)
         self.give(None)
 
     def give(self, kinds: frozenset[str] | None) -> None:
@@ -1323,6 +1326,13 @@ class Tun:
             return True
         except OSError:
             return False
+
+
+@functools.cache
+def note_missing(kinds: frozenset[str]) -> None:
+    """Says once what this kernel can't do, and why that is no fault."""
+    what = "UDP packets (Linux 6.2 and newer can)" if kinds else "packets"
+    log.info("this kernel hands %s to a TUN only one by one: it works, but slower", what)
 
 
 def default_id() -> str:
@@ -2632,6 +2642,35 @@ class Demo:
         if other == prefix:
             raise KernelError(f"the second client got the first one's prefix, {prefix}")
         say("a second client", f"it got {other} and pinged {Lab.INTERNET}: {self._ping('second')}")
+        say("keys and encryption", self._keyed())
+
+    def _keyed(self) -> str:
+        """Starts all anew with keys: one client gets one, the other has none."""
+        self.stop()
+        for host in self._running:
+            (self._folder / f"{host}.log").unlink()
+        self._running.clear()
+        config = self._folder / "config.ini"
+        config.write_text(config.read_text().replace("[client]", "cert = server.pem\nkeys = keys.json\n[client]"))
+        self._tun6("keygen", "-c", str(config))
+        self._start("server", "server")
+        added = self._tun6("clients", "-c", str(config), "add", "second")
+        (self._folder / "second.ini").write_text(re.sub("remotehost = .*", f"remotehost = {Lab.SERVER}", added))
+        self._start("second", "client", "second.ini")
+        prefix = self._prefix("second")
+        answer = self._ping("second")
+        self._start("client", "client")
+        wait_until("the client without a key is refused", lambda: "tls-required" in self._log("client"))
+        return (
+            f"with its key and over TLS, the second client has {prefix} and pinged {Lab.INTERNET}: {answer}; the first, without, is refused"
+        )
+
+    def _tun6(self, *arguments: str) -> str:
+        """What a command on the server prints."""
+        done = self._lab.run("server", sys.executable, str(Path(__file__).resolve()), *arguments)
+        if done.returncode:
+            raise KernelError(f"`tun6.py {' '.join(arguments)}` failed: {done.stderr.strip()}")
+        return done.stdout
 
     def stop(self) -> None:
         """Ends the programs; those who do not end by themselves are killed."""
@@ -2648,9 +2687,9 @@ class Demo:
     def _say(self, what: str, figures: str) -> None:
         print(f"  ok  {what}: {figures}", flush=True)
 
-    def _start(self, host: str, role: str) -> None:
+    def _start(self, host: str, role: str, config: str = "config.ini") -> None:
         with open(self._folder / f"{host}.log", "a") as log_file:
-            command = (sys.executable, str(Path(__file__).resolve()), role, "-c", str(self._folder / "config.ini"))
+            command = (sys.executable, str(Path(__file__).resolve()), role, "-c", str(self._folder / config))
             self._running[host] = self._lab.popen(host, *command, stderr=log_file, stdin=subprocess.DEVNULL)
         if role == "server":
             wait_until("the server listens", lambda: " serving " in "".join(self._log(host).splitlines()[-1:]))
@@ -3146,6 +3185,28 @@ def run_until_signalled(run: Callable[[], object], reload: Callable[[], None] | 
     service.get()
 
 
+class Collapse(logging.Filter):
+    """Lets so many warnings that differ only in their arguments through in a while, then one that says how many were left out."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._seen: dict[tuple[int, str], tuple[float, int]] = {}  # since when, how many
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is to be written."""
+        if record.levelno < logging.WARNING:
+            return True
+        key, now = (record.levelno, str(record.msg)), self._clock()
+        began, count = self._seen.get(key, (now, 0))
+        if now - began >= COLLAPSE_S:
+            if count > COLLAPSE_MAX:
+                record.msg = f"{record.msg} (and {count - COLLAPSE_MAX} more like this in between)"
+            began, count = now, 0
+        self._seen[key] = began, count + 1
+        return count < COLLAPSE_MAX
+
+
 def set_up_logging(verbose: bool) -> None:
     """Events to stderr, a line each; without time where systemd's journal adds it (systemd.exec(5), JOURNAL_STREAM)."""
     stderr = os.fstat(sys.stderr.fileno())
@@ -3155,6 +3216,7 @@ def set_up_logging(verbose: bool) -> None:
         format="%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    log.addFilter(Collapse())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
