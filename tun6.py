@@ -3,13 +3,14 @@
 
 A server with a routed IPv6 range gives each client, known by its Id (usually a MAC address), one /64 for ever and carries
 that client's IPv6 packets over the client's TCP connection. Usage: `tun6.py server`, `tun6.py client`, `tun6.py demo`.
+With keys (`tun6.py keygen`, `tun6.py clients`) it serves only whom it knows, inside TLS.
 
 The path of a packet, from a host on the client's LAN to the Internet (the way back is the same, mirrored):
 
     LAN host -> client's kernel -> TUN "tun6"                 routed there by the client's default route
-                 pump_tun_to_tcp  reads all that waits in the TUN, sends it as one batch of frames (Outbox)
+                 pump_tun_to_tcp  reads all that waits in the TUN, joins small datagrams, sends one batch of frames (Outbox)
                  -> TCP over IPv4, through any NAT ->
-                 pump_tcp_to_tun  receives, cuts frames (Deframer), writes each into this client's TUN
+                 pump_tcp_to_tun  receives, cuts frames (Deframer), drops who may not cross (Border), writes each into this client's TUN
     server's kernel <- TUN "tun6-0"                           which forwards it to the Internet
 
 The wire, on one TCP connection (README.md has it in full):
@@ -19,19 +20,22 @@ The wire, on one TCP connection (README.md has it in full):
     both ways          frame frame frame ...
 
 A frame is an IPv6 packet (40 + payload-length bytes; no other length is needed), behind a 10-byte virtio_net_hdr when both
-sides sent "Offload". A legacy peer (one that sends no "Offload") gets bare packets, each in a send of its own.
+sides sent "Offload". A legacy peer (one that sends no "Offload") gets bare packets, each in a send of its own. Inside TLS, on the
+same port, the wire is the same, and the client may add "Key".
 
 The file, top to bottom; a section uses only names defined above it, and the pure ones touch neither socket nor file:
 
     constants, errors            what ends when each is raised
-    pure: wire                   Handshake, messages, offload header, Deframer
+    pure: wire                   Handshake, messages, offload header, Border, Deframer, join_datagrams
     pure: prefixes               PrefixPool
     pure: the queue              FrameQueue, Outbox: what waits for a connection that is full
     pure: network plans          what is to be said to `ip`, as do/undo pairs
-    edge: batching, store        Gather, AssignmentStore
+    edge: batching, stores       Gather, AssignmentStore, KeyStore
     edge: kernel, TUN, identity  Kernel, Tun, default_id
+    edge: streams                Stream, TlsStream: a connection's bytes, as they are or inside TLS
     pumps, Session               the two hot loops, and what ends them
     Server, Client
+    administration               Registry, and Control, its Unix socket
     demo                         Lab, a network of namespaces on this machine
     command line                 configuration, logging, signals, exit status
 """
@@ -912,7 +916,7 @@ def address_plan(device: str, prefix: IPv6Network, process: int) -> list[Step]:
     return [Step(f"addr add {address} nodad", f"addr del {address}"), *pool_plan(prefix, process)]
 
 
-# ---- edge: batching and the store ------------------------------------------------------------------------------------
+# ---- edge: batching and the stores -----------------------------------------------------------------------------------
 
 
 class Gather(Generic[T, R]):
