@@ -53,6 +53,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import inspect
 import io
 import ipaddress
 import json
@@ -142,6 +143,7 @@ PENDING_SLOW_S = 1.0  # for as long none of those that say something has to go
 TAKEOVERS_MAX, TAKEOVERS_S = 3, 60  # so many of one Id in so many seconds mean that two clients have it
 TAKEOVER_PAUSE_S = 5.0  # for each of them then
 COLLAPSE_MAX, COLLAPSE_S = 20, 60  # warnings of one kind in the log, in so many seconds
+SECRET = 0o600  # mode of a file with keys
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH = 256 << 10  # bytes moved before others get their turn
 RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: RFC 8446 section 5.2
@@ -792,7 +794,8 @@ class Outbox:
         at_once: a whole batch is sealed, if there is no queue; else it comes in small pieces from the queue, as what is
         sealed can't be overtaken any more.
         """
-        self._write, self._bare, self._seal, self._clock, self._at_once = write, bare, seal, clock, at_once
+        self._write, self._bare, self._seal, self._clock = write, bare, seal, clock
+        self._at_once = at_once and not (bare and seal)
         self._queue = FrameQueue()
         self._begun = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # something waits for the connection
@@ -963,9 +966,9 @@ class JsonFile:
     ADVICE = "mend the entry, or move the file away to begin an empty one"
 
     def __init__(self, path: str, holds: str, mode: int) -> None:
-        """`holds`: what is in it, for messages; `mode` of a new file."""
+        """`holds`: what is in it, for messages; `mode` of a new file; an old one keeps its own, but nobody is let into a SECRET one."""
         self.path = Path(os.path.realpath(path))  # a symbolic link stays one
-        self._holds, self._mode = holds, mode
+        self._holds, self._mode, self._most = holds, mode, mode if mode == SECRET else 0o777
 
     def load(self) -> list[tuple[str, Any]]:
         """Its entries; missing or empty has none. Raises ConfigError."""
@@ -1012,7 +1015,7 @@ class JsonFile:
         new.unlink(missing_ok=True)
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode), "w", encoding="ascii") as file:
             if self.path.exists():
-                os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode))
+                os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode) & self._most)
             file.write("{\n " + ",\n ".join(lines) + "\n}\n")
             file.flush()
             os.fsync(file.fileno())
@@ -1136,7 +1139,7 @@ class KeyStore:
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError, which names the entry at fault."""
-        self._file = JsonFile(path, "keys", 0o600)
+        self._file = JsonFile(path, "keys", SECRET)
         self._entries: dict[str, KeyEntry] = {}
         self._changing = gevent.lock.RLock()
         self.reload()
@@ -1420,7 +1423,7 @@ class TlsStream(Stream):
         data = self._wait_for(self._tls.read, MESSAGE_MAX)
         if not data:
             raise EOFError
-        with suppress(ssl.SSLWantReadError):
+        with _tls_errors(), suppress(ssl.SSLWantReadError):
             while more := self._tls.read(RECORD_MAX):
                 data += more
         return data
@@ -2314,10 +2317,14 @@ class Registry:
         if files != self.files():
             raise RequestError(f"the server that runs here has other files, {self.files()}; name its config.ini with -c")
         try:
-            with self._one:
-                return requests[arguments.pop("do")](**arguments)
+            action = requests[arguments.pop("do")]
+            inspect.signature(action).bind(**arguments)
         except (KeyError, TypeError):
             raise RequestError("the server that runs here is of another version of tun6; restart it") from None
+        if not is_id(arguments.get("id", "-")):
+            raise RequestError(f"the Id must be 1 to {ID_MAX} printable characters")
+        with self._one:
+            return action(**arguments)
 
     def files(self) -> list[str | None]:
         """What it works on, so that nobody asks the wrong server."""
@@ -2942,6 +2949,11 @@ def beside(config: str, name: str | None) -> str | None:
     return name and os.path.join(os.path.dirname(config), name)
 
 
+def control_path(path: str, config: ServerConfig) -> str:
+    """Of the server's Unix socket."""
+    return cast(str, beside(path, config.control))
+
+
 def server_command(options: argparse.Namespace) -> None:
     """`tun6.py server`."""
     path = find_config(options.config)
@@ -2968,7 +2980,7 @@ def server_command(options: argparse.Namespace) -> None:
     server = Server(address, store, Kernel(), find_congestion(config.congestion), policy, config.tun, config.mtu)
 
     def run() -> None:
-        with Control(config.control, Registry(store, keys, server.sessions, server.drop)):
+        with Control(control_path(path, config), Registry(store, keys, server.sessions, server.drop)):
             server.run()
 
     def reload() -> None:
@@ -3016,7 +3028,7 @@ def keygen_command(options: argparse.Namespace) -> None:
     if made.returncode:
         raise KernelError(f"`{command}` failed: {' '.join(made.stderr.split())}")
     try:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as pem:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET), "w", encoding="ascii") as pem:
             pem.write(made.stdout)
     except OSError as error:
         raise StorageError(f"{file} can't be written: {error.strerror}") from None
@@ -3043,19 +3055,16 @@ def clients_command(options: argparse.Namespace) -> None:
     path = find_config(options.config)
     config: ServerConfig = read_config(path, "server")
     arguments = {name: getattr(options, name) for name in ("id", "prefix", "new_key") if hasattr(options, name)}
-    if "id" in arguments and not is_id(options.id):
-        raise RequestError(f"the Id must be 1 to {ID_MAX} printable characters")
     files = [name and os.path.realpath(name) for name in (beside(path, config.assignments), beside(path, config.keys))]
+    control = control_path(path, config)
     request = {"do": options.action, "files": files, **arguments}
     try:
-        done = ask_server(config.control, request)
+        done = ask_server(control, request)
     except OSError as error:
         if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-            raise RequestError(
-                f"control = {config.control}: {error.strerror or error}; run this as the server's user, mostly root"
-            ) from None
+            raise RequestError(f"control = {control}: {error.strerror or error}; run this as the server's user, mostly root") from None
         if config.assignments is None:
-            raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {path} nothing is kept") from None
+            raise ConfigError(f"no server listens at {control}, and without `assignments` in {path} nothing is kept") from None
         store = AssignmentStore(PrefixPool(config.prefixrange), files[0])
         done = Registry(store, open_keys(path, config), {}, lambda id_, why: None).perform(request)
         store.close()
