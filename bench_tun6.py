@@ -1166,7 +1166,7 @@ def plot(bench: Bench, path: str, about: dict[str, str]) -> None:
                     axes.plot(delay, goodput, marker, color=colours[tunnel.key], label=tunnel.label if way == "up" else None, alpha=0.8)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("{x:,g}")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         axes.set_xlabel("mean round trip meanwhile, ms", fontsize=8)
         axes.set_ylabel("Mbit/s, ▲ up ▼ down", fontsize=8)
         axes.set_title(link.label, fontsize=10)

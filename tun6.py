@@ -139,7 +139,7 @@ USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledge
 BACKLOG = 1024  # connections that wait for accept
 ACCEPTS = 32  # connections accepted before others get their turn
 PENDING_MAX, PENDING_HOST_MAX = 64, 8  # connections that have not said who they are: in all, from one IPv4 address
-PENDING_SLOW_S = 1.0  # for as long none of those that say something has to go
+PENDING_SLOW_S = 1.0  # for so long none of them has to go for another
 TAKEOVERS_MAX, TAKEOVERS_S = 3, 60  # so many of one Id in so many seconds mean that two clients have it
 TAKEOVER_PAUSE_S = 5.0  # for each of them then
 COLLAPSE_MAX, COLLAPSE_S = 20, 60  # warnings of one kind in the log, in so many seconds
@@ -1861,57 +1861,76 @@ class RateLimit:
 
 
 class Door:
-    """The connections that have not said who they are, and who of them has to go for a newcomer."""
+    """Lets connections say who they are, PENDING_HOST_MAX of a host and PENDING_MAX in all at a time; of a full house the slow go.
 
-    def __init__(self) -> None:
-        self._waiting: dict[gevent.Greenlet, tuple[socket.socket, str, float]] = {}  # socket, host, since when; oldest first
-        self._heard: set[gevent.Greenlet] = set()
+    What more comes from a host waits until that host has room, so that one which says nothing, or a thousand behind one NAT that
+    come back all at once, are in nobody else's way.
+    """
 
-    def admits(self, host: str) -> bool:
-        """Makes room for a newcomer from this host; False when that host has to wait, as all it has are busy saying who they are."""
-        if not self._crowd(host):
-            return True
-        gevent.sleep()  # who has said it already may come in
-        while (crowd := self._crowd(host)) and not self._send_away(crowd):
-            if len(self._waiting) < PENDING_MAX:
-                return False
-            gevent.sleep(0.01)
-        return True
+    def __init__(self, begin: Callable[[socket.socket, str], gevent.Greenlet]) -> None:
+        """`begin` lets the connection of this peer speak, in the greenlet that it gives; that calls `leave`."""
+        self._begin = begin
+        self._inside: dict[gevent.Greenlet, tuple[str, float]] = {}  # host, since when; oldest first
+        self._of_host: Counter[str] = Counter()
+        self._outside: dict[str, deque[tuple[socket.socket, str]]] = {}  # by host
 
-    def enter(self, greenlet: gevent.Greenlet, sock: socket.socket, host: str) -> None:
-        """The greenlet waits for what this socket says."""
-        self._waiting[greenlet] = sock, host, time.monotonic()
-
-    def hears(self, greenlet: gevent.Greenlet) -> None:
-        """It has said something."""
-        self._heard.add(greenlet)
+    def arrive(self, sock: socket.socket, host: str, port: int) -> None:
+        """A new connection: it comes in as soon as there is room."""
+        peer = f"{host} port {port}"
+        if self._of_host[host] < PENDING_HOST_MAX:
+            while len(self._inside) >= PENDING_MAX and not self._send_slow_away(""):
+                gevent.sleep(0.01)
+            self._enter(sock, host, peer)
+            return
+        waiting = self._outside.setdefault(host, deque())
+        if len(waiting) < BACKLOG:
+            waiting.append((sock, peer))
+            self._send_slow_away(host)
+        else:
+            log.warning("%s: turned away, %d others from there wait already", peer, BACKLOG)
+            sock.close()
 
     def leave(self, greenlet: gevent.Greenlet) -> None:
-        """It waits no more."""
-        self._waiting.pop(greenlet, None)
-        self._heard.discard(greenlet)
+        """It has said who it is, or is gone."""
+        host, _ = self._inside.pop(greenlet, ("", 0.0))
+        if not host:
+            return
+        self._of_host[host] -= 1
+        if not self._of_host[host]:
+            del self._of_host[host]
+        waiting = self._outside.get(host)
+        if waiting:
+            sock, peer = waiting.popleft()
+            self._enter(sock, host, peer)
+            if not waiting:
+                del self._outside[host]
 
-    def _crowd(self, host: str) -> list[gevent.Greenlet]:
-        """Those of whom one has to go, if there is to be one more from this host; oldest first."""
-        same = [greenlet for greenlet, (_, its_host, _) in self._waiting.items() if its_host == host]
-        return same if len(same) >= PENDING_HOST_MAX else list(self._waiting) if len(self._waiting) >= PENDING_MAX else []
+    def close(self) -> None:
+        """Nobody comes in any more."""
+        for waiting in self._outside.values():
+            for sock, _ in waiting:
+                sock.close()
+        self._outside.clear()
 
-    def _send_away(self, crowd: list[gevent.Greenlet]) -> bool:
-        """Ends the oldest that is silent, else the oldest if it is slow; False when it is neither."""
-        oldest = next((greenlet for greenlet in crowd if self._is_silent(greenlet)), crowd[0])
-        if not self._is_silent(oldest) and time.monotonic() - self._waiting[oldest][2] < PENDING_SLOW_S:
+    def _enter(self, sock: socket.socket, host: str, peer: str) -> None:
+        greenlet = self._begin(sock, peer)
+        self._inside[greenlet] = host, time.monotonic()
+        self._of_host[host] += 1
+
+        def forget(_: object) -> None:  # it may be killed before it has begun
+            self.leave(greenlet)
+            sock.close()
+
+        greenlet.rawlink(forget)
+
+    def _send_slow_away(self, host: str) -> bool:
+        """Ends the oldest of the host, "" for any host, if it has been inside for long."""
+        oldest = next((greenlet for greenlet, (its, _) in self._inside.items() if host in ("", its)), None)
+        if oldest is None or time.monotonic() - self._inside[oldest][1] < PENDING_SLOW_S:
             return False
-        self.leave(oldest)
         oldest.kill(block=False)
+        self.leave(oldest)
         return True
-
-    def _is_silent(self, greenlet: gevent.Greenlet) -> bool:
-        if greenlet in self._heard:
-            return False
-        try:
-            return not system_socket.socket.recv(self._waiting[greenlet][0]._sock, 1, socket.MSG_PEEK)
-        except OSError:
-            return True
 
 
 class Policy(NamedTuple):
@@ -1941,7 +1960,7 @@ class Server:
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
         self._connections = gevent.pool.Group()  # a greenlet each
         self._greeting: set[gevent.Greenlet] = set()  # those of them that have no session yet
-        self._door = Door()  # those of these that have not said who they are
+        self._door = Door(self._begin)
         self._spare: int | None = None  # a descriptor, for the connection that there is none for
 
     def run(self) -> NoReturn:
@@ -1982,6 +2001,7 @@ class Server:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HANDSHAKE_S))  # who says nothing waits in the kernel
             listener.bind(self._address)
             listener.listen(BACKLOG)
         except OSError as error:
@@ -2001,20 +2021,13 @@ class Server:
                 self._turn_away(listener)
             gevent.sleep(ACCEPT_PAUSE_S)
             return
-        if not self._door.admits(host):
-            log.warning("%s: turned away, %d connections from there have not said yet who they are", host, PENDING_HOST_MAX)
-            sock.close()
-            return
-        greenlet = self._connections.spawn(self._serve, sock, f"{host} port {port}")
+        self._door.arrive(sock, host, port)
+
+    def _begin(self, sock: socket.socket, peer: str) -> gevent.Greenlet:
+        greenlet = self._connections.spawn(self._serve, sock, peer)
         self._greeting.add(greenlet)
-        self._door.enter(greenlet, sock, host)
-
-        def forget(_: object) -> None:  # it may be killed before it has begun
-            self._door.leave(greenlet)
-            self._greeting.discard(greenlet)
-            sock.close()
-
-        greenlet.rawlink(forget)
+        greenlet.rawlink(self._greeting.discard)
+        return greenlet
 
     def _turn_away(self, listener: socket.socket) -> None:
         """Tells a connection that there is no descriptor for it."""
@@ -2054,7 +2067,6 @@ class Server:
     def _open_stream(self, sock: socket.socket) -> Stream:
         """Plain or TLS, as the first byte says. Raises ProtocolError, EOFError, OSError."""
         first = sock.recv(1, socket.MSG_PEEK)
-        self._door.hears(gevent.getcurrent())
         if not first:
             raise EOFError
         if first[0] != TLS_HANDSHAKE:
@@ -2151,6 +2163,7 @@ class Server:
             self._contended &= set(self._takeovers)
 
     def _end_sessions(self) -> None:
+        self._door.close()
         gevent.killall(list(self._greeting))
         for session in self.sessions.values():
             session.close(SessionError("the server stops"))
