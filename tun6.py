@@ -139,6 +139,7 @@ USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledge
 BACKLOG = 1024  # connections that wait for accept
 ACCEPTS = 32  # connections accepted before others get their turn
 PENDING_MAX, PENDING_HOST_MAX = 64, 8  # connections that have not said who they are: in all, from one IPv4 address
+DEFER_S = 5  # that a connection may say nothing without being accepted, TCP_DEFER_ACCEPT; the kernel rounds it up
 PENDING_SLOW_S = 1.0  # for so long none of them has to go for another
 TAKEOVERS_MAX, TAKEOVERS_S = 3, 60  # so many of one Id in so many seconds mean that two clients have it
 TAKEOVER_PAUSE_S = 5.0  # for each of them then
@@ -1860,6 +1861,14 @@ class RateLimit:
         return True
 
 
+def has_spoken(sock: socket.socket) -> bool:
+    """Whether there is something to read; does not wait."""
+    try:
+        return bool(system_socket.socket.recv(sock._sock, 1, socket.MSG_PEEK))
+    except OSError:
+        return False
+
+
 class Door:
     """Lets connections say who they are, PENDING_HOST_MAX of a host and PENDING_MAX in all at a time; of a full house the slow go.
 
@@ -1898,12 +1907,15 @@ class Door:
         self._of_host[host] -= 1
         if not self._of_host[host]:
             del self._of_host[host]
-        waiting = self._outside.get(host)
-        if waiting:
+        waiting = self._outside.get(host, deque())
+        while waiting:
             sock, peer = waiting.popleft()
-            self._enter(sock, host, peer)
-            if not waiting:
-                del self._outside[host]
+            if has_spoken(sock):
+                self._enter(sock, host, peer)
+                break
+            sock.close()  # it had the time until its turn
+        if not waiting:
+            self._outside.pop(host, None)
 
     def close(self) -> None:
         """Nobody comes in any more."""
@@ -2001,7 +2013,7 @@ class Server:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HANDSHAKE_S))  # who says nothing waits in the kernel
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_S)  # who says nothing waits in the kernel
             listener.bind(self._address)
             listener.listen(BACKLOG)
         except OSError as error:
