@@ -15,6 +15,7 @@ kit - wire - prefixes - plans - queue - Gather - store - kernel - command line -
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import dataclasses
 import errno
@@ -27,10 +28,13 @@ import json
 import math
 import os
 import re
+import resource
 import select
 import shutil
 import signal
 import socket
+import ssl
+import stat
 import statistics
 import struct
 import subprocess
@@ -38,13 +42,14 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import IPv6Address, IPv6Network
 from itertools import accumulate, chain, count, takewhile
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union, cast
 from unittest import mock
 
 import gevent
@@ -2240,13 +2245,13 @@ def namespaces() -> set[str]:
 def children() -> set[int]:
     """The processes that this one has started and not waited for."""
     found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = stat.read_text().rpartition(")")[2].split()[1]
+            parent = status.read_text().rpartition(")")[2].split()[1]
         except OSError:  # it has ended
             continue
         if int(parent) == os.getpid():
-            found.add(int(stat.parent.name))
+            found.add(int(status.parent.name))
     return found
 
 
@@ -3781,6 +3786,1297 @@ def test_a_demo_told_to_stop_leaves_nothing(hosts: Lab, tmp_path: Path, number: 
     assert demo.returncode == 128 + number
     assert "Traceback" not in err
     assert not [name for name in os.listdir("/run/netns") if name.startswith(f"tun6-{demo.pid}-")]
+
+
+# ---- kit: certificates, TLS by hand, administration ------------------------------------------------------------------
+
+
+def make_certificate(path: Path, *options: str) -> str:
+    """A certificate and its key in a PEM file; gives its fingerprint."""
+    how = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout - -out -"
+    what = options or ("-subj", "/CN=tun6", "-days", "2")
+    made = subprocess.run(["openssl", *how.split(), *what], capture_output=True, text=True, check=True)
+    path.write_text(made.stdout)
+    return fingerprint_in(made.stdout)
+
+
+def fingerprint_in(pem: str) -> str:
+    """Of the first certificate, computed by other means than the program's."""
+    body = pem.partition("-----BEGIN CERTIFICATE-----")[2].partition("-----END CERTIFICATE-----")[0]
+    return "sha256:" + hashlib.sha256(base64.b64decode(body)).hexdigest()
+
+
+def trusting() -> ssl.SSLContext:
+    """TLS that takes any certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def client_hello() -> bytes:
+    """The first bytes that a TLS client says."""
+    outgoing = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        trusting().wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
+    return outgoing.read()
+
+
+def send_segments(sock: socket.socket, segments: Iterable[bytes]) -> None:
+    """Sends them so that each is a segment of its own: the one before has arrived."""
+    unacknowledged = bytearray(4)
+
+    def arrived() -> bool:
+        fcntl.ioctl(sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
+        return not any(unacknowledged)
+
+    for segment in segments:
+        wait_until("the segment is acknowledged", arrived)
+        sock.sendall(segment)
+
+
+class Sealed:
+    """A socket with a client's TLS in it, for a Peer; records are made and sent in two steps."""
+
+    def __init__(self, sock: socket.socket, cut: Callable[[bytes], Iterable[bytes]] = lambda data: [data], hold_last: bool = False) -> None:
+        """`cut`: the segments that each flight of the handshake travels in; `hold_last`: the last flight goes with what is sealed next."""
+        self.raw = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = trusting().wrap_bio(self._incoming, self._outgoing)
+        while True:
+            try:
+                self.tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                send_segments(sock, cut(self._outgoing.read()))
+                self._take()
+        if not hold_last:
+            send_segments(sock, cut(self._outgoing.read()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+    def fingerprint(self) -> str:
+        """Of the certificate that the server showed."""
+        return "sha256:" + hashlib.sha256(self.tls.getpeercert(binary_form=True) or b"").hexdigest()
+
+    def seal(self, data: bytes) -> bytes:
+        """The records that say this."""
+        self.tls.write(data)
+        return self._outgoing.read()
+
+    def sendall(self, data: bytes) -> None:
+        self.raw.sendall(self.seal(data))
+
+    def recv(self, size: int) -> bytes:
+        while True:
+            try:
+                return self.tls.read(size)
+            except ssl.SSLWantReadError:
+                if not self._take():
+                    return b""
+
+    def _take(self) -> bool:
+        data = self.raw.recv(1 << 16)
+        self._incoming.write(data)
+        if not data:
+            self._incoming.write_eof()
+        return bool(data)
+
+
+class TlsPeer(Peer):
+    """A client spoken by hand inside TLS."""
+
+    def __init__(self, lab: Lab, port: int, host: str = "client", **options: Any) -> None:
+        """`options` are those of Sealed."""
+        super().__init__(lab, port, host)
+        self.sealed = Sealed(self.sock, **options)
+        self.sock = cast(socket.socket, self.sealed)
+
+    def __enter__(self) -> TlsPeer:
+        return self
+
+    def say(self, id_: str, key: str | None = None, bare: bool = False) -> TlsPeer:
+        """Says its hello; bare: as a legacy client does, that takes no offload headers."""
+        self._header = b"" if bare else bytes(10)
+        self.sock.sendall(hello_of(id_, key, bare))
+        return self
+
+    def ends_at_once(self) -> bool:
+        """Whether the server ends the connection within a second."""
+        self.sock.settimeout(1)
+        return self.ended() in ("closed", "reset")
+
+
+def hello_of(id_: str, key: str | None = None, bare: bool = False) -> bytes:
+    return json.dumps({"Id": id_, **({} if key is None else {"Key": key}), **({} if bare else {"Offload": []})}).encode()
+
+
+class Site:
+    """The certificate and keys of a server, whose config.ini lies beside them."""
+
+    def __init__(self, tunnel: Tunnel, name: str = "site") -> None:
+        self.tunnel, self.folder = tunnel, tunnel._folder
+        self.cert, self.keys, self.assignments = (self.folder / f"{name}-{file}" for file in ("cert.pem", "keys.json", "assignments.json"))
+        self.fingerprint = make_certificate(self.cert)
+        self.settings: dict[str, object] = {"cert": self.cert.name, "keys": self.keys.name, "assignments": self.assignments.name}
+        self.config = Path()
+
+    def serve(self, **settings: object) -> Program:
+        """Starts the server."""
+        self.config = self.folder / f"{len(self.tunnel._programs)}-server.ini"
+        return self.tunnel.server("server", **{**self.settings, **settings})
+
+    def write_config(self, **settings: object) -> None:
+        """The server's config.ini, while there is no server."""
+        self.config = self.tunnel.config("server", **{**self.settings, **settings})
+
+    def issue(self, id_: str) -> str:
+        """A key for the Id, put into the file behind the back of any server."""
+        return tun6.KeyStore(str(self.keys)).issue(id_)
+
+    def clients(self, *arguments: str) -> Any:
+        """What `tun6.py clients` answers in JSON."""
+        done = run_tun6("clients", "-c", str(self.config), "--json", *arguments)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        return json.loads(done.stdout)
+
+    def complaint(self, *arguments: str) -> str:
+        """What `tun6.py clients` says to a request that can't be done."""
+        return only_line(run_tun6("clients", "-c", str(self.config), *arguments), 2)
+
+    def of(self, id_: str) -> dict[str, Any]:
+        """What `clients list` says of the Id."""
+        return next(entry for entry in self.clients("list") if entry["id"] == id_)
+
+    def peer(self, id_: str, key: str | None = None, host: str = "client", bare: bool = False) -> TlsPeer:
+        """A client spoken by hand inside TLS that has said its hello."""
+        return TlsPeer(self.tunnel.lab, self.tunnel.port, host).say(id_, key, bare)
+
+    def answer(self, id_: str, key: str | None) -> dict[str, Any]:
+        """What the server answers to such a client."""
+        with self.peer(id_, key) as peer:
+            return peer.answer()
+
+    def client(self, id_: str, key: str | None, host: str = "client", **settings: object) -> Program:
+        """A tun6 client that knows the server."""
+        return self.tunnel.client(host, id=id_, key=key, **{"fingerprint": self.fingerprint, **settings})
+
+
+@pytest.fixture
+def site(tunnel: Tunnel) -> Site:
+    return Site(tunnel)
+
+
+class Listener:
+    """A server that a test speaks for, in a thread, and which refuses everybody in the end; what each connection said is kept."""
+
+    def __init__(self, lab: Lab, port: int, serve: Callable[[socket.socket], bytes]) -> None:
+        """`serve` gives what a connection said."""
+        with lab.inside("server"):
+            self._listener = socket.create_server((Lab.SERVER, port))
+        self._serve, self.said = serve, list[bytes]()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Listener:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._listener.close()
+
+    def _run(self) -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                sock.settimeout(5)
+                with sock:
+                    self.said.append(self._serve(sock))
+
+
+def all_of(sock: socket.socket) -> bytes:
+    """Everything that comes until the peer leaves."""
+    data = b""
+    with suppress(OSError):
+        while more := sock.recv(1 << 16):
+            data += more
+    return data
+
+
+# ---- keys: the file --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+def refusal_of(store: tun6.KeyStore, id_: str, key: str) -> tuple[str, str]:
+    """Code and text that the client gets."""
+    with pytest.raises(tun6.Refusal) as caught:
+        store.check(id_, key)
+    return caught.value.code, caught.value.text
+
+
+def test_only_the_right_key_of_an_id_lets_it_in_and_who_has_none_learns_nothing(key_file: Path) -> None:
+    store = tun6.KeyStore(str(key_file))
+    key, others, revoked = (store.issue(id_) for id_ in ("a", "other", "revoked"))
+    store.set_revoked("revoked", True)
+    store.check("a", key)
+    denied = refusal_of(store, "nobody", key)
+    assert denied[0] == "denied"
+    wrong = ["", "x", others, key[:-1], key + "=", key.swapcase(), "\ud800", "é" * 43]
+    assert {refusal_of(store, "a", each) for each in wrong} == {denied}
+    assert {refusal_of(store, "nobody", each) for each in wrong} == {denied}
+    assert {refusal_of(store, "revoked", each) for each in wrong} == {denied}
+    assert refusal_of(store, "revoked", revoked)[0] == "revoked"
+    store.set_revoked("revoked", False)
+    store.check("revoked", revoked)
+
+
+def test_a_new_key_ends_the_old_one_and_keys_last_over_restarts(key_file: Path) -> None:
+    store = tun6.KeyStore(str(key_file))
+    ids = ["00:11:22:aa:bb:cc", "é😀", '"{}\\', "a b", "x" * 64]
+    old = {id_: store.issue(id_) for id_ in ids}
+    new = store.issue(ids[0])
+    store.set_revoked(ids[1], True)
+    assert len({new, *old.values()}) == len(ids) + 1
+    again = tun6.KeyStore(str(key_file))
+    assert again.ids() == ids
+    again.check(ids[0], new)
+    assert refusal_of(again, ids[0], old[ids[0]])[0] == "denied"
+    assert refusal_of(again, ids[1], old[ids[1]])[0] == "revoked"
+    for id_ in ids[2:]:
+        again.check(id_, old[id_])
+
+
+def test_the_keys_file_is_for_its_owner_alone_and_has_no_key_in_it(key_file: Path) -> None:
+    store = tun6.KeyStore(str(key_file))
+    keys = [store.issue("a"), store.issue("b"), store.issue("b")]
+    assert key_file.stat().st_mode & 0o7777 == 0o600
+    assert os.listdir(key_file.parent) == [key_file.name]
+    text = key_file.read_text()
+    for key in keys:
+        assert re.fullmatch("[A-Za-z0-9_-]{43}", key)
+        assert key not in text
+        assert base64.urlsafe_b64decode(key + "=").hex() not in text
+    assert json.loads(text)["a"] == {"key": "sha256:" + hashlib.sha256(keys[0].encode()).hexdigest()}
+
+
+GOOD_KEY = '"key": "sha256:' + "0a" * 32 + '"'
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ('{"a": "sha256:' + "0a" * 32 + '"}', "entry 'a'"),
+        ('{"a": null}', "entry 'a'"),
+        ('{"a": 7}', "entry 'a'"),
+        ('{"a": []}', "entry 'a'"),
+        ('{"a": {}}', "entry 'a'"),
+        ('{"a": [["key", "sha256:' + "0a" * 32 + '"]]}', "entry 'a'"),
+        ('{"a": {"key": 7}}', "entry 'a'"),
+        ('{"a": {"key": "' + "0a" * 32 + '"}}', "entry 'a'"),
+        ('{"a": {"key": "sha256:' + "0a" * 31 + '"}}', "entry 'a'"),
+        ('{"a": {"key": "sha256:' + "0A" * 32 + '"}}', "entry 'a'"),
+        ('{"a": {"key": "sha256:' + "0a" * 32 + '\\n"}}', "entry 'a'"),
+        ('{"a": {"key": "sha512:' + "0a" * 32 + '"}}', "entry 'a'"),
+        ('{"a": {' + GOOD_KEY + ', "revokd": true}}', "entry 'a'"),
+        ('{"a": {' + GOOD_KEY + ', "revoked": 1}}', "entry 'a': revoked is neither true nor false"),
+        ('{"a": {' + GOOD_KEY + ', "revoked": null}}', "entry 'a': revoked is neither true nor false"),
+        ('{"a": {' + GOOD_KEY + ', "revoked": "no"}}', "entry 'a': revoked is neither true nor false"),
+        ('{"a": {' + GOOD_KEY + ', "revoked": true, "revoked": false}}', "entry 'a'"),
+        ('{"a": {' + GOOD_KEY + '}, "b": {"revoked": true}}', "entry 'b'"),
+        ('{"a": {' + GOOD_KEY + '}, "a": {' + GOOD_KEY + "}}", "entry 'a': the Id is there twice"),
+        ('{"a\\n": {' + GOOD_KEY + "}}", r"entry 'a\?'.*printable"),
+        ('{"' + "x" * 65 + '": {' + GOOD_KEY + "}}", "entry 'xxx.*64 printable"),
+        ("[]", "not one object"),
+        ("{" + GOOD_KEY + "}", "entry 'key'"),
+        ('{"a": {' + GOOD_KEY + "}", "not a file of keys"),
+        ("a = b", "not a file of keys"),
+        ("\0" * 9, "not a file of keys"),
+        ('{"a":' * 100_000, "not a file of keys"),
+    ],
+)
+def test_a_corrupt_keys_file_is_a_sentence_that_names_the_entry_and_changes_nothing(content: str, named: str, key_file: Path) -> None:
+    store = tun6.KeyStore(str(key_file))
+    key = store.issue("known")
+    key_file.write_text(content)
+    for read in (store.reload, lambda: tun6.KeyStore(str(key_file))):
+        with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(key_file))}\\b.*{named}") as caught:
+            read()
+        assert str(caught.value).isprintable()
+    assert key_file.read_text() == content
+    store.check("known", key)
+    assert store.ids() == ["known"]
+
+
+def test_a_reload_takes_what_the_file_says_now(key_file: Path) -> None:
+    store, editor = tun6.KeyStore(str(key_file)), tun6.KeyStore(str(key_file))
+    gone, replaced, revoked = (editor.issue(id_) for id_ in ("gone", "replaced", "revoked"))
+    store.reload()
+    for id_, key in {"gone": gone, "replaced": replaced, "revoked": revoked}.items():
+        store.check(id_, key)
+    new = editor.issue("replaced")
+    editor.set_revoked("revoked", True)
+    entries = json.loads(key_file.read_text())
+    del entries["gone"]
+    key_file.write_text(json.dumps(entries))
+    store.reload()
+    assert refusal_of(store, "gone", gone)[0] == refusal_of(store, "replaced", replaced)[0] == "denied"
+    assert refusal_of(store, "revoked", revoked)[0] == "revoked"
+    store.check("replaced", new)
+
+
+def test_a_save_of_keys_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "keys.json"
+    path.parent.mkdir()
+    store = tun6.KeyStore(str(path))
+    key = store.issue("a")
+    path.parent.rename(tmp_path / "away")
+    for change in (lambda: store.issue("a"), lambda: store.issue("b"), lambda: store.set_revoked("a", True)):
+        with pytest.raises(tun6.StorageError, match=f"^{path} can't be written: No such file"):
+            change()
+        store.check("a", key)
+        assert store.ids() == ["a"]
+    (tmp_path / "away").rename(path.parent)
+    with pytest.raises(KeyError):
+        store.set_revoked("nobody", True)
+    store.check("a", key)
+    assert tun6.KeyStore(str(path)).ids() == ["a"]
+
+
+def test_changes_of_keys_at_once_are_all_kept(key_file: Path) -> None:
+    store = tun6.KeyStore(str(key_file))
+    keys = results([spawn(store.issue, str(number)) for number in range(20)])
+    again = tun6.KeyStore(str(key_file))
+    for number, key in enumerate(keys):
+        again.check(str(number), key)
+
+
+# ---- TLS: what is sealed ----------------------------------------------------------------------------------------------
+
+RECORD = struct.Struct(">II")  # number, bytes of what it says
+
+
+@given(
+    st.lists(st.none() | SOME_FRAMES, max_size=20),  # None: the connection takes more
+    TAKES,
+    st.booleans(),
+    st.booleans(),
+)
+def test_all_that_is_sent_was_sealed_and_all_that_was_sealed_is_sent_in_that_order(
+    steps: list[list[tuple[int, int, int, bytes]] | None], takes: list[int], bare: bool, at_once: bool
+) -> None:
+    numbers, stream, takes = itertools.count(), bytearray(), list(takes)
+
+    def seal(data: bytes | bytearray | memoryview) -> bytes:
+        return RECORD.pack(next(numbers), len(data)) + bytes(data)
+
+    def write(data: memoryview) -> int | None:
+        took = min(takes.pop(0), len(data)) if takes else len(data)
+        stream.extend(data[:took])
+        return took or None
+
+    outbox = tun6.Outbox(write, bare, seal, clock=lambda: 0.0, at_once=at_once)
+    sent: list[bytes] = []
+    for kinds in steps:
+        if kinds is None:
+            outbox.flush()
+            continue
+        frames = [frame(flow, len(sent) + at, size, ecn, PLAIN if bare else header) for at, (flow, size, ecn, header) in enumerate(kinds)]
+        sent += frames
+        view, ends = batch(frames)
+        outbox.send(view, ends)
+        view[:] = bytes(len(view))  # the pump uses its buffer again
+    while outbox.blocked:
+        outbox.flush()
+    said, at, records = b"", 0, 0
+    while at < len(stream):
+        number, size = RECORD.unpack_from(stream, at)
+        assert number == records
+        said += stream[at + RECORD.size : at + RECORD.size + size]
+        at, records = at + RECORD.size + size, records + 1
+    assert records == next(numbers)
+    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, OPEN)
+    received = [bare * PLAIN + bytes(each) for first in range(0, len(said), 4096) for each in deframer.push(said[first : first + 4096])]
+    assert len(received) == len(sent) - outbox.dropped
+    for flow in range(4):
+        came = [name(each)[1] for each in received if name(each)[0] == flow]
+        assert came == sorted(set(came))
+
+
+# ---- TLS: traffic ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mtu", [1280, 1500, 65_500])
+def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab, site: Site, mtu: int) -> None:
+    key = site.issue("with key")
+    server = site.serve(mtu=mtu)
+    client = site.client("with key", key, mtu=mtu)
+    prefix = client.prefix()
+    assert prefix == IPv6Network(f"{site.tunnel.pool[0]}/64")
+    server.wait_for(f"'with key' from .*: has {prefix} on .*, over TLS")
+    for size in (0, 56, 1440, 3000, 60_000):
+        ping(lab, "client", size=size)
+        ping(lab, "internet", str(prefix[1]), size=size)
+    bulk = 24 << 20 if mtu == 1500 else 4 << 20
+    transfer(lab, "client", "internet", Lab.INTERNET, bulk)
+    transfer(lab, "internet", "client", str(prefix[1]), bulk)
+    for program in (server, client):
+        assert key not in program.log()
+
+
+def test_a_client_over_tls_comes_back_to_a_server_that_was_killed(lab: Lab, site: Site) -> None:
+    key = site.issue("a")
+    server = site.serve()
+    client = site.client("a", key)
+    prefix = client.prefix()
+    server.kill()
+    site.serve()
+    assert client.prefix(times=2) == prefix
+    ping(lab, "client")
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example takes seconds: no shrinking
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_however_tls_is_cut_into_records_and_segments_the_session_works(tls_server: Site, data: st.DataObject) -> None:
+    def cut(stream: bytes) -> list[bytes]:
+        at = sorted(data.draw(st.sets(st.integers(1, max(1, len(stream) - 1)), max_size=6)))
+        return [stream[start:end] for start, end in zip([0, *at], [*at, len(stream)]) if start < end]
+
+    header = bytes(10)
+    with tls_server.peer("cut } { anyhow") as before:
+        prefix = before.connected().prefix
+    stream = hello_of("cut } { anyhow")
+    stream += b"".join(header + echo_request(prefix[1], number, 200) for number in (1, 2))
+    with TlsPeer(tls_server.tunnel.lab, tls_server.tunnel.port, cut=cut, hold_last=data.draw(st.booleans())) as peer:
+        peer._header = header
+        send_segments(peer.sealed.raw, cut(b"".join(map(peer.sealed.seal, cut(stream)))))
+        assert peer.connected().prefix == prefix
+        peer.expect_reply(1)
+        peer.expect_reply(2)
+        peer.echo()
+
+
+@pytest.fixture
+def tls_server(site: Site) -> Site:
+    site.serve(keys=None)
+    return site
+
+
+def test_a_hello_in_one_byte_records_is_a_hello(site: Site) -> None:
+    key = site.issue("a")
+    site.serve()
+    with TlsPeer(site.tunnel.lab, site.tunnel.port, cut=lambda flight: [flight[at : at + 20] for at in range(0, len(flight), 20)]) as peer:
+        peer._header = bytes(10)
+        send_segments(peer.sealed.raw, [peer.sealed.seal(bytes([byte])) for byte in hello_of("a", key)])
+        peer.connected().echo()
+
+
+def test_a_bare_client_inside_tls_gets_its_packets_inside_tls_too(lab: Lab, site: Site) -> None:
+    key = site.issue("bare")
+    site.serve()
+    with site.peer("bare", key, bare=True) as peer:
+        peer.connected()
+        for _ in range(3):
+            peer.echo()
+        with lab.inside("internet"):
+            sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        with sender:
+            for number in range(200):
+                sender.sendto(struct.pack(">I", number) + bytes(1000), (str(peer.prefix[1]), 9))
+        came: list[int] = []
+        while len(came) < 200:
+            _, packet = peer.frame()
+            if packet[6] == UDP:
+                came += struct.unpack(">I", packet[48:52])
+        assert came == list(range(200))
+        peer.echo()
+
+
+@pytest.mark.parametrize("records", ["one record", "a record each"])
+def test_packets_in_the_flight_that_ends_the_tls_handshake_are_delivered(site: Site, records: str) -> None:
+    key = site.issue("hasty")
+    site.serve()
+    with site.peer("hasty", key) as peer:
+        prefix = peer.connected().prefix
+    with TlsPeer(site.tunnel.lab, site.tunnel.port, hold_last=True) as peer:
+        peer._header = bytes(10)
+        parts = [hello_of("hasty", key), *(bytes(10) + echo_request(prefix[1], number, 1400) for number in range(50, 60))]
+        if records == "one record":
+            parts = [b"".join(parts)]
+        peer.sealed.raw.sendall(b"".join(map(peer.sealed.seal, parts)))
+        peer.connected()
+        for number in range(50, 60):
+            peer.expect_reply(number)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_packets_directly_behind_the_servers_answer_are_delivered(lab: Lab, site: Site, together: bool) -> None:
+    prefix = site.tunnel.pool[0]
+    request = echo_request(prefix + 1, 7)
+    request = request[:8] + request[24:40] + request[8:24] + request[40:]  # from the Internet; the checksum is the same
+    answer = json.dumps({"Prefix": f"{prefix}/64", "Offload": []}).encode()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(site.cert)
+    with lab.inside("server"):
+        listener = socket.create_server((Lab.SERVER, site.tunnel.port))
+    with listener:
+        listener.settimeout(10)
+        key = "k" * 43
+        site.client("a", key)
+        raw, _ = listener.accept()
+        raw.settimeout(10)
+        with context.wrap_socket(raw, server_side=True) as sock:
+            hello = json.loads(sock.recv(4096))
+            assert (hello["Id"], hello["Key"], sorted(hello)) == ("a", key, ["Id", "Key", "Offload"])
+            for part in [answer + bytes(10) + request] if together else [answer, bytes(10), request[:50], request[50:]]:
+                sock.sendall(part)
+            stream, wanted = b"", struct.pack(">BB", 129, 0)
+            deadline = time.monotonic() + 10
+            while wanted not in stream or request[44:] not in stream:
+                assert time.monotonic() < deadline
+                stream += sock.recv(1 << 16)
+
+
+# ---- TLS: peers that break it ----------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_stops_in_the_tls_handshake_is_dropped_after_ten_seconds_and_disturbs_nobody(lab: Lab, site: Site) -> None:
+    server = site.serve(keys=None)
+    hello = client_hello()
+    with Peer(lab, site.tunnel.port) as half, Peer(lab, site.tunnel.port) as whole, site.peer("live") as live:
+        live.connected()
+        began = time.monotonic()
+        half.sock.sendall(hello[:100])
+        whole.sock.sendall(hello)
+        assert whole.sock.recv(1 << 16)[0] == 0x16  # and now it would be its turn
+        waiting = [half.sock, whole.sock]
+        while waiting and time.monotonic() < began + 15:
+            for sock in select.select(waiting, [], [], 1)[0]:
+                if not sock.recv(1 << 16):
+                    assert 9 < time.monotonic() - began < 13
+                    waiting.remove(sock)
+            live.echo()
+        assert not waiting
+    assert len(server.wait_for("left during the handshake: no answer within 10 s")) == 2
+
+
+def test_peers_that_stop_in_the_tls_handshake_do_not_keep_others_of_their_host_out(lab: Lab, site: Site) -> None:
+    site.serve(keys=None)
+    hello = client_hello()
+    with ExitStack() as undo:
+        stopped = [undo.enter_context(Peer(lab, site.tunnel.port)) for _ in range(tun6.PENDING_HOST_MAX)]
+        for number, peer in enumerate(stopped):
+            peer.sock.sendall(hello[: 1 if number % 2 else 200])
+
+        def comes_in() -> bool:  # those that said something have a second before one has to go
+            with suppress(OSError, EOFError), Peer(lab, site.tunnel.port) as raw:
+                raw.sock = cast(socket.socket, Sealed(raw.sock))
+                raw.hello("late", [])
+                raw.connected().echo()
+                return True
+            return False
+
+        began = time.monotonic()
+        wait_until("a newcomer comes in", comes_in)
+        assert time.monotonic() - began < 5
+        assert stopped[0].ended() in ("closed", "reset")
+
+
+def garbage_behind_0x16() -> list[bytes]:
+    """What begins as TLS does and is none."""
+    hello = client_hello()
+    old = bytearray(hello)
+    old[1:3] = b"\0\0"
+    return [
+        b"\x16",
+        b"\x16\x03\x01",
+        b"\x16" * 1000,
+        b"\x16\x03\x01\xff\xff" + bytes(5000),
+        b"\x16\x03\x01\x00\x00" * 100,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + os.urandom(5000),
+        b'\x16{"Id": "a"}',
+        bytes(old),
+        hello[:-1],
+        hello[:43] + os.urandom(len(hello) - 43),
+        hello + hello,
+        hello + b'{"Id": "a"}' + bytes(100),
+        hello + os.urandom(20_000),
+    ]
+
+
+def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site) -> None:
+    site.serve(keys=None)
+    with site.peer("live") as live:
+        live.connected()
+        for garbage in garbage_behind_0x16():
+            with Peer(lab, site.tunnel.port) as peer:
+                peer.sock.sendall(garbage)
+                with suppress(OSError):
+                    peer.sock.shutdown(socket.SHUT_WR)
+                peer.ended()
+            live.echo()
+        with TlsPeer(lab, site.tunnel.port) as no_hello, site.peer("a") as live_before:
+            no_hello.sealed.raw.sendall(os.urandom(100))
+            no_hello.sealed.raw.shutdown(socket.SHUT_WR)
+            with suppress(ssl.SSLError):
+                no_hello.ended()
+            live_before.connected().echo()
+            live_before.sealed.raw.sendall(b"\x17\x03\x03\x00\x20" + os.urandom(32))
+            wait_until("its session ends", lambda: len(server_routes(lab)) == 1)
+        live.echo()
+        assert server_routes(lab) == {str(live.prefix)}
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_tls_1_2_and_1_3_are_spoken(lab: Lab, site: Site, version: ssl.TLSVersion) -> None:
+    site.serve(keys=None)
+    context = trusting()
+    context.minimum_version = context.maximum_version = version
+    with Peer(lab, site.tunnel.port) as peer:
+        peer.sock = context.wrap_socket(peer.sock)
+        peer.hello("a", [])
+        peer.connected().echo()
+
+
+def test_older_tls_is_not_spoken(lab: Lab, site: Site) -> None:
+    site.serve(keys=None)
+    context = trusting()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with Peer(lab, site.tunnel.port) as peer, pytest.raises(ssl.SSLError, match=r"(?i)version"):
+        context.wrap_socket(peer.sock)
+
+
+# ---- keys: who may come in -------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no_ping(lab: Lab, site: Site) -> None:
+    key, other = site.issue("victim"), site.issue("other")
+    server = site.serve()
+    victim = site.client("victim", key)
+    victim.prefix()
+    ping(lab, "client")
+    before = site.keys.read_bytes(), site.assignments.read_bytes(), server_devices(lab)
+    pings = lab.popen("client", "ping", "-6", "-i", "0.02", "-c", "200", "-W", "2", Lab.INTERNET, stdout=subprocess.PIPE)
+    try:
+        stranger = site.client("victim", other, "second")  # a right key, but of another Id
+        stranger.wait_for(
+            "WARNING no connection to .*: denied: unknown Id or wrong key;"
+            " the server won't serve this client until its operator changes that; trying again every 60 s"
+        )
+        refusals = [site.answer("victim", each) for each in ("", other, key[:-1], None)] + [site.answer("unknown", key)]
+        assert refusals == [{"Error": "denied", "Text": "unknown Id or wrong key"}] * 5
+        with site.tunnel.peer("victim") as plain:
+            assert plain.answer()["Error"] == "tls-required"
+        assert " 0% packet loss" in pings.communicate(timeout=20)[0]
+    finally:
+        pings.kill()
+        pings.communicate()
+    assert (site.keys.read_bytes(), site.assignments.read_bytes(), server_devices(lab)) == before
+    assert len(re.findall("no connection", stranger.log())) == 1  # of attempts every 2 s there would be three by now
+    assert len(server.wait_for("refused, denied: 'victim', wrong key")) == 5
+    server.wait_for("refused, denied: 'unknown', unknown Id")
+    server.wait_for("refused, tls-required: 'victim' without TLS")
+    assert victim.log().count(": has ") == 1
+    assert other not in server.log()
+
+
+def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site) -> None:
+    key = site.issue("a")
+    site.serve()
+    for number in range(2):  # as well before as after it had a session
+        assert site.answer("a", None)["Error"] == "denied"
+        assert site.answer("a", "")["Error"] == "denied"
+        with site.tunnel.peer("a") as plain:
+            assert plain.answer()["Error"] == "tls-required"
+        with Peer(lab, site.tunnel.port) as plain:  # not even with its key, which it should not have told
+            plain.sock.sendall(hello_of("a", key))
+            assert plain.answer()["Error"] == "tls-required"
+        assert not server_devices(lab)
+        assert site.assignments.exists() == bool(number)
+        with site.peer("a", key) as peer:
+            peer.connected().echo()
+        wait_until_no_sessions(lab)
+
+
+def test_what_is_no_text_is_no_key(site: Site) -> None:
+    site.issue("a")
+    site.serve()
+    wrong: list[object] = [7, None, [], {"sha256": ""}, True]
+    for key in wrong:
+        with TlsPeer(site.tunnel.lab, site.tunnel.port) as peer:
+            peer.sock.sendall(json.dumps({"Id": "a", "Key": key}).encode())
+            assert peer.answer() == {"Error": "bad-hello", "Text": "Key is not a string"}
+
+
+def test_a_newcomer_that_waits_for_its_turn_is_not_served_when_its_id_is_revoked_meanwhile(lab: Lab, site: Site) -> None:
+    key = site.issue("a")
+    server = site.serve()
+    with ExitStack() as undo:
+        for _ in range(tun6.TAKEOVERS_MAX + 1):
+            last = undo.enter_context(site.peer("a", key)).connected()
+        newcomer = undo.enter_context(site.peer("a", key))
+        server.wait_for("take it from each other")
+        site.clients("revoke", "a")
+        assert last.ended() == "closed"
+        newcomer.sock.settimeout(10)
+        assert newcomer.answer()["Error"] == "revoked"
+    wait_until_no_sessions(lab)
+
+
+KINDS_OF_SERVER: dict[str, tuple[dict[str, None], dict[str, str]]] = {  # settings left out, what each client gets
+    "open, plain only": (
+        {"cert": None, "keys": None},
+        {"plain": "served", "tls": "no TLS", "key": "no TLS", "legacy by hand": "served", "tls by hand": "no TLS"},
+    ),
+    "open, with cert": (
+        {"keys": None},
+        {"plain": "served", "tls": "served", "key": "served", "legacy by hand": "served", "tls by hand": "served"},
+    ),
+    "keyed": (
+        {},
+        {"plain": "tls-required", "tls": "denied", "key": "served", "legacy by hand": "tls-required", "tls by hand": "served"},
+    ),
+}
+GETS = {
+    "served": r": has \S+ on",
+    "no TLS": "no connection to .*TLS failed: the other side does not speak TLS; trying again every 2 s",
+    "denied": "no connection to .*: denied: .* every 60 s",
+    "tls-required": "no connection to .*: tls-required: .* every 60 s",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_SERVER)
+def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(lab: Lab, site: Site, kind: str) -> None:
+    without, expected = KINDS_OF_SERVER[kind]
+    keys = {id_: site.issue(id_) for id_ in ("key", "tls by hand")}
+    server = site.serve(**without)
+    programs = {}
+    for id_, known in {"plain": (None, None), "tls": (site.fingerprint, None), "key": (site.fingerprint, keys["key"])}.items():
+        programs[id_] = site.tunnel.client(id=id_, tun=f"tun6-{id_}", default_route="no", fingerprint=known[0], key=known[1])
+    for id_, program in programs.items():
+        program.wait_for(GETS[expected[id_]])
+    with site.tunnel.peer("legacy by hand") as legacy:
+        if expected["legacy by hand"] == "served":
+            legacy.connected().echo()
+        else:
+            assert legacy.answer()["Error"] == expected["legacy by hand"]
+    if expected["tls by hand"] == "served":
+        with site.peer("tls by hand", keys["tls by hand"], bare=True) as peer:
+            peer.connected().echo()
+    else:
+        with Peer(lab, site.tunnel.port) as raw:
+            raw.sock.sendall(client_hello())
+            assert raw.answer() == {"Error": "bad-hello", "Text": "it speaks TLS, and there is no `cert` in config.ini"}
+    served = {id_ for id_, gets in expected.items() if gets == "served"}
+    assert set(re.findall(r"INFO '(.+?)' from .*: has ", server.log())) == served
+    assert set(re.findall(r"INFO '(.+?)' from .*, over TLS", server.log())) == served & {"tls", "key", "tls by hand"}
+
+
+# ---- TLS: whom a client trusts ---------------------------------------------------------------------------------------
+
+SECRET = "s" * 43
+
+
+def tls_with(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(lab: Lab, site: Site) -> None:
+    key = site.issue("who I am")
+    server = site.serve()
+    other = make_certificate(site.folder / "other.pem")
+    context = tls_with(site.folder / "other.pem")
+
+    def relay(sock: socket.socket) -> bytes:
+        """Ends TLS on both sides; gives what the client said."""
+        said = b""
+        with lab.inside("server"):
+            onward = socket.socket()
+        with onward, suppress(OSError), context.wrap_socket(sock, server_side=True) as near:
+            onward.connect((Lab.SERVER, site.tunnel.port))
+            with trusting().wrap_socket(onward) as far:
+                while more := near.recv(1 << 16):
+                    said += more
+                    far.sendall(more)
+                    near.sendall(far.recv(1 << 16))
+        return said
+
+    with Listener(lab, site.tunnel.port + 5000, relay) as middle:
+        victim = site.client("who I am", key, remoteport=site.tunnel.port + 5000)
+        victim.wait_for(f"WARNING no connection to .*the server's certificate has another fingerprint, {other}; nothing was said to it")
+        wait_until("it tries again", lambda: len(middle.said) >= 2)
+        # the same man gets what a client says that takes any certificate
+        with Peer(lab, site.tunnel.port + 5000) as trusting_one:
+            trusting_one.sock = trusting().wrap_socket(trusting_one.sock)
+            trusting_one.hello("gullible")
+            assert trusting_one.answer()["Error"] == "denied"
+        wait_until("he has heard that one", lambda: middle.said[-1])
+        said = middle.said
+    assert not any(said[:-1])
+    assert said[-1] == b'{"Id": "gullible"}'
+    assert "who I am" not in server.log()
+    assert not victim.log().count(": has ")
+
+
+def test_a_client_with_a_key_never_falls_back_to_a_plain_server(lab: Lab, site: Site) -> None:
+    answers = iter([b"", b'{"Error": "bad-hello", "Text": "?"}', json.dumps({"Prefix": f"{site.tunnel.pool[0]}/64"}).encode()])
+
+    def answer_plainly(sock: socket.socket) -> bytes:
+        first = sock.recv(1 << 16)
+        sock.sendall(next(answers, b""))
+        sock.shutdown(socket.SHUT_WR)
+        return first + all_of(sock)
+
+    with Listener(lab, site.tunnel.port, answer_plainly) as listener:
+        client = site.client("who I am", SECRET)
+        wait_until("it has tried all answers", lambda: len(listener.said) >= 4)
+        said = b"".join(listener.said)
+        assert all(each[0] == 0x16 for each in listener.said)
+        client.stop()
+    for text in (b"who I am", SECRET.encode(), b"Id"):
+        assert text not in said
+    assert ": has " not in client.log()
+    assert not any(address.startswith("2001:") for address in addresses(lab))
+
+
+@pytest.mark.parametrize("how", [{"tls": "yes"}, {"key": SECRET}], ids=["tls", "key"])
+def test_without_fingerprint_a_certificate_that_nobody_vouches_for_is_refused_with_a_clear_sentence(
+    lab: Lab, site: Site, how: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, signed = site.folder / "authority.pem", site.folder / "signed.pem"
+    make_certificate(authority, "-subj", "/CN=an authority")
+    by = ("-CA", str(authority), "-CAkey", str(authority))
+    make_certificate(signed, "-subj", "/CN=tun6", "-addext", f"subjectAltName=IP:{Lab.SERVER}", *by)
+    site.serve(cert=signed.name, keys=None)
+    client = site.tunnel.client("client", **how)
+    client.wait_for("no connection to .*: the server's certificate is not to be trusted: unable to get local issuer certificate; trying")
+    client.stop()
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    site.tunnel.client("client", **how).prefix()
+
+
+def test_without_fingerprint_a_certificate_of_another_name_is_refused(lab: Lab, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_certificate(site.cert, "-subj", "/CN=tun6", "-addext", "subjectAltName=IP:192.0.2.1")
+    site.serve(keys=None)
+    monkeypatch.setenv("SSL_CERT_FILE", str(site.cert))
+    site.tunnel.client(tls="yes").wait_for("the server's certificate is not to be trusted: IP address mismatch.*10.9.0.1")
+
+
+def test_an_expired_certificate_is_taken_by_its_fingerprint(lab: Lab, site: Site) -> None:
+    """A Raspberry Pi has no clock."""
+    again = ["openssl", "x509", "-in", str(site.cert), "-signkey", str(site.cert), "-days", "-1"]
+    expired = subprocess.run(again, capture_output=True, text=True, check=True).stdout
+    site.cert.write_text(site.cert.read_text().partition("-----BEGIN CERTIFICATE-----")[0] + expired)
+    site.fingerprint = fingerprint_in(expired)
+    site.serve(keys=None)
+    site.client("a", None).prefix()
+
+
+def test_another_certificate_is_told_even_when_the_outage_began_with_silence(lab: Lab, site: Site) -> None:
+    server = site.serve(keys=None)
+    client = site.client("a", None)
+    client.prefix()
+    server.stop()
+    client.wait_for("WARNING no connection to .*: (the peer closed the connection|Connection re)")
+    make_certificate(site.cert)
+    site.serve(keys=None)
+    client.wait_for("no connection to .* another fingerprint")
+    assert "WARNING no connection" in next(line for line in client.log().splitlines() if "another fingerprint" in line)
+
+
+# ---- administration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["on the running server", "on its files"])
+def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, running: bool) -> None:
+    first, third = (f"{site.tunnel.pool[number << 64]}/64" for number in (0, 3))
+    if running:
+        site.serve()
+    else:
+        site.write_config()
+    assert site.clients("list") == []
+    added = site.clients("add", "a")
+    assert (added["id"], added["prefix"], sorted(added)) == ("a", first, ["fingerprint", "id", "key", "prefix"])
+    tun6.KeyStore(str(site.keys)).check("a", added["key"])
+    with_prefix = site.clients("add", "b c", "--prefix", third)
+    assert with_prefix["prefix"] == third
+    assert json.loads(site.assignments.read_text()) == {"a": first, "b c": third}
+    files = site.keys.read_bytes(), site.assignments.read_bytes()
+    for complaint, *arguments in (
+        ("'a' has a key already; with --new-key it gets another one, and the old one ends", "add", "a"),
+        ("'a' has a key already; with --new-key it gets another one, and the old one ends", "add", "a", "--prefix", third),
+        (f"{third} is already the prefix of 'b c'", "add", "d", "--prefix", third),
+        (f"{third} is already the prefix of 'b c'", "pin", "a", third),
+        (f"2001:db8::/64 is outside {site.tunnel.pool}", "pin", "a", "2001:db8::/64"),
+        (f"{site.tunnel.pool} is not a /64", "pin", "a", str(site.tunnel.pool)),
+        ("it is not written like 2001:db8:1:2::/64", "pin", "a", "fe80::%eth0/64"),
+        ("'nobody' has no key; `clients list` shows who has", "revoke", "nobody"),
+        ("'nobody' has no key; `clients list` shows who has", "restore", "nobody"),
+        ("the Id must be 1 to 64 printable characters", "add", ""),
+        ("the Id must be 1 to 64 printable characters", "revoke", "x" * 65),
+        ("the Id must be 1 to 64 printable characters", "add", "a\nb"),
+    ):
+        assert site.complaint(*arguments) == f"tun6: {complaint}\n"
+    assert (site.keys.read_bytes(), site.assignments.read_bytes()) == files
+    assert site.clients("pin", "a", "--", third.replace(":3::", ":5::"))["prefix"] == third.replace(":3::", ":5::")
+    assert site.clients("pin", "not yet here", first) == {"id": "not yet here", "prefix": first, "key": False, "revoked": False}
+    assert site.clients("revoke", "b c") == {"id": "b c", "prefix": third, "key": True, "revoked": True}
+    assert sorted(entry["id"] for entry in site.clients("list")) == ["a", "b c", "not yet here"]
+    assert site.of("b c")["revoked"]
+    assert site.clients("restore", "b c") == {"id": "b c", "prefix": third, "key": True, "revoked": False}
+    tun6.KeyStore(str(site.keys)).check("b c", with_prefix["key"])
+    again = site.clients("add", "a", "--new-key")
+    assert again["key"] != added["key"]
+    assert refusal_of(tun6.KeyStore(str(site.keys)), "a", added["key"])[0] == "denied"
+    assert json.loads(site.assignments.read_text()) == {"a": again["prefix"], "b c": third, "not yet here": first}
+
+
+def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_moves_it(lab: Lab, site: Site) -> None:
+    site.serve()
+    done = lab.run("server", sys.executable, TUN6, "clients", "-c", str(site.config), "add", "it's 100 % = a:b[c]")
+    assert (done.returncode, done.stderr) == (0, "")
+    text, replaced = re.subn("(?m)^remotehost = .*$", f"remotehost = {Lab.SERVER}", done.stdout)
+    assert replaced == 1
+    (site.folder / "pasted.ini").write_text(text)
+    client = Program(lab, "client", "client", site.folder / "pasted.ini", site.folder / "pasted.log")
+    site.tunnel._programs.append(client)
+    prefix = client.prefix()
+    assert f"its prefix is {prefix}." in text
+    ping(lab, "client")
+    (entry,) = site.clients("list")
+    assert (entry["id"], entry["prefix"], entry["key"], entry["revoked"]) == ("it's 100 % = a:b[c]", str(prefix), True, False)
+    assert entry["session"]["peer"].startswith("10.9.0.2 port ")
+    assert entry["session"]["device"] in server_devices(lab)
+    assert min(entry["session"]["received"], entry["session"]["sent"]) > 5 * 56
+    line = run_tun6("clients", "-c", str(site.config), "list").stdout
+    assert re.fullmatch(
+        rf"\"it's 100 % = a:b\[c\]\"  {prefix}  has a key, connected for \d+ s from 10.9.0.2 port \d+ on tun6-\d+, \d+ bytes received,"
+        r" \d+ sent, 0 packets dropped, \d+ refused\n",
+        line,
+    )
+    moved = IPv6Network(f"{site.tunnel.pool[9 << 64]}/64")
+    site.clients("pin", entry["id"], str(moved))
+    assert client.prefix(times=2) == moved
+    client.wait_for(f"the server changed our prefix from {prefix} to {moved}")
+    ping(lab, "client")
+    assert client.log().count("no connection") == 1
+
+
+@pytest.mark.parametrize("id_", ["a #1", "#1", "; a", "a ;b", " a", "a "])
+def test_an_id_that_config_ini_can_not_say_gets_no_key(site: Site, id_: str) -> None:
+    site.write_config()
+    assert re.search("config.ini", site.complaint("add", id_))
+    assert not site.keys.exists()
+    assert not site.assignments.exists()
+
+
+@pytest.mark.parametrize("cert", ["missing.pem", "keys-only.pem"])
+def test_a_key_that_could_not_be_shown_is_not_made(site: Site, cert: str) -> None:
+    (site.folder / "keys-only.pem").write_text(site.cert.read_text().partition("-----BEGIN CERTIFICATE-----")[0])
+    site.write_config(cert=cert)
+    assert re.search(f"{cert}: .*`tun6.py keygen` makes one", site.complaint("add", "a"))
+    assert not site.keys.exists()
+    assert not site.assignments.exists()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the action", "behind it"])
+def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site, first: bool) -> None:
+    site.write_config()
+    options = ["-c", str(site.config), "--json"]
+    done = run_tun6("clients", *(options if first else []), "list", *([] if first else options))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_revoke_new_key_and_pin_end_the_live_session_at_once_and_the_prefix_stays_reserved(lab: Lab, site: Site) -> None:
+    key, of_other = site.issue("a"), site.issue("other")
+    server = site.serve()
+    with site.peer("other", of_other, "second") as other:
+        other.connected()
+        with site.peer("a", key) as peer:
+            prefix = peer.connected().prefix
+            peer.echo()
+            site.clients("revoke", "a")
+            assert peer.ends_at_once()
+        server.wait_for("'a' from .*: gone, it was revoked;")
+        assert site.answer("a", key) == {"Error": "revoked", "Text": "this Id was revoked by the server's operator"}
+        assert site.answer("a", of_other)["Error"] == "denied"
+        assert site.clients("add", "new")["prefix"] not in (str(prefix), str(other.prefix))
+        assert f"{prefix} is already the prefix of 'a'" in site.complaint("pin", "new", str(prefix))
+        site.clients("restore", "a")
+        with site.peer("a", key) as peer:
+            assert peer.connected().prefix == prefix
+            new = site.clients("add", "a", "--new-key")["key"]
+            assert peer.ends_at_once()
+        server.wait_for("'a' from .*: gone, it got another key;")
+        assert site.answer("a", key)["Error"] == "denied"
+        with site.peer("a", new) as peer:
+            assert peer.connected().prefix == prefix
+            site.clients("pin", "a", str(prefix))  # which it has
+            peer.echo()
+            moved = site.clients("pin", "a", f"{site.tunnel.pool[77 << 64]}/64")["prefix"]
+            assert peer.ends_at_once()
+        server.wait_for("'a' from .*: gone, its prefix was changed;")
+        with site.peer("a", new) as peer:
+            assert str(peer.connected().prefix) == moved
+            peer.echo()
+        other.echo()
+
+
+def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, site: Site) -> None:
+    key = site.issue("a")
+    site.serve()
+    client = site.client("a", key)
+    client.prefix()
+    site.clients("revoke", "a")
+    client.wait_for("WARNING no connection to .*: the peer closed the connection; trying again every 2 s")
+    client.wait_for("WARNING no connection to .*: revoked: this Id was revoked by the server's operator; .*trying again every 60 s")
+    wait_until_no_sessions(lab)
+
+
+def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> None:
+    site.serve(cert=None, keys=None)
+    with site.tunnel.peer("a") as peer:
+        prefix = peer.connected().prefix
+        entry = site.of("a")
+        assert (entry["prefix"], entry["key"], entry["revoked"]) == (str(prefix), False, False)
+        for arguments in (["add", "a"], ["revoke", "a"], ["restore", "a"]):
+            assert site.complaint(*arguments) == (
+                "tun6: this server is open to everybody; name a file with `keys` in config.ini, and restart it\n"
+            )
+        peer.echo()
+        site.clients("pin", "a", f"{site.tunnel.pool[2 << 64]}/64")
+        assert peer.ended() == "closed"
+    with site.tunnel.peer("a") as peer:
+        assert peer.connected().prefix == IPv6Network(f"{site.tunnel.pool[2 << 64]}/64")
+
+
+# ---- SIGHUP ----------------------------------------------------------------------------------------------------------
+
+
+def certificate_shown(site: Site) -> str:
+    """The fingerprint that a newcomer sees."""
+    with TlsPeer(site.tunnel.lab, site.tunnel.port) as peer:
+        return str(peer.sealed.fingerprint())
+
+
+def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(lab: Lab, site: Site) -> None:
+    ids = ("stays", "removed", "revoked")
+    keys = {id_: site.issue(id_) for id_ in ids}
+    server = site.serve()
+    with ExitStack() as undo:
+        peers = {id_: undo.enter_context(site.peer(id_, keys[id_])) for id_ in ids}
+        for peer in peers.values():
+            peer.connected()
+        entries = json.loads(site.keys.read_text())
+        del entries["removed"]
+        entries["revoked"]["revoked"] = True
+        site.keys.write_text(json.dumps(entries))
+        added = site.issue("added")
+        certificate = make_certificate(site.cert)
+        assert site.answer("added", added)["Error"] == "denied"
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("INFO keys and certificate read anew")
+        for id_ in ids[1:]:
+            assert peers[id_].ended() == "closed"
+            server.wait_for(f"'{id_}' from .*: gone, its key was taken away;")
+        peers["stays"].echo()
+        assert certificate_shown(site) == certificate != site.fingerprint
+        assert "Prefix" in site.answer("added", added)
+        peers["stays"].echo()
+    assert (site.answer("removed", keys["removed"])["Error"], site.answer("revoked", keys["revoked"])["Error"]) == ("denied", "revoked")
+
+
+def test_sighup_ends_the_session_of_an_old_key(site: Site) -> None:
+    key = site.issue("a")
+    server = site.serve()
+    with site.peer("a", key) as peer:
+        peer.connected()
+        site.issue("a")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("keys and certificate read anew")
+        assert peer.ends_at_once()
+
+
+@pytest.mark.parametrize("broken", ["keys", "cert", "no cert"])
+def test_sighup_with_a_broken_file_keeps_keys_and_certificate_as_they_were(site: Site, broken: str) -> None:
+    key = site.issue("a")
+    server = site.serve()
+    with site.peer("a", key) as peer:
+        peer.connected()
+        if broken == "keys":
+            make_certificate(site.cert)
+            site.keys.write_text('{"a": {}}')
+        else:
+            site.keys.write_text("{}")
+            site.cert.write_text("-----BEGIN CERTIFICATE-----\n")
+            if broken == "no cert":
+                site.cert.unlink()
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for(f"ERROR keys and certificate stay as they were: {site.keys if broken == 'keys' else site.cert}")
+        peer.echo()
+        assert certificate_shown(site) == site.fingerprint
+        assert site.answer("a", "wrong")["Error"] == "denied"
+        peer.echo()
+        with site.peer("a", key) as again:
+            again.connected().echo()
+    assert server.process.poll() is None
+
+
+# ---- the control socket ----------------------------------------------------------------------------------------------
+
+
+def test_the_control_socket_is_roots_alone_and_gone_after_the_end(site: Site) -> None:
+    control = site.folder / "run" / "server.sock"
+    server = site.serve(control=control)
+    assert stat.S_ISSOCK(control.stat().st_mode)
+    assert control.stat().st_mode & 0o7777 == 0o600
+    assert site.clients("list") == []
+    server.stop()
+    assert not control.exists()
+    assert site.clients("list") == []  # from the files
+
+
+def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_is_not(lab: Lab, site: Site) -> None:
+    control = site.folder / "server.sock"
+    server = site.serve(control=control)
+    server.kill()
+    assert control.exists()
+    site.clients("add", "a")  # nobody listens there, so it is done on the files
+    server = site.serve(control=control)
+    assert "can't reach this server" not in server.log()
+    added = site.clients("add", "b")
+    assert site.answer("b", added["key"])["Prefix"] == added["prefix"]  # the running server knows it
+    second = Site(site.tunnel, "second")
+    beside_it = second.serve(control=control, listenport=site.tunnel.port + 1, prefixrange=site.tunnel.new_pool())
+    beside_it.wait_for(f"WARNING control = {control}: Address already in use; `tun6.py clients` can't reach this server")
+    sentence = second.complaint("add", "c")
+    assert re.match(r"tun6: the server that runs here has other files, .*site-assignments.json.*; name its config.ini with -c", sentence)
+    assert sorted(entry["id"] for entry in site.clients("list")) == ["a", "b"]
+    assert not second.keys.exists()
+    beside_it.stop()
+    assert control.exists()
+    assert len(site.clients("list")) == 2
+
+
+def test_clients_do_not_touch_the_files_of_a_server_that_they_can_not_reach(site: Site) -> None:
+    site.serve(control=site.folder / "elsewhere.sock")
+    site.config.write_text(site.config.read_text().replace("elsewhere.sock", "wrong.sock"))
+    assert re.search(r"site-assignments.json is in use by another tun6 server", site.complaint("add", "a"))
+    assert not site.keys.exists()
+
+
+def test_without_server_and_without_assignments_file_there_is_nothing_to_administrate(site: Site) -> None:
+    site.write_config(assignments=None)
+    assert "no server listens at" in site.complaint("list")
+    site.serve(assignments=None)
+    added = site.clients("add", "a")
+    assert site.answer("a", added["key"])["Prefix"] == added["prefix"]
+
+
+@pytest.mark.parametrize(
+    "request_", [b"", b"garbage", b"{}", b'{"do": "list"}', b'{"do": "_drop", "files": %s}', b'{"do": "add", "files": %s}', b"{" * 9999]
+)
+def test_a_request_that_no_tun6_makes_hurts_nobody(control_server: Site, request_: bytes) -> None:
+    site = control_server
+    files = json.dumps([str(site.assignments), str(site.keys)]).encode()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(str(site.folder / "0.sock"))
+        sock.sendall(request_.replace(b"%s", files))
+        sock.shutdown(socket.SHUT_WR)
+        answer = all_of(sock)
+    assert not answer or list(json.loads(answer)) == ["error"]
+    assert site.clients("list") == []
+
+
+@pytest.fixture
+def control_server(site: Site) -> Site:
+    site.serve()
+    return site
+
+
+def test_whoever_says_nothing_on_the_control_socket_keeps_neither_others_nor_the_end_waiting(control_server: Site) -> None:
+    with ExitStack() as undo:
+        for _ in range(20):
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(str(control_server.folder / "0.sock"))
+        assert control_server.clients("list") == []
+        control_server.tunnel._programs[0].stop()
+
+
+def test_a_server_that_ran_out_of_descriptors_can_be_administrated_when_it_has_some_again(control_server: Site) -> None:
+    pid = control_server.tunnel._programs[0].process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    room = len(os.listdir(f"/proc/{pid}/fd")) + 2
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (room, limits[1]))
+    with ExitStack() as undo:
+        undo.callback(resource.prlimit, pid, resource.RLIMIT_NOFILE, limits)
+        for _ in range(5):
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(str(control_server.folder / "0.sock"))
+        wait_until("it has no descriptor left", lambda: len(os.listdir(f"/proc/{pid}/fd")) >= room - 1)
+        control_server.tunnel._programs[0].wait_for("ERROR control: can't accept a connection: Too many open files")
+    assert control_server.clients("list") == []
+
+
+# ---- keygen ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cert", ["made.pem", None])
+def test_keygen_makes_a_certificate_whose_fingerprint_clients_accept_and_never_overwrites(lab: Lab, site: Site, cert: str | None) -> None:
+    site.write_config(cert=cert, keys=None)
+    file = site.folder / (cert or "server.pem")
+    done = run_tun6("keygen", "-c", str(site.config))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("cert = server.pem" in done.stdout) == (cert is None)
+    fingerprint = re.findall("^Clients know the server by .* fingerprint = (sha256:[0-9a-f]{64})$", done.stdout, re.MULTILINE)[0]
+    assert file.stat().st_mode & 0o7777 == 0o600
+    assert fingerprint == fingerprint_in(file.read_text())
+    made = file.read_bytes()
+    sentence = only_line(run_tun6("keygen", "-c", str(site.config)), 2)
+    assert sentence == f"tun6: {file} is there already, its fingerprint is {fingerprint}; move it away to make another\n"
+    assert file.read_bytes() == made
+    site.serve(cert=file.name, keys=None)
+    site.client("a", None, fingerprint=fingerprint).prefix()
+    colons = ":".join(re.findall("..", fingerprint.partition(":")[2].upper()))  # as openssl shows it
+    site.client("b", None, "second", fingerprint=f"SHA256:{colons}").prefix()
+
+
+def test_keygen_that_can_not_make_the_file_says_so(site: Site, tmp_path: Path) -> None:
+    site.write_config(cert="nowhere/server.pem", keys=None)
+    assert "nowhere/server.pem can't be written: No such file" in only_line(run_tun6("keygen", "-c", str(site.config)), 1)
+    site.write_config(cert="new.pem", keys=None)
+    done = run_tun6("keygen", "-c", str(site.config), env={**os.environ, "PATH": str(tmp_path)})
+    assert "`openssl` can't be run: No such file or directory; install it with" in only_line(done, 1)
+    assert not (site.folder / "new.pem").exists()
+
+
+def test_a_server_with_keys_and_no_usable_certificate_does_not_start(lab: Lab, site: Site) -> None:
+    for settings_, complaint in (
+        ({"cert": None}, r"\[server\] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"),
+        ({"cert": "missing.pem"}, "missing.pem: No such file or directory; `tun6.py keygen` makes one"),
+        ({"cert": site.keys.name}, "keys.json is not a certificate with its key: .*; `tun6.py keygen` makes one"),
+    ):
+        site.keys.write_text("{}")
+        site.write_config(**settings_)
+        done = lab.run("server", sys.executable, TUN6, "server", "-c", str(site.config), timeout=10)
+        assert done.returncode == 2
+        assert re.search(f"^tun6: .*{complaint}$", done.stderr, re.MULTILINE), done.stderr
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------

@@ -795,8 +795,7 @@ class Outbox:
         at_once: a whole batch is sealed, if there is no queue; else it comes in small pieces from the queue, as what is
         sealed can't be overtaken any more.
         """
-        self._write, self._bare, self._seal, self._clock = write, bare, seal, clock
-        self._at_once = at_once and not (bare and seal)
+        self._write, self._bare, self._seal, self._clock, self._at_once = write, bare, seal, clock, at_once
         self._queue = FrameQueue()
         self._begun = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # something waits for the connection
@@ -865,10 +864,12 @@ class Outbox:
         begin = 0
         for number, end in enumerate(ends):
             packet = frames[begin + OFFLOAD_HEADER.size : end]
-            sent = self._write(packet) or 0
-            if sent < len(packet):
-                self._begun = memoryview(bytes(packet[sent:])) if sent else self._begun
-                return number + bool(sent)
+            data = memoryview(self._seal(packet)) if self._seal else packet
+            sent = self._write(data) or 0
+            if sent < len(data):
+                begun = bool(sent or self._seal)  # what is sealed has to be sent
+                self._begun = memoryview(bytes(data[sent:])) if begun else self._begun
+                return number + begun
             begin = end
         return len(ends)
 
@@ -1152,15 +1153,18 @@ class KeyStore:
 
     def reload(self) -> None:
         """Reads the file anew. Raises ConfigError, and then knows what it knew."""
+        if self._entries and not self.path.exists():
+            raise ConfigError(f"{self.path} is not there any more; put it back, or an empty one in its place to keep everybody out")
         entries = {}
         for id_, value in self._file.load():
             fields = dict(value) if isinstance(value, list) and all(isinstance(item, tuple) for item in value) else {}
             digest = fields.get("key")
-            if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest) or set(fields) - {"key", "revoked"}:
+            known = isinstance(digest, str) and re.fullmatch("sha256:[0-9a-f]{64}", digest) and not set(fields) - {"key", "revoked"}
+            if not known or len(fields) != len(value):
                 raise self._file.entry_error(id_, 'it is not {"key": "sha256:<64 hexadecimal digits>"}, perhaps with "revoked": true')
             if not isinstance(fields.get("revoked", False), bool):
                 raise self._file.entry_error(id_, "revoked is neither true nor false")
-            entries[id_] = KeyEntry(digest[len("sha256:") :], fields.get("revoked", False))
+            entries[id_] = KeyEntry(cast(str, digest)[len("sha256:") :], fields.get("revoked", False))
         self._entries = entries
 
     def find(self, id_: str) -> KeyEntry | None:
@@ -1477,7 +1481,8 @@ def _tls_errors() -> Iterator[None]:
     except ssl.SSLCertVerificationError as error:
         raise ProtocolError(f"the server's certificate is not to be trusted: {error.verify_message}") from None
     except ssl.SSLError as error:
-        raise ProtocolError(f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}") from None
+        reason = "the other side does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else error.reason or str(error)
+        raise ProtocolError(f"TLS failed: {reason.replace('_', ' ').lower() if reason.isupper() else reason}") from None
 
 
 def fingerprint_of(certificate: bytes) -> str:
@@ -1918,7 +1923,7 @@ class Door:
         waiting = self._outside.setdefault(host, deque())
         if len(waiting) < BACKLOG:
             waiting.append((sock, peer))
-            self._send_slow_away(host)
+            gevent.spawn_later(PENDING_SLOW_S, self._send_slow_away, host)
         else:
             log.warning("%s: turned away, %d others from there wait already", peer, BACKLOG)
             sock.close()
@@ -2019,14 +2024,15 @@ class Server:
 
     def reload(self) -> None:
         """Reads keys and certificate anew; sessions go on, but those of Ids that may not come in any more. Raises ConfigError."""
-        if self._policy.tls:
-            self._tls = self._policy.tls()
-        if self._policy.keys:
-            self._policy.keys.reload()
-            for id_ in list(self.sessions):
-                entry = self._policy.keys.find(id_)
-                if entry is None or entry.revoked:
+        tls, keys = self._policy.tls and self._policy.tls(), self._policy.keys
+        if keys:
+            before = {id_: keys.find(id_) for id_ in self.sessions}
+            keys.reload()
+            for id_, old in before.items():
+                now = keys.find(id_)
+                if now is None or now.revoked or now != old:
                     self.drop(id_, "its key was taken away")
+        self._tls = tls
 
     def drop(self, id_: str, why: str) -> None:
         """Ends the session of the Id, if there is one."""
@@ -2139,6 +2145,7 @@ class Server:
         id_, kinds, _ = hello
         self._door.leave(gevent.getcurrent())
         self._take_over(id_, peer)
+        self._require_key(hello, stream)  # it may have waited, and its key been taken away meanwhile
         if len(self.sessions) >= self._policy.max_clients:
             raise Refusal("busy", f"{self._policy.max_clients} clients are connected already")
         if self._policy.keys is None and self._store.pool.find(id_) is None and not self._new_ids.allows():
@@ -2323,8 +2330,8 @@ class Client:
             self._kernel.undo(address_plan(tun.name, old, os.getpid()))
 
     def _tell(self, error: BaseException) -> None:
-        """Says why there is no connection: once an outage, and again when silence turns into a refusal or back."""
-        kind = error.code if isinstance(error, Refusal) else ""
+        """Says why there is no connection: once an outage, and again when silence turns into a refusal or a wrong server, or back."""
+        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, ProtocolError) else ""
         level = logging.DEBUG if kind == self._told else logging.WARNING
         final = isinstance(error, Refusal) and error.code in FINAL
         self._pause = FINAL_RETRY_S if final else RETRY_S
@@ -2491,8 +2498,13 @@ class Control:
     def _run(self, listener: socket.socket) -> NoReturn:
         with listener:
             while True:
-                sock, _ = listener.accept()
-                self._handlers.spawn(self._handle, sock)
+                try:
+                    sock, _ = listener.accept()
+                except OSError as error:
+                    log.error("control: can't accept a connection: %s", error.strerror)
+                    gevent.sleep(ACCEPT_PAUSE_S)
+                else:
+                    self._handlers.spawn(self._handle, sock)
 
     def _handle(self, sock: socket.socket) -> None:
         with sock:
@@ -3035,7 +3047,7 @@ def server_command(options: argparse.Namespace) -> None:
     def reload() -> None:
         try:
             server.reload()
-            log.info("keys and certificate read anew")
+            log.info("keys and certificate read anew" if tls else "nothing to be read anew: there are neither keys nor a certificate")
         except ConfigError as error:
             log.error("keys and certificate stay as they were: %s", error)
 
@@ -3104,6 +3116,12 @@ def clients_command(options: argparse.Namespace) -> None:
     path = find_config(options.config)
     config: ServerConfig = read_config(path, "server")
     arguments = {name: getattr(options, name) for name in ("id", "prefix", "new_key") if hasattr(options, name)}
+    fingerprint = ""
+    if options.action == "add":  # what is to be printed, before anything is changed: the key is not to be had twice
+        if re.search(r"^ | $|(^| )[#;]", options.id):
+            raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
+        if config.cert:
+            fingerprint = certificate_fingerprint(Path(cast(str, beside(path, config.cert))))
     files = [name and os.path.realpath(name) for name in (beside(path, config.assignments), beside(path, config.keys))]
     control = control_path(path, config)
     request = {"do": options.action, "files": files, **arguments}
@@ -3117,16 +3135,18 @@ def clients_command(options: argparse.Namespace) -> None:
         store = AssignmentStore(PrefixPool(config.prefixrange), files[0])
         done = Registry(store, open_keys(path, config), {}, lambda id_, why: None).perform(request)
         store.close()
+    if options.action == "add":
+        done["fingerprint"] = fingerprint
     if options.json:
         print(json.dumps(done, indent=1))
     elif options.action == "add":
-        print(client_section(config, Path(cast(str, beside(path, config.cert))), done))
+        print(client_section(config, done))
     else:
         for entry in done if isinstance(done, list) else [done]:
             print(client_line(entry))
 
 
-def client_section(config: ServerConfig, certificate: Path, added: dict[str, str]) -> str:
+def client_section(config: ServerConfig, added: dict[str, str]) -> str:
     """The part of config.ini for a client that was added."""
     host = config.localhost
     if host == "0.0.0.0":
@@ -3141,7 +3161,7 @@ def client_section(config: ServerConfig, certificate: Path, added: dict[str, str
         remoteport = {config.listenport}
         id = {added["id"]}
         key = {added["key"]}
-        fingerprint = {certificate_fingerprint(certificate)}""")
+        fingerprint = {added["fingerprint"]}""")
 
 
 def client_line(entry: dict[str, Any]) -> str:
@@ -3309,6 +3329,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ("restore", "let a revoked Id in again"),
             ):
                 sub = actions.add_parser(action, help=text, description=text)
+                sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log more")
+                sub.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="the server's config.ini")
+                sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="answer in JSON")
                 if action != "list":
                     sub.add_argument("id", metavar="ID", help="as the client says it, often a MAC address")
                 if action == "pin":
