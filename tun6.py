@@ -122,6 +122,7 @@ NEEDS_CSUM, DATA_VALID = 1, 2  # flags
 GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # gso_type
 GSO_KINDS = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}  # as "Offload" names them
 UDP_HEADER = 8  # bytes, RFC 768
+EXTENSIONS_MAX = 256  # bytes of extension headers in a GSO frame
 GSO_SEGMENTS_MAX = 128  # that one frame may become; UDP_MAX_SEGMENTS of linux/udp.h, and we set it for TCP on our TUNs
 
 # ---- constants of this implementation --------------------------------------------------------------------------------
@@ -365,6 +366,8 @@ def check_offload(header: memoryview, length: int, kinds: frozenset[str]) -> Non
         raise ProtocolError(f"offload header with gso_type {gso_type:#x}, which was not offered")
     if not flags:
         raise ProtocolError("offload header with a gso_type but no checksum to fill in")
+    if csum_start > IPV6_HEADER + EXTENSIONS_MAX:  # older kernels cut from where the transport header is, whatever this says
+        raise ProtocolError(f"offload header with a gso_type and a checksum at {csum_start}")
     transport = 60 if kind == "tso6" else 8  # bytes of header, at most: they are not part of any segment's gso_size
     if length - csum_start - transport > gso_size * GSO_SEGMENTS_MAX or not gso_size:
         raise ProtocolError(f"offload header with gso_size {gso_size} for {length} bytes: over {GSO_SEGMENTS_MAX} segments")
