@@ -15,6 +15,7 @@ kit - wire - prefixes - plans - queue - Gather - store - kernel - command line -
 
 from __future__ import annotations
 
+import argparse
 import base64
 import ctypes
 import dataclasses
@@ -23,10 +24,12 @@ import fcntl
 import hashlib
 import heapq
 import io
+import ipaddress
 import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import select
@@ -3755,6 +3758,1289 @@ def test_datagrams_that_wait_together_travel_joined_and_arrive_as_they_were(lab:
         assert [sink.recv(4096) for _ in payloads] == payloads
 
 
+# ---- border ----------------------------------------------------------------------------------------------------------
+
+HOME = subnet(1)  # the /64 of the client whose border it is
+ABROAD = IPv6Address(Lab.INTERNET)
+PLACES = [
+    *[HOME] * 6,
+    *[IPv6Network("2001:db8:ffff::/64"), IPv6Network("2000::/3")] * 3,
+    *(subnet(0), subnet(2), subnet(255), POOL),
+    *map(IPv6Network, ("2001:db8:0:ffff::/64", "2001:db8:1:100::/64")),  # beside the pool
+    *map(IPv6Network, ("ff00::/8", "ff02::/64", "fe00::/8", "fe80::/10", "fe80::/64", "fec0::/10", "feff::/16", "::/64", "::/120", "::/0")),
+    *map(IPv6Network, ("::ffff:0:0/96", "0:0:0:1::/64", "fc00::/7")),
+]
+PLACED = st.builds(
+    lambda place, number: place[number if number < 0 else number % place.num_addresses],
+    st.sampled_from(PLACES),
+    st.sampled_from([0, 1, -1, (1 << 128) // 3]) | st.integers(0, (1 << 128) - 1),
+)
+
+
+def between(source: IPv6Address, destination: IPv6Address, payload: bytes = b"", next_header: int = NOTHING) -> bytes:
+    """An IPv6 packet from one address to another."""
+    made = packet(payload, next_header)
+    return made[:8] + source.packed + destination.packed + made[40:]
+
+
+def refused_as(source: IPv6Address, destination: IPv6Address, from_client: bool = True, closed: IPv6Network | None = None) -> str:
+    """Why a packet may not cross the border of HOME, by the words of Border; "" when it may."""
+    near, far = (source, destination) if from_client else (destination, source)
+    if near not in HOME:
+        return "outside its /64"
+    if far in HOME:
+        return "within its /64"
+    if far.is_multicast:
+        return "multicast"
+    if far.is_link_local:
+        return "link-local"
+    if far in IPv6Network("::/64"):
+        return "loopback"
+    return "to another client" if closed and far in closed else ""
+
+
+@given(st.lists(st.tuples(PLACED, PLACED), max_size=20), st.booleans(), st.sampled_from([None, POOL, IPv6Network("2000::/4"), subnet(2)]))
+def test_what_may_cross_the_border_is_what_the_addresses_say_and_the_rest_is_counted_by_reason(
+    pairs: list[tuple[IPv6Address, IPv6Address]], from_client: bool, closed: IPv6Network | None
+) -> None:
+    border = tun6.Border(HOME, from_client, closed)
+    reasons = [refused_as(source, destination, from_client, closed) for source, destination in pairs]
+    for (source, destination), reason in zip(pairs, reasons):
+        assert border.lets_pass(int(source) >> 64, int(destination) >> 64) is (not reason)
+    assert border.refused == Counter(filter(None, reasons))
+
+
+@given(st.lists(st.tuples(PLACED, PLACED), max_size=10))
+def test_the_border_of_a_client_is_the_mirror_image_of_its_servers(pairs: list[tuple[IPv6Address, IPv6Address]]) -> None:
+    servers, clients = tun6.Border(HOME, True), tun6.Border(HOME, False)
+    for source, destination in pairs:
+        there, back = (int(source) >> 64, int(destination) >> 64), (int(destination) >> 64, int(source) >> 64)
+        assert servers.lets_pass(*there) is clients.lets_pass(*back)
+    assert servers.refused == clients.refused
+
+
+@given(
+    st.data(),
+    st.lists(st.tuples(PLACED, PLACED, HEADERS | st.just(offload()), st.sampled_from([20, 20, 99, 2000])), max_size=12),
+    st.booleans(),
+    st.booleans(),
+)
+def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_however_it_is_cut(
+    data: st.DataObject, kinds_of_packets: list[tuple[IPv6Address, IPv6Address, bytes, int]], bare: bool, from_client: bool
+) -> None:
+    border = tun6.Border(HOME, from_client, POOL)
+    frames, expected, reasons = [], [], []
+    for source, destination, header, size in kinds_of_packets:
+        frames.append(b"" if bare else header)
+        frames[-1] += between(source, destination, bytes(size), TCP)
+        reason = refused_as(source, destination, from_client, POOL)
+        if reason:
+            reasons.append(reason)
+        else:
+            expected.append(frames[-1])
+    stream = b"".join(frames)
+    early = data.draw(st.integers(0, min(len(stream), tun6.MESSAGE_MAX)))
+    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, border)
+    found = [bytes(each) for each in deframer.push(stream[:early])]
+    wire = Wire(data.draw(cuts(stream[early:], gaps=True)))
+    while wire.segments:
+        found += deframe(deframer, wire)
+    assert found == expected
+    assert border.refused == Counter(reasons)
+
+
+# ---- limits: pure ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_limit_lets_its_number_through_at_once_and_then_one_for_each_part_of_the_hour() -> None:
+    now = 1000.0
+    limit = tun6.RateLimit(60, clock=lambda: now)
+    assert [limit.allows() for _ in range(62)] == [True] * 60 + [False] * 2
+    now += 59
+    assert not limit.allows()
+    now += 1.5
+    assert [limit.allows() for _ in range(2)] == [True, False]
+    now += 10 * 3600  # a day off saves nothing up
+    assert [limit.allows() for _ in range(61)] == [True] * 60 + [False]
+
+
+@given(st.integers(1, 50), st.lists(st.tuples(st.floats(0, 4000), st.integers(1, 60)), max_size=20))
+def test_a_rate_limit_never_lets_more_through_than_its_number_and_what_the_hours_bring(
+    per_hour: int, steps: list[tuple[float, int]]
+) -> None:
+    now = 0.0
+    limit = tun6.RateLimit(per_hour, clock=lambda: now)
+    passed = 0
+    for pause, tries in steps:
+        now += pause
+        passed += sum(limit.allows() for _ in range(tries))
+        assert passed <= per_hour + now * per_hour / 3600 + 1e-6
+
+
+def test_a_rate_limit_of_zero_is_none() -> None:
+    limit = tun6.RateLimit(0, clock=lambda: 0.0)
+    assert all(limit.allows() for _ in range(10_000))
+
+
+class House:
+    """A Door, and those whom it let in; each stays until it is told to go."""
+
+    def __init__(self) -> None:
+        self.door = tun6.Door(self._begin)
+        self.peers: list[str] = []  # whom it let in, in that order
+        self.greenlets: dict[str, Any] = {}
+
+    def _begin(self, sock: socket.socket, peer: str) -> Any:
+        self.peers.append(peer)
+        self.greenlets[peer] = gevent.spawn(gevent.sleep, 60)
+        return self.greenlets[peer]
+
+    def arrive(self, host: str, number: int = 0, says: bytes = b"{") -> str:
+        """A connection from this host, which says so much; gives the peer's name."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.send(says)
+            self.door.arrive(gevent.socket.socket(fileno=ours.detach()), host, number)
+        return f"{host} port {number}"
+
+    def inside(self) -> list[str]:
+        gevent.sleep(0.01)
+        return [peer for peer in self.peers if not self.greenlets[peer].dead]
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    house = House()
+    yield house
+    house.door.close()
+    gevent.killall(list(house.greenlets.values()))
+
+
+def test_more_than_eight_of_a_host_come_in_one_by_one_as_others_leave_and_other_hosts_do_not_wait(house: House) -> None:
+    names = [house.arrive("a", number) for number in range(12)]
+    other = house.arrive("b")
+    assert house.inside() == [*names[:8], other]
+    house.door.leave(house.greenlets[names[3]])  # has said who it is, and goes on
+    assert house.inside() == [*names[:8], other, names[8]]
+    gevent.kill(house.greenlets[names[0]])
+    assert house.inside() == [*names[1:8], other, *names[8:10]]
+
+
+def test_who_says_nothing_while_it_waits_outside_is_not_let_in(house: House) -> None:
+    names = [house.arrive("a", number, b"" if number in (8, 9) else b"{") for number in range(11)]
+    house.door.leave(house.greenlets[names[0]])
+    assert house.inside() == [*names[:8], names[10]]
+
+
+def test_after_a_second_whoever_waits_outside_takes_the_place_of_the_oldest(house: House) -> None:
+    names = [house.arrive("a", number) for number in range(9)]
+    assert house.inside() == names[:8]
+    wait_until("it comes in", lambda: house.inside() == names[1:], 3)
+
+
+@pytest.mark.parametrize(
+    ("hosts_", "goes"),
+    [
+        (["a"] * 3 + ["b"] * 8 + [f"{number}" for number in range(53)], 10),  # the newest of the host that has most
+        (["x"] + [host for host in "cdefghi" for _ in range(8)] + ["j"] * 7, 8),
+        ([f"{number}" for number in range(64)], None),  # all alike, and young: the newcomer waits, and the oldest goes
+    ],
+)
+def test_when_all_are_busy_saying_who_they_are_the_host_that_has_most_makes_room(house: House, hosts_: list[str], goes: int | None) -> None:
+    names = [house.arrive(host, number) for number, host in enumerate(hosts_)]
+    assert house.inside() == names
+    began = time.monotonic()
+    newcomer = house.arrive("newcomer")
+    took = time.monotonic() - began
+    assert house.inside() == [name for name in names if name != names[goes or 0]] + [newcomer]
+    assert (took > 0.5 * tun6.PENDING_SLOW_S) is (goes is None)
+
+
+def test_nobody_comes_in_after_the_end(house: House) -> None:
+    names = [house.arrive("a", number) for number in range(12)]
+    house.door.close()
+    house.door.leave(house.greenlets[names[0]])
+    assert house.inside() == names[:8]
+
+
+# ---- Outbox: sealed --------------------------------------------------------------------------------------------------
+
+RECORD = struct.Struct(">BI")  # of the seal of these tests: number, modulo 256, and length
+
+
+class SealedConnection:
+    """A connection as Connection, and the seal of what is written to it: a header, and the bytes reversed."""
+
+    def __init__(self, takes: list[int]) -> None:
+        self.takes = takes
+        self.stream = bytearray()
+        self.sealed: list[int] = []  # bytes in each record
+        self._written = bytearray()  # by the seal: what has to be written, in this order
+
+    def seal(self, data: bytes | bytearray | memoryview) -> bytes:
+        assert len(data)
+        record = RECORD.pack(len(self.sealed) % 256, len(data)) + bytes(data)[::-1]
+        self.sealed.append(len(data))
+        self._written += record
+        return record
+
+    def write(self, data: memoryview) -> int | None:
+        assert len(data)
+        at = len(self.stream)
+        assert bytes(data) == self._written[at : at + len(data)], "what is written is not what was sealed, in its order"
+        took = min(self.takes.pop(0), len(data)) if self.takes else len(data)
+        self.stream += data[:took]
+        return took or None
+
+    def opened(self) -> bytes:
+        """What the peer makes of it."""
+        at, out = 0, bytearray()
+        for number in itertools.count():
+            if at == len(self.stream):
+                return bytes(out)
+            said, length = RECORD.unpack_from(self.stream, at)
+            body = self.stream[at + RECORD.size : at + RECORD.size + length]
+            assert (said, len(body)) == (number % 256, length)
+            out += body[::-1]
+            at += RECORD.size + length
+        raise AssertionError
+
+    def received(self, bare: bool) -> list[bytes]:
+        """The frames that the peer gets, with offload headers, which a bare peer has not seen."""
+        link = Connection([], bare=False)
+        stream = self.opened()
+        if bare:
+            at = 0
+            while at < len(stream):
+                end = at + packet_length(stream[at:])
+                link.stream += PLAIN + stream[at:end]
+                at = end
+        else:
+            link.stream += stream
+        return link.received()
+
+
+@given(
+    st.lists(st.tuples(st.none() | SOME_FRAMES, st.sampled_from([0, 0.02, 0.06, 0.2])), max_size=30),
+    TAKES,
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_sealed_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
+    steps: list[tuple[list[tuple[int, int, int, bytes]] | None, float]], takes: list[int], at_once: bool, bare: bool
+) -> None:
+    now = 0.0
+    connection = SealedConnection(takes)
+    outbox = tun6.Outbox(connection.write, bare, connection.seal, clock=lambda: now, at_once=at_once)
+    sent: dict[tuple[int, int], bytes] = {}
+    for kinds, pause in steps:
+        now += pause
+        if kinds is None:
+            outbox.flush()
+            continue
+        frames = [frame(flow, len(sent) + at, size, ecn, PLAIN if bare else header) for at, (flow, size, ecn, header) in enumerate(kinds)]
+        sent.update((name(each), each) for each in frames)
+        view, ends = batch(frames)
+        outbox.send(view, ends)
+        view[:] = bytes(len(view))  # the pump uses its buffer again
+    while outbox.blocked:
+        outbox.flush()
+    received = connection.received(bare)
+    assert len(received) + outbox.dropped == len(sent)
+    for flow in range(4):
+        numbers = [name(each)[1] for each in received if name(each)[0] == flow]
+        assert numbers == sorted(set(numbers))
+    for each in received:
+        original = sent[name(each)]
+        assert each == original or (ecn(original) and each == original[:11] + bytes([original[11] | 0x30]) + original[12:])
+
+
+def test_while_the_connection_takes_everything_a_whole_batch_is_sealed_and_written_at_once() -> None:
+    connection = SealedConnection([])
+    outbox = tun6.Outbox(connection.write, False, connection.seal, clock=lambda: pytest.fail("nothing waits: no need to know the time"))
+    frames = [frame(flow, size=size) for flow, size in enumerate([1510, LARGEST, SMALLEST, 100])]
+    for _ in range(3):
+        outbox.send(*batch(frames))
+        assert not outbox.blocked
+    assert connection.sealed == [sum(map(len, frames))] * 3
+    assert connection.received(bare=False) == frames * 3
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_already_sealed(at_once: bool) -> None:
+    connection = SealedConnection([1, 0] if at_once else [0])
+    outbox = tun6.Outbox(connection.write, False, connection.seal, clock=lambda: 0.0, at_once=at_once)
+    outbox.send(*batch([frame(9)]))  # with at_once, this is what was sealed
+    outbox.send(*batch([frame(1, number) for number in range(150)]))
+    connection.takes = [1, 0]
+    outbox.flush()
+    assert sum(connection.sealed) <= tun6.FLUSH + 1510
+    outbox.send(*batch([frame(2, size=114)]))
+    while outbox.blocked:
+        outbox.flush()
+    before = [name(each)[0] for each in connection.received(bare=False)].index(2)
+    assert before * 1510 <= tun6.FLUSH + 1510
+
+
+def test_not_at_once_nothing_is_sealed_before_the_connection_is_flushed_and_the_urgent_goes_first() -> None:
+    connection = SealedConnection([])
+    outbox = tun6.Outbox(connection.write, False, connection.seal, clock=lambda: 0.0, at_once=False)
+    outbox.send(*batch([frame(1, number) for number in range(100)]))
+    outbox.send(*batch([frame(2, size=114)]))
+    assert (outbox.blocked, connection.sealed) == (True, [])
+    while outbox.blocked:
+        outbox.flush()
+    order = [name(each)[0] for each in connection.received(bare=False)]
+    assert order.index(2) * 1510 <= tun6.QUANTUM + 1510
+    assert max(connection.sealed) < tun6.FLUSH + 1510
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_real_records_of_large_batches_come_out_whole_at_the_other_end(at_once: bool, version: ssl.TLSVersion, tmp_path: Path) -> None:
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    pem = certificate(tmp_path)
+    client = tun6.client_tls(pinned=True)
+    client.minimum_version = version
+    client.maximum_version = version
+    sender = client.wrap_bio(to_client, to_server)
+    receiver = tun6.server_tls(str(pem)).wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(4):
+        for end in sender, receiver:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+
+    def seal(data: bytes | bytearray | memoryview) -> bytes:
+        sender.write(data)
+        return to_server.read()
+
+    link = bytearray()
+    rng = random.Random(1)
+
+    def write(data: memoryview) -> int | None:
+        took = rng.choice([0, 1, 5, 1000, 20_000, 1 << 20])
+        link.extend(data[:took])
+        return min(took, len(data)) or None
+
+    outbox = tun6.Outbox(write, False, seal, clock=lambda: 0.0, at_once=at_once)
+    sent = Connection([], bare=False)
+    for number in range(20):
+        frames = [frame(1, number * 30 + at, size) for at, size in enumerate([1510, LARGEST, LARGEST, SMALLEST])]
+        sent.stream += b"".join(frames)
+        outbox.send(*batch(frames))
+        while outbox.blocked:
+            outbox.flush()
+    got = Connection([], bare=False)
+    to_server.write(bytes(link))
+    with suppress(ssl.SSLWantReadError):
+        while data := receiver.read(1 << 16):
+            got.stream += data
+    assert got.stream == sent.stream
+
+
+def certificate(folder: Path) -> Path:
+    """A new certificate with its key, in one PEM file."""
+    path, key = folder / "server.pem", folder / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=tun6"
+    subprocess.run([*command.split(), "-keyout", str(key), "-out", str(path)], check=True, capture_output=True)
+    path.write_text(path.read_text() + key.read_text())
+    return path
+
+
+# ---- fuzzing ---------------------------------------------------------------------------------------------------------
+
+
+class Fuzz:
+    """Cases at random, each from its own seed, so that it can be had again by itself."""
+
+    MESSAGES = (
+        b'{"Id": "00:11:22:aa:bb:cc", "Offload": ["tso6", "uso6"]}',
+        b'{"Id": "00:11:22:aa:bb:cc"}',
+        b'{"Key": "' + b"k" * 43 + b'", "Id": "\xc3\xa9 \\" \\u00e9", "Offload": []}',
+        b'{"Prefix": "2001:db8:1:2::/64", "Offload": ["tso6", "uso6"]}',
+        b'{"Prefix": "2001:db8:1:2::/64"}',
+        b'{"Error": "busy", "Text": "no room {} [] \\\\"}',
+        b'{"a": {"b": [1, -2.5e7, null, true, {"c": []}]}, "Id": "x"}',
+    )
+    SPICE = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
+    ADDRESSES = (
+        *[HOME[1]] * 6,
+        *[ABROAD] * 6,
+        *map(IPv6Address, ("ff02::1", "fe80::1", "::1", "::", "2001:db8:1:2::1", "2001:db8:2::1")),
+        HOME[2],
+    )
+    BODIES = (
+        *[(PLAIN, b"", NOTHING), (PLAIN, bytes(16), NOTHING), (PLAIN, bytes(8), HOP_BY_HOP), (offload(), bytes(40), TCP)] * 3,
+        (offload(hdr_len=60), bytes(30), TCP),
+        (offload(gso_type=4, gso_size=50), bytes(300), TCP),
+        (offload(gso_type=5, gso_size=100, csum_offset=6), bytes(208), UDP),
+        (PLAIN, bytes(1400), UDP),
+    )
+    DATAGRAMS = tuple(
+        datagram(payload, flow, label, finished)
+        for payload in (b"", b"ab", bytes(range(64)), bytes(65))
+        for flow in (0, 1)
+        for label in (0, 1)
+        for finished in (False, True)
+    )
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def run(self) -> None:
+        """One case."""
+        self.random.choice((self.handshake, self.deframer, self.deframer, self.offload_header, self.offload_header, self.joined))()
+
+    def mutated(self, data: bytes) -> bytes:
+        """With a few bytes changed, put in, taken out or copied; often with none."""
+        made, pick = bytearray(data), self.random
+        for _ in range(pick.choice((0, 1, 1, 2, 3))):
+            at = pick.randrange(len(made) + 1)
+            kind = pick.randrange(5)
+            if kind == 0 and at < len(made):
+                made[at] = pick.randrange(256)
+            elif kind == 1 and at < len(made):
+                made[at] ^= 1 << pick.randrange(8)
+            elif kind == 2:
+                made[at:at] = pick.choice(self.SPICE)
+            elif kind == 3:
+                del made[at : at + pick.choice((1, 1, 2, 40))]
+            else:
+                made[at:at] = made[at // 2 : at // 2 + pick.randrange(20)]
+        return bytes(made)
+
+    def segments(self, data: bytes) -> Segments:
+        """Cut anyhow."""
+        cuts = sorted(self.random.randrange(len(data) + 1) for _ in range(self.random.choice((0, 1, 2, 5))))
+        return [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)]) if start < end]
+
+    def handshake(self) -> None:
+        """Any bytes begin with the object that `json` finds in them, wherever they are cut, or are no message."""
+        behind = self.random.choice((b"", b"`", b"}{", bytes(50)))
+        stream = self.mutated(self.random.choice(self.MESSAGES)) + behind
+        whole = self.outcome([stream])
+        assert whole == self.outcome(self.segments(stream))
+        try:
+            text = stream.decode(errors="surrogateescape")  # what is behind the message may be anything
+            expected, end = json.JSONDecoder().raw_decode(text)
+            text[:end].encode()
+        except ValueError:  # UnicodeEncodeError is one
+            assert not isinstance(whole, tuple)
+            return
+        if not isinstance(expected, dict):
+            assert isinstance(whole, str)
+            return
+        assert isinstance(whole, tuple)
+        message, rest = whole
+        assert (repr(message), rest) == (repr(expected), text[end:].encode(errors="surrogateescape"))  # NaN is not itself
+        try:
+            id_, kinds, key = tun6.parse_hello(message)
+            assert tun6.is_id(id_)
+            assert isinstance(key, str)
+            assert kinds is None or all(isinstance(kind, str) for kind in kinds)
+        except tun6.ProtocolError:
+            pass
+        try:
+            prefix, kinds = tun6.parse_answer(message)
+            assert prefix.prefixlen == 64
+            assert not (prefix.is_multicast or prefix.is_link_local or ipaddress.IPv6Address("::1") in prefix)
+        except tun6.SessionError as error:
+            assert str(error).isprintable()
+
+    @staticmethod
+    def outcome(segments: Segments) -> object:
+        """Message and rest; None when it is not complete, the complaint when it is wrong."""
+        handshake = tun6.Handshake()
+        for number, segment in enumerate(segments):
+            try:
+                found = handshake.feed(segment or b"")
+            except tun6.ProtocolError as error:
+                return str(error)
+            if found:
+                return found[0], found[1] + b"".join(rest or b"" for rest in segments[number + 1 :])
+        return None
+
+    def deframer(self) -> None:
+        """Of any bytes the frames that may cross come out, whole and in order, up to the first that breaks a rule."""
+        pick, bare, from_client = self.random, self.random.random() < 0.3, self.random.random() < 0.7
+        frames = []
+        for _ in range(pick.randrange(1, 6)):
+            header, body, following = pick.choice(self.BODIES)
+            frames.append((b"" if bare else header) + between(pick.choice(self.ADDRESSES), pick.choice(self.ADDRESSES), body, following))
+        stream = self.mutated(b"".join(frames))
+        kinds = None if bare else pick.choice((BOTH, BOTH, frozenset({"tso6"}), frozenset[str]()))
+        border = tun6.Border(HOME, from_client, pick.choice((None, POOL)))
+        deframer, wire, found, error = tun6.Deframer(BUFFER, kinds, border), Wire(self.segments(stream)), [], False
+        try:
+            while wire.segments:
+                found += deframe(deframer, wire)
+        except tun6.ProtocolError:
+            error = True
+        skip, at = 0 if bare else len(PLAIN), 0
+        expected, refused = [], Counter[str]()
+        while at + skip + 40 <= len(stream):
+            end = at + skip + packet_length(stream[at + skip :])
+            if end > len(stream) or not self.is_good(stream[at:end], skip, kinds):
+                break
+            source, destination = (IPv6Address(stream[at + skip + begin : at + skip + begin + 16]) for begin in (8, 24))
+            reason = refused_as(source, destination, from_client, border._closed)
+            if reason:
+                refused[reason] += 1
+            else:
+                expected.append(stream[at:end])
+            at = end
+        if error:  # those of the last segment never came out
+            assert found == expected[: len(found)]
+        else:
+            assert found == expected
+            assert border.refused == refused
+
+    @staticmethod
+    def is_good(frame: bytes, skip: int, kinds: frozenset[str] | None) -> bool:
+        """Whether a frame keeps the rules of the wire."""
+        body = frame[skip:]
+        if body[0] >> 4 != 6 or (len(body) == 40 and body[6] == HOP_BY_HOP):
+            return False
+        try:
+            if kinds is not None:
+                tun6.check_offload(memoryview(frame[:skip]), len(body), kinds)
+        except tun6.ProtocolError:
+            return False
+        return True
+
+    def offload_header(self) -> None:
+        """Whatever passes stays within the packet and its kinds, and makes few segments of it."""
+        pick = self.random
+        length = pick.choice((40, 41, 60, 100, 1500, 1500, 9000, 65_575, pick.randrange(40, 65_576)))
+
+        def number() -> int:
+            near = pick.choice((0, 1, 16, 40, 60, 500, 1440, length // 128, length - 60, length, pick.randrange(65_536)))
+            return min(max(near + pick.choice((-2, -1, 0, 0, 0, 1, 2)), 0), 65_535)
+
+        flags = pick.choice((0, 1, 1, 1, 1, 1, 1, pick.randrange(256)))
+        gso_type = pick.choice((0, 4, 4, 4, 5, 5, 0x84, 0x85, 1, 3, pick.randrange(256)))
+        kinds = pick.choice((BOTH, BOTH, frozenset({"tso6"}), frozenset({"uso6"}), frozenset[str]()))
+        hdr_len, gso_size = pick.choice((0, 40, number())), number()
+        csum_start, csum_offset = pick.choice((40, 40, 40, number())), pick.choice((16, 6, number()))
+        try:
+            tun6.check_offload(memoryview(offload(flags, gso_type, hdr_len, gso_size, csum_start, csum_offset)), length, kinds)
+        except tun6.ProtocolError:
+            return
+        assert flags in (0, 1)
+        assert hdr_len <= length
+        assert not flags or 40 <= csum_start <= csum_start + csum_offset + 2 <= length
+        if not gso_type:
+            return
+        assert {4: "tso6", 0x84: "tso6", 5: "uso6"}[gso_type] in kinds
+        assert flags
+        assert gso_size
+        header = csum_start + (8 if gso_type == 5 else 60)
+        assert math.ceil(max(length - header, 0) / gso_size) <= 128
+
+    def joined(self) -> None:
+        """Whatever is joined is, cut apart, what it was."""
+        frames: list[bytes] = []
+        for _ in range(self.random.randrange(1, 5)):
+            frames += [self.random.choice(self.DATAGRAMS)] * self.random.choice((1, 2, 3))
+        if self.random.random() < 0.3:
+            frames[self.random.randrange(len(frames))] = damaged(self.random.choice(self.DATAGRAMS[1::2]))
+        assert [cut for each in join(frames) for cut in cut_apart(each)] == [cut for each in frames for cut in cut_apart(each)]
+
+
+def fuzz(cases: int, seed: int) -> None:
+    """So many cases; one that fails is had again with one case and its seed, which the error says."""
+    for number in range(seed, seed + cases):
+        try:
+            Fuzz(number).run()
+        except Exception as error:
+            raise AssertionError(f"fuzzing failed; again with: fuzz --cases 1 --seed {number}") from error
+
+
+def fuzz_command(arguments: list[str]) -> int:
+    """`python test_tun6.py fuzz`: many cases, by a seed that nobody had before."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py fuzz")
+    parser.add_argument("--cases", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 48))
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    print(f"{options.cases} cases from seed {options.seed}", flush=True)
+    fuzz(options.cases, options.seed)
+    print(f"no failure in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def test_twenty_thousand_random_cases_break_no_rule() -> None:
+    fuzz(20_000, random.randrange(1 << 48))
+
+
+def test_a_failing_case_says_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tun6, "check_offload", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"--cases 1 --seed \d+") as failed:
+        fuzz(1000, 7)
+    seed = int(str(failed.value).rpartition(" ")[2])
+    with pytest.raises(AssertionError, match=f"--seed {seed}"):
+        fuzz(1, seed)
+
+
+# ---- border: real TUNs -----------------------------------------------------------------------------------------------
+
+MARK, LAST = b"injected, must not pass", b"sentinel, must pass"
+
+
+class Capture:
+    """The IPv6 packets that cross a device of a host from now on, in both directions."""
+
+    def __init__(self, lab: Lab, host: str, device: str) -> None:
+        with lab.inside(host):
+            self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x86DD))
+        self._sock.settimeout(5)
+        with lab.inside(host):
+            self._sock.bind((device, 0x86DD))
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def up_to(self, last: bytes) -> list[bytes]:
+        """The packets before the one that has these bytes in it."""
+        found: list[bytes] = []
+        while True:
+            found.append(self._sock.recv(70_000))
+            if last in found[-1]:
+                return found[:-1]
+
+    def so_far(self) -> list[bytes]:
+        """Those that are there already."""
+        self._sock.setblocking(False)
+        found: list[bytes] = []
+        try:
+            while True:
+                found.append(self._sock.recv(70_000))
+        except BlockingIOError:
+            return found
+
+
+def udp_between(source: IPv6Address, destination: IPv6Address, payload: bytes) -> bytes:
+    """A UDP packet as RFC 768 wants it, to the port that throws away."""
+    return with_checksum(between(source, destination, struct.pack(">HHHH", 1000, 9, 8 + len(payload), 0) + payload, UDP))
+
+
+def icmp_between(source: IPv6Address, destination: IPv6Address, kind: int, body: bytes) -> bytes:
+    """An ICMPv6 packet with hop limit 255, as neighbours have to send it."""
+    made = between(source, destination, bytes([kind, 0, 0, 0]) + body, 58)
+    checksum = ~internet_sum(made[8:40] + struct.pack(">II", len(made) - 40, 58) + made[40:]) & 0xFFFF
+    return made[:7] + b"\xff" + made[8:42] + struct.pack(">H", checksum) + made[44:]
+
+
+def router_advertisement(source: IPv6Address, destination: IPv6Address) -> bytes:
+    """RFC 4861 section 4.2: a default route, and a prefix to take an address from."""
+    prefix = struct.pack(">BBBBIII", 3, 4, 64, 0xC0, 3600, 3600, 0) + IPv6Address("2001:db8:bad::").packed
+    return icmp_between(source, destination, 134, struct.pack(">BBHII", 64, 0, 1800, 0, 0) + prefix + MARK + b"\0")
+
+
+def redirect(source: IPv6Address, destination: IPv6Address, target: IPv6Address, of: IPv6Address) -> bytes:
+    """RFC 4861 section 4.5: packets for `of` are to go to `target`."""
+    return icmp_between(source, destination, 137, bytes(4) + target.packed + of.packed + MARK)
+
+
+def behind(header: int, packet_: bytes) -> bytes:
+    """The packet with an extension header (RFC 8200 section 4) before what it carries: fragment (44), or options of padding."""
+    extension = bytes([packet_[6], 0]) + (struct.pack(">HI", 1, 77) if header == 44 else b"\x01\x04\0\0\0\0")  # the first of several
+    return packet_[:4] + struct.pack(">HB", len(packet_) - 40 + len(extension), header) + packet_[7:40] + extension + packet_[40:]
+
+
+LINK_LOCAL, ALL_NODES = IPv6Address("fe80::bad"), IPv6Address("ff02::1")
+
+
+def wrong_from_a_client(own: IPv6Network, other: IPv6Network) -> list[bytes]:
+    """Packets, all with MARK in them, that no client may send whose /64 is `own`."""
+    me, neighbour, stranger = own[1], other[1], IPv6Address("2001:db8:bad::1")
+    spoofed = [udp_between(source, ABROAD, MARK) for source in (neighbour, stranger, LINK_LOCAL, ALL_NODES, IPv6Address("::1"))]
+    return [
+        *spoofed,
+        *(behind(header, spoofed[0]) for header in (44, HOP_BY_HOP, 43, 60)),
+        *(udp_between(source, neighbour, MARK) for source in (stranger, ABROAD, LINK_LOCAL)),
+        *(udp_between(me, IPv6Address(to), MARK) for to in ("ff02::1", "ff05::2", "ff0e::1", "fe80::1", "::1", "::", "::ffff:10.9.0.1")),
+        udp_between(me, own[2], MARK),
+        udp_between(IPv6Address("::"), ABROAD, MARK),
+        router_advertisement(LINK_LOCAL, ALL_NODES),
+        router_advertisement(me, ALL_NODES),
+        router_advertisement(LINK_LOCAL, neighbour),
+        redirect(LINK_LOCAL, neighbour, LINK_LOCAL, ABROAD),
+        redirect(me, ALL_NODES, me, ABROAD),
+        behind(44, router_advertisement(LINK_LOCAL, ALL_NODES)),
+    ]
+
+
+def refusals(log: str, id_: str) -> Counter[str]:
+    """What the log counts at the end of the Id's session."""
+    (line,) = re.findall(f"'{id_}' from .*: gone, .*", log)
+    return Counter({reason: int(times) for times, reason in re.findall(r"(\d+) refused as ([^,\n]+)", line)})
+
+
+@pytest.mark.parametrize("offload_", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
+def test_what_a_client_may_not_send_reaches_neither_the_internet_nor_another_client_and_is_counted(
+    lab: Lab, tunnel: Tunnel, offload_: list[str] | None
+) -> None:
+    server = tunnel.server()
+    before = state_of(lab, "internet")
+    with (
+        Capture(lab, "internet", "eth0") as internet,
+        Capture(lab, "server", "lo") as loopback,
+        tunnel.peer("culprit", offload=offload_) as culprit,
+        tunnel.peer("victim", offload=offload_) as victim,
+    ):
+        own, other = culprit.connected().prefix, victim.connected().prefix
+        culprit.echo()
+        routes = lab.ip("server", "-6 route show table all")
+        wrong = wrong_from_a_client(own, other)
+        header = culprit._header
+        last = [udp_between(own[1], destination, LAST) for destination in (ABROAD, other[1])]
+        culprit.sock.sendall(b"".join(header + each for each in [*wrong, *last]))
+        assert not [each for each in internet.up_to(LAST) if MARK in each]
+        while LAST not in (got := victim.frame()[1]):
+            assert MARK not in got
+        culprit.echo()
+        victim.echo()
+        assert not [each for each in loopback.so_far() if MARK in each]
+        assert lab.ip("server", "-6 route show table all") == routes
+        assert state_of(lab, "internet") == before
+        culprit.sock.close()
+        server.wait_for("'culprit' from .*: gone")
+    reasons: Counter[str] = Counter()
+    for each in wrong:
+        source, destination = IPv6Address(each[8:24]), IPv6Address(each[24:40])
+        near_home = source in own, destination in own
+        reasons[
+            "outside its /64"
+            if not near_home[0]
+            else "within its /64"
+            if near_home[1]
+            else "multicast"
+            if destination.is_multicast
+            else "link-local"
+            if destination.is_link_local
+            else "loopback"
+        ] += 1
+    assert set(reasons) == {"outside its /64", "within its /64", "multicast", "link-local", "loopback"}
+    assert refusals(server.log(), "culprit") == reasons
+
+
+def wrong_from_a_server(prefix: IPv6Network, behind_it: IPv6Address) -> list[bytes]:
+    """Packets, all with MARK in them, that no server may send to the client that has this /64."""
+    me = prefix[1]
+    return [
+        *(udp_between(ABROAD, to, MARK) for to in (behind_it, IPv6Address("::1"), ALL_NODES, LINK_LOCAL, IPv6Address("2001:db8:bad::1"))),
+        *(udp_between(IPv6Address(source), me, MARK) for source in ("::1", "::", "fe80::1", "ff02::1", "::ffff:10.8.0.2")),
+        udp_between(prefix[16], me, MARK),
+        behind(44, udp_between(ABROAD, behind_it, MARK)),
+        behind(HOP_BY_HOP, udp_between(ABROAD, behind_it, MARK)),
+        router_advertisement(LINK_LOCAL, ALL_NODES),
+        router_advertisement(LINK_LOCAL, me),
+        router_advertisement(ABROAD, ALL_NODES),
+        redirect(LINK_LOCAL, me, LINK_LOCAL, ABROAD),
+        behind(44, redirect(LINK_LOCAL, me, LINK_LOCAL, ABROAD)),
+    ]
+
+
+@pytest.mark.parametrize("offload_", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
+def test_what_a_server_may_not_send_changes_nothing_on_the_client_and_reaches_neither_its_lan_nor_itself(
+    lab: Lab, tunnel: Tunnel, offload_: list[str] | None
+) -> None:
+    lan_network = IPv6Network("fd00:77::/64")
+    with ServerByHand(lab, tunnel) as server, ExitStack() as undo:
+        client = tunnel.client()
+        sock = undo.enter_context(server.accept(offload_))
+        prefix = client.prefix()
+        for host, number in (("client", 1), ("lan", 2)):
+            lab.ip(host, f"addr add {lan_network[number]}/64 dev {'eth1' if host == 'client' else 'eth0'} nodad")
+            undo.callback(lab.ip, host, f"addr del {lan_network[number]}/64 dev {'eth1' if host == 'client' else 'eth0'}")
+        undo.enter_context(lan_behind(lab, prefix))
+        wait_until("client and LAN reach each other", lambda: lab.pings("client", str(lan_network[2])))
+        before = {host: state_of(lab, host) for host in ("client", "lan")}
+        header = b"" if offload_ is None else PLAIN
+        wrong = wrong_from_a_server(prefix, lan_network[2])
+        last = [udp_between(ABROAD, prefix[16], LAST), echo_from_abroad(prefix[1])]
+        lan, loopback = (undo.enter_context(Capture(lab, host, device)) for host, device in (("lan", "eth0"), ("client", "lo")))
+        sock.sendall(b"".join(header + each for each in [*wrong, *last]))
+        assert not [each for each in lan.up_to(LAST) if MARK in each]
+        stream = b""
+        while prefix[1].packed + ABROAD.packed + b"\x81" not in stream:  # the echo reply
+            data = sock.recv(65_536)
+            assert data, client.log()
+            stream += data
+        assert MARK not in stream  # as an ICMP error would have it
+        assert not [each for each in loopback.so_far() if MARK in each]
+        assert {host: state_of(lab, host) for host in ("client", "lan")} == before
+        sock.close()
+        wait_until("the client knows", lambda: "no connection to" in client.log())
+
+
+def echo_from_abroad(destination: IPv6Address) -> bytes:
+    """An echo request of the Internet host, RFC 4443 section 4.1."""
+    return icmp_between(ABROAD, destination, 128, struct.pack(">HH", 7, 7))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_clients_reach_each_other_only_if_they_may_and_the_internet_anyway(lab: Lab, tunnel: Tunnel, allowed: bool) -> None:
+    server = tunnel.server(client_to_client="yes" if allowed else "no")
+    one, other = tunnel.client("client", id="one"), tunnel.client("second", id="other")
+    prefixes = one.prefix(), other.prefix()
+    for host in ("client", "second"):
+        ping(lab, host)
+    for host, prefix in (("client", prefixes[1]), ("second", prefixes[0])):
+        if allowed:
+            ping(lab, host, str(prefix[1]))
+        else:
+            assert not lab.pings(host, str(prefix[1]))
+        ping(lab, host)
+    for client in one, other:
+        client.stop()
+    server.wait_for(": gone", 2)
+    for id_ in "one", "other":
+        assert (refusals(server.log(), id_)["to another client"] > 0) is (not allowed)
+
+
+# ---- offload headers of a hostile peer -------------------------------------------------------------------------------
+
+KERNEL_FAULT = re.compile("WARNING|BUG|Oops|Call Trace|bad gso|hw csum|general protection|skb_|page allocation", re.IGNORECASE)
+
+
+@contextmanager
+def no_kernel_faults() -> Iterator[None]:
+    """The kernel's log has no new line about a fault afterwards."""
+
+    def lines() -> Counter[str]:
+        return Counter(subprocess.run(["dmesg"], capture_output=True, text=True).stdout.splitlines())
+
+    before = lines()
+    yield
+    assert not [line for line in lines() - before if KERNEL_FAULT.search(line)]
+
+
+def random_header(rng: random.Random, length: int) -> bytes:
+    """A virtio_net_hdr that is often nearly right for a packet of this length."""
+
+    def number() -> int:
+        return max(0, min(rng.choice((0, 1, 6, 16, 40, 48, 60, 100, 1440, length - 20, length - 2, length, rng.randrange(65_536))), 65_535))
+
+    return offload(
+        rng.choice((0, 1, 1, 1, 1, rng.randrange(256))),
+        rng.choice((0, 4, 4, 5, 5, 0x84, rng.randrange(256))),
+        rng.choice((0, 40, 60, number())),
+        number(),
+        rng.choice((40, 40, number())),
+        rng.choice((16, 6, number())),
+    )
+
+
+def takes(header: bytes, length: int) -> bool:
+    """Whether check_offload does."""
+    try:
+        tun6.check_offload(memoryview(header), length, BOTH)
+    except tun6.ProtocolError:
+        return False
+    return True
+
+
+def test_whatever_offload_header_a_peer_sends_ends_at_most_its_own_session_and_the_kernel_stays_well(lab: Lab, tunnel: Tunnel) -> None:
+    rng = random.Random(20_241_123)
+    server = tunnel.server()
+    ended, passed = 0, 0
+    with no_kernel_faults(), tunnel.peer("by-stander") as other, ExitStack() as undo:
+        other.connected().echo()
+        peer: Peer | None = None
+        while ended < 40 or passed < 400:
+            if peer is None:
+                peer = undo.enter_context(tunnel.peer(f"hostile {ended}", offload=["tso6", "uso6"])).connected()
+            following = rng.choice((TCP, UDP, 58, NOTHING))
+            made = between(peer.prefix[1], ABROAD, rng.randbytes(rng.choice((8, 20, 60, 400, 5000, 60_000))), following)
+            header = random_header(rng, len(made))
+            if takes(header, len(made)):
+                passed += 1
+            elif rng.random() > 0.05 or ended > 60:  # few of those, as each takes a session
+                continue
+            try:
+                peer.sock.sendall(header + made)
+                if not takes(header, len(made)) or passed % 10 == 0:
+                    peer.echo()
+                    assert takes(header, len(made))
+            except (OSError, EOFError):
+                peer, ended = None, ended + 1
+                other.echo()
+        other.echo()
+        server.wait_for("'hostile .*: gone", ended)
+    reasons = re.findall(r"'hostile .*: gone, (.*?);", server.log())
+    assert [why for why in reasons if why.startswith("offload header with")]
+    allowed = ("offload header with", "frame that the kernel refuses as a packet", "the peer closed", "Connection reset")
+    assert all(why.startswith(allowed) for why in reasons), reasons
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "most"),
+    [(offload(gso_type=4, gso_size=100), 32, 128), (offload(gso_type=5, gso_size=100, csum_offset=6), 8, 128)],
+    ids=["tcp", "udp"],
+)
+def test_a_frame_of_more_segments_than_a_kernel_makes_ends_the_session(tunnel: Tunnel, header: bytes, body: int, most: int) -> None:
+    server = tunnel.server()
+    with tunnel.peer("greedy", offload=["tso6", "uso6"]) as peer:
+        peer.connected()
+        following = TCP if header[1] == 4 else UDP
+        peer.sock.sendall(header + between(peer.prefix[1], ABROAD, bytes(body + 100 * most), following))
+        peer.echo()
+        peer.sock.sendall(header + between(peer.prefix[1], ABROAD, bytes(60 + 100 * most + 1), following))
+        peer.ended()
+    server.wait_for("'greedy' from .*: gone, offload header with gso_size 100 for .* bytes: over 128 segments")
+
+
+@pytest.mark.parametrize("gso_type", [4, 5])
+def test_no_checksum_far_behind_the_headers_makes_a_frame_seem_to_have_few_segments(gso_type: int) -> None:
+    # Kernels before 6.11 (and stable ones of mid-2024) segment from the real header, not from csum_start.
+    length = 65_000
+    header = offload(gso_type=gso_type, gso_size=5, csum_start=length - 600, csum_offset=16 if gso_type == 4 else 6)
+    with pytest.raises(tun6.ProtocolError):
+        tun6.check_offload(memoryview(header), length, BOTH)
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def connect(lab: Lab, tunnel: Tunnel, host: str = "client", source: str | None = None) -> socket.socket:
+    """A connection that says nothing; on the server's own host, it may come from any 127.x.x.x."""
+    with lab.inside(host):
+        sock = socket.socket()
+    sock.settimeout(5)
+    if source:
+        sock.bind((source, 0))
+    sock.connect((Lab.SERVER, tunnel.port))
+    return sock
+
+
+def closed_ones(socks: Sequence[socket.socket]) -> int:
+    """How many of them the server has closed, of those that it never says anything to."""
+    poll = select.poll()
+    for sock in socks:
+        poll.register(sock, select.POLLIN)
+    return len(poll.poll(0))
+
+
+def pending(program: Program, sessions: int = 0) -> int:
+    """The server's connections that have no session."""
+    links = []
+    for path in Path(f"/proc/{program.process.pid}/fd").iterdir():
+        try:
+            links.append(os.readlink(path))
+        except OSError:  # closed meanwhile
+            continue
+    return sum(link.startswith("socket:") for link in links) - sessions
+
+
+def served(lab: Lab, tunnel: Tunnel, id_: str, host: str, seconds: float, each: float = 0.0) -> float:
+    """Seconds until a client that comes again whenever it is turned away is served; it must be within this time."""
+    began = time.monotonic()
+    while True:
+        with tunnel.peer(id_, host=host) as peer:
+            try:
+                peer.connected().echo()
+                return time.monotonic() - began
+            except (EOFError, OSError):
+                assert time.monotonic() - began < seconds, "an honest client is locked out"
+        time.sleep(each)
+
+
+def test_a_thousand_silent_connections_keep_no_honest_client_waiting(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    listening = pending(server)
+    with ExitStack() as undo:
+        silent = []
+        for number in range(1000):
+            silent.append(undo.enter_context(connect(lab, tunnel)))
+            if number % 250 == 249:
+                assert served(lab, tunnel, f"elsewhere {number}", "server", 2) < 2  # another IPv4 address
+                assert served(lab, tunnel, f"same {number}", "second", 2) < 2  # behind the same NAT
+        wait_until("all but a few are closed", lambda: closed_ones(silent) >= 1000 - tun6.PENDING_HOST_MAX, 3)
+        assert closed_ones(silent) <= 1000 - tun6.PENDING_HOST_MAX + 1  # the honest one was there a moment, too
+        wait_until("the server has few", lambda: pending(server) - listening <= tun6.PENDING_HOST_MAX, 3)
+    wait_until("all are gone", lambda: pending(server) == listening)
+
+
+def test_connections_that_are_reset_while_others_come_do_no_harm(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    for _ in range(20):
+        socks = [connect(lab, tunnel, "server", f"127.0.1.{number % 4}") for number in range(100)]
+        for sock in socks:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+    with tunnel.peer() as peer:
+        peer.connected().echo()
+    assert server.process.poll() is None
+
+
+def test_of_those_who_have_not_said_who_they_are_there_are_at_most_8_of_an_address_and_64_in_all(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    listening = pending(server)
+    with ExitStack() as undo:
+        socks = [undo.enter_context(connect(lab, tunnel, "server", "127.0.2.1")) for _ in range(30)]
+        wait_until("8 are left", lambda: closed_ones(socks) == 30 - 8, 3)
+        assert closed_ones(socks[-8:]) == 0  # the newest
+        for address in range(2, 12):
+            more = [undo.enter_context(connect(lab, tunnel, "server", f"127.0.2.{address}")) for _ in range(8)]
+            socks += more
+            assert served(lab, tunnel, f"honest {address}", "client", 2) < 2
+        wait_until("64 are left", lambda: closed_ones(socks) >= len(socks) - 64, 3)
+        assert closed_ones(socks) <= len(socks) - 64 + 1  # the honest one was there a moment, too
+        wait_until("the server has as many", lambda: pending(server) - listening <= 64, 3)
+
+
+def test_those_who_say_a_byte_and_no_more_lock_nobody_out(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    with ExitStack() as undo:
+        for address in range(1, 13):  # more than there is room for
+            for _ in range(8):
+                sock = undo.enter_context(connect(lab, tunnel, "server", f"127.0.3.{address}"))
+                sock.sendall(b"{")
+        assert served(lab, tunnel, "elsewhere", "client", 3) < 3
+        for _ in range(20):
+            undo.enter_context(connect(lab, tunnel)).sendall(b"{")
+        assert served(lab, tunnel, "same", "second", 3, each=0.1) < 3
+        trickling = [undo.enter_context(connect(lab, tunnel)) for _ in range(8)]
+        for _ in range(3):
+            for sock in trickling:
+                try:
+                    sock.sendall(b" ")
+                except OSError:  # it had to go
+                    continue
+            assert served(lab, tunnel, "same", "second", 3, each=0.1) < 3
+
+
+def test_an_address_whose_connections_are_all_saying_who_they_are_has_to_wait_a_second_and_no_other_does(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    with ExitStack() as undo:
+        for _ in range(tun6.PENDING_HOST_MAX):
+            undo.enter_context(connect(lab, tunnel)).sendall(b"{")
+        with connect(lab, tunnel, "second") as one_more:
+            server.wait_for("WARNING 10.9.0.2: turned away, 8 connections")
+            wait_until("it is closed", lambda: closed_ones([one_more]))
+        with tunnel.peer("elsewhere", host="server") as other:
+            other.connected().echo()
+        assert served(lab, tunnel, "same", "second", 3, each=0.1) < 3
+
+
+@contextmanager
+def trickle(lab: Lab, tunnel: Tunnel, rate: int) -> Iterator[list[socket.socket]]:
+    """Meanwhile so many connections a second from 40 addresses, which say one byte and stay."""
+    stop = threading.Event()
+    socks: list[socket.socket] = []
+
+    def run() -> None:
+        with lab.inside("server"):
+            began = time.monotonic()
+            for number in itertools.count():
+                if stop.wait(max(0, began + number / rate - time.monotonic())):
+                    return
+                socks.append(socket.socket())
+                socks[-1].setblocking(False)
+                socks[-1].bind((f"127.0.6.{1 + number % 40}", 0))
+                with suppress(BlockingIOError):
+                    socks[-1].connect((Lab.SERVER, tunnel.port))
+                with suppress(OSError):
+                    socks[-1].send(b"{")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield socks
+    finally:
+        stop.set()
+        thread.join()
+        for sock in socks:
+            sock.close()
+
+
+def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out_either(lab: Lab, tunnel: Tunnel) -> None:
+    tunnel.server()
+    with trickle(lab, tunnel, 200) as socks:
+        wait_until("there are many", lambda: len(socks) > 400)
+        for number in range(5):
+            assert served(lab, tunnel, f"honest {number}", "client", 2) < 2
+
+
+def test_new_ids_are_so_many_an_hour_and_those_that_are_known_go_on(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server(new_ids_per_hour=3)
+    with tunnel.peer("0") as first, tunnel.peer("1") as second:
+        first.connected()
+        second.connected()
+        with tunnel.peer("2") as third:
+            third.connected()
+        for number in (3, 4):
+            with tunnel.peer(str(number)) as newcomer:
+                refusal = newcomer.answer()
+                assert (refusal["Error"], "3 new Ids in an hour" in refusal["Text"]) == ("busy", True)
+                assert newcomer.ended() == "closed"
+        for id_ in "012":
+            with tunnel.peer(id_) as known:
+                known.connected().echo()
+    server.stop()
+    server = tunnel.server(new_ids_per_hour=1)  # what the file says is known, too
+    for id_ in ("2", "1", "new", "0"):
+        with tunnel.peer(id_) as peer:
+            peer.connected()
+    with tunnel.peer("newer") as peer:
+        assert peer.answer()["Error"] == "busy"
+
+
+def test_a_client_inside_tls_that_knows_no_offload_gets_its_packets_inside_tls_too(tunnel: Tunnel, tmp_path: Path) -> None:
+    tunnel.server(cert=certificate(tmp_path))
+    with Peer(tunnel.lab, tunnel.port) as peer:
+        peer.sock = tun6.client_tls(pinned=True).wrap_socket(peer.sock)
+        peer.hello("legacy")
+        peer.connected().echo()
+
+
+# ---- limits: clients with one Id -------------------------------------------------------------------------------------
+
+
+def test_two_clients_that_take_one_id_from_each_other_are_slowed_and_the_log_says_it_once(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    with ExitStack() as undo, tunnel.peer("other") as other:
+        other.connected()
+        undo.enter_context(tunnel.peer("twin")).connected()
+        took = []
+        for number in range(6):
+            began = time.monotonic()
+            peer = undo.enter_context(tunnel.peer("twin", host=("second", "client")[number % 2]))
+            peer.sock.settimeout(8)
+            peer.connected().echo()
+            took.append(time.monotonic() - began)
+            other.echo()
+        assert max(took[: tun6.TAKEOVERS_MAX]) < 2, took
+        assert all(4.5 < slow < 7 for slow in took[tun6.TAKEOVERS_MAX :]), took
+    assert len(re.findall("WARNING 'twin': clients at .* and .* take it from each other", server.log())) == 1
+
+
+def test_a_lone_client_that_comes_back_again_and_again_is_not_slowed(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    for number in range(12):
+        began = time.monotonic()
+        with tunnel.peer("lone") as peer:
+            peer.connected().echo()
+            if number % 2:
+                peer.reset()
+        assert time.monotonic() - began < 2
+    assert "take it from each other" not in server.log()
+
+
+def test_a_hundred_hellos_with_one_id_at_once_end_with_one_session(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    with ExitStack() as undo:
+        began = time.monotonic()
+        peers = []
+        for _ in range(100):
+            peers.append(undo.enter_context(tunnel.peer("same")))
+        open_ones = {peer.sock: b"" for peer in peers}
+
+        def settled() -> bool:
+            for sock in select.select(list(open_ones), [], [], 0)[0]:
+                try:
+                    data = sock.recv(65_536)
+                except OSError:
+                    data = b""
+                if data:
+                    open_ones[sock] += data
+                else:
+                    del open_ones[sock]
+            return len(open_ones) == 1 and all(b"Prefix" in said for said in open_ones.values())
+
+        wait_until("all but one are closed", settled, 12)
+        assert time.monotonic() - began < 10
+        ((sock, said),) = open_ones.items()
+        peer = next(peer for peer in peers if peer.sock is sock)
+        peer._buffer = said
+        peer.connected().echo()
+        assert len(server_devices(lab)) == len(server_routes(lab)) == 1
+    assert len(re.findall("take it from each other", server.log())) <= 1
+
+
+# ---- limits: descriptors ---------------------------------------------------------------------------------------------
+
+
+def test_without_descriptors_newcomers_hear_it_the_connected_go_on_and_when_some_leave_there_is_room_again(
+    lab: Lab, tunnel: Tunnel
+) -> None:
+    server = tunnel.server()
+    pid = server.process.pid
+    used = len(os.listdir(f"/proc/{pid}/fd"))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 18, used + 18))
+    connected: list[Peer] = []
+    refused: list[dict[str, Any]] = []
+    with ExitStack() as undo:
+        for number in range(30):
+            peer = undo.enter_context(tunnel.peer(f"client {number}"))
+            answer = peer.answer()
+            if "Prefix" in answer:
+                assert not refused, "a newcomer was served though one before it was not"
+                connected.append(peer)
+            else:
+                refused.append(answer)
+                peer.sock.close()
+                if len(refused) == 4:
+                    break
+        assert len(connected) >= 3
+        assert {answer["Error"] for answer in refused} <= {"busy", "server-error"}
+        for peer in connected:
+            peer.echo()
+        with ExitStack() as crowd:  # more than there is room for, and silent
+            silent = [crowd.enter_context(connect(lab, tunnel, "server", f"127.0.4.{number // 8}")) for number in range(24)]
+            wait_until("one hears it", lambda: any(closed_ones([sock]) and said(sock) for sock in silent))
+            for peer in connected:
+                peer.echo()
+        for peer in connected[:3]:
+            peer.sock.close()
+        newcomer = wait_until("there is room again", lambda: serve_one(tunnel, undo))
+        assert newcomer
+        newcomer.echo()
+        for peer in connected[3:]:
+            peer.echo()
+
+
+def said(sock: socket.socket) -> bytes:
+    """What the server said, without taking it."""
+    try:
+        return sock.recv(4096, socket.MSG_PEEK)
+    except OSError:
+        return b""
+
+
+def serve_one(tunnel: Tunnel, undo: ExitStack) -> Peer | None:
+    """A new client, when the server takes it."""
+    peer = undo.enter_context(tunnel.peer("newcomer"))
+    try:
+        if "Prefix" in peer.answer():
+            return peer
+    except (EOFError, OSError):
+        pass
+    peer.sock.close()
+    return None
+
+
+def test_a_server_without_descriptors_stops_in_time_and_undoes_everything(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server()
+    pid = server.process.pid
+    with ExitStack() as undo:
+        for number in range(5):
+            undo.enter_context(tunnel.peer(f"client {number}")).connected()
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, used))
+        with tunnel.peer("too many") as peer:
+            assert peer.answer() == {"Error": "busy", "Text": "the server has no room for another connection"}
+        assert server.stop() < SERVER_ENDS_S
+        assert not server_devices(lab)
+        assert not server_routes(lab)
+        assert not server_routes(lab, "unreachable")
+
+
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -5094,7 +6380,9 @@ class SkippedIsFailed:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status."""
+    """Format, lint, types, tests; gives the exit status. `fuzz --cases N --seed S`: only that."""
+    if sys.argv[1:2] == ["fuzz"]:
+        return fuzz_command(sys.argv[2:])
     os.chdir(Path(__file__).parent)
     for command in ("ruff format --check .", "ruff check .", "mypy"):
         print(f"$ {command}", flush=True)

@@ -1896,13 +1896,15 @@ class RateLimit:
 def has_spoken(sock: socket.socket) -> bool:
     """Whether there is something to read; does not wait."""
     try:
-        return bool(system_socket.socket.recv(sock._sock, 1, socket.MSG_PEEK))
+        return not sock.closed and bool(system_socket.socket.recv(sock._sock, 1, socket.MSG_PEEK))
     except OSError:
         return False
 
 
 class Door:
-    """Lets connections say who they are, PENDING_HOST_MAX of a host and PENDING_MAX in all at a time; of a full house the slow go.
+    """Lets connections say who they are, PENDING_HOST_MAX of a host and PENDING_MAX in all at a time.
+
+    Of a full house the slow go, then those of whoever has most inside.
 
     What more comes from a host waits until that host has room, so that one which says nothing, or a thousand behind one NAT that
     come back all at once, are in nobody else's way.
@@ -1919,7 +1921,7 @@ class Door:
         """A new connection: it comes in as soon as there is room."""
         peer = f"{host} port {port}"
         if self._of_host[host] < PENDING_HOST_MAX:
-            while len(self._inside) >= PENDING_MAX and not self._send_slow_away(""):
+            while len(self._inside) >= PENDING_MAX and not (self._send_slow_away("") or self._send_one_of_many_away()):
                 gevent.sleep(0.01)
             self._enter(sock, host, peer)
             return
@@ -1931,8 +1933,8 @@ class Door:
             log.warning("%s: turned away, %d others from there wait already", peer, BACKLOG)
             sock.close()
 
-    def leave(self, greenlet: gevent.Greenlet) -> None:
-        """It has said who it is, or is gone."""
+    def leave(self, greenlet: gevent.Greenlet, another: bool = True) -> None:
+        """It has said who it is, or is gone; `another` of its host may come in instead."""
         host, _ = self._inside.pop(greenlet, ("", 0.0))
         if not host:
             return
@@ -1940,7 +1942,7 @@ class Door:
         if not self._of_host[host]:
             del self._of_host[host]
         waiting = self._outside.get(host, deque())
-        while waiting:
+        while waiting and another:
             sock, peer = waiting.popleft()
             if has_spoken(sock):
                 self._enter(sock, host, peer)
@@ -1976,6 +1978,16 @@ class Door:
         self.leave(oldest)
         return True
 
+    def _send_one_of_many_away(self) -> bool:
+        """Ends the newest of the host that has most, so that few hosts can't keep all others out; False when each has one."""
+        host, most = self._of_host.most_common(1)[0]
+        if most == 1:
+            return False
+        newest = [greenlet for greenlet, (its, _) in self._inside.items() if its == host][-1]
+        newest.kill(block=False)
+        self.leave(newest, another=False)
+        return True
+
 
 class Policy(NamedTuple):
     """Whom a server serves, and what they may."""
@@ -1999,7 +2011,7 @@ class Server:
         self._tls = policy.tls and policy.tls()
         self._new_ids = RateLimit(policy.new_ids_per_hour)
         self.sessions: dict[str, Session] = {}  # by Id
-        self._successors: dict[str, object] = {}  # by Id: whoever waits to take it over, the newest only
+        self._successors: dict[str, gevent.event.Event] = {}  # by Id: whoever waits to take it over, the newest only
         self._takeovers: dict[str, deque[float]] = {}  # by Id: when that last happened
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
         self._connections = gevent.pool.Group()  # a greenlet each
@@ -2131,9 +2143,9 @@ class Server:
         except Refusal as refusal:
             raise Refusal(refusal.code, refusal.text, f"{shown(hello.id)}, {refusal.detail or refusal.text}") from None
 
-    @staticmethod
-    def _refuse(stream: Stream, refusal: Refusal) -> None:
+    def _refuse(self, stream: Stream, refusal: Refusal) -> None:
         """Says why, and waits a little for the client to go: a close with its bytes unread would destroy the message."""
+        self._door.leave(gevent.getcurrent())
         with gevent.Timeout(1, False):
             try:
                 stream.send(encode({"Error": refusal.code, "Text": refusal.text}))
@@ -2180,9 +2192,11 @@ class Server:
 
     def _take_over(self, id_: str, peer: str) -> None:
         """Ends the session that the Id has, and waits until all it had is gone; of several newcomers the last one wins. Raises Refusal."""
+        if id_ in self._successors:
+            self._successors.pop(id_).set()
         if id_ not in self.sessions:
             return
-        me = self._successors[id_] = object()
+        me = self._successors[id_] = gevent.event.Event()  # there is a newer one
         live = not self.sessions[id_].ending
         past = self._takeovers.setdefault(id_, deque(maxlen=TAKEOVERS_MAX))
         if live and len(past) == TAKEOVERS_MAX and time.monotonic() - past[0] < TAKEOVERS_S:
@@ -2190,7 +2204,7 @@ class Server:
                 self._contended.add(id_)
                 other = self.sessions[id_].peer
                 log.warning("%s: clients at %s and %s take it from each other; give each an `id` of its own", shown(id_), other, peer)
-            gevent.sleep(TAKEOVER_PAUSE_S)
+            me.wait(TAKEOVER_PAUSE_S)
         elif live:
             self._contended.discard(id_)
         while id_ in self.sessions and self._successors.get(id_) is me:
