@@ -4754,15 +4754,12 @@ def test_a_thousand_silent_connections_keep_no_honest_client_waiting(lab: Lab, t
     server = tunnel.server()
     listening = pending(server)
     with ExitStack() as undo:
-        silent = []
         for number in range(1000):
-            silent.append(undo.enter_context(connect(lab, tunnel)))
+            undo.enter_context(connect(lab, tunnel))
             if number % 250 == 249:
                 assert served(lab, tunnel, f"elsewhere {number}", "server", 2) < 2  # another IPv4 address
                 assert served(lab, tunnel, f"same {number}", "second", 2) < 2  # behind the same NAT
-        wait_until("all but a few are closed", lambda: closed_ones(silent) >= 1000 - tun6.PENDING_HOST_MAX, 3)
-        assert closed_ones(silent) <= 1000 - tun6.PENDING_HOST_MAX + 1  # the honest one was there a moment, too
-        wait_until("the server has few", lambda: pending(server) - listening <= tun6.PENDING_HOST_MAX, 3)
+        assert pending(server) - listening <= tun6.PENDING_HOST_MAX  # they wait in the kernel
     wait_until("all are gone", lambda: pending(server) == listening)
 
 
@@ -4776,22 +4773,6 @@ def test_connections_that_are_reset_while_others_come_do_no_harm(lab: Lab, tunne
     with tunnel.peer() as peer:
         peer.connected().echo()
     assert server.process.poll() is None
-
-
-def test_of_those_who_have_not_said_who_they_are_there_are_at_most_8_of_an_address_and_64_in_all(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
-    listening = pending(server)
-    with ExitStack() as undo:
-        socks = [undo.enter_context(connect(lab, tunnel, "server", "127.0.2.1")) for _ in range(30)]
-        wait_until("8 are left", lambda: closed_ones(socks) == 30 - 8, 3)
-        assert closed_ones(socks[-8:]) == 0  # the newest
-        for address in range(2, 12):
-            more = [undo.enter_context(connect(lab, tunnel, "server", f"127.0.2.{address}")) for _ in range(8)]
-            socks += more
-            assert served(lab, tunnel, f"honest {address}", "client", 2) < 2
-        wait_until("64 are left", lambda: closed_ones(socks) >= len(socks) - 64, 3)
-        assert closed_ones(socks) <= len(socks) - 64 + 1  # the honest one was there a moment, too
-        wait_until("the server has as many", lambda: pending(server) - listening <= 64, 3)
 
 
 def test_those_who_say_a_byte_and_no_more_lock_nobody_out(lab: Lab, tunnel: Tunnel) -> None:
@@ -4816,13 +4797,10 @@ def test_those_who_say_a_byte_and_no_more_lock_nobody_out(lab: Lab, tunnel: Tunn
 
 
 def test_an_address_whose_connections_are_all_saying_who_they_are_has_to_wait_a_second_and_no_other_does(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+    tunnel.server()
     with ExitStack() as undo:
         for _ in range(tun6.PENDING_HOST_MAX):
             undo.enter_context(connect(lab, tunnel)).sendall(b"{")
-        with connect(lab, tunnel, "second") as one_more:
-            server.wait_for("WARNING 10.9.0.2: turned away, 8 connections")
-            wait_until("it is closed", lambda: closed_ones([one_more]))
         with tunnel.peer("elsewhere", host="server") as other:
             other.connected().echo()
         assert served(lab, tunnel, "same", "second", 3, each=0.1) < 3
