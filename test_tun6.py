@@ -27,6 +27,7 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -2235,6 +2236,27 @@ def test_events_are_a_line_each_with_the_time_unless_the_journal_adds_it(journal
     assert re.fullmatch(r"WARNING told so\n" if journal else r"[0-9-]{10} [0-9:]{8}\S* WARNING told so\n", text)
 
 
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_warnings_that_differ_only_in_their_arguments_are_collapsed_and_counted() -> None:
+    now = 0.0
+    collapse = tun6.Collapse(clock=lambda: now)
+
+    def log(message: str, *args: object, level: int = logging.WARNING) -> str | None:
+        record = logging.LogRecord("tun6", level, __file__, 1, message, args, None)
+        return record.getMessage() if collapse.filter(record) else None
+
+    written = [log("%s: refused", number) for number in range(100)]
+    assert written == [f"{number}: refused" for number in range(tun6.COLLAPSE_MAX)] + [None] * (100 - tun6.COLLAPSE_MAX)
+    assert log("another %s", 1) == "another 1"
+    assert log("%s: refused", 1, level=logging.ERROR) == "1: refused"
+    assert all(log("%s: has", number, level=logging.INFO) for number in range(100))
+    now = float(tun6.COLLAPSE_S)
+    assert log("%s: refused", "x") == f"x: refused (and {100 - tun6.COLLAPSE_MAX} more like this in between)"
+    assert log("%s: refused", "y") == "y: refused"
+
+
 # ---- kit: what is there before is there afterwards --------------------------------------------------------------------
 
 
@@ -4136,6 +4158,23 @@ def test_real_records_of_large_batches_come_out_whole_at_the_other_end(at_once: 
         while data := receiver.read(1 << 16):
             got.stream += data
     assert got.stream == sent.stream
+
+
+@pytest.mark.parametrize(("aes", "ciphers"), [(True, "AES"), (False, "CHACHA20")])
+def test_a_client_whose_cpu_has_no_instructions_for_aes_gets_the_cipher_that_is_fast_without(
+    aes: bool, ciphers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tun6, "has_aes", lambda: aes)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = tun6.client_tls(pinned=True).wrap_bio(to_client, to_server)
+    server = tun6.server_tls(str(certificate(tmp_path))).wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(4):
+        for end in client, server:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    cipher = client.cipher()
+    assert cipher
+    assert ciphers in cipher[0]
 
 
 def certificate(folder: Path) -> Path:

@@ -1498,6 +1498,7 @@ def server_tls(path: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _harden(context)
     context.num_tickets = 0  # nothing comes back but new connections
+    context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE  # the weaker CPU is a client's, mostly, and says what is fast for it
     try:
         context.load_cert_chain(path)
     except ssl.SSLError as error:
