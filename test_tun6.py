@@ -1401,13 +1401,16 @@ SOME_FRAMES = st.lists(
 TAKES = st.lists(st.sampled_from([0, 0, 1, 39, 58, 1500, 1510, 4000, 100_000, 1 << 20]) | st.integers(0, 10_000), max_size=60)
 
 
-@given(st.lists(st.tuples(st.none() | SOME_FRAMES, st.sampled_from([0, 0.02, 0.06, 0.2])), max_size=30), TAKES, st.booleans())
-def test_the_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
-    steps: list[tuple[list[tuple[int, int, int, bytes]] | None, float]], takes: list[int], bare: bool
+Steps = list[tuple[Optional[list[tuple[int, int, int, bytes]]], float]]  # frames as of SOME_FRAMES, None for a flush; seconds before
+STEPS = st.lists(st.tuples(st.none() | SOME_FRAMES, st.sampled_from([0, 0.02, 0.06, 0.2])), max_size=30)
+
+
+def check_what_arrives(
+    make: Callable[[Callable[[], float]], tun6.Outbox], received: Callable[[], list[bytes]], steps: Steps, bare: bool
 ) -> None:
+    """Sends through the outbox that `make` makes with a clock; the peer must get what was not dropped, whole and in its flow's order."""
     now = 0.0
-    connection = Connection(takes, bare)
-    outbox = tun6.Outbox(connection.write, bare, clock=lambda: now)
+    outbox = make(lambda: now)
     sent: dict[tuple[int, int], bytes] = {}
     for kinds, pause in steps:
         now += pause
@@ -1421,14 +1424,22 @@ def test_the_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whate
         view[:] = bytes(len(view))  # the pump uses its buffer again
     while outbox.blocked:
         outbox.flush()
-    received = connection.received()
-    assert len(received) + outbox.dropped == len(sent)
+    arrived = received()
+    assert len(arrived) + outbox.dropped == len(sent)
     for flow in range(4):
-        numbers = [name(each)[1] for each in received if name(each)[0] == flow]
+        numbers = [name(each)[1] for each in arrived if name(each)[0] == flow]
         assert numbers == sorted(set(numbers))
-    for each in received:
+    for each in arrived:
         original = sent[name(each)]
         assert each == original or (ecn(original) and each == original[:11] + bytes([original[11] | 0x30]) + original[12:])
+
+
+@given(STEPS, TAKES, st.booleans())
+def test_the_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
+    steps: Steps, takes: list[int], bare: bool
+) -> None:
+    connection = Connection(takes, bare)
+    check_what_arrives(lambda clock: tun6.Outbox(connection.write, bare, clock=clock), connection.received, steps, bare)
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -4042,39 +4053,16 @@ class SealedConnection:
         return link.received()
 
 
-@given(
-    st.lists(st.tuples(st.none() | SOME_FRAMES, st.sampled_from([0, 0.02, 0.06, 0.2])), max_size=30),
-    TAKES,
-    st.booleans(),
-    st.booleans(),
-)
+@given(STEPS, TAKES, st.booleans(), st.booleans())
 def test_a_sealed_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
-    steps: list[tuple[list[tuple[int, int, int, bytes]] | None, float]], takes: list[int], at_once: bool, bare: bool
+    steps: Steps, takes: list[int], at_once: bool, bare: bool
 ) -> None:
-    now = 0.0
     connection = SealedConnection(takes)
-    outbox = tun6.Outbox(connection.write, bare, connection.seal, clock=lambda: now, at_once=at_once)
-    sent: dict[tuple[int, int], bytes] = {}
-    for kinds, pause in steps:
-        now += pause
-        if kinds is None:
-            outbox.flush()
-            continue
-        frames = [frame(flow, len(sent) + at, size, ecn, PLAIN if bare else header) for at, (flow, size, ecn, header) in enumerate(kinds)]
-        sent.update((name(each), each) for each in frames)
-        view, ends = batch(frames)
-        outbox.send(view, ends)
-        view[:] = bytes(len(view))  # the pump uses its buffer again
-    while outbox.blocked:
-        outbox.flush()
-    received = connection.received(bare)
-    assert len(received) + outbox.dropped == len(sent)
-    for flow in range(4):
-        numbers = [name(each)[1] for each in received if name(each)[0] == flow]
-        assert numbers == sorted(set(numbers))
-    for each in received:
-        original = sent[name(each)]
-        assert each == original or (ecn(original) and each == original[:11] + bytes([original[11] | 0x30]) + original[12:])
+
+    def make(clock: Callable[[], float]) -> tun6.Outbox:
+        return tun6.Outbox(connection.write, bare, connection.seal, clock=clock, at_once=at_once)
+
+    check_what_arrives(make, lambda: connection.received(bare), steps, bare)
 
 
 def test_while_the_connection_takes_everything_a_whole_batch_is_sealed_and_written_at_once() -> None:

@@ -1014,7 +1014,7 @@ class JsonFile:
             raise StorageError(f"{self.path} can't be written: {error.strerror}") from error
 
     def _write(self, entries: dict[str, Any]) -> None:
-        # these separators put each entry on a line of its own without json's slow indenting
+        # each entry on a line of its own; one json.dumps of all would hold the interpreter, and so the event loop, all the time
         lines = (f"{json.dumps(id_)}: {json.dumps(value)}" for id_, value in entries.items())
         new = self.path.with_name(self.path.name + ".new")
         new.unlink(missing_ok=True)
@@ -1082,7 +1082,7 @@ class AssignmentStore:
         try:
             self.pool.pin(id_, prefix)
             self._save((id_, str(prefix)))
-        except (ValueError, StorageError):
+        except Exception:  # whatever it is, the Id keeps what it had
             if old:
                 self.pool.pin(id_, old)
             raise
