@@ -51,6 +51,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import inspect
@@ -60,6 +61,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import resource
 import secrets
@@ -153,6 +155,13 @@ BATCH_FRAMES = 1_000  # frames moved, likewise: about 5 ms
 JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
 JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
+LOOKUP_S = 2.0  # that a lookup of the server's name may take before the last good address is tried
+REMOVED, SET_DOWN = "somebody removed it", "somebody set it down"  # what may happen to a device of ours
+NO_ADDRESS, NO_ROUTE = "somebody removed its address", "somebody removed its route"
+PERHAPS = "perhaps somebody removed something of it"  # there was more news than we read
+SETTLE_S = 0.1  # after the first sign that somebody changed a device: by then all has happened
+LATENCY_S, LATENCY_SAMPLES = 0.1, 600  # the event loop is asked so often how late it is; so many answers count
+LOG_LINES, LOG_END_S = 10_000, 1.0  # lines that may wait for whoever reads the log; seconds at the end for that
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OUR_NUMBERS = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
 DEFAULT_METRIC = 1  # of the client's default route: before every other one (router advertisements get 1024)
@@ -171,6 +180,9 @@ QUANTUM = 1524  # bytes of a flow's turn: a full frame, RFC 8290 section 5.2
 # no standing queue.
 CODEL_INTERVAL_S, CODEL_TARGET_S = 0.2, 0.05
 QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
+QUEUES_MAX = 64 << 20  # bytes that may wait for all connections
+FRAME_COST = 150  # bytes that a frame takes in memory beside its own: bytearray, tuple, float
+TRIM_S, TRIM_MIN = 1.0, 1 << 20  # how often it is looked whether so many bytes have waited, and do no more
 FLOWS_MAX = 1024  # that have a queue of their own; Linux's fq_codel has as many, RFC 8290 section 5.2
 
 
@@ -594,7 +606,10 @@ class PrefixPool:
         return self._prefix(index)
 
     def pin(self, id_: str, prefix: IPv6Network) -> None:
-        """Gives the Id this /64. Raises ValueError when it is no /64 of the range, or either has another partner."""
+        """Gives the Id this /64; one that it has already stays reserved for it until `free`.
+
+        Raises ValueError when it is no /64 of the range, or belongs to another Id.
+        """
         index = (int(prefix.network_address) >> 64) - self._base
         if prefix.prefixlen != 64:
             raise ValueError(f"{prefix} is not a /64")
@@ -602,9 +617,14 @@ class PrefixPool:
             raise ValueError(f"{prefix} is outside {self.network}")
         if self._owner_of.get(index, id_) != id_:
             raise ValueError(f"{prefix} is already the prefix of {self._owner_of[index]!r}")
-        if self._index_of.get(id_, index) != index:
-            raise ValueError(f"{id_!r} already has {self.find(id_)}")
         self._own(id_, index)
+
+    def free(self, prefix: IPv6Network) -> None:
+        """Lets others have a /64 that was its Id's before that one got another, and is no other's."""
+        index = (int(prefix.network_address) >> 64) - self._base
+        if index in self._owner_of and self._index_of.get(self._owner_of[index]) != index:
+            del self._owner_of[index]
+            self._released.append(index)
 
     def release(self, id_: str) -> None:
         """Takes back what the Id owns, as it never heard of it. Raises KeyError."""
@@ -648,6 +668,17 @@ class Flow:
         self.count = self.lastcount = 0
 
 
+class Room:
+    """What several queues share: bytes that may wait in all of them.
+
+    Each may grow to what is left for the others, as in M. Choudhury and E. Hahne, "Dynamic queue length thresholds for
+    shared-memory packet switches", 1998: few queues have all they want, and many can't fill the memory.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = self.free = size
+
+
 class FrameQueue:
     """FQ-CoDel (RFC 8290) for frames that a blocked socket does not take: a queue a flow, sparse flows first.
 
@@ -656,9 +687,12 @@ class FrameQueue:
     of any one clock. What is dropped or marked is counted.
     """
 
-    def __init__(self, target: float = CODEL_TARGET_S, interval: float = CODEL_INTERVAL_S, limit: int = QUEUE_MAX) -> None:
-        """`limit`: bytes that may wait."""
+    def __init__(
+        self, target: float = CODEL_TARGET_S, interval: float = CODEL_INTERVAL_S, limit: int = QUEUE_MAX, room: Room | None = None
+    ) -> None:
+        """`limit`: bytes that may wait; `room`: what it shares with other queues, until it is cleared."""
         self._target, self._interval, self._limit = target, interval, limit
+        self._room = room or Room(8 * limit)
         self._flows: dict[bytes | int, Flow] = {}
         self._new: deque[Flow] = deque()
         self._old: deque[Flow] = deque()
@@ -678,9 +712,10 @@ class FrameQueue:
         flow.frames.append((now, frame))
         flow.bytes += len(frame)
         self.bytes += len(frame)
+        self._room.free -= len(frame) + FRAME_COST
         self.frames += 1
         self._longest = max(self._longest, flow.bytes)
-        while self.bytes > self._limit:
+        while self.bytes > min(self._limit, self._room.free):
             self._take(self._long_flow(flow))
             self.dropped += 1
 
@@ -706,6 +741,13 @@ class FrameQueue:
         self._longest = 0
         self._long.clear()
         return None
+
+    def clear(self) -> None:
+        """Forgets what waits."""
+        self._room.free += self.bytes + FRAME_COST * self.frames
+        self.bytes = self.frames = self._longest = 0
+        for each in (self._flows, self._new, self._old, self._long):
+            each.clear()
 
     def _long_flow(self, flow: Flow) -> Flow:
         """This flow or else another, with at least half of the longest one's bytes.
@@ -733,6 +775,7 @@ class FrameQueue:
         arrived, frame = flow.frames.popleft()
         flow.bytes -= len(frame)
         self.bytes -= len(frame)
+        self._room.free += len(frame) + FRAME_COST
         self.frames -= 1
         return arrived, frame
 
@@ -791,15 +834,21 @@ class Outbox:
     """What goes to one peer. While the connection takes everything there is no queue; when it does not, frames wait in a FrameQueue."""
 
     def __init__(
-        self, write: Write, bare: bool, seal: Seal | None = None, clock: Callable[[], float] = time.monotonic, at_once: bool = True
+        self,
+        write: Write,
+        bare: bool,
+        seal: Seal | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        at_once: bool = True,
+        room: Room | None = None,
     ) -> None:
-        """bare: each packet is written by itself, without its offload header; `seal` encrypts what is written.
+        """bare: each packet is written by itself, without its offload header; `seal` encrypts what is written; `room`: see FrameQueue.
 
         at_once: a whole batch is sealed, if there is no queue; else it comes in small pieces from the queue, as what is
         sealed can't be overtaken any more.
         """
         self._write, self._bare, self._seal, self._clock, self._at_once = write, bare, seal, clock, at_once
-        self._queue = FrameQueue()
+        self._queue = FrameQueue(room=room)
         self._begun = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # something waits for the connection
 
@@ -807,6 +856,10 @@ class Outbox:
     def dropped(self) -> int:
         """Frames that waited too long."""
         return self._queue.dropped
+
+    def close(self) -> None:
+        """Forgets what waits."""
+        self._queue.clear()
 
     def send(self, frames: memoryview, ends: list[int]) -> None:
         """Takes frames, each with its offload header, that lie one behind the other; `ends` says where each one ends."""
@@ -1014,9 +1067,17 @@ class JsonFile:
             raise StorageError(f"{self.path} can't be written: {error.strerror}") from error
 
     def _write(self, entries: dict[str, Any]) -> None:
+        new = self.path.with_name(self.path.name + ".new")
+        try:
+            self._replace(new, entries)
+        except OSError:
+            with suppress(OSError):
+                new.unlink()  # on a full disk, others need the room
+            raise
+
+    def _replace(self, new: Path, entries: dict[str, Any]) -> None:
         # each entry on a line of its own; one json.dumps of all would hold the interpreter, and so the event loop, all the time
         lines = (f"{json.dumps(id_)}: {json.dumps(value)}" for id_, value in entries.items())
-        new = self.path.with_name(self.path.name + ".new")
         new.unlink(missing_ok=True)
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode), "w", encoding="ascii") as file:
             if self.path.exists():
@@ -1043,6 +1104,8 @@ class AssignmentStore:
         self.pool = pool
         self._file = JsonFile(path, "assignments", 0o644) if path else None
         self._saved: dict[str, str] = {}
+        self._failing = False  # and the log has said so
+        self._changing: dict[str, gevent.event.Event] = {}  # by Id: set when that is done
         self._save = Gather(self._save_batch)
         if self._file:
             self._lock = self._locked(self._file.path)
@@ -1058,34 +1121,48 @@ class AssignmentStore:
         return self._file.path if self._file else None
 
     def assign(self, id_: str) -> IPv6Network:
-        """The Id's /64, saved before it is returned. Not for two greenlets with one Id at once.
+        """The Id's /64, saved before it is returned.
 
         Raises Refusal when the pool is exhausted, StorageError when it can't be saved; the Id then owns nothing new.
         """
-        known = self.pool.find(id_)
-        if known:
-            return known
-        prefix = self.pool.assign(id_)
-        self._save((id_, str(prefix)))
-        return prefix
+        with self._alone(id_):
+            known = self.pool.find(id_)
+            if known:
+                return known
+            prefix = self.pool.assign(id_)
+            self._save((id_, str(prefix)))
+            return prefix
 
     def pin(self, id_: str, prefix: IPv6Network) -> None:
         """Gives the Id this /64 instead of the one it may have, and saves that.
 
         Raises ValueError when it is no free /64 of the range, StorageError when it can't be saved; then all is as before.
         """
-        old = self.pool.find(id_)
-        if old == prefix:
-            return
-        if old:
-            self.pool.release(id_)
-        try:
+        with self._alone(id_):
+            old = self.pool.find(id_)
+            if old == prefix:
+                return
             self.pool.pin(id_, prefix)
-            self._save((id_, str(prefix)))
-        except Exception:  # whatever it is, the Id keeps what it had
+            try:
+                self._save((id_, str(prefix)))
+            except Exception:  # whatever it is, the Id keeps what it had
+                if old:
+                    self.pool.pin(id_, old)
+                raise
             if old:
-                self.pool.pin(id_, old)
-            raise
+                self.pool.free(old)
+
+    @contextmanager
+    def _alone(self, id_: str) -> Iterator[None]:
+        """Nobody else changes or learns the prefix of this Id meanwhile, which may not be on disk yet."""
+        while id_ in self._changing:
+            self._changing[id_].wait()
+        done = self._changing[id_] = gevent.event.Event()
+        try:
+            yield
+        finally:
+            del self._changing[id_]
+            done.set()
 
     def close(self) -> None:
         """Gives up the lock."""
@@ -1124,11 +1201,16 @@ class AssignmentStore:
             everything = {**self._saved, **dict(entries)}
             try:
                 self._file.save(everything)
-            except Exception:  # whatever it is, an Id that is not on disk must not be taken for known
+            except Exception as error:  # whatever it is, an Id that is not on disk must not be taken for known
                 for id_, _ in entries:
                     self.pool.release(id_)
+                log.log(logging.DEBUG if self._failing else logging.ERROR, "%s; known Ids are served, new ones refused until it can", error)
+                self._failing = True
                 raise
             self._saved = everything
+            if self._failing:
+                log.info("%s can be written again", self.path)
+                self._failing = False
         return [None] * len(entries)
 
 
@@ -1231,6 +1313,10 @@ class Kernel:
             number, reason = min(failures.items())
             raise KernelError(f"`ip -6 {plan[number].do}` failed: {reason}")
 
+    def repeat(self, plan: Sequence[Step]) -> None:
+        """Does again those of the steps that others may have undone; what stands fails, and stays."""
+        self._run([step.do for step in plan])
+
     def undo(self, plan: Sequence[Step]) -> None:
         """Undoes the steps, last first; what is gone already is as it should be."""
         undone = [step.undo for step in reversed(plan) if step.undo]
@@ -1268,7 +1354,7 @@ class Kernel:
                 reasons = []
             else:
                 reasons.append(line.replace("RTNETLINK answers: ", "").strip())
-        if done.returncode and not any(failures):  # it never came to the commands
+        if done.returncode < 0 or (done.returncode and not any(failures)):  # nobody knows to which commands it came
             return [{0: "; ".join(reasons) or f"`ip` ended with {done.returncode}"} for _ in jobs]
         return failures
 
@@ -1309,6 +1395,13 @@ class Tun:
         self.name: str = self._device.name
         self.fd: int = self._device.fileno()
         self.file = io.FileIO(self.fd, "r+", closefd=False)
+        try:
+            self._set_up()
+        except (KernelError, OSError) as error:
+            self.close()
+            raise error if isinstance(error, KernelError) else tun_error(self.name, error) from None
+
+    def _set_up(self) -> None:
         os.set_blocking(self.fd, False)
         os.set_inheritable(self.fd, False)  # a child would keep the device alive
         fcntl.ioctl(self.fd, self.TUNSETVNETLE, struct.pack("i", 1))
@@ -1329,7 +1422,7 @@ class Tun:
         try:
             fcntl.ioctl(self.fd, self.TUNSETOFFLOAD, 0)
         except OSError as error:
-            raise KernelError(f"TUN device {self.name}: {error.strerror}") from None
+            raise tun_error(self.name, error) from None
 
     def close(self) -> None:
         """Removes the device with its addresses and routes. Takes 24 ms, in a thread. Nobody may still wait for `fd`."""
@@ -1341,6 +1434,137 @@ class Tun:
             return True
         except OSError:
             return False
+
+
+def tun_error(name: str, error: OSError) -> KernelError:
+    """What a failed read or write says of the TUN."""
+    reason = {errno.EBADFD: REMOVED, errno.EIO: SET_DOWN}.get(error.errno or 0, error.strerror)
+    return KernelError(f"TUN device {name}: {reason}")
+
+
+class Watch:
+    """Says at once when somebody removes a device of ours, sets it down, or takes its address or route away: rtnetlink(7)."""
+
+    NEWLINK, DELLINK, DELADDR, NEWROUTE, DELROUTE = 16, 17, 21, 24, 25  # linux/rtnetlink.h, as are the next
+    GROUPS = 0x1 | 0x100 | 0x400  # RTMGRP_LINK, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE
+    IFA_ADDRESS, RTA_OIF = 1, 4
+    SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # asm-generic/socket.h
+    IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
+
+    def __init__(self) -> None:
+        self._lost: dict[int, Callable[[str, bytes], None]] = {}  # by index of the device
+        self._pending: set[tuple[int, str, bytes]] = set()
+
+    def add(self, device: str, lost: Callable[[str, bytes], None]) -> int:
+        """From now on `lost` is told what was taken from the device, and with an address which one. Gives what `discard` takes."""
+        try:
+            index = system_socket.if_nametoindex(device)
+        except OSError:  # it is gone already: whoever reads or writes it finds out
+            return 0
+        self._lost[index] = lost
+        return index
+
+    def discard(self, index: int) -> None:
+        """No more."""
+        self._lost.pop(index, None)
+
+    def run(self) -> None:
+        """Until it is killed."""
+        try:
+            with self._open() as sock:
+                while True:
+                    self._read(sock)
+        except OSError as error:
+            log.warning("what others do to our devices can't be watched: %s", error.strerror)
+        finally:
+            self._lost.clear()  # whoever ends undoes: nobody is to put anything back meanwhile
+
+    def _read(self, sock: socket.socket) -> None:
+        try:
+            messages = sock.recv(1 << 16)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            log.debug("the kernel had more news of devices than we read")
+            for index in list(self._lost):
+                self._suspect(index, PERHAPS, b"")
+        else:
+            for index, what, address in losses(messages):
+                self._suspect(index, what, address)
+
+    def _open(self) -> socket.socket:
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+        sock.setsockopt(socket.SOL_SOCKET, self.SO_RCVBUFFORCE, 4 << 20)
+        with suppress(OSError):  # it only spares us what `losses` drops: all routes of a router
+            sock.setsockopt(socket.SOL_SOCKET, self.SO_ATTACH_FILTER, self._filter())
+        sock.bind((0, self.GROUPS))
+        return sock
+
+    def _filter(self) -> bytes:
+        """A struct sock_fprog, linux/filter.h: no new routes, and of removed ones only ours."""
+        load_half, load_byte, equal, give = 0x28, 0x30, 0x15, 0x06
+        deleted, new = (int.from_bytes(struct.pack("=H", kind), "big") for kind in (self.DELROUTE, self.NEWROUTE))
+        program = [
+            (load_half, 0, 0, 4),  # nlmsg_type, which the filter takes for big-endian
+            (equal, 0, 2, deleted),
+            (load_byte, 0, 0, 16 + 5),  # rtm_protocol
+            (equal, 1, 2, ROUTE_PROTOCOL),
+            (equal, 1, 0, new),
+            (give, 0, 0, 0xFFFF_FFFF),
+            (give, 0, 0, 0),
+        ]
+        self._program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+        return struct.pack("HP", len(program), ctypes.addressof(self._program))
+
+    def _suspect(self, index: int, what: str, address: bytes) -> None:
+        sign = index, what, address
+        if index in self._lost and sign not in self._pending:
+            self._pending.add(sign)
+            gevent.spawn_later(SETTLE_S, self._look, sign)
+
+    def _look(self, sign: tuple[int, str, bytes]) -> None:
+        """Tells of it: a device that is removed loses its address and routes first, and one that was just made was not up yet."""
+        self._pending.discard(sign)
+        index, what, address = sign
+        try:
+            name = system_socket.if_indextoname(index)
+            with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+                ifreq = fcntl.ioctl(sock, self.SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
+            if not struct.unpack_from("H", ifreq, 16)[0] & self.IFF_UP:
+                what = SET_DOWN
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENODEV):  # for want of a descriptor nobody knows
+                return
+            what = REMOVED
+        if what and index in self._lost:
+            self._lost[index](what, address)
+
+
+def losses(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
+    """What messages of rtnetlink say was taken away: index of the device, what ("" for the device itself), the address."""
+    at = 0
+    while at + 16 <= len(messages):
+        length, kind = struct.unpack_from("=IH", messages, at)
+        body = messages[at + 16 : at + length]
+        at += max(length, 16) + 3 & ~3
+        if kind in (Watch.NEWLINK, Watch.DELLINK) and len(body) >= 16:
+            family, index, flags = struct.unpack_from("=BxxxiI", body)
+            if family == 0 and (kind == Watch.DELLINK or not flags & Watch.IFF_UP):
+                yield index, "", b""
+        elif kind == Watch.DELADDR and len(body) >= 8:
+            yield int.from_bytes(body[4:8], sys.byteorder), NO_ADDRESS, attributes(body[8:]).get(Watch.IFA_ADDRESS, b"")
+        elif kind == Watch.DELROUTE and len(body) >= 12 and body[5] == ROUTE_PROTOCOL:
+            yield int.from_bytes(attributes(body[12:]).get(Watch.RTA_OIF, b""), sys.byteorder), NO_ROUTE, b""
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes of a message of rtnetlink, by type."""
+    found, at = {}, 0
+    while at + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, at)
+        found[kind] = data[at + 4 : at + length]
+        at += max(length, 4) + 3 & ~3
+    return found
 
 
 @functools.cache
@@ -1537,6 +1761,7 @@ def has_aes() -> bool:
 
 # ---- pumps -----------------------------------------------------------------------------------------------------------
 
+ROOM = Room(QUEUES_MAX)  # of all sessions' queues
 # One pair of buffers for the process, not for each session: a pump never switches while it has something in them.
 _tun_buffer = memoryview(bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX))
 _tcp_buffer = bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX)
@@ -1632,7 +1857,7 @@ def pump_tun_to_tcp(tun: Tun, fd: int, outbox: Outbox, kinds: frozenset[str] | N
                     traffic.dropped += 1
                 room = view[have : have + frame_max]
         except OSError as error:
-            raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
+            raise tun_error(tun.name, error) from None
         found = len(ends)
         if found:
             small = joins and found > 1 and have < found * JOINED_BYTES // 2  # large ones are no datagrams to be joined
@@ -1671,7 +1896,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: by
                 if error.errno == errno.EINVAL:
                     raise ProtocolError("frame that the kernel refuses as a packet") from None
                 if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
-                    raise KernelError(f"TUN device {tun.name}: {error.strerror}") from None
+                    raise tun_error(tun.name, error) from None
                 traffic.dropped += 1
 
     def turn() -> None:
@@ -1792,6 +2017,22 @@ def log_defect(where: str, error: Exception) -> None:
     log.error("%s: internal error, please report it: %r", where, error, exc_info=log.isEnabledFor(logging.DEBUG))
 
 
+def give_memory_back() -> None:
+    """Gives the memory that full queues took back to the system when they are empty again; until it is killed.
+
+    glibc would keep it: 35 MB after eight queues were full.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries don't need it
+    full = False
+    while trim:
+        gevent.sleep(TRIM_S)
+        if ROOM.free < ROOM.size - TRIM_MIN:
+            full = True
+        elif full and ROOM.free == ROOM.size:
+            full = False
+            in_thread(trim, 0)
+
+
 class Session:
     """A connection whose handshake is done and a TUN, with a pump each way, from `run` until the first of them ends.
 
@@ -1831,7 +2072,7 @@ class Session:
         self.refused = border.refused
         lan = adapt(sock, congestion)
         write = stream.write if lan else LinkWriter(sock, stream.write, whole=bare)
-        outbox = Outbox(write, bare, stream.seal, at_once=lan or not stream.seal)
+        outbox = Outbox(write, bare, stream.seal, at_once=lan or not stream.seal, room=ROOM)
         deframer = Deframer(_tcp_buffer, None if bare else tun.kinds, border)
 
         def tun_to_tcp() -> None:
@@ -1847,6 +2088,7 @@ class Session:
             why: BaseException = self._end.get()
         finally:
             gevent.killall(pumps)
+            outbox.close()
         return why
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
@@ -2016,8 +2258,9 @@ class Server:
         self._takeovers: dict[str, deque[float]] = {}  # by Id: when that last happened
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
         self._connections = gevent.pool.Group()  # a greenlet each
-        self._greeting: set[gevent.Greenlet] = set()  # those of them that have no session yet
+        self._greeting: set[gevent.Greenlet] = set()  # those of them that have nothing to be undone yet
         self._door = Door(self._begin)
+        self._watch = Watch()
         self._spare: int | None = None  # a descriptor, for the connection that there is none for
 
     def run(self) -> NoReturn:
@@ -2031,12 +2274,21 @@ class Server:
             self._kernel.remove_stale_pools()
             undo.callback(self._kernel.undo, route)
             self._kernel.apply(route)
+            self._watch.add("lo", lambda what, _: self._restore(route))
+            for work in (self._watch.run, give_memory_back):
+                undo.callback(gevent.spawn(work).kill)
             undo.callback(self._end_sessions)
             log.info("serving %s on %s port %d", self._store.pool.network, *self._address)
             while True:
                 for _ in range(ACCEPTS):
                     self._accept(listener)
                 gevent.sleep()  # accept does not wait while others do
+
+    def _restore(self, route: list[Step]) -> None:
+        """Puts the pool's route back. Somebody removed one of that kind, but perhaps another tun6 its own."""
+        with suppress(KernelError):
+            self._kernel.apply(route)
+            log.warning("somebody removed the route of %s; it is back", self._store.pool.network)
 
     def reload(self) -> None:
         """Reads keys and certificate anew; sessions go on, but those of Ids that may not come in any more. Raises ConfigError."""
@@ -2167,15 +2419,24 @@ class Server:
         if self._policy.keys is None and self._store.pool.find(id_) is None and not self._new_ids.allows():
             raise Refusal("busy", f"more than {self._policy.new_ids_per_hour} new Ids in an hour")
         session = self.sessions[id_] = Session(peer)
-        self._greeting.discard(gevent.getcurrent())
         try:
             with ExitStack() as undo:
                 prefix = session.prefix = self._store.assign(id_)
+                self._greeting.discard(gevent.getcurrent())  # the end does not wait for a disk that does not answer, but for TUNs
                 tun = Tun(self._tun)
                 undo.callback(tun.close)
                 session.device = tun.name
                 tun.give(kinds)
-                self._kernel.apply(server_plan(tun.name, self._mtu, prefix))
+                plan = server_plan(tun.name, self._mtu, prefix)
+                self._kernel.apply(plan)
+
+                def lost(what: str, _: bytes) -> None:
+                    if what == PERHAPS:
+                        self._kernel.repeat(plan)
+                    elif what != NO_ADDRESS:  # it has none of ours
+                        session.close(KernelError(f"TUN device {tun.name}: {what}"))
+
+                undo.callback(self._watch.discard, self._watch.add(tun.name, lost))
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 if kinds is not None:
                     answer["Offload"] = sorted(tun.kinds)
@@ -2185,7 +2446,8 @@ class Server:
                 why = session.run(stream, tun, border, self._congestion, kinds, early)
             log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
         except (StorageError, KernelError) as error:
-            log.error("%s from %s: can't be served: %s", shown(id_), peer, error)
+            level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store said it, once
+            log.log(level, "%s from %s: can't be served: %s", shown(id_), peer, error)
             raise Refusal("server-error", "the server can't serve a new client at the moment") from None
         finally:
             del self.sessions[id_]
@@ -2264,38 +2526,68 @@ class Client:
         self._prefix: IPv6Network | None = None  # whose address the TUN has
         self._told: str | None = None  # what the log says of the outage; None while connected
         self._pause = RETRY_S
+        self._watch = Watch()
+        self._watched = 0  # the TUN, by it
+        self._broken: KernelError | None = None  # what somebody did to the TUN
+        self._session: Session | None = None
+        self._lookup: gevent.Greenlet | None = None  # of the server's addresses, the last one
+        self._good: list[tuple[str, int]] = []  # the address where the server was
 
     def run(self) -> NoReturn:
         """Serves until killed, then removes the TUN. Raises KernelError when it can't be made at the start."""
         self._kernel.remove_stale_pools()
+        self._watch.add("lo", lambda what, _: self._restore())
+        helpers = [gevent.spawn(self._watch.run), gevent.spawn(give_memory_back)]
         try:
             self._open()
             while True:
                 try:
                     self._connect(self._tun or self._open())
-                except KernelError as error:  # somebody removed the device or set it down: make another
+                except KernelError as error:  # somebody took the device or what belongs to it: make all anew
                     self._tell(error)
                     self._close()
                 except (SessionError, gevent.Timeout, EOFError, OSError) as error:
                     self._tell(error)
                 gevent.sleep(self._pause)
         finally:
+            gevent.killall(helpers)
             self._close()
 
     def _open(self) -> Tun:
+        self._broken = None
         self._tun = Tun(self._name)
         self._kernel.apply(client_plan(self._tun.name, self._mtu, self._default_route))
+        self._watched = self._watch.add(self._tun.name, self._lost)
         return self._tun
 
+    def _restore(self) -> None:
+        """Puts back the route that keeps what no LAN has out of the tunnel, if it is that which somebody removed."""
+        if self._prefix:
+            self._kernel.repeat(pool_plan(self._prefix, os.getpid()))
+
+    def _lost(self, what: str, address: bytes) -> None:
+        if self._tun and what == PERHAPS:
+            address_steps = address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else []
+            self._kernel.repeat([*client_plan(self._tun.name, self._mtu, self._default_route), *address_steps])
+            return
+        if self._tun and not (address and self._prefix and address != self._prefix[1].packed):  # one that it had before
+            self._broken = KernelError(f"TUN device {self._tun.name}: {what}")
+            if self._session:
+                self._session.close(self._broken)
+
     def _close(self) -> None:
-        if self._prefix and self._tun:
-            self._kernel.undo(address_plan(self._tun.name, self._prefix, os.getpid()))
+        self._watch.discard(self._watched)
+        prefix, self._prefix = self._prefix, None
+        if prefix and self._tun:
+            self._kernel.undo(address_plan(self._tun.name, prefix, os.getpid()))
         if self._tun:
             self._tun.close()
-        self._tun = self._prefix = None
+        self._tun = None
 
     def _connect(self, tun: Tun) -> NoReturn:
         """One connection, from dialling to its end, which it raises."""
+        if self._broken:
+            raise self._broken
         self._id = self._id or default_id()
         with self._dial() as sock:
             tune(sock)
@@ -2311,7 +2603,11 @@ class Client:
             self._take_address(tun, prefix)
             log.info("%s at %s port %d: has %s on %s", shown(self._id), *self._remote, prefix, tun.name)
             self._told = None
-            raise Session("the server").run(stream, tun, Border(prefix, from_client=False), self._congestion, kinds, early)
+            self._good = [sock.getpeername()]
+            self._session = Session("the server")
+            if self._broken:
+                raise self._broken
+            raise self._session.run(stream, tun, Border(prefix, from_client=False), self._congestion, kinds, early)
 
     def _open_stream(self, sock: socket.socket) -> Stream:
         """What the server is asked through; before that, it is the right server. Raises ProtocolError, EOFError, OSError."""
@@ -2323,11 +2619,10 @@ class Client:
         return stream
 
     def _dial(self) -> socket.socket:
-        """A connection to the first of the server's IPv4 addresses that takes it; others would be routed into our TUN."""
-        found = socket.getaddrinfo(self._remote[0], self._remote[1], socket.AF_INET, socket.SOCK_STREAM)
-        for family, kind, protocol, _, address in found:
+        """A connection to the first of the server's addresses that takes it."""
+        for address in self._addresses():
             with ExitStack() as undo:
-                sock = undo.enter_context(socket.socket(family, kind, protocol))
+                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
                 try:
                     with gevent.Timeout(CONNECT_S):
                         sock.connect(address)
@@ -2337,6 +2632,21 @@ class Client:
                     undo.pop_all()
                     return sock
         raise failure
+
+    def _addresses(self) -> list[tuple[str, int]]:
+        """The server's IPv4 addresses, others would be routed into our TUN; last the one where it was. Raises OSError when there is none.
+
+        A lookup goes on until it is answered, and no other begins meanwhile.
+        """
+        if self._lookup is None or self._lookup.ready():
+            self._lookup = gevent.spawn(socket.getaddrinfo, *self._remote, socket.AF_INET, socket.SOCK_STREAM)
+        self._lookup.join(LOOKUP_S if self._good else None)
+        if self._lookup.successful():
+            return list(dict.fromkeys([*(address for *_, address in self._lookup.value), *self._good]))
+        if not self._good:
+            raise self._lookup.exception
+        log.debug("%s: %s; trying the address that it had", self._remote[0], self._lookup.exception or "no answer yet")
+        return self._good
 
     def _take_address(self, tun: Tun, prefix: IPv6Network) -> None:
         if prefix == self._prefix:
@@ -2367,20 +2677,58 @@ class Client:
 # ---- administration --------------------------------------------------------------------------------------------------
 
 
+class Pulse:
+    """How late the event loop is: the time that whoever becomes ready waits for its turn."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self._late: deque[float] = deque(maxlen=LATENCY_SAMPLES)
+
+    def run(self) -> NoReturn:
+        """Until it is killed."""
+        while True:
+            due = time.monotonic() + LATENCY_S
+            gevent.sleep(LATENCY_S)
+            self._late.append(max(time.monotonic() - due, 0.0))
+
+    def latency(self) -> dict[str, float]:
+        """Of the last minute, in seconds."""
+        late = sorted(self._late) or [0.0]
+        return {"samples": len(self._late), "median": late[len(late) // 2], "p99": late[len(late) * 99 // 100], "max": late[-1]}
+
+
+def resources() -> dict[str, int]:
+    """What this process has of the machine; memory in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "greenlets": sum(isinstance(each, gevent.Greenlet) and not each.dead for each in gc.get_objects()),
+        "threads": int(status["Threads"]),
+        "files": len(os.listdir("/proc/self/fd")) - 1,
+        "memory": int(status["VmRSS"].split()[0]) << 10,
+        "queued": ROOM.size - ROOM.free,
+    }
+
+
 class Registry:
     """What an operator does with clients: on the running server, or on its files when none runs."""
 
     def __init__(
-        self, store: AssignmentStore, keys: KeyStore | None, sessions: dict[str, Session], drop: Callable[[str, str], None]
+        self,
+        store: AssignmentStore,
+        keys: KeyStore | None,
+        sessions: dict[str, Session],
+        drop: Callable[[str, str], None],
+        pulse: Pulse | None = None,
     ) -> None:
-        """`drop` ends the session of an Id, and says why."""
-        self._store, self._keys, self._sessions, self._drop = store, keys, sessions, drop
+        """`drop` ends the session of an Id, and says why; `pulse` is that of the running server."""
+        self._store, self._keys, self._sessions, self._drop, self._pulse = store, keys, sessions, drop, pulse
         self._one = gevent.lock.RLock()
 
     def perform(self, request: dict[str, Any]) -> Any:
         """Does what a request says: {"do": a method below, its arguments}. Raises RequestError, StorageError, Refusal."""
         requests: dict[str, Callable[..., Any]] = {
             "list": self.list,
+            "status": self.status,
             "add": self.add,
             "pin": self.pin,
             "revoke": self.revoke,
@@ -2408,6 +2756,18 @@ class Registry:
         """All that have a prefix, a key or a session."""
         ids = dict.fromkeys([*self._store.pool.owners(), *(self._keys.ids() if self._keys else ()), *self._sessions])
         return [self._entry(id_) for id_ in ids]
+
+    def status(self) -> dict[str, Any]:
+        """How the server is."""
+        if self._pulse is None:
+            raise RequestError("no server runs with this config.ini")
+        return {
+            "seconds": round(time.monotonic() - self._pulse.began),
+            "sessions": len(self._sessions),
+            "assignments": len(self._store.pool.owners()),
+            **in_thread(resources),
+            "latency": self._pulse.latency(),
+        }
 
     def add(self, id: str, prefix: str | None, new_key: bool) -> dict[str, Any]:
         """Gives an Id a key, and a prefix at once."""
@@ -3059,7 +3419,10 @@ def server_command(options: argparse.Namespace) -> None:
     server = Server(address, store, Kernel(), find_congestion(config.congestion), policy, config.tun, config.mtu)
 
     def run() -> None:
-        with Control(control_path(path, config), Registry(store, keys, server.sessions, server.drop)):
+        pulse = Pulse()
+        with ExitStack() as undo:
+            undo.callback(gevent.spawn(pulse.run).kill)
+            undo.enter_context(Control(control_path(path, config), Registry(store, keys, server.sessions, server.drop, pulse)))
             server.run()
 
     def reload() -> None:
@@ -3081,6 +3444,7 @@ def open_keys(path: str, config: ServerConfig) -> KeyStore | None:
 
 def client_command(options: argparse.Namespace) -> None:
     """`tun6.py client`."""
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")  # resolv.conf(5): a name server that is back is noticed in seconds
     config: ClientConfig = read_config(find_config(options.config), "client")
     require_privilege()
     require_ipv6()
@@ -3129,6 +3493,42 @@ def certificate_fingerprint(file: Path) -> str:
         raise ConfigError(f"{file}: {reason}; `tun6.py keygen` makes one") from None
 
 
+def perform(path: str, config: ServerConfig, request: dict[str, Any]) -> Any:
+    """Lets the running server do it, or does it on its files while none runs. Raises RequestError, ConfigError, StorageError, Refusal."""
+    files = [name and os.path.realpath(name) for name in (beside(path, config.assignments), beside(path, config.keys))]
+    control = control_path(path, config)
+    request = {**request, "files": files}
+    try:
+        return ask_server(control, request)
+    except OSError as error:
+        if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+            raise RequestError(f"control = {control}: {error.strerror or error}; run this as the server's user, mostly root") from None
+        if request["do"] == "status":
+            raise Tun6Error(f"no server listens at {control}") from None
+        if config.assignments is None:
+            raise ConfigError(f"no server listens at {control}, and without `assignments` in {path} nothing is kept") from None
+        store = AssignmentStore(PrefixPool(config.prefixrange), files[0])
+        try:
+            return Registry(store, open_keys(path, config), {}, lambda id_, why: None).perform(request)
+        finally:
+            store.close()
+
+
+def status_command(options: argparse.Namespace) -> None:
+    """`tun6.py status`: asks the running server."""
+    path = find_config(options.config)
+    done = perform(path, read_config(path, "server"), {"do": "status"})
+    if options.json:
+        print(json.dumps(done, indent=1))
+    else:
+        latency = done.pop("latency")
+        done["memory"] = f"{done['memory'] / 2**20:.1f} MiB"
+        done["queued"] = f"{done['queued']} bytes"
+        done["latency"] = ", ".join(f"{name} {1000 * latency[name]:.1f} ms" for name in ("median", "p99", "max"))
+        for name, value in done.items():
+            print(f"{name:<12} {value}")
+
+
 def clients_command(options: argparse.Namespace) -> None:
     """`tun6.py clients`: asks the running server, or works on its files while none runs."""
     path = find_config(options.config)
@@ -3140,19 +3540,7 @@ def clients_command(options: argparse.Namespace) -> None:
             raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
         if config.cert:
             fingerprint = certificate_fingerprint(Path(cast(str, beside(path, config.cert))))
-    files = [name and os.path.realpath(name) for name in (beside(path, config.assignments), beside(path, config.keys))]
-    control = control_path(path, config)
-    request = {"do": options.action, "files": files, **arguments}
-    try:
-        done = ask_server(control, request)
-    except OSError as error:
-        if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-            raise RequestError(f"control = {control}: {error.strerror or error}; run this as the server's user, mostly root") from None
-        if config.assignments is None:
-            raise ConfigError(f"no server listens at {control}, and without `assignments` in {path} nothing is kept") from None
-        store = AssignmentStore(PrefixPool(config.prefixrange), files[0])
-        done = Registry(store, open_keys(path, config), {}, lambda id_, why: None).perform(request)
-        store.close()
+    done = perform(path, config, {"do": options.action, **arguments})
     if options.action == "add":
         done["fingerprint"] = fingerprint
     if options.json:
@@ -3307,16 +3695,61 @@ class Collapse(logging.Filter):
         return count < COLLAPSE_MAX
 
 
-def set_up_logging(verbose: bool) -> None:
+class LogThread(logging.Handler):
+    """Writes the log to a file in a thread of its own: whoever does not read it keeps nobody waiting but that thread."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._lines: queue.Queue[str] = queue.Queue(LOG_LINES)
+        self._lost = 0
+        self._thread: threading.Thread | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Never waits."""
+        self.say(self.format(record))
+
+    def say(self, line: str) -> None:
+        """Writes a line as it is."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+            self._thread.start()
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost += 1
+
+    def flush(self) -> None:
+        """Waits until all is written, but not for ever."""
+        deadline = time.monotonic() + LOG_END_S
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def _run(self) -> None:
+        while True:
+            line = self._lines.get()
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                line += f"\nWARNING {lost} lines of the log were lost, as nobody read them"
+            data = (line + "\n").encode(errors="backslashreplace")
+            with suppress(OSError):  # there is nobody who could be told
+                while data:
+                    data = data[os.write(self._fd, data) :]
+            self._lines.task_done()
+
+
+def set_up_logging(verbose: bool) -> LogThread:
     """Events to stderr, a line each; without time where systemd's journal adds it (systemd.exec(5), JOURNAL_STREAM)."""
     stderr = os.fstat(sys.stderr.fileno())
     journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+    handler = LogThread(sys.stderr.fileno())
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
+        handlers=[handler],
     )
     log.addFilter(Collapse())
+    return handler
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -3328,6 +3761,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("server", server_command, "serve clients; on a host with a routed IPv6 range"),
         ("client", client_command, "keep a tunnel to a server; on the machine that wants IPv6"),
         ("clients", clients_command, "list, add, pin, revoke or restore clients; on the server's machine"),
+        ("status", status_command, "show how the running server is; on its machine"),
         ("keygen", keygen_command, "make the server's certificate and show its fingerprint"),
         ("demo", demo_command, "show it all on this machine, in network namespaces that are removed afterwards"),
     ):
@@ -3336,8 +3770,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("-v", "--verbose", action="store_true", help="log more")
         if name != "demo":
             command.add_argument("-c", "--config", metavar="FILE", help=f"default: ./{_CONFIG_FILES[0]}, then {_CONFIG_FILES[1]}")
-        if name == "clients":
+        if name in ("clients", "status"):
             command.add_argument("--json", action="store_true", help="answer in JSON")
+        if name == "clients":
             actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
             for action, text in (
                 ("list", "who has which prefix, has a key, is connected"),
@@ -3358,12 +3793,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     sub.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
                     sub.add_argument("--new-key", action="store_true", help="replace the key that the Id has")
     options = parser.parse_args(arguments)
-    set_up_logging(options.verbose)
+    stderr = set_up_logging(options.verbose)
     try:
         options.function(options)
         return 0
     except Tun6Error as error:
-        print(f"tun6: {error}", file=sys.stderr)
+        stderr.say(f"tun6: {error}")
         return error.exit_status
     except Exception as error:
         log_defect(options.command, error)
