@@ -106,7 +106,7 @@ R = TypeVar("R")
 # As readinto and write of Python's raw files: they give how many bytes they moved, None when that would block, and Read 0 at the end.
 Read = Callable[[memoryview], Optional[int]]
 Write = Callable[[memoryview], Optional[int]]
-Seal = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text to TLS records
+Seal = Callable[[Union[bytes, bytearray, memoryview]], memoryview]  # plain text to TLS records; valid until the next call
 
 # ---- constants of the wire -------------------------------------------------------------------------------------------
 
@@ -150,7 +150,9 @@ COLLAPSE_MAX, COLLAPSE_S = 20, 60  # warnings of one kind in the log, in so many
 SECRET = 0o600  # mode of a file with keys
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH = 256 << 10  # bytes moved before others get their turn
-RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: RFC 8446 section 5.2
+RECORD_DATA = 16 << 10  # bytes in a TLS record: RFC 8446 section 5.1
+RECORD_HEADER = 5  # bytes, the last two its length
+RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: section 5.2
 BATCH_FRAMES = 1_000  # frames moved, likewise: about 5 ms
 JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
 JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
@@ -869,8 +871,8 @@ class Outbox:
                 taken = self._send_each(frames, ends)
             elif self._seal:
                 taken = len(ends)
-                self._begun = memoryview(self._seal(frames[: ends[-1]]))
-                self._begun = self._begun[self._write(self._begun) or 0 :]
+                data = self._seal(frames[: ends[-1]])
+                self._begun = memoryview(bytes(data[self._write(data) or 0 :]))
             else:
                 sent = self._write(frames[: ends[-1]]) or 0
                 taken = len(ends) if sent == ends[-1] else self._taken(frames, ends, sent)
@@ -905,7 +907,7 @@ class Outbox:
                 break
         if frames:
             data = frames[0][OFFLOAD_HEADER.size :] if self._bare else b"".join(frames)
-            self._begun = memoryview(self._seal(data) if self._seal else data)
+            self._begun = memoryview(bytes(self._seal(data)) if self._seal else data)
         return bool(frames)
 
     def _taken(self, frames: memoryview, ends: list[int], sent: int) -> int:
@@ -920,7 +922,7 @@ class Outbox:
         begin = 0
         for number, end in enumerate(ends):
             packet = frames[begin + OFFLOAD_HEADER.size : end]
-            data = memoryview(self._seal(packet)) if self._seal else packet
+            data = self._seal(packet) if self._seal else packet
             sent = self._write(data) or 0
             if sent < len(data):
                 begun = bool(sent or self._seal)  # what is sealed has to be sent
@@ -1626,12 +1628,16 @@ class Stream:
         self.sock.sendall(data)
 
 
-# One for the process, as those of the pumps; a turn brings no more than they take.
+# Of the process, as those of the pumps; a turn brings no more than they take. Fresh memory of that size would cost more than to seal.
 _cipher_buffer = memoryview(bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX))
+_sealed_buffer = memoryview(bytearray(len(_cipher_buffer) + 3 * RECORD_MAX))
 
 
 class TlsStream(Stream):
-    """A connection inside TLS. Its records are taken from memory, many with one read of the socket; `ssl`'s sockets read twice for each."""
+    """A connection inside TLS. Its records are taken from memory, many with one read of the socket; `ssl`'s sockets read twice for each.
+
+    A MemoryBIO keeps the size of the most that it ever held, so that it is given no more than one record at a time.
+    """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None = None) -> None:
         """Does the TLS handshake; `server_name`, as which the server has to identify itself, where the context asks for that.
@@ -1642,6 +1648,8 @@ class TlsStream(Stream):
         self._read_socket = self.readinto
         self.readinto = self._read_records
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._header = b""  # the begin of a record's header, not in `_incoming` yet
+        self._missing = 0  # bytes of the record whose begin is there
         server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, None if server_side else server_name)
         self._wait_for(self._tls.do_handshake)
@@ -1662,13 +1670,18 @@ class TlsStream(Stream):
 
     def send(self, data: bytes) -> None:
         """Sends it all. Raises OSError, ProtocolError."""
-        self.sock.sendall(self.seal(data))
+        self.sock.sendall(bytes(self.seal(data)))
 
-    def seal(self, data: bytes | bytearray | memoryview) -> bytes:
-        """The records that say this, behind what TLS itself has to say. Raises ProtocolError."""
+    def seal(self, data: bytes | bytearray | memoryview) -> memoryview:
+        """The records that say this, behind what TLS itself has to say; valid until the next call. Raises ProtocolError."""
+        filled = 0
         with _tls_errors():
-            self._tls.write(data)
-        return self._outgoing.read()
+            for at in range(0, len(data), RECORD_DATA):
+                self._tls.write(data[at : at + RECORD_DATA])
+                record = self._outgoing.read()
+                _sealed_buffer[filled : filled + len(record)] = record
+                filled += len(record)
+        return _sealed_buffer[:filled]
 
     def _wait_for(self, step: Callable[..., R], *args: Any) -> R:
         """The result of a step that needs more from the peer, or has something to say to it."""
@@ -1681,18 +1694,37 @@ class TlsStream(Stream):
                 finally:
                     if self._outgoing.pending:
                         self.sock.sendall(self._outgoing.read())
-                self._incoming.write(super().receive())
+                for piece in self._pieces(memoryview(self._header + super().receive())):
+                    self._incoming.write(piece)
+
+    def _pieces(self, data: memoryview) -> Iterator[memoryview]:
+        """Cuts what came, and `_header` before it, behind each record; `_missing` is then 0."""
+        at = 0
+        while at < len(data):
+            if not self._missing:
+                if len(data) - at < RECORD_HEADER:
+                    break
+                self._missing = RECORD_HEADER + int.from_bytes(data[at + RECORD_HEADER - 2 : at + RECORD_HEADER], "big")
+            piece = data[at : at + self._missing]
+            at += len(piece)
+            self._missing -= len(piece)
+            yield piece
+        self._header = bytes(data[at:])
 
     def _read_records(self, view: memoryview) -> int | None:
         """A Read. What it leaves in memory is less than a record, as the view has room for all others."""
-        got = self._read_socket(_cipher_buffer[: len(view) - RECORD_MAX])
+        begin = len(self._header)
+        _cipher_buffer[:begin] = self._header
+        got = self._read_socket(_cipher_buffer[begin : len(view) - RECORD_MAX])
         if not got:
             return got
-        self._incoming.write(_cipher_buffer[:got])
         filled = 0
-        with _tls_errors(), suppress(ssl.SSLWantReadError):
-            while self._incoming.pending and (more := cast(int, self._tls.read(len(view) - filled, cast(bytearray, view[filled:])))):
-                filled += more
+        with _tls_errors():
+            for piece in self._pieces(_cipher_buffer[: begin + got]):
+                self._incoming.write(piece)
+                if not self._missing:
+                    with suppress(ssl.SSLWantReadError):  # it was of TLS itself
+                        filled += cast(int, self._tls.read(len(view) - filled, cast(bytearray, view[filled:])))
         return filled or None
 
 
