@@ -12,8 +12,10 @@ and a figure means something beside `direct` of the same run only. Reported are 
                 round trip when idle and during the TCP upload
     WANs        the same hosts with a Link, rate, delay, buffer and loss, between nat and server: TCP up and down
                 and the round trip meanwhile
-    clients     1, 100 and 1,000 plain sockets say hello to one tun6 server at once; each has a working tunnel when its
-                echo request, sent as a frame, is answered. Then the cost with so many clients, and the shutdown
+    neighbours  three tun6 clients of one server: one downloads, one pings, and to the third datagrams flow, while it
+                works and while it is stopped (SIGSTOP); how late the server's event loop was meanwhile, by `status`
+    clients     1, 100, 1,000 and 4,000 plain sockets say hello to one tun6 server, at most 1,000 at once; each has a working
+                tunnel when its echo request, sent as a frame, is answered. Then the cost with so many clients, and the shutdown
 
 All hosts use CUBIC, as most in the world do; so does each tunnel's own connection, unless the tunnel chooses.
 
@@ -23,6 +25,7 @@ The file, top to bottom:
     the network          Net: hosts, programs that run on them, CPU time; the WAN emulator
     the tunnels          how each one is brought up
     measuring            iperf3, ping, the bisection
+    neighbours           three clients, one of them stopped
     clients              Caller, a tun6 client of one socket
     the run              order of measurements, what failed
     reports              machine line, tables, JSON, plot
@@ -55,6 +58,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -178,8 +182,21 @@ CLIENTS = Section(
         Measure("shutdown_s", "shutdown, s", 2),
     ),
 )
+NEIGHBOURS = Section(
+    "neighbours",
+    "tun6 with three clients: one downloads, one pings, the third gets datagrams; the server's event loop meanwhile",
+    (
+        Measure("tcp_down", "TCP, Mbit/s", 0),
+        Measure("rtt", "RTT, ms", 2),
+        Measure("rtt_max", "max", 2),
+        Measure("loop_p99", "loop p99, ms", 1),
+        Measure("loop_max", "max", 1),
+        Measure("mib", "server MiB", 1),
+    ),
+)
 MACHINE = (TCP, UDP, RTT)
-SECTIONS = (*MACHINE, *WANS, CLIENTS)
+SECTIONS = (*MACHINE, *WANS, NEIGHBOURS, CLIENTS)
+THIRD = {"runs": "the third runs", "stopped": "the third is stopped"}  # the rows of NEIGHBOURS
 GROUPS = {"machine": MACHINE, "wan": WANS}  # names that --only takes for several sections
 
 
@@ -194,7 +211,7 @@ class Settings:
     pings: int = 40  # idle
     wan_seconds: int = 8
     wan_skip: int = 2  # seconds of these before the goodput counts
-    clients: tuple[int, ...] = (1, 100, 1000)
+    clients: tuple[int, ...] = (1, 100, 1000, 4000)
 
 
 QUICK = Settings(repeats=1, seconds=2, udp_seconds=1, udp_steps=3, pings=20, wan_seconds=4, wan_skip=1, clients=(100,))
@@ -561,14 +578,15 @@ encode = tun6.encode
 tun6.encode = lambda message: encode({key: value for key, value in message.items() if key != "Offload"})
 sys.exit(tun6.main())
 """
-TUN6_CONFIG = """
+CONTROL = "/run/tun6-bench.sock"
+TUN6_CONFIG = f"""
     [server]
     localhost = 0.0.0.0
     listenport = 10000
     prefixrange = 2001:db8:1::/48
     assignments = assignments.json
     max_clients = 10000
-    control = /run/tun6-bench.sock
+    control = {CONTROL}
     [client]
     remotehost = 10.9.0.1
     remoteport = 10000
@@ -798,7 +816,71 @@ def udp_without_loss(net: Net, settings: Settings, flood: tuple[float, float]) -
     return best
 
 
+# ---- neighbours ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def datagrams(net: Net, address: str) -> Iterator[None]:
+    """From internet to this address meanwhile: 10,000 a second with 1,200 bytes, about 100 Mbit/s."""
+    done = threading.Event()
+    with net.lab.inside("internet"):
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+
+    def send() -> None:
+        while not done.wait(0.002):
+            for _ in range(20):
+                with suppress(OSError):  # the port is closed there, and sometimes says so
+                    sock.sendto(bytes(1200), (address, 9))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        sock.close()
+
+
+def measure_neighbours(net: Net, settings: Settings, stopped: bool) -> dict[str, float]:
+    """All of NEIGHBOURS, of a tun6 that is up with one client; the third is stopped, or not."""
+    module = str(Path(tun6.__file__).resolve().parent)
+    for name, more in (("third", "tun = tun7\ndefault_route = no"), ("second", "")):
+        (net.folder / f"{name}.ini").write_text(f"{textwrap.dedent(TUN6_CONFIG)}id = {name}\n{more}\n")
+        command = shlex.join([sys.executable, "-c", TUN6_PLAIN, "client", "-c", f"{name}.ini"])
+        net.spawn("second", command, ours=True, PYTHONPATH=module)
+        if name == "third":
+            third = net.running["second"]
+            net.wait("the third has its address", lambda: " 2001:db8:1" in net.lab.ip("second", "-6 addr show"))
+    address = re.findall(r"inet6 (2001:db8:1[0-9a-f:]+)/", net.lab.ip("second", "-6 addr show dev tun7"))[0]
+    net.wait("the second works", lambda: net.lab.pings("second"))
+    with datagrams(net, address):
+        if stopped:
+            third.send_signal(signal.SIGSTOP)
+        try:
+            with net.lab.popen("second", "ping", "-6", "-i", "0.05", Lab.INTERNET, stdout=subprocess.PIPE) as pinging:
+                try:
+                    load = tcp(net, 3 * settings.seconds, "-R")  # long beside the rest of what `status` speaks of
+                    status = tun6.ask_server(CONTROL, {"do": "status"})
+                finally:
+                    pinging.send_signal(signal.SIGINT)
+                    said, _ = pinging.communicate()
+        finally:
+            third.send_signal(signal.SIGCONT)
+    round_trips, latency = parse_ping(said), status["latency"]
+    return {
+        "tcp_down": load.mbit,
+        "rtt": round_trips.median,
+        "rtt_max": round_trips.max,
+        "loop_p99": latency["p99"] * 1e3,
+        "loop_max": latency["max"] * 1e3,
+        "mib": status["memory"] / 2**20,
+    }
+
+
 # ---- clients ---------------------------------------------------------------------------------------------------------
+
+WAVE = 1000  # clients that say hello at once; the server lets 1,024 of an address wait
 
 
 class Caller:
@@ -903,7 +985,7 @@ def measure_clients(net: Net, count: int, settings: Settings) -> dict[str, float
             try:
                 time.sleep(0.3)
                 began = time.monotonic()
-                each = call(net, range(count), undo)
+                each = [took for at in range(0, count, WAVE) for took in call(net, range(at, min(at + WAVE, count)), undo)]
                 found["all_s"], found["one_ms"] = time.monotonic() - began, statistics.median(each) * 1e3
                 time.sleep(0.3)
             finally:
@@ -956,6 +1038,9 @@ class Bench:
             if any(section.key == link.key for section in self.sections):
                 with Lab() as lab, wan(lab, link):
                     self._each(link.key, Net(lab, self._folder), self._wan_tunnels, functools.partial(self._wan, link))
+        if NEIGHBOURS in self.sections:
+            with Lab() as lab:
+                self._neighbours(Net(lab, self._folder))
         if CLIENTS in self.sections:
             with Lab() as lab:
                 self._clients(Net(lab, self._folder))
@@ -1022,6 +1107,14 @@ class Bench:
             if way == "up":
                 time.sleep(1)  # what still waits in the tunnel and in the link must not meet the next measurement
 
+    def _neighbours(self, net: Net) -> None:
+        for repeat in range(self.settings.repeats):
+            for row, label in THIRD.items():
+                say(f"neighbours, repeat {repeat + 1} of {self.settings.repeats}: {label}")
+                with self._fault_kept("neighbours", row, ours=True), net.up(TUN6):
+                    for key, value in measure_neighbours(net, self.settings, row == "stopped").items():
+                        self.samples["neighbours"][row][key].append(value)
+
     def _clients(self, net: Net) -> None:
         for repeat in range(self.settings.repeats):
             for count in self.settings.clients:
@@ -1084,6 +1177,8 @@ def table(bench: Bench, where: str, section: Section) -> Iterator[str]:
     """The lines of one section's table."""
     widths = [max(len(measure.title), 7 + 7 * measure.ratio) for measure in section.measures]
     rows = {tunnel.key: tunnel.label for tunnel in bench.tunnels}
+    if section is NEIGHBOURS:
+        rows = THIRD
     if section is CLIENTS:
         rows = {str(count): f"{count:,}" for count in bench.settings.clients}
     left = max(map(len, rows.values()))
@@ -1219,7 +1314,7 @@ def choose(names: str | None, quick: bool) -> Chosen:
         named or [tunnel for tunnel in TUNNELS if tunnel.quick or not quick],
         named or [tunnel for tunnel in TUNNELS if tunnel.quick_wan or not quick],
         [section for section in SECTIONS if section.key in wanted]
-        or [section for section in SECTIONS if not quick or section not in WANS or section.key == "loss1"],
+        or [section for section in SECTIONS if not quick or section not in (*WANS, NEIGHBOURS) or section.key == "loss1"],
     )
 
 

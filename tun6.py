@@ -1718,6 +1718,8 @@ class TlsStream(Stream):
         got = self._read_socket(_cipher_buffer[begin : len(view) - RECORD_MAX])
         if not got:
             return got
+        if self._outgoing.pending > RECORD_MAX:
+            raise ProtocolError("the other side asks for more new keys than it takes")
         filled = 0
         with _tls_errors():
             for piece in self._pieces(_cipher_buffer[: begin + got]):
