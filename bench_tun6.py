@@ -578,15 +578,14 @@ encode = tun6.encode
 tun6.encode = lambda message: encode({key: value for key, value in message.items() if key != "Offload"})
 sys.exit(tun6.main())
 """
-CONTROL = "/run/tun6-bench.sock"
-TUN6_CONFIG = f"""
+TUN6_CONFIG = """
     [server]
     localhost = 0.0.0.0
     listenport = 10000
     prefixrange = 2001:db8:1::/48
     assignments = assignments.json
     max_clients = 10000
-    control = {CONTROL}
+    control = /run/tun6-bench.sock
     [client]
     remotehost = 10.9.0.1
     remoteport = 10000
@@ -861,7 +860,7 @@ def measure_neighbours(net: Net, settings: Settings, stopped: bool) -> dict[str,
             with net.lab.popen("second", "ping", "-6", "-i", "0.05", Lab.INTERNET, stdout=subprocess.PIPE) as pinging:
                 try:
                     load = tcp(net, 3 * settings.seconds, "-R")  # long beside the rest of what `status` speaks of
-                    status = tun6.ask_server(CONTROL, {"do": "status"})
+                    status = json.loads(net.check(f"{sys.executable} {module}/tun6.py status --json -c config.ini"))
                 finally:
                     pinging.send_signal(signal.SIGINT)
                     said, _ = pinging.communicate()
