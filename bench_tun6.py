@@ -304,12 +304,12 @@ class Net:
         return tun6.printable(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"), 120)
 
 
-def end(process: subprocess.Popen[str], ours: bool = False) -> None:
-    """Ends a program and its descendants with SIGTERM, then SIGKILL. Ours must end by itself: raises BenchError."""
+def end(process: subprocess.Popen[str], ours: bool = False, seconds: float = 10) -> None:
+    """Ends a program and its descendants with SIGTERM, after so long with SIGKILL. Ours must end by itself: raises BenchError."""
     family = descendants(process.pid)
     process.terminate()
     try:
-        status = process.wait(10)
+        status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         status = -signal.SIGKILL
     for pid in family:
@@ -318,7 +318,7 @@ def end(process: subprocess.Popen[str], ours: bool = False) -> None:
                 os.kill(pid, signal.SIGKILL)
     process.wait()
     if ours and status:
-        raise BenchError("tun6 did not end within 10 s of SIGTERM" if status < 0 else f"tun6 ended with status {status}")
+        raise BenchError(f"tun6 did not end within {seconds:.0f} s of SIGTERM" if status < 0 else f"tun6 ended with status {status}")
 
 
 def descendants(root: int) -> list[int]:
@@ -584,7 +584,7 @@ TUN6_CONFIG = """
     listenport = 10000
     prefixrange = 2001:db8:1::/48
     assignments = assignments.json
-    max_clients = 10000
+    max_clients = 60000
     control = /run/tun6-bench.sock
     [client]
     remotehost = 10.9.0.1
@@ -1001,7 +1001,7 @@ def measure_clients(net: Net, count: int, settings: Settings) -> dict[str, float
         load = tcp(net, settings.seconds)
         found["tcp_up"], found["cpu_gb"] = load.mbit, load.cpu["server"]
         began = time.monotonic()
-        end(server, ours=True)
+        end(server, ours=True, seconds=120)
         found["shutdown_s"] = time.monotonic() - began
     return found
 
@@ -1317,6 +1317,13 @@ def choose(names: str | None, quick: bool) -> Chosen:
     )
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Of clients, as --clients says them. Raises argparse.ArgumentTypeError."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one number or more, such as 100,4000")
+    return tuple(map(int, text.split(",")))
+
+
 def main() -> int:
     """The program; gives its exit status: 1 when something of ours failed, 2 for usage."""
     parser = argparse.ArgumentParser(
@@ -1330,6 +1337,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="under 2 minutes: one repeat, short, fewer tunnels, one WAN")
     parser.add_argument("--only", metavar="NAME,...", help="these rows and sections only")
     parser.add_argument("--repeats", type=int, metavar="N", help=f"default: {Settings.repeats}, with --quick {QUICK.repeats}")
+    parser.add_argument("--clients", metavar="N,...", type=numbers, help="the rows of the section clients")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there, .png or .svg; needs matplotlib")
     options = parser.parse_args()
@@ -1339,7 +1347,7 @@ def main() -> int:
         parser.error(str(error))
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     settings = QUICK if options.quick else Settings()
-    settings = dataclasses.replace(settings, repeats=options.repeats or settings.repeats)
+    settings = dataclasses.replace(settings, repeats=options.repeats or settings.repeats, clients=options.clients or settings.clients)
     try:
         tun6.require_privilege()
         if options.plot and not importlib.util.find_spec("matplotlib"):
