@@ -3343,6 +3343,7 @@ def garbage_server(tunnel: Tunnel) -> Tunnel:
     return tunnel
 
 
+@pytest.mark.waits
 def test_a_connection_without_whole_hello_is_dropped_after_ten_seconds_and_disturbs_nobody(lab: Lab, tunnel: Tunnel) -> None:
     server = tunnel.server()
     with Peer(lab, tunnel.port) as silent, Peer(lab, tunnel.port) as slow, tunnel.peer() as live:
@@ -4964,6 +4965,7 @@ def test_a_client_inside_tls_that_knows_no_offload_gets_its_packets_inside_tls_t
 # ---- limits: clients with one Id -------------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 def test_two_clients_that_take_one_id_from_each_other_are_slowed_and_the_log_says_it_once(lab: Lab, tunnel: Tunnel) -> None:
     server = tunnel.server()
     with ExitStack() as undo, tunnel.peer("other") as other:
@@ -5106,6 +5108,7 @@ def test_a_server_without_descriptors_stops_in_time_and_undoes_everything(lab: L
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 def test_the_demo_shows_every_step_and_leaves_nothing(hosts: Lab, tmp_path: Path) -> None:
     command = [sys.executable, TUN6, "demo"]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as demo:
@@ -5743,6 +5746,7 @@ def test_packets_directly_behind_the_servers_answer_are_delivered(lab: Lab, site
 # ---- TLS: peers that break it ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 def test_a_peer_that_stops_in_the_tls_handshake_is_dropped_after_ten_seconds_and_disturbs_nobody(lab: Lab, site: Site) -> None:
     server = site.serve(keys=None)
     hello = client_hello()
@@ -6027,6 +6031,7 @@ def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(la
     assert not victim.log().count(": has ")
 
 
+@pytest.mark.waits
 def test_a_client_with_a_key_never_falls_back_to_a_plain_server(lab: Lab, site: Site) -> None:
     answers = iter([b"", b'{"Error": "bad-hello", "Text": "?"}', json.dumps({"Prefix": f"{site.tunnel.pool[0]}/64"}).encode()])
 
@@ -6891,6 +6896,7 @@ class Clock:
             file.write(struct.pack("q", wrong))
 
 
+@pytest.mark.waits
 def test_a_clock_that_jumps_to_1970_or_2040_changes_nothing(lab: Lab, site: Site, tmp_path: Path) -> None:
     clock, tunnel = Clock(tmp_path), site.tunnel
     with clock.seen():
@@ -7290,6 +7296,7 @@ def many(ci: int, long: int) -> int:
 # ---- faults: links ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_back(lab: Lab, tunnel: Tunnel) -> None:
     """All who have to wait wait at the same time: it takes 30 seconds."""
     server = tunnel.server()
@@ -7359,6 +7366,7 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
         late.prefix(seconds=15)
 
 
+@pytest.mark.waits
 def test_an_outage_shorter_than_tcps_patience_costs_neither_the_session_nor_a_byte(lab: Lab, tunnel: Tunnel) -> None:
     server = tunnel.server()
     clients = [tunnel.client(host) for host in ("client", "second")]
@@ -7459,6 +7467,7 @@ class NameServer:
             self._sock.sendto(header + query[12:end] + answer, who)
 
 
+@pytest.mark.waits
 def test_a_client_whose_name_server_was_broken_connects_within_five_seconds_of_its_repair(lab: Lab, tunnel: Tunnel) -> None:
     tunnel.server()
     with NameServer(lab, "client", "nothing") as silent, NameServer(lab, "second", "SERVFAIL") as failing:
@@ -7476,6 +7485,7 @@ def test_a_client_whose_name_server_was_broken_connects_within_five_seconds_of_i
             assert names.answered() == 1
 
 
+@pytest.mark.waits
 def test_while_names_can_not_be_looked_up_a_client_finds_the_server_where_it_was_and_later_where_it_is(lab: Lab, tunnel: Tunnel) -> None:
     server = tunnel.server()
     with ExitStack() as undo:
@@ -7539,6 +7549,7 @@ def test_what_somebody_takes_from_a_session_of_the_server_ends_it_at_once_and_th
         assert server.log().count(": gone,") == 3
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "outage"])
 def test_what_somebody_takes_from_the_client_is_restored(lab: Lab, tunnel: Tunnel, connected: bool) -> None:
     server = tunnel.server()
@@ -7660,6 +7671,7 @@ def test_a_flood_of_news_about_other_routes_and_addresses_ends_nothing_and_hides
 # ---- faults: peers that do not read ----------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 def test_a_client_that_stops_for_ten_seconds_is_in_nobodys_way_and_works_again(lab: Lab, tunnel: Tunnel) -> None:
     server = tunnel.server()
     stopped, near, far = tunnel.client(), tunnel.client(id="near", tun="near", default_route="no"), tunnel.client("second")
@@ -7837,6 +7849,7 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
 # ---- the log that nobody reads ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_says_what_was_lost(lab: Lab, tunnel: Tunnel) -> None:
     config = tunnel.config("server")
     control = re.findall("control = (.*)", config.read_text())[0]
@@ -8723,29 +8736,46 @@ class SkippedIsFailed:
         return report
 
 
+def run_tests(*options: str) -> int:
+    """Gives the exit status; in CI a skipped test is a failed one."""
+    quiet = ["-q", "--durations=5", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    return int(pytest.main([*quiet, *options, __file__], [SkippedIsFailed()] if os.environ.get("CI") == "true" else []))
+
+
 def main() -> int:
-    """Format, lint, types, tests, in CI two minutes of soak beside them; gives the exit status. `fuzz ...`, `soak ...`: only that."""
+    """Format, lint, types, tests; gives the exit status. `fuzz ...`, `soak ...`, `waits`: only that.
+
+    In CI two minutes of soak, and the tests that wait, run beside the others.
+    """
     if sys.argv[1:2] == ["fuzz"]:
         return fuzz_command(sys.argv[2:])
     if sys.argv[1:2] == ["soak"]:
         return soak_command(sys.argv[2:])
+    if sys.argv[1:2] == ["waits"]:
+        return run_tests("-m", "waits")
     os.chdir(Path(__file__).parent)
     for command in ("ruff format --check .", "ruff check .", "mypy"):
         print(f"$ {command}", flush=True)
         status = subprocess.run([sys.executable, "-m", *command.split()]).returncode
         if status:
             return status
-    quiet = ["-q", "--durations=5", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     if os.environ.get("CI") != "true":
         print("$ pytest", flush=True)
-        return int(pytest.main([*quiet, *sys.argv[1:], __file__]))
-    with tempfile.TemporaryFile("w+") as report:
-        with subprocess.Popen([sys.executable, __file__, "soak", "--minutes", "2"], stdout=report, stderr=report) as soak:
-            print("$ pytest", flush=True)
-            status = int(pytest.main([*quiet, *sys.argv[1:], __file__], [SkippedIsFailed()]))
-        report.seek(0)
-        print(f"$ soak\n{report.read()}", flush=True)
-    return status or soak.returncode
+        return run_tests(*sys.argv[1:])
+    beside = {"soak": ["soak", "--minutes", "2"], "pytest -m waits": ["waits"]}
+    with ExitStack() as undo:
+        reports = {name: undo.enter_context(tempfile.TemporaryFile("w+")) for name in beside}
+        running = {
+            name: undo.enter_context(subprocess.Popen([sys.executable, __file__, *words], stdout=reports[name], stderr=reports[name]))
+            for name, words in beside.items()
+        }
+        print('$ pytest -m "not waits"', flush=True)
+        statuses = [run_tests("-m", "not waits", *sys.argv[1:])]
+        for name, process in running.items():
+            statuses.append(process.wait())
+            reports[name].seek(0)
+            print(f"$ {name}\n{reports[name].read()}", flush=True)
+    return int(any(statuses))
 
 
 if __name__ == "__main__":
