@@ -841,8 +841,8 @@ def datagrams(net: Net, address: str) -> Iterator[None]:
         sock.close()
 
 
-def measure_neighbours(net: Net, settings: Settings, stopped: bool) -> dict[str, float]:
-    """All of NEIGHBOURS, of a tun6 that is up with one client; the third is stopped, or not."""
+def measure_neighbours(net: Net, settings: Settings, row: str) -> dict[str, float]:
+    """All of NEIGHBOURS, of a tun6 that is up with one client; `row` is one of THIRD."""
     module = str(Path(tun6.__file__).resolve().parent)
     for name, more in (("third", "tun = tun7\ndefault_route = no"), ("second", "")):
         (net.folder / f"{name}.ini").write_text(f"{textwrap.dedent(TUN6_CONFIG)}id = {name}\n{more}\n")
@@ -854,7 +854,7 @@ def measure_neighbours(net: Net, settings: Settings, stopped: bool) -> dict[str,
     address = re.findall(r"inet6 (2001:db8:1[0-9a-f:]+)/", net.lab.ip("second", "-6 addr show dev tun7"))[0]
     net.wait("the second works", lambda: net.lab.pings("second"))
     with datagrams(net, address):
-        if stopped:
+        if row == "stopped":
             third.send_signal(signal.SIGSTOP)
         try:
             with net.lab.popen("second", "ping", "-6", "-i", "0.05", Lab.INTERNET, stdout=subprocess.PIPE) as pinging:
@@ -974,9 +974,9 @@ def resident(pid: int) -> int:
     return int(found[1]) if found else 0
 
 
-def measure_clients(net: Net, count: int, settings: Settings) -> dict[str, float]:
+def measure_clients(net: Net, settings: Settings, row: str) -> dict[str, float]:
     """All of CLIENTS for so many clients, of a tun6 that is up with one real client. Ends its server."""
-    server, found = net.running["server"], {}
+    server, count, found = net.running["server"], int(row), {}
     with ExitStack() as undo:
         memory = resident(server.pid)
         words = ("ping", "-6", "-i", "0.01", Lab.INTERNET)
@@ -1037,12 +1037,10 @@ class Bench:
             if any(section.key == link.key for section in self.sections):
                 with Lab() as lab, wan(lab, link):
                     self._each(link.key, Net(lab, self._folder), self._wan_tunnels, functools.partial(self._wan, link))
-        if NEIGHBOURS in self.sections:
-            with Lab() as lab:
-                self._neighbours(Net(lab, self._folder))
-        if CLIENTS in self.sections:
-            with Lab() as lab:
-                self._clients(Net(lab, self._folder))
+        for section, measure in ((NEIGHBOURS, measure_neighbours), (CLIENTS, measure_clients)):
+            if section in self.sections:
+                with Lab() as lab:
+                    self._several(Net(lab, self._folder), section, measure)
 
     def _each(self, where: str, net: Net, tunnels: Sequence[Tunnel], measure: Callable[[Net, Tunnel], None]) -> None:
         for repeat in range(self.settings.repeats):
@@ -1106,21 +1104,22 @@ class Bench:
             if way == "up":
                 time.sleep(1)  # what still waits in the tunnel and in the link must not meet the next measurement
 
-    def _neighbours(self, net: Net) -> None:
+    def _several(self, net: Net, section: Section, measure: Callable[[Net, Settings, str], dict[str, float]]) -> None:
+        """Clients of one tun6 server."""
         for repeat in range(self.settings.repeats):
-            for row, label in THIRD.items():
-                say(f"neighbours, repeat {repeat + 1} of {self.settings.repeats}: {label}")
-                with self._fault_kept("neighbours", row, ours=True), net.up(TUN6):
-                    for key, value in measure_neighbours(net, self.settings, row == "stopped").items():
-                        self.samples["neighbours"][row][key].append(value)
+            for row, label in self.rows(section).items():
+                say(f"{section.key}, repeat {repeat + 1} of {self.settings.repeats}: {label}")
+                with self._fault_kept(section.key, row, ours=True), net.up(TUN6):
+                    for key, value in measure(net, self.settings, row).items():
+                        self.samples[section.key][row][key].append(value)
 
-    def _clients(self, net: Net) -> None:
-        for repeat in range(self.settings.repeats):
-            for count in self.settings.clients:
-                say(f"clients, repeat {repeat + 1} of {self.settings.repeats}: {count}")
-                with self._fault_kept("clients", str(count), ours=True), net.up(TUN6):
-                    for key, value in measure_clients(net, count, self.settings).items():
-                        self.samples["clients"][str(count)][key].append(value)
+    def rows(self, section: Section) -> dict[str, str]:
+        """Their keys and labels."""
+        if section is NEIGHBOURS:
+            return THIRD
+        if section is CLIENTS:
+            return {str(count): f"{count:,}" for count in self.settings.clients}
+        return {tunnel.key: tunnel.label for tunnel in self.tunnels}
 
     def median(self, section: str, row: str, key: str) -> float | None:
         """Of all repeats; None when there is none."""
@@ -1175,11 +1174,7 @@ def machine() -> dict[str, str]:
 def table(bench: Bench, where: str, section: Section) -> Iterator[str]:
     """The lines of one section's table."""
     widths = [max(len(measure.title), 7 + 7 * measure.ratio) for measure in section.measures]
-    rows = {tunnel.key: tunnel.label for tunnel in bench.tunnels}
-    if section is NEIGHBOURS:
-        rows = THIRD
-    if section is CLIENTS:
-        rows = {str(count): f"{count:,}" for count in bench.settings.clients}
+    rows = bench.rows(section)
     left = max(map(len, rows.values()))
     yield section.title
     yield "  ".join([" " * left, *(f"{measure.title:>{width}}" for measure, width in zip(section.measures, widths))])
