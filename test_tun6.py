@@ -6484,8 +6484,7 @@ def test_a_server_with_keys_and_no_usable_certificate_does_not_start(lab: Lab, s
         assert re.search(f"^tun6: .*{complaint}$", done.stderr, re.MULTILINE), done.stderr
 
 
-# ---- faults: kit of processes -----------------------------------------------------------------------------------------------------
-# (paste behind "limits: descriptors", or at least behind Site)
+# ---- faults: kit of processes ----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -7079,6 +7078,37 @@ def fails(*args, **options):
 
 
 # ---- faults: told to stop ----------------------------------------------------------------------------------------------
+
+
+def test_while_a_tun_takes_its_time_to_go_nobody_else_waits(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    slow, goes = tmp_path / "slow", tmp_path / "goes"
+    fault = f"""
+class Slow:
+    def __init__(self, *args, **options):
+        self._device = device(*args, **options)
+    def __getattr__(self, name):
+        return getattr(self._device, name)
+    def close(self):
+        open({str(goes)!r}, "w").close()
+        while os.path.exists({str(slow)!r}):
+            time.sleep(0.01)
+        self._device.close()
+device, tun6.pytun.TunTapDevice = tun6.pytun.TunTapDevice, Slow
+"""
+    with tun6_with(tmp_path, fault):
+        tunnel.server()
+    slow.touch()
+    with tunnel.peer("stays") as live:
+        live.connected().echo()
+        with tunnel.peer("leaves") as leaver:
+            leaver.connected().echo()
+        wait_until("its TUN goes", goes.exists)
+        live.echo()
+        with tunnel.peer("comes") as newcomer:
+            newcomer.connected().echo()
+            assert len(server_devices(lab)) == 3
+            slow.unlink()
+            wait_until("it is gone", lambda: len(server_devices(lab)) == 2)
 
 
 @pytest.mark.parametrize("said", [b'{"Id": "half', b'{"Id": "caf\xc3', b"\x16\x03\x01"], ids=["hello", "character", "TLS"])
@@ -7774,15 +7804,15 @@ def test_status_says_how_the_running_server_is(lab: Lab, tunnel: Tunnel) -> None
 
 def test_a_server_that_stood_still_says_for_how_long(tunnel: Tunnel) -> None:
     server = tunnel.server()
-    wait_until("it has begun to measure", lambda: status_of(server)["latency"]["samples"])
-    assert status_of(server)["latency"]["max"] < 0.25
+    wait_until("it has begun to measure", lambda: status_of(server)["latency"]["samples"] > 5)
+    assert status_of(server)["latency"]["max"] < 0.8
     server.process.send_signal(signal.SIGSTOP)
-    time.sleep(0.3)  # as long as it stands still
+    time.sleep(1)  # as long as it stands still
     server.process.send_signal(signal.SIGCONT)
-    wait_until("it says so", lambda: status_of(server)["latency"]["max"] >= 0.2)
+    wait_until("it says so", lambda: status_of(server)["latency"]["max"] >= 0.8)
     latency = status_of(server)["latency"]
-    assert 0.2 <= latency["max"] < 1
-    assert latency["median"] < 0.05
+    assert latency["max"] < 3
+    assert latency["median"] < 0.4
 
 
 # ---- many connections ------------------------------------------------------------------------------------------------
