@@ -5575,6 +5575,7 @@ def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab,
     prefix = client.prefix()
     assert prefix == IPv6Network(f"{site.tunnel.pool[0]}/64")
     server.wait_for(f"'with key' from .*: has {prefix} on .*, over TLS")
+    client.said(f"'with key' at .*: has {prefix} on tun6, over TLS", 1)
     for size in (0, 56, 1440, 3000, 60_000):
         ping(lab, "client", size=size)
         ping(lab, "internet", str(prefix[1]), size=size)

@@ -1609,6 +1609,7 @@ class Stream:
     """
 
     seal: Seal | None = None
+    security = ""  # for the log
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -1638,6 +1639,8 @@ class TlsStream(Stream):
 
     A MemoryBIO keeps the size of the most that it ever held, so that it is given no more than one record at a time.
     """
+
+    security = ", over TLS"
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None = None) -> None:
         """Does the TLS handshake; `server_name`, as which the server has to identify itself, where the context asks for that.
@@ -2475,7 +2478,7 @@ class Server:
                 if kinds is not None:
                     answer["Offload"] = sorted(tun.kinds)
                 stream.send(encode(answer))
-                log.info("%s from %s: has %s on %s%s", shown(id_), peer, prefix, tun.name, "" if stream.seal is None else ", over TLS")
+                log.info("%s from %s: has %s on %s%s", shown(id_), peer, prefix, tun.name, stream.security)
                 border = Border(prefix, True, None if self._policy.client_to_client else self._store.pool.network)
                 why = session.run(stream, tun, border, self._congestion, kinds, early)
             log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
@@ -2635,7 +2638,7 @@ class Client:
             prefix, kinds = parse_answer(message)
             tun.give(kinds)
             self._take_address(tun, prefix)
-            log.info("%s at %s port %d: has %s on %s", shown(self._id), *self._remote, prefix, tun.name)
+            log.info("%s at %s port %d: has %s on %s%s", shown(self._id), *self._remote, prefix, tun.name, stream.security)
             self._told = None
             self._good = [sock.getpeername()]
             self._session = Session("the server")
@@ -3590,13 +3593,14 @@ def client_section(config: ServerConfig, added: dict[str, str]) -> str:
     """The part of config.ini for a client that was added."""
     host = config.localhost
     if host == "0.0.0.0":
+        host = "192.0.2.1"
         with suppress(KeyError):
             interface = netifaces.gateways()["default"][netifaces.AF_INET][1]
             host = netifaces.ifaddresses(interface)[netifaces.AF_INET][0]["addr"]
     return textwrap.dedent(f"""\
         # config.ini of the client; its prefix is {added["prefix"]}. The key is shown only now; whoever has it is this client.
         [client]
-        # or the server's name
+        # EDIT THIS where the client sees the server by another address or name.
         remotehost = {host}
         remoteport = {config.listenport}
         id = {added["id"]}
