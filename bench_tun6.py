@@ -208,7 +208,7 @@ class Settings:
     seconds: int = 4  # of one TCP measurement; iperf3 takes whole ones only
     udp_seconds: int = 2  # of one UDP rate
     udp_steps: int = 6  # of the bisection, each halves what is unknown
-    pings: int = 40  # idle
+    pings: int = 100  # idle, 20 ms apart
     wan_seconds: int = 8
     wan_skip: int = 2  # seconds of these before the goodput counts
     clients: tuple[int, ...] = (1, 100, 1000, 4000)
