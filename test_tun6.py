@@ -3934,6 +3934,25 @@ def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_h
 # ---- limits: pure ----------------------------------------------------------------------------------------------------
 
 
+def test_memory_is_given_back_when_little_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, trims = tun6.Room(10 << 20), []
+    for name, value in {"ROOM": room, "TRIM_S": 0.001, "in_thread": lambda *_: trims.append(room.free)}.items():
+        monkeypatch.setattr(tun6, name, value)
+    work = spawn(tun6.give_memory_back)
+    try:
+        for waits in (5 << 20, 1000, 5 << 20, 0):
+            room.free = room.size - waits
+            gevent.sleep(0.02)  # some of its turns
+        assert trims == [room.size - 1000, room.size]
+    finally:
+        work.kill()
+
+
+def test_where_the_kernel_gives_no_larger_buffer_devices_are_watched_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tun6.Watch, "SO_RCVBUFFORCE", 0x7777)  # as in an unprivileged container: an error
+    tun6.Watch()._open().close()
+
+
 def test_a_rate_limit_lets_its_number_through_at_once_and_then_one_for_each_part_of_the_hour() -> None:
     now = 1000.0
     limit = tun6.RateLimit(60, clock=lambda: now)
@@ -4036,6 +4055,35 @@ def test_when_all_are_busy_saying_who_they_are_the_host_that_has_most_makes_room
     took = time.monotonic() - began
     assert house.inside() == [name for name in names if name != names[goes or 0]] + [newcomer]
     assert (took > 0.5 * tun6.PENDING_SLOW_S) is (goes is None)
+
+
+def test_newcomers_take_the_places_of_the_slow_and_never_are_there_more(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [house.arrive(host, number) for host in "abcdefgh" for number in range(12)]
+    began = house.inside()
+    assert len(began) == tun6.PENDING_MAX
+    monkeypatch.setattr(tun6, "PENDING_SLOW_S", 0.0)
+    first = house.arrive("first")
+    assert house.inside() == [*began[1:], first]  # and not whoever waited behind the one that had to go
+    newcomers = [house.arrive(f"host {number}") for number in range(70)]
+    inside = house.inside()
+    assert len(inside) == tun6.PENDING_MAX
+    assert set(newcomers[-50:]) <= set(inside)
+    monkeypatch.undo()
+    for name in newcomers:
+        house.door.leave(house.greenlets[name])
+    assert set(old) & set(house.inside()), "of those who waited outside nobody came in"
+
+
+def test_who_was_sent_away_at_the_last_moment_is_not_served(house: House) -> None:
+    name = house.arrive("a")
+    assert house.door.leave(house.greenlets[name])
+    assert not house.door.leave(house.greenlets[name])
+    policy = tun6.Policy(None, None, 10, 0, True)
+    store = tun6.AssignmentStore(tun6.PrefixPool(POOL))
+    server = tun6.Server(("127.0.0.1", 1), store, tun6.Kernel(), tun6.Congestion(None, None), policy, "none", 1500)
+    with pytest.raises(tun6.Refusal, match="busy"):  # this greenlet is not at the server's door
+        server._serve_id(cast(tun6.Stream, None), "peer", tun6.Hello("a", None, ""), b"")
+    assert (server.sessions, store.pool.owners()) == ({}, [])
 
 
 def test_nobody_comes_in_after_the_end(house: House) -> None:
@@ -5221,6 +5269,15 @@ class Sealed:
         self.tls.write(data)
         return self._outgoing.read()
 
+    def new_keys(self, times: int, ask: bool = False) -> bytes:
+        """Records that announce new keys so many times, and ask for those of the other side. Python can't say that, OpenSSL can."""
+        openssl = ctypes.CDLL(sys.modules["_ssl"].__file__)
+        connection = ctypes.c_void_p.from_address(id(cast(Any, self.tls)._sslobj) + 24)  # struct PySSLSocket: its head, a pointer, this one
+        for _ in range(times):
+            assert openssl.SSL_key_update(connection, int(ask)) == 1
+            openssl.SSL_do_handshake(connection)
+        return self._outgoing.read()
+
     def sendall(self, data: bytes) -> None:
         self.raw.sendall(self.seal(data))
 
@@ -5512,6 +5569,29 @@ def test_changes_of_keys_at_once_are_all_kept(key_file: Path) -> None:
         again.check(str(number), key)
 
 
+def test_an_edit_of_the_keys_that_is_not_read_yet_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    store = tun6.KeyStore(str(path))
+    stolen = store.issue("stolen")
+    store.issue("b")
+    edit = path.read_text().replace('"}', '", "revoked": true}', 1)
+    path.write_text(edit)
+    for change in (lambda: store.issue("c"), lambda: store.set_revoked("b", True)):
+        with pytest.raises(tun6.RequestError, match=r"keys\.json was edited.*kill -HUP"):
+            change()
+    path.write_text(edit + "}")  # and a wrong one is not read either
+    with pytest.raises(tun6.ConfigError):
+        store.reload()
+    with pytest.raises(tun6.RequestError, match="was edited"):
+        store.issue("c")
+    path.write_text(edit)
+    store.reload()
+    store.issue("c")
+    for reader in (store, tun6.KeyStore(str(path))):
+        assert refusal_of(reader, "stolen", stolen)[0] == "revoked"
+        assert reader.ids() == ["stolen", "b", "c"]
+
+
 # ---- TLS: what is sealed ----------------------------------------------------------------------------------------------
 
 RECORD = struct.Struct(">II")  # number, bytes of what it says
@@ -5695,14 +5775,57 @@ def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site:
         assert tun6.resources()["memory"] - before < len(pairs) * (128 << 10)  # half of it for the peers, which are of this process too
 
 
+def turn_of(stream: tun6.TlsStream, view: memoryview) -> int | None:
+    """What one turn of the pump gets as soon as something is there."""
+    gevent.socket.wait_read(stream.sock.fileno(), timeout=5)
+    return stream.readinto(view)
+
+
 def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(site: Site) -> None:
+    view, most = memoryview(bytearray(tun6.BATCH)), 0
+    with tls_stream(site) as (stream, peer), pytest.raises(tun6.ProtocolError, match="more new keys than it takes"):
+        for _ in range(200):
+            peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX, ask=True) + peer.seal(b"x"))
+            assert turn_of(stream, view) == 1
+            assert stream._outgoing.pending > most
+            most = stream._outgoing.pending
+            assert most < tun6.RECORD_MAX + 1000
+    assert most > tun6.RECORD_MAX - 1000
+
+
+def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(site: Site) -> None:
+    view = memoryview(bytearray(tun6.BATCH))
     with tls_stream(site) as (stream, peer):
-        view = memoryview(bytearray(tun6.BATCH + 2 * tun6.RECORD_MAX))
-        stream._outgoing.write(bytes(20 << 10))  # what OpenSSL would have answered; Python's peer can't ask for keys
-        peer.raw.sendall(peer.seal(b"x"))
-        gevent.socket.wait_read(stream.sock.fileno(), timeout=5)
-        with pytest.raises(tun6.ProtocolError, match="more new keys than it takes"):
-            stream.readinto(view)
+        for _ in range(3):
+            peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX))
+            assert turn_of(stream, view) is None
+        peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX + 1))
+        with pytest.raises(tun6.ProtocolError, match="more of TLS itself"):
+            turn_of(stream, view)
+
+
+def test_records_of_a_byte_each_come_fewer_at_a_time(site: Site) -> None:
+    view, count = memoryview(bytearray(tun6.BATCH)), 30_000
+    with tls_stream(site) as (stream, peer), ThreadPoolExecutor() as threads:
+        sent = threads.submit(peer.raw.sendall, b"".join(peer.seal(bytes([number % 251])) for number in range(count)))
+        turns, came = [], bytearray()
+        while len(came) < count:
+            turns.append(turn_of(stream, view) or 0)
+            came += view[: turns[-1]]
+        sent.result()
+        assert came == bytes(number % 251 for number in range(count))
+        first = next(number for number, size in enumerate(turns) if size > tun6.RECORDS_MAX)
+        assert all(size < 1.5 * tun6.RECORDS_MAX for size in turns[first + 1 :]), turns
+
+
+def test_who_talks_tls_without_end_instead_of_saying_hello_is_refused_and_holds_nobody_up(lab: Lab, site: Site) -> None:
+    server = site.serve(keys=None)
+    with site.tunnel.peer("live", host="second") as live, TlsPeer(lab, site.tunnel.port) as hostile:
+        live.connected().echo()
+        with suppress(ConnectionError):
+            hostile.sealed.raw.sendall(hostile.sealed.new_keys(100_000))
+        server.wait_for("refused, bad hello: more than 32768 bytes of TLS", seconds=5)
+        live.echo()
 
 
 @pytest.mark.parametrize("records", ["one record", "a record each"])
@@ -6344,6 +6467,16 @@ def test_sighup_with_a_broken_file_keeps_keys_and_certificate_as_they_were(site:
 
 
 # ---- the control socket ----------------------------------------------------------------------------------------------
+
+
+def test_a_control_socket_may_lie_beside_the_config_and_its_folder_can_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("server.sock", "new/server.sock"):
+        with tun6.Control(path, cast(tun6.Registry, None)):
+            assert stat.S_ISSOCK(os.stat(path).st_mode)
+            assert os.stat(path).st_mode & 0o7777 == 0o600
+        assert not os.path.exists(path)
+    assert os.stat("new").st_mode & 0o700 == 0o700
 
 
 def test_the_control_socket_is_roots_alone_and_gone_after_the_end(site: Site) -> None:
@@ -7547,6 +7680,28 @@ def test_while_names_can_not_be_looked_up_a_client_finds_the_server_where_it_was
         assert [client.prefix(times=3, seconds=15) for client in clients] == prefixes
         for names in (silent, failing):
             names.check_that_they_were_one_at_a_time()
+
+
+def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def look_up(*arguments: object) -> list[tuple[object, ...]]:
+        asked.append(arguments)
+        gevent.sleep(0.05)
+        return [(None, None, None, "", ("10.0.0.2", 1))]
+
+    monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
+    client = tun6.Client(("moved.example", 1), "id", None, tun6.Kernel(), tun6.Congestion(None, None), "none", 1500, False)
+    client._good = old = [("10.0.0.1", 1)]
+    assert client._addresses() == old
+    assert client._addresses() == old
+    assert len(asked) == 1  # the first goes on
+    wait_until("it is answered", lambda: gevent.sleep(0.01) or cast(Any, client)._lookup.ready())
+    assert client._addresses() == [("10.0.0.2", 1), *old]
+    assert client._addresses() == old
+    assert len(asked) == 2
+    gevent.joinall([cast(Any, client)._lookup])
 
 
 # ---- faults: devices -------------------------------------------------------------------------------------------------

@@ -153,6 +153,9 @@ BATCH = 256 << 10  # bytes moved before others get their turn
 RECORD_DATA = 16 << 10  # bytes in a TLS record: RFC 8446 section 5.1
 RECORD_HEADER = 5  # bytes, the last two its length
 RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: section 5.2
+RECORDS_MAX = 1_000  # that a turn may bring; ours have a packet each, or are full
+GREETING_MAX = 32 << 10  # bytes of TLS with which a peer says who it is: certificates, hello, 4 KiB behind it
+CHATTER_MAX = 16  # records of TLS itself in a turn: new keys and session tickets, which are rare
 BATCH_FRAMES = 1_000  # frames moved, likewise: about 5 ms
 JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
 JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
@@ -1030,6 +1033,13 @@ class JsonFile:
         self.path = Path(os.path.realpath(path))  # a symbolic link stays one
         self._holds, self._mode, self._most = holds, mode, mode if mode == SECRET else 0o777
 
+    def version(self) -> tuple[int, ...]:
+        """Another one whenever it is another file, or somebody wrote it; () when it is not there."""
+        with suppress(OSError):
+            found = self.path.stat()
+            return found.st_ino, found.st_mtime_ns, found.st_size
+        return ()
+
     def load(self) -> list[tuple[str, Any]]:
         """Its entries; missing or empty has none. Raises ConfigError."""
         if self.path.exists() and not self.path.is_file():  # every save replaces it: /dev/null would be a file from then on
@@ -1230,6 +1240,7 @@ class KeyStore:
         """Raises ConfigError, which names the entry at fault."""
         self._file = JsonFile(path, "keys", SECRET)
         self._entries: dict[str, KeyEntry] = {}
+        self._version: tuple[int, ...] = ()  # of the file that they are from
         self._changing = gevent.lock.RLock()
         self.reload()
 
@@ -1240,6 +1251,11 @@ class KeyStore:
 
     def reload(self) -> None:
         """Reads the file anew. Raises ConfigError, and then knows what it knew."""
+        with self._changing:
+            self._reload()
+
+    def _reload(self) -> None:
+        version = self._file.version()
         if self._entries and not self.path.exists():
             raise ConfigError(f"{self.path} is not there any more; put it back, or an empty one in its place to keep everybody out")
         entries = {}
@@ -1252,7 +1268,7 @@ class KeyStore:
             if not isinstance(fields.get("revoked", False), bool):
                 raise self._file.entry_error(id_, "revoked is neither true nor false")
             entries[id_] = KeyEntry(cast(str, digest)[len("sha256:") :], fields.get("revoked", False))
-        self._entries = entries
+        self._entries, self._version = entries, version
 
     def find(self, id_: str) -> KeyEntry | None:
         """What is known of this Id's key."""
@@ -1272,22 +1288,24 @@ class KeyStore:
             raise Refusal("revoked", "this Id was revoked by the server's operator")
 
     def issue(self, id_: str) -> str:
-        """Makes and saves a new key for the Id, in place of the one it may have, and gives its text. Raises StorageError."""
+        """Makes and saves a new key for the Id, in place of the one it may have, and gives its text. Raises RequestError, StorageError."""
         key = secrets.token_urlsafe(KEY_BYTES)
         self._change(id_, KeyEntry(digest_of(key), False))
         return key
 
     def set_revoked(self, id_: str, revoked: bool) -> None:
-        """Raises KeyError, StorageError."""
+        """Raises KeyError, RequestError, StorageError."""
         self._change(id_, self._entries[id_]._replace(revoked=revoked))
 
     def _change(self, id_: str, entry: KeyEntry) -> None:
         with self._changing:
+            if self._file.version() not in ((), self._version):  # () is what a failed save says better
+                raise RequestError(f"{self.path} was edited and is not read yet; tell the server to (`kill -HUP`), and try again")
             entries = {**self._entries, id_: entry}
             self._file.save(
                 {id_: {"key": "sha256:" + digest, **({"revoked": True} if revoked else {})} for id_, (digest, revoked) in entries.items()}
             )
-            self._entries = entries
+            self._entries, self._version = entries, self._file.version()
 
 
 def digest_of(key: str) -> str:
@@ -1496,7 +1514,8 @@ class Watch:
 
     def _open(self) -> socket.socket:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
-        sock.setsockopt(socket.SOL_SOCKET, self.SO_RCVBUFFORCE, 4 << 20)
+        with suppress(OSError):  # not in an unprivileged container, where PERHAPS comes more often
+            sock.setsockopt(socket.SOL_SOCKET, self.SO_RCVBUFFORCE, 4 << 20)
         with suppress(OSError):  # it only spares us what `losses` drops: all routes of a router
             sock.setsockopt(socket.SOL_SOCKET, self.SO_ATTACH_FILTER, self._filter())
         sock.bind((0, self.GROUPS))
@@ -1653,6 +1672,8 @@ class TlsStream(Stream):
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._header = b""  # the begin of a record's header, not in `_incoming` yet
         self._missing = 0  # bytes of the record whose begin is there
+        self._greeting = 0  # bytes that came before the pumps
+        self._share = 1  # of the room that a turn has, the part that is read: 1 / this
         server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, None if server_side else server_name)
         self._wait_for(self._tls.do_handshake)
@@ -1697,7 +1718,12 @@ class TlsStream(Stream):
                 finally:
                     if self._outgoing.pending:
                         self.sock.sendall(self._outgoing.read())
-                for piece in self._pieces(memoryview(self._header + super().receive())):
+                data = super().receive()
+                self._greeting += len(data)
+                if self._greeting > GREETING_MAX:
+                    raise ProtocolError(f"more than {GREETING_MAX} bytes of TLS, and the handshake is not over")
+                gevent.sleep()  # recv does not wait for a peer that floods
+                for piece in self._pieces(memoryview(self._header + data)):
                     self._incoming.write(piece)
 
     def _pieces(self, data: memoryview) -> Iterator[memoryview]:
@@ -1718,18 +1744,24 @@ class TlsStream(Stream):
         """A Read. What it leaves in memory is less than a record, as the view has room for all others."""
         begin = len(self._header)
         _cipher_buffer[:begin] = self._header
-        got = self._read_socket(_cipher_buffer[begin : len(view) - RECORD_MAX])
+        got = self._read_socket(_cipher_buffer[begin : begin + (len(view) - RECORD_MAX - begin) // self._share])
         if not got:
             return got
         if self._outgoing.pending > RECORD_MAX:
             raise ProtocolError("the other side asks for more new keys than it takes")
-        filled = 0
+        filled = records = chatter = 0
         with _tls_errors():
             for piece in self._pieces(_cipher_buffer[: begin + got]):
                 self._incoming.write(piece)
                 if not self._missing:
-                    with suppress(ssl.SSLWantReadError):  # it was of TLS itself
+                    records += 1
+                    try:
                         filled += cast(int, self._tls.read(len(view) - filled, cast(bytearray, view[filled:])))
+                    except ssl.SSLWantReadError:  # it was of TLS itself
+                        chatter += 1
+                        if chatter > CHATTER_MAX:
+                            raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
+        self._share = 8 if records > RECORDS_MAX // self._share else 1
         return filled or None
 
 
@@ -2055,7 +2087,7 @@ def log_defect(where: str, error: Exception) -> None:
 
 
 def give_memory_back() -> None:
-    """Gives the memory that full queues took back to the system when they are empty again; until it is killed.
+    """Gives the memory that full queues took back to the system when little waits again; until it is killed.
 
     glibc would keep it: 35 MB after eight queues were full.
     """
@@ -2065,7 +2097,7 @@ def give_memory_back() -> None:
         gevent.sleep(TRIM_S)
         if ROOM.free < ROOM.size - TRIM_MIN:
             full = True
-        elif full and ROOM.free == ROOM.size:
+        elif full:
             full = False
             in_thread(trim, 0)
 
@@ -2201,8 +2233,9 @@ class Door:
         """A new connection: it comes in as soon as there is room."""
         peer = f"{host} port {port}"
         if self._of_host[host] < PENDING_HOST_MAX:
-            while len(self._inside) >= PENDING_MAX and not (self._send_slow_away("") or self._send_one_of_many_away()):
-                gevent.sleep(0.01)
+            while len(self._inside) >= PENDING_MAX:
+                if not (self._send_slow_away("") or self._send_one_of_many_away()):
+                    gevent.sleep(0.01)
             self._enter(sock, host, peer)
             return
         waiting = self._outside.setdefault(host, deque())
@@ -2213,11 +2246,11 @@ class Door:
             log.warning("%s: turned away, %d others from there wait already", peer, BACKLOG)
             sock.close()
 
-    def leave(self, greenlet: gevent.Greenlet, another: bool = True) -> None:
-        """It has said who it is, or is gone; `another` of its host may come in instead."""
+    def leave(self, greenlet: gevent.Greenlet, another: bool = True) -> bool:
+        """It has said who it is, or is gone; `another` of its host may come in instead. Gives whether it was still inside."""
         host, _ = self._inside.pop(greenlet, ("", 0.0))
         if not host:
-            return
+            return False
         self._of_host[host] -= 1
         if not self._of_host[host]:
             del self._of_host[host]
@@ -2230,6 +2263,7 @@ class Door:
             sock.close()  # it had the time until its turn
         if not waiting:
             self._outside.pop(host, None)
+        return True
 
     def close(self) -> None:
         """Nobody comes in any more."""
@@ -2254,8 +2288,9 @@ class Door:
         oldest = next((greenlet for greenlet, (its, _) in self._inside.items() if host in ("", its)), None)
         if oldest is None or time.monotonic() - self._inside[oldest][1] < PENDING_SLOW_S:
             return False
+        its = self._inside[oldest][0]
         oldest.kill(block=False)
-        self.leave(oldest)
+        self.leave(oldest, another=bool(host) or self._of_host[its] == 1)  # who waits outside depends on one of its host inside
         return True
 
     def _send_one_of_many_away(self) -> bool:
@@ -2448,7 +2483,8 @@ class Server:
     def _serve_id(self, stream: Stream, peer: str, hello: Hello, early: bytes) -> None:
         """A client that said who it is, until it leaves. Raises Refusal, OSError, ProtocolError."""
         id_, kinds, _ = hello
-        self._door.leave(gevent.getcurrent())
+        if not self._door.leave(gevent.getcurrent()):  # it was sent away just now, and the end may strike anywhere
+            raise Refusal("busy", "too many say who they are at the moment")
         self._take_over(id_, peer)
         self._require_key(hello, stream)  # it may have waited, and its key been taken away meanwhile
         if len(self.sessions) >= self._policy.max_clients:
@@ -2567,7 +2603,7 @@ class Client:
         self._watched = 0  # the TUN, by it
         self._broken: KernelError | None = None  # what somebody did to the TUN
         self._session: Session | None = None
-        self._lookup: gevent.Greenlet | None = None  # of the server's addresses, the last one
+        self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose answer nobody has seen
         self._good: list[tuple[str, int]] = []  # the address where the server was
 
     def run(self) -> NoReturn:
@@ -2673,16 +2709,19 @@ class Client:
     def _addresses(self) -> list[tuple[str, int]]:
         """The server's IPv4 addresses, others would be routed into our TUN; last the one where it was. Raises OSError when there is none.
 
-        A lookup goes on until it is answered, and no other begins meanwhile.
+        A lookup goes on until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
         """
-        if self._lookup is None or self._lookup.ready():
+        if self._lookup is None:
             self._lookup = gevent.spawn(socket.getaddrinfo, *self._remote, socket.AF_INET, socket.SOCK_STREAM)
-        self._lookup.join(LOOKUP_S if self._good else None)
-        if self._lookup.successful():
-            return list(dict.fromkeys([*(address for *_, address in self._lookup.value), *self._good]))
+        lookup = self._lookup
+        lookup.join(LOOKUP_S if self._good else None)
+        if lookup.ready():
+            self._lookup = None
+        if lookup.successful():
+            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self._good]))
         if not self._good:
-            raise self._lookup.exception
-        log.debug("%s: %s; trying the address that it had", self._remote[0], self._lookup.exception or "no answer yet")
+            raise lookup.exception
+        log.debug("%s: %s; trying the address that it had", self._remote[0], lookup.exception or "no answer yet")
         return self._good
 
     def _take_address(self, tun: Tun, prefix: IPv6Network) -> None:
@@ -2876,21 +2915,22 @@ class Control:
     def __enter__(self) -> Control:
         """Listens, if nobody else does there; a server without it serves as well."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)  # for root alone
         try:
             with suppress(FileExistsError):
-                os.mkdir(os.path.dirname(self._path), 0o755)
+                os.mkdir(os.path.dirname(self._path) or ".", 0o755)
             if self._is_dead():
                 os.unlink(self._path)
-            listener.bind(self._path)
+            mask = os.umask(0o177)  # for root alone
+            try:
+                listener.bind(self._path)
+            finally:
+                os.umask(mask)
             listener.listen()
         except OSError as error:
             listener.close()
             log.warning("control = %s: %s; `tun6.py clients` can't reach this server", self._path, error.strerror)
         else:
             self._handlers.spawn(self._run, listener)
-        finally:
-            os.umask(mask)
         return self
 
     def __exit__(self, *_: object) -> None:
