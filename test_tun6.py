@@ -2606,13 +2606,15 @@ def ping(lab: Lab, host: str, address: str = Lab.INTERNET, size: int = 56, count
         assert comes_back(), f"ping {number} of {size} bytes from {host} to {address} was lost"
 
 
-def transfer(lab: Lab, source: str, sink: str, address: str, size: int) -> None:
-    """Moves random bytes over one TCP connection; what arrives at `address` of the sink must have their hash."""
+def transfer(lab: Lab, source: str, sink: str, address: str, size: int, rate: int = 0) -> None:
+    """Moves random bytes over one TCP connection, at most `rate` a second; what arrives at `address` of the sink must have their hash."""
     data = os.urandom(size)
     with lab.inside(sink):
         listener = socket.create_server((address, 0), family=socket.AF_INET6)
     with lab.inside(source):
         sender = socket.socket(socket.AF_INET6)
+    if rate:
+        sender.setsockopt(socket.SOL_SOCKET, 47, rate)  # SO_MAX_PACING_RATE, asm-generic/socket.h
     with listener, sender:
         for one in (listener, sender):
             one.settimeout(20)
@@ -3612,14 +3614,16 @@ def test_a_legacy_client_pings_and_moves_bulk_both_ways(lab: Lab, tunnel: Tunnel
         transfer(lab, "client", "second", addresses(lab, "second")[0].split("/")[0], 1 << 20)
 
 
-def test_traffic_for_a_legacy_client_does_not_spoil_its_first_recv(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
+def test_traffic_for_a_legacy_client_does_not_spoil_its_first_recv(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    assert tun6.LEGACY_READ_S >= 0.2
+    with tun6_with(tmp_path, "tun6.LEGACY_READ_S = 1.0"):  # so that it tells a busy machine from a frame that came too early
+        tunnel.server()
     with LegacyClient(lab, tunnel) as client:
         prefix = client.prefix
     command = ("ping", "-6", "-q", "-i", "0.002", str(prefix[1]))
     with lab.popen("internet", *command, stdout=subprocess.DEVNULL) as pings:
         try:
-            for dawdle in (0, 0, 0, 0.05, 0.1):
+            for dawdle in (0, 0, 0, 0.25, 0.5):
                 wait_until_no_sessions(lab)
                 with LegacyClient(lab, tunnel, dawdle=dawdle) as client:
                     assert json.loads(client.first) == {"Prefix": str(prefix)}
@@ -3634,6 +3638,7 @@ def test_a_legacy_server_gets_one_packet_a_recv_and_traffic_works_both_ways(lab:
         client = tunnel.client()
         assert client.prefix() == prefix
         assert "Id" in server.hellos[0]
+        time.sleep(1.5)  # as long as the kernel reports its multicast groups, RFC 3810 section 9.11: not into the recv of a ping
         for size in (64, 1440):  # not 3000, nor several: the original loses what comes together, as fragments do
             ping(lab, "client", size=size, count=1)
         server.recvs.clear()
@@ -5316,8 +5321,8 @@ class TlsPeer(Peer):
         return self
 
     def ends_at_once(self) -> bool:
-        """Whether the server ends the connection within a second."""
-        self.sock.settimeout(1)
+        """Whether the server ends the connection by itself."""
+        self.sock.settimeout(5)
         return self.ended() in ("closed", "reset")
 
 
@@ -5996,7 +6001,7 @@ def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no
     victim.prefix()
     ping(lab, "client")
     before = site.keys.read_bytes(), site.assignments.read_bytes(), server_devices(lab)
-    pings = lab.popen("client", "ping", "-6", "-i", "0.02", "-c", "200", Lab.INTERNET, stdout=subprocess.PIPE)
+    pings = lab.popen("client", "ping", "-6", "-i", "0.02", "-c", "200", "-w", "15", Lab.INTERNET, stdout=subprocess.PIPE)
     try:
         stranger = site.client("victim", other, "second")  # a right key, but of another Id
         stranger.wait_for(
@@ -6863,6 +6868,8 @@ def test_a_thousand_new_ids_at_once_cost_a_handful_of_fsyncs(lab: Lab, tunnel: T
     with ExitStack() as undo:
         with disk.stuck():  # so that they come at once whatever the machine
             peers = [undo.enter_context(tunnel.peer(f"client {number}")) for number in range(count)]
+            for peer in peers:
+                peer.sock.settimeout(30)
             wait_until("the server has them all", lambda: pending(server) >= count)
         told = {f"client {number}": peer.connected().prefix for number, peer in enumerate(peers)}
         assert assignments_in(tmp_path / "assignments.json") == told
@@ -7544,7 +7551,7 @@ def test_an_outage_shorter_than_tcps_patience_costs_neither_the_session_nor_a_by
 
     def begin(host: str) -> Future[None]:
         """A transfer, when it has begun and is far from its end."""
-        transfer_ = pool.submit(transfer, lab, host, "internet", Lab.INTERNET, 200_000_000)
+        transfer_ = pool.submit(transfer, lab, host, "internet", Lab.INTERNET, 100_000_000, 25_000_000)
         wait_until("bulk is on its way", lambda: sent_into(lab, host) > 1_000_000)
         return transfer_
 
@@ -7683,11 +7690,11 @@ def test_while_names_can_not_be_looked_up_a_client_finds_the_server_where_it_was
 
 
 def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, answer = [], gevent.event.Event()
 
     def look_up(*arguments: object) -> list[tuple[object, ...]]:
         asked.append(arguments)
-        gevent.sleep(0.05)
+        answer.wait()
         return [(None, None, None, "", ("10.0.0.2", 1))]
 
     monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
@@ -7697,10 +7704,13 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
     assert client._addresses() == old
     assert client._addresses() == old
     assert len(asked) == 1  # the first goes on
-    wait_until("it is answered", lambda: gevent.sleep(0.01) or cast(Any, client)._lookup.ready())
+    answer.set()
+    gevent.joinall([cast(Any, client)._lookup])
+    answer.clear()
     assert client._addresses() == [("10.0.0.2", 1), *old]
     assert client._addresses() == old
     assert len(asked) == 2
+    answer.set()
     gevent.joinall([cast(Any, client)._lookup])
 
 
@@ -7731,7 +7741,7 @@ def test_what_somebody_takes_from_a_session_of_the_server_ends_it_at_once_and_th
             prefix, device = session_of(server, id_)
             assert prefix == prefixes[id_]
             lab.ip("server", command.format(device=device, prefix=prefix))
-            server.wait_for(f"'{id_}' from .*: gone, TUN device {device}: somebody {what}; after", seconds=1.5)
+            server.wait_for(f"'{id_}' from .*: gone, TUN device {device}: somebody {what}; after", seconds=4)
         for id_, client in clients.items():
             assert client.prefix(times=2) == prefixes[id_]
         assert server_routes(lab) == {*map(str, prefixes.values()), str(bystander.prefix)}
@@ -7761,7 +7771,7 @@ def test_what_somebody_takes_from_the_client_is_restored(lab: Lab, tunnel: Tunne
         lab.ip("client", command.format(device=device, address=prefixes[device][1]))
     for device, (_, what) in damages.items():
         sentence = f"no connection to {Lab.SERVER} port {tunnel.port}: TUN device {device}: somebody {what}; trying again every 2 s"
-        clients[device].wait_for(f"WARNING {sentence}" if connected else sentence, seconds=1.5 if connected else 3)
+        clients[device].wait_for(f"WARNING {sentence}" if connected else sentence, seconds=4)
     if not connected:
         for device, index in indexes.items():
             wait_until("the device is made anew", lambda d=device, i=index: tun_of(lab, "client", d).get("ifindex", 0) > i)  # type: ignore[misc]
@@ -7799,9 +7809,9 @@ def test_whoever_removes_things_again_and_again_makes_nobody_spin(lab: Lab, tunn
         assert len(re.findall(r"DEBUG no connection|WARNING no connection", client.log())) <= 5  # one in two seconds, and what they find
         assert server.log().count(": gone,") <= 5
         bystander.echo()
-    assert client.prefix(times=server.log().count(": has ") - 1) == prefix
     wait_until("the pool's route is back", lambda: server_routes(lab, "unreachable") == {str(tunnel.pool)})
     wait_until("the client has all it had", lambda: lab.pings("client"))
+    assert client.prefix() == prefix
 
 
 def netlink_drops(lab: Lab, host: str) -> int:
@@ -7932,13 +7942,14 @@ def test_status_says_how_the_running_server_is(lab: Lab, tunnel: Tunnel) -> None
     with ExitStack() as undo:
         for number in range(3):
             undo.enter_context(tunnel.peer(f"client {number}")).connected().echo()
+        asked = time.monotonic()
         full = status_of(server)
         assert (full["sessions"], full["assignments"]) == (3, 3)
         assert full["files"] - empty["files"] == 6  # a socket and a TUN each
         assert 6 <= full["greenlets"] - empty["greenlets"] <= 15
-        assert -1 <= full["seconds"] - (time.monotonic() - began) <= 2
+        assert asked - began - 1 <= full["seconds"] <= time.monotonic() - began + 2
         assert full["latency"]["samples"] > empty["latency"]["samples"]
-        assert 0 <= full["latency"]["median"] <= full["latency"]["p99"] <= full["latency"]["max"] < 1
+        assert 0 <= full["latency"]["median"] <= full["latency"]["p99"] <= full["latency"]["max"] < 10  # and not in ms
     kinds = ("sessions", "files", "greenlets")
     wait_until("all they had is released", lambda: [status_of(server)[kind] for kind in kinds] == [empty[kind] for kind in kinds])
     assert status_of(server)["assignments"] == 3
@@ -7961,13 +7972,13 @@ def test_status_says_how_the_running_server_is(lab: Lab, tunnel: Tunnel) -> None
 def test_a_server_that_stood_still_says_for_how_long(tunnel: Tunnel) -> None:
     server = tunnel.server()
     wait_until("it has begun to measure", lambda: status_of(server)["latency"]["samples"] > 5)
-    assert status_of(server)["latency"]["max"] < 0.8
+    before = status_of(server)["latency"]["max"]
     server.process.send_signal(signal.SIGSTOP)
-    time.sleep(1)  # as long as it stands still
+    time.sleep(before + 1)  # as long as it stands still
     server.process.send_signal(signal.SIGCONT)
-    wait_until("it says so", lambda: status_of(server)["latency"]["max"] >= 0.8)
+    wait_until("it says so", lambda: status_of(server)["latency"]["max"] >= before + 0.8)
     latency = status_of(server)["latency"]
-    assert latency["max"] < 3
+    assert latency["max"] < before + 3
     assert latency["median"] < 0.4
 
 
@@ -8077,7 +8088,7 @@ def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_
         with tunnel.peer() as peer:
             peer.connected().echo()
             read("lines of the log were lost")
-            while select.select([pipe], [], [], 0.5)[0]:  # what else waits
+            while select.select([pipe], [], [], 2)[0]:  # what else waits
                 text += os.read(pipe, 1 << 16).decode()
             lost = sum(map(int, re.findall(r"WARNING (\d+) lines of the log were lost, as nobody read them\n", text)))
             assert lost > 1000
@@ -8085,7 +8096,7 @@ def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_
             complain(1000)  # the pipe is full again
             peer.echo()
         server.terminate()
-        assert server.wait(SERVER_ENDS_S) == 0
+        assert server.wait(SERVER_ENDS_S + tun6.LOG_END_S) == 0
 
 
 # ---- soak: a crowd of clients ----------------------------------------------------------------------------------------
@@ -8693,7 +8704,7 @@ class Soak:
         for machine in [None, *self.machines]:
             self._judge(machine.daemon if machine else self.server, machine)
         self._expect_end(self.server, signal.SIGTERM, 3, None)
-        gevent.joinall([gevent.spawn(self._expect_end, each.daemon, signal.SIGTERM, 10, each) for each in self.machines])
+        gevent.joinall([gevent.spawn(self._expect_end, each.daemon, signal.SIGTERM, 25, each) for each in self.machines])  # all at once
         self._read_logs()
         for host in ("server", *self.lab.crowd):
             links = {link["ifname"] for link in json.loads(self.lab.ip(host, "-j link"))} - {"lo", "eth0", "eth1"}
@@ -8886,8 +8897,8 @@ KINDS = (
     commands("session-tun-removed", 5, "server", "ip link del {device}"),
     commands("session-tun-down", 5, "server", "ip link set {device} down"),
     commands("session-route-removed", 5, "server", "ip -6 route del {m.prefix} dev {device}"),
-    Kind("server-killed", "all", 5, Soak.kill_server, rare=True),
-    Kind("server-ended", "all", 5, Soak.end_server, rare=True),
+    Kind("server-killed", "all", 8, Soak.kill_server, rare=True),  # the last of all clients counts
+    Kind("server-ended", "all", 8, Soak.end_server, rare=True),
     Kind("server-stopped", "all", 5, Soak.stop_server, rare=True),
     Kind("server-reloaded", "none", 5, Soak.reload_server),
     Kind("new-ids", "none", 5, Soak.new_ids),
