@@ -5819,8 +5819,8 @@ def test_records_of_a_byte_each_come_fewer_at_a_time(site: Site) -> None:
             came += view[: turns[-1]]
         sent.result()
         assert came == bytes(number % 251 for number in range(count))
-        first = next(number for number, size in enumerate(turns) if size > tun6.RECORDS_MAX)
-        assert all(size < 1.5 * tun6.RECORDS_MAX for size in turns[first + 1 :]), turns
+        first = next(number for number, size in enumerate(turns) if size > tun6.BATCH_FRAMES)
+        assert all(size < 1.5 * tun6.BATCH_FRAMES for size in turns[first + 1 :]), turns
 
 
 def test_who_talks_tls_without_end_instead_of_saying_hello_is_refused_and_holds_nobody_up(lab: Lab, site: Site) -> None:

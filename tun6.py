@@ -153,10 +153,9 @@ BATCH = 256 << 10  # bytes moved before others get their turn
 RECORD_DATA = 16 << 10  # bytes in a TLS record: RFC 8446 section 5.1
 RECORD_HEADER = 5  # bytes, the last two its length
 RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: section 5.2
-RECORDS_MAX = 1_000  # that a turn may bring; ours have a packet each, or are full
 GREETING_MAX = 32 << 10  # bytes of TLS with which a peer says who it is: certificates, hello, 4 KiB behind it
 CHATTER_MAX = 16  # records of TLS itself in a turn: new keys and session tickets, which are rare
-BATCH_FRAMES = 1_000  # frames moved, likewise: about 5 ms
+BATCH_FRAMES = 1_000  # frames moved, or TLS records opened, likewise: about 5 ms
 JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
 JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
@@ -1761,7 +1760,7 @@ class TlsStream(Stream):
                         chatter += 1
                         if chatter > CHATTER_MAX:
                             raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
-        self._share = 8 if records > RECORDS_MAX // self._share else 1
+        self._share = 8 if records > BATCH_FRAMES // self._share else 1
         return filled or None
 
 
