@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """bench_tun6: measures tun6 beside direct routing, the same data path in C, and every other tunnel that is installed.
 
-Usage, as root: `bench_tun6.py [--quick] [--only NAME,...] [--json FILE] [--plot FILE]`; `--help` has the names.
+Usage, as root: `contrib/bench_tun6.py [--quick] [--only NAME,...] [--json FILE] [--plot FILE]`; `--help` has the names.
 
 Each tunnel carries IPv6 between the hosts `client` and `internet` of a tun6.Lab, so its packets cross the NAT over IPv4;
 `direct` routes IPv6 over the same links. Machines drift, therefore each repeat measures all tunnels, one after the other,
@@ -66,6 +66,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tun6.py of this checkout, installed or not
 
 import tun6
 from tun6 import Lab, wait_until
