@@ -3988,11 +3988,11 @@ def test_a_rate_limit_of_zero_is_none() -> None:
     assert all(limit.allows() for _ in range(10_000))
 
 
-class House:
-    """A Door, and those whom it let in; each stays until it is told to go."""
+class Admission:
+    """An AdmissionControl, and those whom it let in; each stays until it is told to go."""
 
     def __init__(self) -> None:
-        self.door = tun6.Door(self._begin)
+        self.control = tun6.AdmissionControl(self._begin)
         self.peers: list[str] = []  # whom it let in, in that order
         self.greenlets: dict[str, Any] = {}
 
@@ -4001,12 +4001,12 @@ class House:
         self.greenlets[peer] = gevent.spawn(gevent.sleep, 60)
         return self.greenlets[peer]
 
-    def arrive(self, host: str, number: int = 0, says: bytes = b"{") -> str:
+    def admit(self, host: str, number: int = 0, says: bytes = b"{") -> str:
         """A connection from this host, which says so much; gives the peer's name."""
         ours, theirs = socket.socketpair()
         with theirs:
             theirs.send(says)
-            self.door.arrive(gevent.socket.socket(fileno=ours.detach()), host, number)
+            self.control.admit(gevent.socket.socket(fileno=ours.detach()), host, number)
         return f"{host} port {number}"
 
     def inside(self) -> list[str]:
@@ -4015,33 +4015,33 @@ class House:
 
 
 @pytest.fixture
-def house() -> Iterator[House]:
-    house = House()
-    yield house
-    house.door.close()
-    gevent.killall(list(house.greenlets.values()))
+def admission() -> Iterator[Admission]:
+    admission = Admission()
+    yield admission
+    admission.control.close()
+    gevent.killall(list(admission.greenlets.values()))
 
 
-def test_more_than_eight_of_a_host_come_in_one_by_one_as_others_leave_and_other_hosts_do_not_wait(house: House) -> None:
-    names = [house.arrive("a", number) for number in range(12)]
-    other = house.arrive("b")
-    assert house.inside() == [*names[:8], other]
-    house.door.leave(house.greenlets[names[3]])  # has said who it is, and goes on
-    assert house.inside() == [*names[:8], other, names[8]]
-    gevent.kill(house.greenlets[names[0]])
-    assert house.inside() == [*names[1:8], other, *names[8:10]]
+def test_more_than_eight_of_a_host_come_in_one_by_one_as_others_leave_and_other_hosts_do_not_wait(admission: Admission) -> None:
+    names = [admission.admit("a", number) for number in range(12)]
+    other = admission.admit("b")
+    assert admission.inside() == [*names[:8], other]
+    admission.control.release(admission.greenlets[names[3]])  # has said who it is, and goes on
+    assert admission.inside() == [*names[:8], other, names[8]]
+    gevent.kill(admission.greenlets[names[0]])
+    assert admission.inside() == [*names[1:8], other, *names[8:10]]
 
 
-def test_who_says_nothing_while_it_waits_outside_is_not_let_in(house: House) -> None:
-    names = [house.arrive("a", number, b"" if number in (8, 9) else b"{") for number in range(11)]
-    house.door.leave(house.greenlets[names[0]])
-    assert house.inside() == [*names[:8], names[10]]
+def test_who_says_nothing_while_it_waits_outside_is_not_let_in(admission: Admission) -> None:
+    names = [admission.admit("a", number, b"" if number in (8, 9) else b"{") for number in range(11)]
+    admission.control.release(admission.greenlets[names[0]])
+    assert admission.inside() == [*names[:8], names[10]]
 
 
-def test_after_a_second_whoever_waits_outside_takes_the_place_of_the_oldest(house: House) -> None:
-    names = [house.arrive("a", number) for number in range(9)]
-    assert house.inside() == names[:8]
-    wait_until("it comes in", lambda: house.inside() == names[1:], 3)
+def test_after_a_second_whoever_waits_outside_takes_the_place_of_the_oldest(admission: Admission) -> None:
+    names = [admission.admit("a", number) for number in range(9)]
+    assert admission.inside() == names[:8]
+    wait_until("it comes in", lambda: admission.inside() == names[1:], 3)
 
 
 @pytest.mark.parametrize(
@@ -4052,37 +4052,39 @@ def test_after_a_second_whoever_waits_outside_takes_the_place_of_the_oldest(hous
         ([f"{number}" for number in range(64)], None),  # all alike, and young: the newcomer waits, and the oldest goes
     ],
 )
-def test_when_all_are_busy_saying_who_they_are_the_host_that_has_most_makes_room(house: House, hosts_: list[str], goes: int | None) -> None:
-    names = [house.arrive(host, number) for number, host in enumerate(hosts_)]
-    assert house.inside() == names
+def test_when_all_are_busy_saying_who_they_are_the_host_that_has_most_makes_room(
+    admission: Admission, hosts_: list[str], goes: int | None
+) -> None:
+    names = [admission.admit(host, number) for number, host in enumerate(hosts_)]
+    assert admission.inside() == names
     began = time.monotonic()
-    newcomer = house.arrive("newcomer")
+    newcomer = admission.admit("newcomer")
     took = time.monotonic() - began
-    assert house.inside() == [name for name in names if name != names[goes or 0]] + [newcomer]
-    assert (took > 0.5 * tun6.PENDING_SLOW_S) is (goes is None)
+    assert admission.inside() == [name for name in names if name != names[goes or 0]] + [newcomer]
+    assert (took > 0.5 * tun6.SLOW_HANDSHAKE_S) is (goes is None)
 
 
-def test_newcomers_take_the_places_of_the_slow_and_never_are_there_more(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = [house.arrive(host, number) for host in "abcdefgh" for number in range(12)]
-    began = house.inside()
-    assert len(began) == tun6.PENDING_MAX
-    monkeypatch.setattr(tun6, "PENDING_SLOW_S", 0.0)
-    first = house.arrive("first")
-    assert house.inside() == [*began[1:], first]  # and not whoever waited behind the one that had to go
-    newcomers = [house.arrive(f"host {number}") for number in range(70)]
-    inside = house.inside()
-    assert len(inside) == tun6.PENDING_MAX
+def test_newcomers_take_the_places_of_the_slow_and_never_are_there_more(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [admission.admit(host, number) for host in "abcdefgh" for number in range(12)]
+    began = admission.inside()
+    assert len(began) == tun6.HANDSHAKES_MAX
+    monkeypatch.setattr(tun6, "SLOW_HANDSHAKE_S", 0.0)
+    first = admission.admit("first")
+    assert admission.inside() == [*began[1:], first]  # and not whoever waited behind the one that had to go
+    newcomers = [admission.admit(f"host {number}") for number in range(70)]
+    inside = admission.inside()
+    assert len(inside) == tun6.HANDSHAKES_MAX
     assert set(newcomers[-50:]) <= set(inside)
     monkeypatch.undo()
     for name in newcomers:
-        house.door.leave(house.greenlets[name])
-    assert set(old) & set(house.inside()), "of those who waited outside nobody came in"
+        admission.control.release(admission.greenlets[name])
+    assert set(old) & set(admission.inside()), "of those who waited outside nobody came in"
 
 
-def test_who_was_sent_away_at_the_last_moment_is_not_served(house: House) -> None:
-    name = house.arrive("a")
-    assert house.door.leave(house.greenlets[name])
-    assert not house.door.leave(house.greenlets[name])
+def test_who_was_sent_away_at_the_last_moment_is_not_served(admission: Admission) -> None:
+    name = admission.admit("a")
+    assert admission.control.release(admission.greenlets[name])
+    assert not admission.control.release(admission.greenlets[name])
     policy = tun6.Policy(None, None, 10, 0, True)
     store = tun6.AssignmentStore(tun6.PrefixPool(POOL))
     server = tun6.Server(("127.0.0.1", 1), store, tun6.Kernel(), tun6.Congestion(None, None), policy, "none", 1500)
@@ -4091,11 +4093,11 @@ def test_who_was_sent_away_at_the_last_moment_is_not_served(house: House) -> Non
     assert (server.sessions, store.pool.owners()) == ({}, [])
 
 
-def test_nobody_comes_in_after_the_end(house: House) -> None:
-    names = [house.arrive("a", number) for number in range(12)]
-    house.door.close()
-    house.door.leave(house.greenlets[names[0]])
-    assert house.inside() == names[:8]
+def test_nobody_comes_in_after_the_end(admission: Admission) -> None:
+    names = [admission.admit("a", number) for number in range(12)]
+    admission.control.close()
+    admission.control.release(admission.greenlets[names[0]])
+    assert admission.inside() == names[:8]
 
 
 # ---- Outbox: sealed --------------------------------------------------------------------------------------------------
@@ -4903,7 +4905,7 @@ def test_a_thousand_silent_connections_keep_no_honest_client_waiting(lab: Lab, t
             if number % 250 == 249:
                 assert served(lab, tunnel, f"elsewhere {number}", "server", 2) < 2  # another IPv4 address
                 assert served(lab, tunnel, f"same {number}", "second", 2) < 2  # behind the same NAT
-        assert pending(server) - listening <= tun6.PENDING_HOST_MAX  # they wait in the kernel
+        assert pending(server) - listening <= tun6.HANDSHAKES_PER_HOST_MAX  # they wait in the kernel
     wait_until("all are gone", lambda: pending(server) == listening)
 
 
@@ -4943,7 +4945,7 @@ def test_those_who_say_a_byte_and_no_more_lock_nobody_out(lab: Lab, tunnel: Tunn
 def test_an_address_whose_connections_are_all_saying_who_they_are_has_to_wait_a_second_and_no_other_does(lab: Lab, tunnel: Tunnel) -> None:
     tunnel.server()
     with ExitStack() as undo:
-        for _ in range(tun6.PENDING_HOST_MAX):
+        for _ in range(tun6.HANDSHAKES_PER_HOST_MAX):
             undo.enter_context(connect(lab, tunnel)).sendall(b"{")
         with tunnel.peer("elsewhere", host="server") as other:
             other.connected().echo()
@@ -5906,7 +5908,7 @@ def test_peers_that_stop_in_the_tls_handshake_do_not_keep_others_of_their_host_o
     site.serve(keys=None)
     hello = client_hello()
     with ExitStack() as undo:
-        stopped = [undo.enter_context(Peer(lab, site.tunnel.port)) for _ in range(tun6.PENDING_HOST_MAX)]
+        stopped = [undo.enter_context(Peer(lab, site.tunnel.port)) for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
         for number, peer in enumerate(stopped):
             peer.sock.sendall(hello[: 1 if number % 2 else 200])
 

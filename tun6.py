@@ -140,10 +140,10 @@ SIOCOUTQ, SIOCOUTQNSD = 0x5411, 0x894B  # linux/sockios.h: bytes that are not ac
 KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
 USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged this long ends the connection
 BACKLOG = 1024  # connections that wait for accept
-ACCEPTS = 32  # connections accepted before others get their turn
-PENDING_MAX, PENDING_HOST_MAX = 64, 8  # connections that have not said who they are: in all, from one IPv4 address
-DEFER_S = 5  # that a connection may say nothing without being accepted, TCP_DEFER_ACCEPT; the kernel rounds it up
-PENDING_SLOW_S = 1.0  # for so long none of them has to go for another
+ACCEPT_BATCH = 32  # connections accepted before others get their turn
+HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # connections that have not said who they are: in all, from one IPv4 address
+DEFER_ACCEPT_S = 5  # that a connection may say nothing without being accepted, TCP_DEFER_ACCEPT; the kernel rounds it up
+SLOW_HANDSHAKE_S = 1.0  # for so long none of them has to go for another
 TAKEOVERS_MAX, TAKEOVERS_S = 3, 60  # so many of one Id in so many seconds mean that two clients have it
 TAKEOVER_PAUSE_S = 5.0  # for each of them then
 COLLAPSE_MAX, COLLAPSE_S = 20, 60  # warnings of one kind in the log, in so many seconds
@@ -2204,7 +2204,7 @@ class RateLimit:
         return True
 
 
-def has_spoken(sock: socket.socket) -> bool:
+def has_data(sock: socket.socket) -> bool:
     """Whether there is something to read; does not wait."""
     try:
         return not sock.closed and bool(system_socket.socket.recv(sock._sock, 1, socket.MSG_PEEK))
@@ -2212,27 +2212,27 @@ def has_spoken(sock: socket.socket) -> bool:
         return False
 
 
-class Door:
-    """Lets connections say who they are, PENDING_HOST_MAX of a host and PENDING_MAX in all at a time.
+class AdmissionControl:
+    """Lets connections say who they are, HANDSHAKES_PER_HOST_MAX of a host and HANDSHAKES_MAX in all at a time.
 
-    Of a full house the slow go, then those of whoever has most inside.
+    When all places are taken, the slow go, then those of whoever has most inside.
 
     What more comes from a host waits until that host has room, so that one which says nothing, or a thousand behind one NAT that
     come back all at once, are in nobody else's way.
     """
 
     def __init__(self, begin: Callable[[socket.socket, str], gevent.Greenlet]) -> None:
-        """`begin` lets the connection of this peer speak, in the greenlet that it gives; that calls `leave`."""
+        """`begin` lets the connection of this peer speak, in the greenlet that it gives; that calls `release`."""
         self._begin = begin
         self._inside: dict[gevent.Greenlet, tuple[str, float]] = {}  # host, since when; oldest first
         self._of_host: Counter[str] = Counter()
         self._outside: dict[str, deque[tuple[socket.socket, str]]] = {}  # by host
 
-    def arrive(self, sock: socket.socket, host: str, port: int) -> None:
+    def admit(self, sock: socket.socket, host: str, port: int) -> None:
         """A new connection: it comes in as soon as there is room."""
         peer = f"{host} port {port}"
-        if self._of_host[host] < PENDING_HOST_MAX:
-            while len(self._inside) >= PENDING_MAX:
+        if self._of_host[host] < HANDSHAKES_PER_HOST_MAX:
+            while len(self._inside) >= HANDSHAKES_MAX:
                 if not (self._send_slow_away("") or self._send_one_of_many_away()):
                     gevent.sleep(0.01)
             self._enter(sock, host, peer)
@@ -2240,12 +2240,12 @@ class Door:
         waiting = self._outside.setdefault(host, deque())
         if len(waiting) < BACKLOG:
             waiting.append((sock, peer))
-            gevent.spawn_later(PENDING_SLOW_S, self._send_slow_away, host)
+            gevent.spawn_later(SLOW_HANDSHAKE_S, self._send_slow_away, host)
         else:
             log.warning("%s: turned away, %d others from there wait already", peer, BACKLOG)
             sock.close()
 
-    def leave(self, greenlet: gevent.Greenlet, another: bool = True) -> bool:
+    def release(self, greenlet: gevent.Greenlet, another: bool = True) -> bool:
         """It has said who it is, or is gone; `another` of its host may come in instead. Gives whether it was still inside."""
         host, _ = self._inside.pop(greenlet, ("", 0.0))
         if not host:
@@ -2256,7 +2256,7 @@ class Door:
         waiting = self._outside.get(host, deque())
         while waiting and another:
             sock, peer = waiting.popleft()
-            if has_spoken(sock):
+            if has_data(sock):
                 self._enter(sock, host, peer)
                 break
             sock.close()  # it had the time until its turn
@@ -2277,7 +2277,7 @@ class Door:
         self._of_host[host] += 1
 
         def forget(_: object) -> None:  # it may be killed before it has begun
-            self.leave(greenlet)
+            self.release(greenlet)
             sock.close()
 
         greenlet.rawlink(forget)
@@ -2285,11 +2285,11 @@ class Door:
     def _send_slow_away(self, host: str) -> bool:
         """Ends the oldest of the host, "" for any host, if it has been inside for long."""
         oldest = next((greenlet for greenlet, (its, _) in self._inside.items() if host in ("", its)), None)
-        if oldest is None or time.monotonic() - self._inside[oldest][1] < PENDING_SLOW_S:
+        if oldest is None or time.monotonic() - self._inside[oldest][1] < SLOW_HANDSHAKE_S:
             return False
         its = self._inside[oldest][0]
         oldest.kill(block=False)
-        self.leave(oldest, another=bool(host) or self._of_host[its] == 1)  # who waits outside depends on one of its host inside
+        self.release(oldest, another=bool(host) or self._of_host[its] == 1)  # who waits outside depends on one of its host inside
         return True
 
     def _send_one_of_many_away(self) -> bool:
@@ -2299,7 +2299,7 @@ class Door:
             return False
         newest = [greenlet for greenlet, (its, _) in self._inside.items() if its == host][-1]
         newest.kill(block=False)
-        self.leave(newest, another=False)
+        self.release(newest, another=False)
         return True
 
 
@@ -2330,7 +2330,7 @@ class Server:
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
         self._connections = gevent.pool.Group()  # a greenlet each
         self._greeting: set[gevent.Greenlet] = set()  # those of them that have nothing to be undone yet
-        self._door = Door(self._begin)
+        self._admission = AdmissionControl(self._begin)
         self._watch = Watch()
         self._spare: int | None = None  # a descriptor, for the connection that there is none for
 
@@ -2351,7 +2351,7 @@ class Server:
             undo.callback(self._end_sessions)
             log.info("serving %s on %s port %d", self._store.pool.network, *self._address)
             while True:
-                for _ in range(ACCEPTS):
+                for _ in range(ACCEPT_BATCH):
                     self._accept(listener)
                 gevent.sleep()  # accept does not wait while others do
 
@@ -2382,7 +2382,7 @@ class Server:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_S)  # who says nothing waits in the kernel
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_S)  # who says nothing waits in the kernel
             listener.bind(self._address)
             listener.listen(BACKLOG)
         except OSError as error:
@@ -2402,7 +2402,7 @@ class Server:
                 self._turn_away(listener)
             gevent.sleep(ACCEPT_PAUSE_S)
             return
-        self._door.arrive(sock, host, port)
+        self._admission.admit(sock, host, port)
 
     def _begin(self, sock: socket.socket, peer: str) -> gevent.Greenlet:
         greenlet = self._connections.spawn(self._serve, sock, peer)
@@ -2469,7 +2469,7 @@ class Server:
 
     def _refuse(self, stream: Stream, refusal: Refusal) -> None:
         """Says why, and waits a little for the client to go: a close with its bytes unread would destroy the message."""
-        self._door.leave(gevent.getcurrent())
+        self._admission.release(gevent.getcurrent())
         with gevent.Timeout(1, False):
             try:
                 stream.send(encode({"Error": refusal.code, "Text": refusal.text}))
@@ -2482,7 +2482,7 @@ class Server:
     def _serve_id(self, stream: Stream, peer: str, hello: Hello, early: bytes) -> None:
         """A client that said who it is, until it leaves. Raises Refusal, OSError, ProtocolError."""
         id_, kinds, _ = hello
-        if not self._door.leave(gevent.getcurrent()):  # it was sent away just now, and the end may strike anywhere
+        if not self._admission.release(gevent.getcurrent()):  # it was sent away just now, and the end may strike anywhere
             raise Refusal("busy", "too many say who they are at the moment")
         self._take_over(id_, peer)
         self._require_key(hello, stream)  # it may have waited, and its key been taken away meanwhile
@@ -2558,7 +2558,7 @@ class Server:
             self._contended &= set(self._takeovers)
 
     def _end_sessions(self) -> None:
-        self._door.close()
+        self._admission.close()
         gevent.killall(list(self._greeting))
         for session in self.sessions.values():
             session.close(SessionError("the server stops"))
