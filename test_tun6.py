@@ -10,7 +10,7 @@ There each test proves at its end that addresses, routes and sysctls of all six 
 namespace or thread is left, that every tun6 exits with 0 when told to, and that none of them logged a traceback. It takes
 root; without it those tests are skipped, and with CI=true in the environment a skipped test is a failed one.
 
-kit - wire - prefixes - plans - queue - Gather - store - kernel - command line - kit for the Lab - end to end - main
+kit - wire - prefixes - plans - queue - GroupCommit - store - kernel - command line - kit for the Lab - end to end - main
 """
 
 from __future__ import annotations
@@ -1561,7 +1561,7 @@ def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows:
     assert taken < 1.2 * outbox._queue.bytes + 200 * (total - outbox.dropped) + 2 * tun6.FLOWS_MAX * 1500  # bytes a frame, and a flow
 
 
-# ---- Gather ----------------------------------------------------------------------------------------------------------
+# ---- GroupCommit ----------------------------------------------------------------------------------------------------------
 
 
 def results(greenlets: list[Any]) -> list[Any]:
@@ -1609,12 +1609,12 @@ def test_what_arrives_during_the_work_is_the_next_batch_and_each_caller_gets_its
         gate.wait()
         return [-item for item in items]
 
-    gather = tun6.Gather(work)
-    callers = spawn_behind_the_first(gather, range(100), batches)
+    group_commit = tun6.GroupCommit(work)
+    callers = spawn_behind_the_first(group_commit, range(100), batches)
     gate.set()
     assert results(callers) == [-number for number in range(100)]
     assert batches == [[0], list(range(1, 100))]
-    assert gather(7) == -7
+    assert group_commit(7) == -7
 
 
 def test_what_the_work_raises_reaches_all_of_its_batch_and_nobody_else() -> None:
@@ -1628,13 +1628,13 @@ def test_what_the_work_raises_reaches_all_of_its_batch_and_nobody_else() -> None
             raise tun6.StorageError("disk full")
         return items
 
-    gather = tun6.Gather(work)
-    callers = spawn_behind_the_first(gather, range(10), begun)
+    group_commit = tun6.GroupCommit(work)
+    callers = spawn_behind_the_first(group_commit, range(10), begun)
     gate.set()
     first, *others = results(callers)
     assert first == 0
     assert {str(error) for error in others} == {"disk full"}
-    assert gather(1) == 1
+    assert group_commit(1) == 1
 
 
 def test_killing_a_caller_neither_loses_nor_repeats_the_work_of_the_others() -> None:
@@ -1646,13 +1646,13 @@ def test_killing_a_caller_neither_loses_nor_repeats_the_work_of_the_others() -> 
         gate.acquire()
         return items
 
-    gather = tun6.Gather(work)
-    callers = spawn_behind_the_first(gather, range(5), done)
+    group_commit = tun6.GroupCommit(work)
+    callers = spawn_behind_the_first(group_commit, range(5), done)
     gate.release()
     until(lambda: len(done) == 5)
     for number in 1, 3:
         callers[number].kill()
-    callers.append(spawn(gather, 5))
+    callers.append(spawn(group_commit, 5))
     for _ in range(5):
         gate.release()
     values = results(callers)

@@ -30,7 +30,7 @@ The file, top to bottom; a section uses only names defined above it, and the pur
     pure: prefixes               PrefixPool
     pure: the queue              FrameQueue, Outbox: what waits for a connection that is full
     pure: network plans          what is to be said to `ip`, as do/undo pairs
-    edge: batching, stores       Gather, AssignmentStore, KeyStore
+    edge: batching, stores       GroupCommit, AssignmentStore, KeyStore
     edge: kernel, TUN, identity  Kernel, Tun, default_id
     edge: streams                Stream, TlsStream: a connection's bytes, as they are or inside TLS
     pumps, Session               the two hot loops, and what ends them
@@ -984,7 +984,7 @@ def address_plan(device: str, prefix: IPv6Network, process: int) -> list[Step]:
 # ---- edge: batching and the stores -----------------------------------------------------------------------------------
 
 
-class Gather(Generic[T, R]):
+class GroupCommit(Generic[T, R]):
     """Group commit: one call of `work` handles all items that wait at the moment, the next ones gather while it runs.
 
     `work` takes the items in order and gives as many results; what it raises, all of its callers get.
@@ -1000,10 +1000,10 @@ class Gather(Generic[T, R]):
         outcome = gevent.event.AsyncResult()
         self._waiting.append((item, outcome))
         if self._worker is None:
-            self._worker = gevent.spawn(self._work_off)
+            self._worker = gevent.spawn(self._commit_waiting)
         return cast(R, outcome.get())
 
-    def _work_off(self) -> None:
+    def _commit_waiting(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             try:
@@ -1117,7 +1117,7 @@ class AssignmentStore:
         self._saved: dict[str, str] = {}
         self._failing = False  # and the log has said so
         self._changing: dict[str, gevent.event.Event] = {}  # by Id: set when that is done
-        self._save = Gather(self._save_batch)
+        self._save = GroupCommit(self._save_batch)
         if self._file:
             self._lock = self._locked(self._file.path)
             try:
@@ -1322,7 +1322,7 @@ class Kernel:
     """Runs plans with `ip`; all that wait at the moment share one process of 2 ms."""
 
     def __init__(self) -> None:
-        self._run = Gather(self._run_batch)
+        self._run = GroupCommit(self._run_batch)
 
     def apply(self, plan: Sequence[Step]) -> None:
         """Does the steps. Raises KernelError when one fails, after undoing the others."""
