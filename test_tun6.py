@@ -1364,8 +1364,8 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     bound = 4 << 20
     tracemalloc.start()
     try:
-        room = tun6.Room(bound)
-        queues = [tun6.FrameQueue(room=room) for _ in range(10)]
+        shared = tun6.SharedBuffer(bound)
+        queues = [tun6.FrameQueue(shared=shared) for _ in range(10)]
         while not all(queue.dropped for queue in queues):
             for queue in queues:
                 queue.push(bytearray(frame(1, 0, size)), time.monotonic())
@@ -1375,7 +1375,7 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     assert bound / 2 < used < 1.25 * bound
     for queue in queues:
         queue.clear()
-    assert room.free == room.size == bound
+    assert shared.free == shared.size == bound
 
 
 # ---- Outbox ----------------------------------------------------------------------------------------------------------
@@ -1545,7 +1545,7 @@ def test_one_flush_writes_about_a_batch_so_that_others_get_their_turn() -> None:
 @pytest.mark.parametrize(("size", "flows"), [(LARGEST, 1), (LARGEST, 1 << 20), (1510, 1 << 20), (SMALLEST, 1), (SMALLEST, 1 << 20)])
 def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows: int) -> None:
     outbox = tun6.Outbox(lambda _: None, False, clock=lambda: 0.0)
-    total = max(1, int(1.25 * tun6.QUEUE_MAX) // (size * 500)) * 500 if size < LARGEST else 100
+    total = max(1, int(1.25 * tun6.SEND_QUEUE_MAX) // (size * 500)) * 500 if size < LARGEST else 100
     batches = [
         batch([frame(number % flows, number, size) for number in range(first, min(first + 500, total))]) for first in range(0, total, 500)
     ]
@@ -1557,7 +1557,7 @@ def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows:
     finally:
         tracemalloc.stop()
     assert outbox.dropped
-    assert 0.9 * tun6.QUEUE_MAX < outbox._queue.bytes <= tun6.QUEUE_MAX
+    assert 0.9 * tun6.SEND_QUEUE_MAX < outbox._queue.bytes <= tun6.SEND_QUEUE_MAX
     assert taken < 1.2 * outbox._queue.bytes + 200 * (total - outbox.dropped) + 2 * tun6.FLOWS_MAX * 1500  # bytes a frame, and a flow
 
 
@@ -3940,15 +3940,15 @@ def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_h
 
 
 def test_memory_is_given_back_when_little_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    room, trims = tun6.Room(10 << 20), []
-    for name, value in {"ROOM": room, "TRIM_S": 0.001, "in_thread": lambda *_: trims.append(room.free)}.items():
+    shared, trims = tun6.SharedBuffer(10 << 20), []
+    for name, value in {"SHARED_BUFFER": shared, "TRIM_S": 0.001, "in_thread": lambda *_: trims.append(shared.free)}.items():
         monkeypatch.setattr(tun6, name, value)
     work = spawn(tun6.give_memory_back)
     try:
         for waits in (5 << 20, 1000, 5 << 20, 0):
-            room.free = room.size - waits
+            shared.free = shared.size - waits
             gevent.sleep(0.02)  # some of its turns
-        assert trims == [room.size - 1000, room.size]
+        assert trims == [shared.size - 1000, shared.size]
     finally:
         work.kill()
 
@@ -7900,7 +7900,7 @@ def test_a_client_that_stops_for_ten_seconds_is_in_nobodys_way_and_works_again(l
         finally:
             stopped.process.send_signal(signal.SIGCONT)
         assert moved > 1
-        assert 1 << 20 < queued <= 2.5 * tun6.QUEUE_MAX, "the flood never filled the connections"
+        assert 1 << 20 < queued <= 2.5 * tun6.SEND_QUEUE_MAX, "the flood never filled the connections"
         assert most - before < 16 << 20
         lab.ip("client", f"-6 route del {Lab.INTERNET} dev near")
         ping(lab, "client")
@@ -7919,7 +7919,7 @@ def test_thirty_peers_that_do_not_read_share_a_bounded_memory(lab: Lab, tunnel: 
         before = memory(server)
         with Flood(lab, [peer.prefix[1] for peer in deaf], rate=4000, train=40):
             wait_until("much waits", lambda: status_of(server)["queued"] > bound * 3 // 4, 20)
-            enough = sent_into(lab, "server", session_of(server, "deaf 0")[1]) + 2 * tun6.QUEUE_MAX
+            enough = sent_into(lab, "server", session_of(server, "deaf 0")[1]) + 2 * tun6.SEND_QUEUE_MAX
             wait_until("more came than one may have", lambda: sent_into(lab, "server", session_of(server, "deaf 0")[1]) > enough, 20)
             assert status_of(server)["queued"] <= bound
             bystander.echo()

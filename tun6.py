@@ -183,8 +183,8 @@ QUANTUM = 1524  # bytes of a flow's turn: a full frame, RFC 8290 section 5.2
 # and 75 Mbit/s, with these, in turn, 67, 75, 74 and 70: when the outer TCP mends a loss, all that it carries is late, which is
 # no standing queue.
 CODEL_INTERVAL_S, CODEL_TARGET_S = 0.2, 0.05
-QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
-QUEUES_MAX = 64 << 20  # bytes that may wait for all connections
+SEND_QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
+SHARED_BUFFER_MAX = 64 << 20  # bytes that may wait for all connections
 FRAME_COST = 150  # bytes that a frame takes in memory beside its own: bytearray, tuple, float
 TRIM_S, TRIM_MIN = 1.0, 1 << 20  # how often it is looked whether so many bytes have waited, and do no more
 FLOWS_MAX = 1024  # that have a queue of their own; Linux's fq_codel has as many, RFC 8290 section 5.2
@@ -672,7 +672,7 @@ class Flow:
         self.count = self.lastcount = 0
 
 
-class Room:
+class SharedBuffer:
     """What several queues share: bytes that may wait in all of them.
 
     Each may grow to what is left for the others, as in M. Choudhury and E. Hahne, "Dynamic queue length thresholds for
@@ -692,11 +692,15 @@ class FrameQueue:
     """
 
     def __init__(
-        self, target: float = CODEL_TARGET_S, interval: float = CODEL_INTERVAL_S, limit: int = QUEUE_MAX, room: Room | None = None
+        self,
+        target: float = CODEL_TARGET_S,
+        interval: float = CODEL_INTERVAL_S,
+        limit: int = SEND_QUEUE_MAX,
+        shared: SharedBuffer | None = None,
     ) -> None:
         """`limit`: bytes that may wait; `room`: what it shares with other queues, until it is cleared."""
         self._target, self._interval, self._limit = target, interval, limit
-        self._room = room or Room(8 * limit)
+        self._shared = shared or SharedBuffer(8 * limit)
         self._flows: dict[bytes | int, Flow] = {}
         self._new: deque[Flow] = deque()
         self._old: deque[Flow] = deque()
@@ -716,10 +720,10 @@ class FrameQueue:
         flow.frames.append((now, frame))
         flow.bytes += len(frame)
         self.bytes += len(frame)
-        self._room.free -= len(frame) + FRAME_COST
+        self._shared.free -= len(frame) + FRAME_COST
         self.frames += 1
         self._longest = max(self._longest, flow.bytes)
-        while self.bytes > min(self._limit, self._room.free):
+        while self.bytes > min(self._limit, self._shared.free):
             self._take(self._long_flow(flow))
             self.dropped += 1
 
@@ -748,7 +752,7 @@ class FrameQueue:
 
     def clear(self) -> None:
         """Forgets what waits."""
-        self._room.free += self.bytes + FRAME_COST * self.frames
+        self._shared.free += self.bytes + FRAME_COST * self.frames
         self.bytes = self.frames = self._longest = 0
         for each in (self._flows, self._new, self._old, self._long):
             each.clear()
@@ -779,7 +783,7 @@ class FrameQueue:
         arrived, frame = flow.frames.popleft()
         flow.bytes -= len(frame)
         self.bytes -= len(frame)
-        self._room.free += len(frame) + FRAME_COST
+        self._shared.free += len(frame) + FRAME_COST
         self.frames -= 1
         return arrived, frame
 
@@ -844,7 +848,7 @@ class Outbox:
         seal: Seal | None = None,
         clock: Callable[[], float] = time.monotonic,
         at_once: bool = True,
-        room: Room | None = None,
+        shared: SharedBuffer | None = None,
     ) -> None:
         """bare: each packet is written by itself, without its offload header; `seal` encrypts what is written; `room`: see FrameQueue.
 
@@ -852,7 +856,7 @@ class Outbox:
         sealed can't be overtaken any more.
         """
         self._write, self._bare, self._seal, self._clock, self._at_once = write, bare, seal, clock, at_once
-        self._queue = FrameQueue(room=room)
+        self._queue = FrameQueue(shared=shared)
         self._begun = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # something waits for the connection
 
@@ -1829,7 +1833,7 @@ def has_aes() -> bool:
 
 # ---- pumps -----------------------------------------------------------------------------------------------------------
 
-ROOM = Room(QUEUES_MAX)  # of all sessions' queues
+SHARED_BUFFER = SharedBuffer(SHARED_BUFFER_MAX)  # of all sessions' queues
 # One pair of buffers for the process, not for each session: a pump never switches while it has something in them.
 _tun_buffer = memoryview(bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX))
 _tcp_buffer = bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX)
@@ -2094,7 +2098,7 @@ def give_memory_back() -> None:
     full = False
     while trim:
         gevent.sleep(TRIM_S)
-        if ROOM.free < ROOM.size - TRIM_MIN:
+        if SHARED_BUFFER.free < SHARED_BUFFER.size - TRIM_MIN:
             full = True
         elif full:
             full = False
@@ -2140,7 +2144,7 @@ class Session:
         self.refused = border.refused
         lan = adapt(sock, congestion)
         write = stream.write if lan else LinkWriter(sock, stream.write, whole=bare)
-        outbox = Outbox(write, bare, stream.seal, at_once=lan or not stream.seal, room=ROOM)
+        outbox = Outbox(write, bare, stream.seal, at_once=lan or not stream.seal, shared=SHARED_BUFFER)
         deframer = Deframer(_tcp_buffer, None if bare else tun.kinds, border)
 
         def tun_to_tcp() -> None:
@@ -2780,7 +2784,7 @@ def resources() -> dict[str, int]:
         "threads": int(status["Threads"]),
         "files": len(os.listdir("/proc/self/fd")) - 1,
         "memory": int(status["VmRSS"].split()[0]) << 10,
-        "queued": ROOM.size - ROOM.free,
+        "queued": SHARED_BUFFER.size - SHARED_BUFFER.free,
     }
 
 
