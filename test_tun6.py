@@ -841,7 +841,7 @@ Bytes = Union[bytes, bytearray, memoryview]
 
 
 def name(of: Bytes) -> tuple[int, int]:
-    """Flow and number of a frame."""
+    """FlowQueue and number of a frame."""
     flow, number = struct.unpack_from(">II", of, 50)
     return flow, number
 
@@ -850,12 +850,12 @@ def ecn(of: Bytes) -> int:
     return of[11] >> 4 & 3
 
 
-def push(queue: tun6.FrameQueue, now: float, *frames: Bytes) -> None:
+def push(queue: tun6.FqCodelQueue, now: float, *frames: Bytes) -> None:
     for each in frames:
         queue.push(bytearray(each), now)
 
 
-def drain(queue: tun6.FrameQueue, now: float = 0) -> list[bytes]:
+def drain(queue: tun6.FqCodelQueue, now: float = 0) -> list[bytes]:
     """All that waits, as it comes out; leaves nothing behind."""
     out = [bytes(popped) for popped in iter(lambda: queue.pop(now), None)]
     assert queue.bytes == 0
@@ -863,7 +863,7 @@ def drain(queue: tun6.FrameQueue, now: float = 0) -> list[bytes]:
     return out
 
 
-def states(queue: tun6.FrameQueue) -> int:
+def states(queue: tun6.FqCodelQueue) -> int:
     """How many flows it remembers, in whatever place."""
     return len({id(flow) for flow in chain(queue._flows.values(), queue._new, queue._old, queue._long)})
 
@@ -878,9 +878,9 @@ class Delivery(NamedTuple):
 
 
 class Link:
-    """A link with a FrameQueue before it, in time of its own. All that goes over it is in `deliveries`."""
+    """A link with a FqCodelQueue before it, in time of its own. All that goes over it is in `deliveries`."""
 
-    def __init__(self, queue: tun6.FrameQueue, rate: float = RATE) -> None:
+    def __init__(self, queue: tun6.FqCodelQueue, rate: float = RATE) -> None:
         self.queue, self.rate, self.now = queue, rate, 0.0
         self.deliveries: list[Delivery] = []
         self.receivers: dict[int, Callable[[Delivery], None]] = {}  # by flow
@@ -1050,7 +1050,7 @@ PHASES = st.lists(
 @example([(2.5, 60, 1510, NOT_ECT, 0.0), (0.3, 10, 1510, NOT_ECT, 0.0), (1.0, 60, 1510, NOT_ECT, 0.0)])  # soon again: goes on as before
 @example([(2.5, 60, 1510, NOT_ECT, 0.0), (2.5, 10, 1510, NOT_ECT, 0.0), (1.0, 60, 1510, NOT_ECT, 0.0)])  # late: begins anew
 def test_what_is_dropped_and_marked_and_when_is_what_rfc_8289_says(phases: list[tuple[float, float, int, int, float]]) -> None:
-    queue, reference, now, number = tun6.FrameQueue(limit=1 << 30), Reference(), 1000.0, 0
+    queue, reference, now, number = tun6.FqCodelQueue(limit=1 << 30), Reference(), 1000.0, 0
     for seconds, load, size, ecn_of_phase, stall in phases:
         due, end = 0.0, now + seconds
         while now < end:
@@ -1068,7 +1068,7 @@ def test_what_is_dropped_and_marked_and_when_is_what_rfc_8289_says(phases: list[
 
 
 def test_drops_follow_the_control_law() -> None:
-    queue, now, period, drops = tun6.FrameQueue(), 0.0, 0.001, []
+    queue, now, period, drops = tun6.FqCodelQueue(), 0.0, 0.001, []
     for number in range(8000):
         before = queue.dropped
         push(queue, now, *(frame(1, 3 * number + third, 100) for third in range(3)))
@@ -1083,7 +1083,7 @@ def test_drops_follow_the_control_law() -> None:
 
 @pytest.mark.parametrize(("drained_in", "loses"), [(0.04, False), (TARGET + INTERVAL - 0.002, False), (TARGET + INTERVAL + 0.06, True)])
 def test_a_burst_passes_if_within_an_interval_it_is_below_the_target_again(drained_in: float, loses: bool) -> None:
-    link = Link(tun6.FrameQueue())
+    link = Link(tun6.FqCodelQueue())
     burst = int(drained_in * RATE / 1510)
     for number in range(burst):
         link.send(frame(1, number))
@@ -1096,7 +1096,7 @@ def test_a_burst_passes_if_within_an_interval_it_is_below_the_target_again(drain
 @pytest.mark.parametrize("size", [500, 1510, 6000])
 @pytest.mark.parametrize("marks", [False, True])
 def test_the_standing_queue_of_a_tcp_is_brought_to_about_the_target_and_the_link_stays_busy(marks: bool, size: int) -> None:
-    link = Link(tun6.FrameQueue())
+    link = Link(tun6.FqCodelQueue())
     Window(link, 1, 0.03, size, ECT_0 if marks else NOT_ECT)
     link.run(30)
     late = link.of(1, since=5)
@@ -1109,14 +1109,14 @@ def test_the_standing_queue_of_a_tcp_is_brought_to_about_the_target_and_the_link
 
 
 def test_without_codel_that_queue_would_be_several_times_as_long() -> None:
-    link = Link(tun6.FrameQueue(target=NEVER, limit=1 << 20))
+    link = Link(tun6.FqCodelQueue(target=NEVER, limit=1 << 20))
     Window(link, 1, 0.03)
     link.run(30)
     assert statistics.median(each.waited for each in link.of(1, since=5)) > 4 * TARGET
 
 
 def test_a_source_that_does_not_slow_down_is_cut_to_the_rate_of_the_link() -> None:
-    link = Link(tun6.FrameQueue(interval=0.1))
+    link = Link(tun6.FqCodelQueue(interval=0.1))
     Regular(link, 1, 1510 / (1.1 * RATE))
     link.run(40)
     assert max(each.waited for each in link.of(1, since=20)) < TARGET + 0.1
@@ -1129,7 +1129,7 @@ def test_a_source_that_does_not_slow_down_is_cut_to_the_rate_of_the_link() -> No
 @pytest.mark.parametrize("header", [PLAIN, TSO6, USO6])
 @pytest.mark.parametrize("codepoint", [NOT_ECT, ECT_1, ECT_0, CE])
 def test_what_knows_ecn_is_marked_and_nothing_else_in_it_changes_and_what_does_not_is_dropped(codepoint: int, header: bytes) -> None:
-    queue = tun6.FrameQueue()
+    queue = tun6.FqCodelQueue()
     sent = [bytearray(frame(1, number, 1510, codepoint, header)) for number in range(100)]
     for each in sent:
         each[10] |= 0x0B  # all other bits of traffic class and flow label, which share bytes with it
@@ -1152,7 +1152,7 @@ def test_what_knows_ecn_is_marked_and_nothing_else_in_it_changes_and_what_does_n
 @pytest.mark.parametrize("bulks", [1, 8])
 @pytest.mark.parametrize("size", [1510, LARGEST])
 def test_a_ping_waits_only_for_the_frame_that_is_on_the_link(size: int, bulks: int) -> None:
-    link = Link(tun6.FrameQueue(target=NEVER))  # the bulk flows never become empty, and so never new again
+    link = Link(tun6.FqCodelQueue(target=NEVER))  # the bulk flows never become empty, and so never new again
     for flow in range(bulks):
         Regular(link, flow, size / RATE, size)
     Regular(link, 99, 0.3, 114, start=1.234)  # after the time in which all flows are new; sparse: a round of 8 largest takes 0.21 s
@@ -1164,7 +1164,7 @@ def test_a_ping_waits_only_for_the_frame_that_is_on_the_link(size: int, bulks: i
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, LARGEST), (100, 1510), (SMALLEST, LARGEST), (LARGEST, LARGEST, 9000, 200)])
 def test_bulk_flows_share_by_bytes_whatever_the_size_of_their_frames(sizes: tuple[int, ...]) -> None:
-    queue = tun6.FrameQueue(target=NEVER, limit=1 << 40)
+    queue = tun6.FqCodelQueue(target=NEVER, limit=1 << 40)
     numbers = [count() for _ in sizes]
     got: Counter[int] = Counter()
     for flow, size in enumerate(sizes):
@@ -1179,7 +1179,7 @@ def test_bulk_flows_share_by_bytes_whatever_the_size_of_their_frames(sizes: tupl
 
 
 def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
-    queue, numbers, got = tun6.FrameQueue(target=NEVER), count(), Counter[int]()
+    queue, numbers, got = tun6.FqCodelQueue(target=NEVER), count(), Counter[int]()
     push(queue, 0, *(frame(1, next(numbers), SMALLEST) for _ in range(3)))
     for _ in range(10_000):
         out = queue.pop(0)
@@ -1194,7 +1194,7 @@ def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, 9000), (1510, LARGEST)])
 def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, int]) -> None:
-    link = Link(tun6.FrameQueue(), 4 * RATE)
+    link = Link(tun6.FqCodelQueue(), 4 * RATE)
     for flow, size in enumerate(sizes):
         Window(link, flow, 0.03, size)
     link.run(30)
@@ -1222,7 +1222,7 @@ def kin(**other: Any) -> bytes:
     ],
 )
 def test_a_flow_has_addresses_next_header_and_ports_in_common(one: bytes, other: bytes, same: bool) -> None:
-    queue = tun6.FrameQueue()
+    queue = tun6.FqCodelQueue()
     push(queue, 0, one, other)
     assert states(queue) == 2 - same
 
@@ -1244,7 +1244,7 @@ def test_all_that_is_pushed_comes_out_once_and_in_its_flows_order_or_is_counted_
     operations: list[tuple[int, int, int, float]], limit: int, flows_max: int
 ) -> None:
     with mock.patch.object(tun6, "FLOWS_MAX", flows_max):
-        queue = tun6.FrameQueue(limit=limit)
+        queue = tun6.FqCodelQueue(limit=limit)
         pushed: dict[tuple[int, int], bytes] = {}
         popped: list[bytes] = []
         now = 0.0
@@ -1277,7 +1277,7 @@ def test_all_that_is_pushed_comes_out_once_and_in_its_flows_order_or_is_counted_
 )
 def test_over_the_limit_only_the_long_flow_loses_and_its_oldest_first(others: list[tuple[int, int]], size: int) -> None:
     limit = 5 * 60 * 1510 + 2 * LARGEST  # so that the long flow is always more than twice as long as any other
-    queue = tun6.FrameQueue(limit=limit)
+    queue = tun6.FqCodelQueue(limit=limit)
     long = 2 * limit // size
     push(queue, 0, *(frame(100, number, size) for number in range(long)))
     sent = [frame(flow, number, size_) for number, (flow, size_) in enumerate(others)]
@@ -1290,7 +1290,7 @@ def test_over_the_limit_only_the_long_flow_loses_and_its_oldest_first(others: li
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from([SMALLEST, 500, 1510, 9000]), st.booleans()), max_size=200))
 def test_whoever_loses_over_the_limit_had_at_least_half_of_what_the_longest_had(operations: list[tuple[int, int, bool]]) -> None:
-    queue, waiting = tun6.FrameQueue(target=NEVER, limit=20_000), dict[int, deque[bytes]]()
+    queue, waiting = tun6.FqCodelQueue(target=NEVER, limit=20_000), dict[int, deque[bytes]]()
     for number, (flow, size, pops) in enumerate(operations):
         made = frame(flow, number, size)
         waiting.setdefault(flow, deque()).append(made)
@@ -1311,7 +1311,7 @@ def test_whoever_loses_over_the_limit_had_at_least_half_of_what_the_longest_had(
 
 
 def test_a_frame_larger_than_the_limit_is_dropped_and_the_others_stay() -> None:
-    queue = tun6.FrameQueue(limit=10_000)
+    queue = tun6.FqCodelQueue(limit=10_000)
     small = [frame(flow, size=1000) for flow in range(5)]
     push(queue, 0, *small, frame(9, size=10_001))
     assert (queue.dropped, queue.bytes) == (1, 5000)
@@ -1323,7 +1323,7 @@ def test_a_frame_larger_than_the_limit_is_dropped_and_the_others_stay() -> None:
 
 def test_a_new_flow_in_each_frame_neither_grows_the_state_nor_keeps_the_old_flows_from_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tun6, "FLOWS_MAX", 64)
-    queue, bulk, most = tun6.FrameQueue(target=NEVER), 0, 0
+    queue, bulk, most = tun6.FqCodelQueue(target=NEVER), 0, 0
     push(queue, 0, *(frame(1 << 31, number) for number in range(1000)))
     queue.pop(0)
     queue.pop(0)  # now it is an old flow
@@ -1342,7 +1342,7 @@ def test_a_new_flow_in_each_frame_neither_grows_the_state_nor_keeps_the_old_flow
 def test_a_new_flow_in_each_frame_does_not_make_a_full_queue_look_at_all_flows_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = 0
 
-    class Counted(tun6.Flow):
+    class Counted(tun6.FlowQueue):
         __slots__ = ()
 
         def __getattribute__(self, attribute: str) -> Any:
@@ -1350,8 +1350,8 @@ def test_a_new_flow_in_each_frame_does_not_make_a_full_queue_look_at_all_flows_e
             looks += attribute == "bytes"
             return super().__getattribute__(attribute)
 
-    monkeypatch.setattr(tun6, "Flow", Counted)
-    queue = tun6.FrameQueue(limit=4000 * SMALLEST)
+    monkeypatch.setattr(tun6, "FlowQueue", Counted)
+    queue = tun6.FqCodelQueue(limit=4000 * SMALLEST)
     push(queue, 0, *(frame(number, size=SMALLEST) for number in range(4000)))
     looks = 0
     push(queue, 0, *(frame(number, size=SMALLEST) for number in range(5000, 7000)))
@@ -1365,7 +1365,7 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     tracemalloc.start()
     try:
         shared = tun6.SharedBuffer(bound)
-        queues = [tun6.FrameQueue(shared=shared) for _ in range(10)]
+        queues = [tun6.FqCodelQueue(shared=shared) for _ in range(10)]
         while not all(queue.dropped for queue in queues):
             for queue in queues:
                 queue.push(bytearray(frame(1, 0, size)), time.monotonic())
@@ -1378,7 +1378,7 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     assert shared.free == shared.size == bound
 
 
-# ---- Outbox ----------------------------------------------------------------------------------------------------------
+# ---- SendQueue ----------------------------------------------------------------------------------------------------------
 
 
 def batch(frames: list[bytes]) -> tuple[memoryview, list[int]]:
@@ -1440,26 +1440,26 @@ STEPS = st.lists(st.tuples(st.none() | SOME_FRAMES, st.sampled_from([0, 0.02, 0.
 
 
 def check_what_arrives(
-    make: Callable[[Callable[[], float]], tun6.Outbox], received: Callable[[], list[bytes]], steps: Steps, bare: bool
+    make: Callable[[Callable[[], float]], tun6.SendQueue], received: Callable[[], list[bytes]], steps: Steps, bare: bool
 ) -> None:
-    """Sends through the outbox that `make` makes with a clock; the peer must get what was not dropped, whole and in its flow's order."""
+    """Sends through the send_queue that `make` makes with a clock; the peer must get what was not dropped, whole and in its flow's order."""
     now = 0.0
-    outbox = make(lambda: now)
+    send_queue = make(lambda: now)
     sent: dict[tuple[int, int], bytes] = {}
     for kinds, pause in steps:
         now += pause
         if kinds is None:
-            outbox.flush()
+            send_queue.flush()
             continue
         frames = [frame(flow, len(sent) + at, size, ecn, PLAIN if bare else header) for at, (flow, size, ecn, header) in enumerate(kinds)]
         sent.update((name(each), each) for each in frames)
         view, ends = batch(frames)
-        outbox.send(view, ends)
+        send_queue.send(view, ends)
         view[:] = bytes(len(view))  # the pump uses its buffer again
-    while outbox.blocked:
-        outbox.flush()
+    while send_queue.blocked:
+        send_queue.flush()
     arrived = received()
-    assert len(arrived) + outbox.dropped == len(sent)
+    assert len(arrived) + send_queue.dropped == len(sent)
     for flow in range(4):
         numbers = [name(each)[1] for each in arrived if name(each)[0] == flow]
         assert numbers == sorted(set(numbers))
@@ -1473,18 +1473,18 @@ def test_the_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whate
     steps: Steps, takes: list[int], bare: bool
 ) -> None:
     connection = Connection(takes, bare)
-    check_what_arrives(lambda clock: tun6.Outbox(connection.write, bare, clock=clock), connection.received, steps, bare)
+    check_what_arrives(lambda clock: tun6.SendQueue(connection.write, bare, clock=clock), connection.received, steps, bare)
 
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_while_the_connection_takes_everything_a_batch_is_written_from_where_it_lies_at_once(bare: bool) -> None:
     connection = Connection([], bare)
-    outbox = tun6.Outbox(connection.write, bare, clock=lambda: pytest.fail("nothing waits: no need to know the time"))
+    send_queue = tun6.SendQueue(connection.write, bare, clock=lambda: pytest.fail("nothing waits: no need to know the time"))
     for _ in range(3):
         frames = [frame(flow, size=size) for flow, size in enumerate([1510, LARGEST, SMALLEST, 100])]
         view, ends = batch(frames)
-        outbox.send(view, ends)
-        assert not outbox.blocked
+        send_queue.send(view, ends)
+        assert not send_queue.blocked
         assert [bytes(data) for data in connection.writes] == ([each[10:] for each in frames] if bare else [b"".join(frames)])
         assert all(data.obj is view.obj for data in connection.writes)
         connection.writes.clear()
@@ -1495,56 +1495,56 @@ def test_while_the_connection_takes_everything_a_batch_is_written_from_where_it_
 @pytest.mark.parametrize("takes", [[0], [1, 0], [1500, 0], [1510, 0], [3000, 0], [1500, 1500, 0], [4529, 0]])
 def test_it_is_blocked_from_the_first_byte_that_the_connection_does_not_take_until_it_has_the_last(takes: list[int], bare: bool) -> None:
     connection = Connection(list(takes), bare)
-    outbox = tun6.Outbox(connection.write, bare, clock=lambda: 0.0)
+    send_queue = tun6.SendQueue(connection.write, bare, clock=lambda: 0.0)
     frames = [frame(1, number) for number in range(3)]
-    outbox.send(*batch(frames))
-    assert outbox.blocked
+    send_queue.send(*batch(frames))
+    assert send_queue.blocked
     connection.takes = [0]
-    outbox.flush()
-    assert outbox.blocked
+    send_queue.flush()
+    assert send_queue.blocked
     late = frame(1, 3)
-    outbox.send(*batch([late]))  # does not overtake
-    outbox.flush()
-    assert not outbox.blocked
-    assert not states(outbox._queue)
+    send_queue.send(*batch([late]))  # does not overtake
+    send_queue.flush()
+    assert not send_queue.blocked
+    assert not states(send_queue._queue)
     assert connection.received() == [*frames, late]
     connection.writes.clear()
-    outbox.send(*batch([late]))
-    assert (len(connection.writes), outbox.blocked) == (1, False)  # straight through again
+    send_queue.send(*batch([late]))
+    assert (len(connection.writes), send_queue.blocked) == (1, False)  # straight through again
 
 
 def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_already_taken_from_the_queue() -> None:
     connection = Connection([0], bare=False)
-    outbox = tun6.Outbox(connection.write, False, clock=lambda: 0.0)
-    outbox.send(*batch([frame(1, number) for number in range(150)]))
+    send_queue = tun6.SendQueue(connection.write, False, clock=lambda: 0.0)
+    send_queue.send(*batch([frame(1, number) for number in range(150)]))
     connection.takes = [1, 0]
-    outbox.flush()
-    outbox.send(*batch([frame(2, size=114)]))
-    while outbox.blocked:
-        outbox.flush()
+    send_queue.flush()
+    send_queue.send(*batch([frame(2, size=114)]))
+    while send_queue.blocked:
+        send_queue.flush()
     before = [name(each)[0] for each in connection.received()].index(2)
-    assert before * 1510 <= tun6.FLUSH + 1510
+    assert before * 1510 <= tun6.FLUSH_BYTES + 1510
 
 
 def test_one_flush_writes_about_a_batch_so_that_others_get_their_turn() -> None:
     connection = Connection([0] * 3, bare=False)
-    outbox = tun6.Outbox(connection.write, False, clock=lambda: 0.0)
+    send_queue = tun6.SendQueue(connection.write, False, clock=lambda: 0.0)
     for first in range(0, 600, 200):
-        outbox.send(*batch([frame(1, number) for number in range(first, first + 200)]))
+        send_queue.send(*batch([frame(1, number) for number in range(first, first + 200)]))
     connection.takes.clear()
     flushes = 0
-    while outbox.blocked:
+    while send_queue.blocked:
         before = len(connection.stream)
-        outbox.flush()
+        send_queue.flush()
         flushes += 1
-        assert 0 < len(connection.stream) - before <= tun6.BATCH + tun6.FLUSH + LARGEST
+        assert 0 < len(connection.stream) - before <= tun6.BATCH_BYTES + tun6.FLUSH_BYTES + LARGEST
     assert flushes > 2
     assert len(connection.received()) == 600
 
 
 @pytest.mark.parametrize(("size", "flows"), [(LARGEST, 1), (LARGEST, 1 << 20), (1510, 1 << 20), (SMALLEST, 1), (SMALLEST, 1 << 20)])
 def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows: int) -> None:
-    outbox = tun6.Outbox(lambda _: None, False, clock=lambda: 0.0)
+    send_queue = tun6.SendQueue(lambda _: None, False, clock=lambda: 0.0)
     total = max(1, int(1.25 * tun6.SEND_QUEUE_MAX) // (size * 500)) * 500 if size < LARGEST else 100
     batches = [
         batch([frame(number % flows, number, size) for number in range(first, min(first + 500, total))]) for first in range(0, total, 500)
@@ -1552,13 +1552,15 @@ def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows:
     tracemalloc.start()
     try:
         for view, ends in batches:
-            outbox.send(view, ends)
+            send_queue.send(view, ends)
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert outbox.dropped
-    assert 0.9 * tun6.SEND_QUEUE_MAX < outbox._queue.bytes <= tun6.SEND_QUEUE_MAX
-    assert taken < 1.2 * outbox._queue.bytes + 200 * (total - outbox.dropped) + 2 * tun6.FLOWS_MAX * 1500  # bytes a frame, and a flow
+    assert send_queue.dropped
+    assert 0.9 * tun6.SEND_QUEUE_MAX < send_queue._queue.bytes <= tun6.SEND_QUEUE_MAX
+    assert (
+        taken < 1.2 * send_queue._queue.bytes + 200 * (total - send_queue.dropped) + 2 * tun6.FLOWS_MAX * 1500
+    )  # bytes a frame, and a flow
 
 
 # ---- GroupCommit ----------------------------------------------------------------------------------------------------------
@@ -4100,7 +4102,7 @@ def test_nobody_comes_in_after_the_end(admission: Admission) -> None:
     assert admission.inside() == names[:8]
 
 
-# ---- Outbox: sealed --------------------------------------------------------------------------------------------------
+# ---- SendQueue: sealed --------------------------------------------------------------------------------------------------
 
 RECORD = struct.Struct(">BI")  # of the seal of these tests: number, modulo 256, and length
 
@@ -4172,59 +4174,63 @@ class SealedConnection:
 
 @given(STEPS, TAKES, st.booleans(), st.booleans())
 def test_a_sealed_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
-    steps: Steps, takes: list[int], at_once: bool, bare: bool
+    steps: Steps, takes: list[int], whole_batches: bool, bare: bool
 ) -> None:
     connection = SealedConnection(takes)
 
-    def make(clock: Callable[[], float]) -> tun6.Outbox:
-        return tun6.Outbox(connection.write, bare, connection.seal, clock=clock, at_once=at_once)
+    def make(clock: Callable[[], float]) -> tun6.SendQueue:
+        return tun6.SendQueue(connection.write, bare, connection.seal, clock=clock, whole_batches=whole_batches)
 
     check_what_arrives(make, lambda: connection.received(bare), steps, bare)
 
 
 def test_while_the_connection_takes_everything_a_whole_batch_is_sealed_and_written_at_once() -> None:
     connection = SealedConnection([])
-    outbox = tun6.Outbox(connection.write, False, connection.seal, clock=lambda: pytest.fail("nothing waits: no need to know the time"))
+    send_queue = tun6.SendQueue(
+        connection.write, False, connection.seal, clock=lambda: pytest.fail("nothing waits: no need to know the time")
+    )
     frames = [frame(flow, size=size) for flow, size in enumerate([1510, LARGEST, SMALLEST, 100])]
     for _ in range(3):
-        outbox.send(*batch(frames))
-        assert not outbox.blocked
+        send_queue.send(*batch(frames))
+        assert not send_queue.blocked
     assert connection.sealed == [sum(map(len, frames))] * 3
     assert connection.received(bare=False) == frames * 3
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_already_sealed(at_once: bool) -> None:
-    connection = SealedConnection([1, 0] if at_once else [0])
-    outbox = tun6.Outbox(connection.write, False, connection.seal, clock=lambda: 0.0, at_once=at_once)
-    outbox.send(*batch([frame(9)]))  # with at_once, this is what was sealed
-    outbox.send(*batch([frame(1, number) for number in range(150)]))
+@pytest.mark.parametrize("whole_batches", [False, True])
+def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_already_sealed(whole_batches: bool) -> None:
+    connection = SealedConnection([1, 0] if whole_batches else [0])
+    send_queue = tun6.SendQueue(connection.write, False, connection.seal, clock=lambda: 0.0, whole_batches=whole_batches)
+    send_queue.send(*batch([frame(9)]))  # with whole_batches, this is what was sealed
+    send_queue.send(*batch([frame(1, number) for number in range(150)]))
     connection.takes = [1, 0]
-    outbox.flush()
-    assert sum(connection.sealed) <= tun6.FLUSH + 1510
-    outbox.send(*batch([frame(2, size=114)]))
-    while outbox.blocked:
-        outbox.flush()
+    send_queue.flush()
+    assert sum(connection.sealed) <= tun6.FLUSH_BYTES + 1510
+    send_queue.send(*batch([frame(2, size=114)]))
+    while send_queue.blocked:
+        send_queue.flush()
     before = [name(each)[0] for each in connection.received(bare=False)].index(2)
-    assert before * 1510 <= tun6.FLUSH + 1510
+    assert before * 1510 <= tun6.FLUSH_BYTES + 1510
 
 
 def test_not_at_once_nothing_is_sealed_before_the_connection_is_flushed_and_the_urgent_goes_first() -> None:
     connection = SealedConnection([])
-    outbox = tun6.Outbox(connection.write, False, connection.seal, clock=lambda: 0.0, at_once=False)
-    outbox.send(*batch([frame(1, number) for number in range(100)]))
-    outbox.send(*batch([frame(2, size=114)]))
-    assert (outbox.blocked, connection.sealed) == (True, [])
-    while outbox.blocked:
-        outbox.flush()
+    send_queue = tun6.SendQueue(connection.write, False, connection.seal, clock=lambda: 0.0, whole_batches=False)
+    send_queue.send(*batch([frame(1, number) for number in range(100)]))
+    send_queue.send(*batch([frame(2, size=114)]))
+    assert (send_queue.blocked, connection.sealed) == (True, [])
+    while send_queue.blocked:
+        send_queue.flush()
     order = [name(each)[0] for each in connection.received(bare=False)]
     assert order.index(2) * 1510 <= tun6.QUANTUM + 1510
-    assert max(connection.sealed) < tun6.FLUSH + 1510
+    assert max(connection.sealed) < tun6.FLUSH_BYTES + 1510
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-@pytest.mark.parametrize("at_once", [False, True])
-def test_real_records_of_large_batches_come_out_whole_at_the_other_end(at_once: bool, version: ssl.TLSVersion, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_batches", [False, True])
+def test_real_records_of_large_batches_come_out_whole_at_the_other_end(
+    whole_batches: bool, version: ssl.TLSVersion, tmp_path: Path
+) -> None:
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     pem = certificate(tmp_path)
     client = tun6.client_tls(pinned=True)
@@ -4251,14 +4257,14 @@ def test_real_records_of_large_batches_come_out_whole_at_the_other_end(at_once: 
         link.extend(data[:took])
         return min(took, len(data)) or None
 
-    outbox = tun6.Outbox(write, False, seal, clock=lambda: 0.0, at_once=at_once)
+    send_queue = tun6.SendQueue(write, False, seal, clock=lambda: 0.0, whole_batches=whole_batches)
     sent = Connection([], bare=False)
     for number in range(20):
         frames = [frame(1, number * 30 + at, size) for at, size in enumerate([1510, LARGEST, LARGEST, SMALLEST])]
         sent.stream += b"".join(frames)
-        outbox.send(*batch(frames))
-        while outbox.blocked:
-            outbox.flush()
+        send_queue.send(*batch(frames))
+        while send_queue.blocked:
+            send_queue.flush()
     got = Connection([], bare=False)
     to_server.write(bytes(link))
     with suppress(ssl.SSLWantReadError):
@@ -5611,7 +5617,7 @@ RECORD = struct.Struct(">II")  # number, bytes of what it says
     st.booleans(),
 )
 def test_all_that_is_sent_was_sealed_and_all_that_was_sealed_is_sent_in_that_order(
-    steps: list[list[tuple[int, int, int, bytes]] | None], takes: list[int], bare: bool, at_once: bool
+    steps: list[list[tuple[int, int, int, bytes]] | None], takes: list[int], bare: bool, whole_batches: bool
 ) -> None:
     numbers, stream, takes, buffer = itertools.count(), bytearray(), list(takes), SealBuffer()
 
@@ -5623,19 +5629,19 @@ def test_all_that_is_sent_was_sealed_and_all_that_was_sealed_is_sent_in_that_ord
         stream.extend(data[:took])
         return took or None
 
-    outbox = tun6.Outbox(write, bare, seal, clock=lambda: 0.0, at_once=at_once)
+    send_queue = tun6.SendQueue(write, bare, seal, clock=lambda: 0.0, whole_batches=whole_batches)
     sent: list[bytes] = []
     for kinds in steps:
         if kinds is None:
-            outbox.flush()
+            send_queue.flush()
             continue
         frames = [frame(flow, len(sent) + at, size, ecn, PLAIN if bare else header) for at, (flow, size, ecn, header) in enumerate(kinds)]
         sent += frames
         view, ends = batch(frames)
-        outbox.send(view, ends)
+        send_queue.send(view, ends)
         view[:] = bytes(len(view))  # the pump uses its buffer again
-    while outbox.blocked:
-        outbox.flush()
+    while send_queue.blocked:
+        send_queue.flush()
     said, at, records = b"", 0, 0
     while at < len(stream):
         number, size = RECORD.unpack_from(stream, at)
@@ -5645,7 +5651,7 @@ def test_all_that_is_sent_was_sealed_and_all_that_was_sealed_is_sent_in_that_ord
     assert records == next(numbers)
     deframer = tun6.Deframer(BUFFER, None if bare else BOTH, OPEN)
     received = [bare * PLAIN + bytes(each) for first in range(0, len(said), 4096) for each in deframer.push(said[first : first + 4096])]
-    assert len(received) == len(sent) - outbox.dropped
+    assert len(received) == len(sent) - send_queue.dropped
     for flow in range(4):
         came = [name(each)[1] for each in received if name(each)[0] == flow]
         assert came == sorted(set(came))
@@ -5762,7 +5768,7 @@ def tls_stream(site: Site) -> Iterator[tuple[tun6.TlsStream, Sealed]]:
 
 
 def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site: Site) -> None:
-    plain, view = os.urandom(tun6.BATCH), memoryview(bytearray(tun6.BATCH + 2 * tun6.RECORD_MAX))
+    plain, view = os.urandom(tun6.BATCH_BYTES), memoryview(bytearray(tun6.BATCH_BYTES + 2 * tun6.RECORD_MAX))
     with ExitStack() as sessions:
         pairs = [sessions.enter_context(tls_stream(site)) for _ in range(50)]
         ctypes.CDLL(None).malloc_trim(0)
@@ -5789,7 +5795,7 @@ def turn_of(stream: tun6.TlsStream, view: memoryview) -> int | None:
 
 
 def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(site: Site) -> None:
-    view, most = memoryview(bytearray(tun6.BATCH)), 0
+    view, most = memoryview(bytearray(tun6.BATCH_BYTES)), 0
     with tls_stream(site) as (stream, peer), pytest.raises(tun6.ProtocolError, match="more new keys than it takes"):
         for _ in range(200):
             peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX, ask=True) + peer.seal(b"x"))
@@ -5801,7 +5807,7 @@ def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(site: Site) -> N
 
 
 def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(site: Site) -> None:
-    view = memoryview(bytearray(tun6.BATCH))
+    view = memoryview(bytearray(tun6.BATCH_BYTES))
     with tls_stream(site) as (stream, peer):
         for _ in range(3):
             peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX))
@@ -5812,7 +5818,7 @@ def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(site: Site) -> None:
 
 
 def test_records_of_a_byte_each_come_fewer_at_a_time(site: Site) -> None:
-    view, count = memoryview(bytearray(tun6.BATCH)), 30_000
+    view, count = memoryview(bytearray(tun6.BATCH_BYTES)), 30_000
     with tls_stream(site) as (stream, peer), ThreadPoolExecutor() as threads:
         sent = threads.submit(peer.raw.sendall, b"".join(peer.seal(bytes([number % 251])) for number in range(count)))
         turns, came = [], bytearray()

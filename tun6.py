@@ -8,7 +8,7 @@ With keys (`tun6.py keygen`, `tun6.py clients`) it serves only whom it knows, in
 The path of a packet, from a host on the client's LAN to the Internet (the way back is the same, mirrored):
 
     LAN host -> client's kernel -> TUN "tun6"                 routed there by the client's default route
-                 pump_tun_to_tcp  reads all that waits in the TUN, joins small datagrams, sends one batch of frames (Outbox)
+                 pump_tun_to_tcp  reads all that waits in the TUN, joins small datagrams, sends one batch of frames (SendQueue)
                  -> TCP over IPv4, through any NAT ->
                  pump_tcp_to_tun  receives, cuts frames (Deframer), drops who may not cross (Border), writes each into this client's TUN
     server's kernel <- TUN "tun6-0"                           which forwards it to the Internet
@@ -28,7 +28,7 @@ The file, top to bottom; a section uses only names defined above it, and the pur
     constants, errors            what ends when each is raised
     pure: wire                   Handshake, messages, offload header, Border, Deframer, join_datagrams
     pure: prefixes               PrefixPool
-    pure: the queue              FrameQueue, Outbox: what waits for a connection that is full
+    pure: the queue              FqCodelQueue, SendQueue: what waits for a connection that is full
     pure: network plans          what is to be said to `ip`, as do/undo pairs
     edge: batching, stores       GroupCommit, AssignmentStore, KeyStore
     edge: kernel, TUN, identity  Kernel, Tun, default_id
@@ -149,7 +149,7 @@ TAKEOVER_PAUSE_S = 5.0  # for each of them then
 COLLAPSE_MAX, COLLAPSE_S = 20, 60  # warnings of one kind in the log, in so many seconds
 SECRET = 0o600  # mode of a file with keys
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
-BATCH = 256 << 10  # bytes moved before others get their turn
+BATCH_BYTES = 256 << 10  # bytes moved before others get their turn
 RECORD_DATA = 16 << 10  # bytes in a TLS record: RFC 8446 section 5.1
 RECORD_HEADER = 5  # bytes, the last two its length
 RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: section 5.2
@@ -176,8 +176,8 @@ DEFAULT_METRIC = 1  # of the client's default route: before every other one (rou
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN
 UNSENT_S = 0.01  # of data that a socket gets before it can send it: what is behind it can't overtake it
 UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR takes us for a sender that has nothing to say
-RETUNE_S = 0.05  # how often that is computed anew
-FLUSH = 4 << 10  # bytes taken from the queue at a time, so that what comes next can overtake the others
+PACING_UPDATE_S = 0.05  # how often that is computed anew
+FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time, so that what comes next can overtake the others
 QUANTUM = 1524  # bytes of a flow's turn: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
 # and 75 Mbit/s, with these, in turn, 67, 75, 74 and 70: when the outer TCP mends a loss, all that it carries is late, which is
@@ -520,7 +520,7 @@ _unpack_datagram = struct.Struct(">10s4sH38sHxx").unpack_from
 def join_datagrams(frames: memoryview, ends: list[int]) -> list[int]:
     """Makes one GSO frame of neighbours that are datagrams of one UDP flow and of one size (the last may be shorter).
 
-    Works in place, and gives the new ends; arguments as of Outbox.send. The peer's kernel takes and routes such a frame as one
+    Works in place, and gives the new ends; arguments as of SendQueue.send. The peer's kernel takes and routes such a frame as one
     packet, where each small one costs as much. Cut apart again, they are as they were: none joins whose checksum is wrong.
     """
     joined: list[int] = []
@@ -657,7 +657,7 @@ class PrefixPool:
 # ---- pure: the queue before a blocked socket --------------------------------------------------------------------------
 
 
-class Flow:
+class FlowQueue:
     """The frames of one flow, and CoDel's state for them: RFC 8289 section 5.2, with its names."""
 
     __slots__ = ("bytes", "count", "deficit", "drop_next", "dropping", "first_above_time", "frames", "key", "lastcount")
@@ -683,7 +683,7 @@ class SharedBuffer:
         self.size = self.free = size
 
 
-class FrameQueue:
+class FqCodelQueue:
     """FQ-CoDel (RFC 8290) for frames that a blocked socket does not take: a queue a flow, sparse flows first.
 
     Flows beyond FLOWS_MAX share as many more queues by a hash of their key, as all do in the RFC: a new flow with each
@@ -701,11 +701,11 @@ class FrameQueue:
         """`limit`: bytes that may wait; `room`: what it shares with other queues, until it is cleared."""
         self._target, self._interval, self._limit = target, interval, limit
         self._shared = shared or SharedBuffer(8 * limit)
-        self._flows: dict[bytes | int, Flow] = {}
-        self._new: deque[Flow] = deque()
-        self._old: deque[Flow] = deque()
+        self._flows: dict[bytes | int, FlowQueue] = {}
+        self._new: deque[FlowQueue] = deque()
+        self._old: deque[FlowQueue] = deque()
         self._longest = 0  # bytes: no flow has more
-        self._long: list[Flow] = []  # those that had at least half of the longest when it was last looked for
+        self._long: list[FlowQueue] = []  # those that had at least half of the longest when it was last looked for
         self.bytes = self.frames = self.dropped = self.marked = 0
 
     def push(self, frame: bytearray, now: float) -> None:
@@ -715,7 +715,7 @@ class FrameQueue:
         flow = self._flows.get(key) or self._flows.get(shared)
         if flow is None:
             key = key if len(self._flows) < FLOWS_MAX else shared
-            flow = self._flows[key] = Flow(key)
+            flow = self._flows[key] = FlowQueue(key)
             self._new.append(flow)
         flow.frames.append((now, frame))
         flow.bytes += len(frame)
@@ -757,7 +757,7 @@ class FrameQueue:
         for each in (self._flows, self._new, self._old, self._long):
             each.clear()
 
-    def _long_flow(self, flow: Flow) -> Flow:
+    def _long_flow(self, flow: FlowQueue) -> FlowQueue:
         """This flow or else another, with at least half of the longest one's bytes.
 
         All of them at a time, so that looking is rare: for the very longest, each frame would wait for O(flows), which with
@@ -779,7 +779,7 @@ class FrameQueue:
         ports = frame[at + 44 : at + 46] if following == 58 else frame[at + 40 : at + 44] if following in (6, 17) else b""
         return bytes(frame[at + 6 : at + 7] + frame[at + 8 : at + 40] + ports)
 
-    def _take(self, flow: Flow) -> tuple[float, bytearray]:
+    def _take(self, flow: FlowQueue) -> tuple[float, bytearray]:
         arrived, frame = flow.frames.popleft()
         flow.bytes -= len(frame)
         self.bytes -= len(frame)
@@ -787,7 +787,7 @@ class FrameQueue:
         self.frames -= 1
         return arrived, frame
 
-    def _dodequeue(self, flow: Flow, now: float) -> tuple[bytearray | None, bool]:
+    def _dodequeue(self, flow: FlowQueue, now: float) -> tuple[bytearray | None, bool]:
         if not flow.frames:
             flow.first_above_time = 0
             return None, False
@@ -800,7 +800,7 @@ class FrameQueue:
             return frame, True
         return frame, False
 
-    def _codel(self, flow: Flow, now: float) -> bytearray | None:
+    def _codel(self, flow: FlowQueue, now: float) -> bytearray | None:
         frame, ok_to_drop = self._dodequeue(flow, now)
         if flow.dropping:
             if not ok_to_drop:
@@ -838,8 +838,8 @@ class FrameQueue:
         return False
 
 
-class Outbox:
-    """What goes to one peer. While the connection takes everything there is no queue; when it does not, frames wait in a FrameQueue."""
+class SendQueue:
+    """What goes to one peer. While the connection takes everything there is no queue; when it does not, frames wait in a FqCodelQueue."""
 
     def __init__(
         self,
@@ -847,16 +847,16 @@ class Outbox:
         bare: bool,
         seal: Seal | None = None,
         clock: Callable[[], float] = time.monotonic,
-        at_once: bool = True,
+        whole_batches: bool = True,
         shared: SharedBuffer | None = None,
     ) -> None:
-        """bare: each packet is written by itself, without its offload header; `seal` encrypts what is written; `room`: see FrameQueue.
+        """bare: each packet is written by itself, without its offload header; `seal` encrypts what is written; `room`: see FqCodelQueue.
 
-        at_once: a whole batch is sealed, if there is no queue; else it comes in small pieces from the queue, as what is
+        whole_batches: a whole batch is sealed, if there is no queue; else it comes in small pieces from the queue, as what is
         sealed can't be overtaken any more.
         """
-        self._write, self._bare, self._seal, self._clock, self._at_once = write, bare, seal, clock, at_once
-        self._queue = FrameQueue(shared=shared)
+        self._write, self._bare, self._seal, self._clock, self._whole_batches = write, bare, seal, clock, whole_batches
+        self._queue = FqCodelQueue(shared=shared)
         self._begun = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # something waits for the connection
 
@@ -872,7 +872,7 @@ class Outbox:
     def send(self, frames: memoryview, ends: list[int]) -> None:
         """Takes frames, each with its offload header, that lie one behind the other; `ends` says where each one ends."""
         taken = 0
-        if not self.blocked and self._at_once:
+        if not self.blocked and self._whole_batches:
             if self._bare:
                 taken = self._send_each(frames, ends)
             elif self._seal:
@@ -895,7 +895,7 @@ class Outbox:
         """Writes what waits, until the connection is full, nothing waits, or it has been a batch: others get their turn."""
         now, size = self._clock(), 0
         few = self._queue.frames - BATCH_FRAMES
-        while size < BATCH and (self._begun or (self._queue.frames > few and self._begin(now))):
+        while size < BATCH_BYTES and (self._begun or (self._queue.frames > few and self._begin(now))):
             size += len(self._begun)
             self._begun = self._begun[self._write(self._begun) or 0 :]
             if self._begun:
@@ -906,7 +906,7 @@ class Outbox:
         """Takes the next few frames from the queue; few, as what is behind them could be more urgent a moment later."""
         frames: list[bytearray] = []
         size = 0
-        while size < FLUSH and (frame := self._queue.pop(now)) is not None:
+        while size < FLUSH_BYTES and (frame := self._queue.pop(now)) is not None:
             frames.append(frame)
             size += len(frame)
             if self._bare:
@@ -1652,7 +1652,7 @@ class Stream:
 
 
 # Of the process, as those of the pumps; a turn brings no more than they take. Fresh memory of that size would cost more than to seal.
-_cipher_buffer = memoryview(bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX))
+_cipher_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))
 _sealed_buffer = memoryview(bytearray(len(_cipher_buffer) + 3 * RECORD_MAX))
 
 
@@ -1835,8 +1835,8 @@ def has_aes() -> bool:
 
 SHARED_BUFFER = SharedBuffer(SHARED_BUFFER_MAX)  # of all sessions' queues
 # One pair of buffers for the process, not for each session: a pump never switches while it has something in them.
-_tun_buffer = memoryview(bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX))
-_tcp_buffer = bytearray(BATCH + OFFLOAD_HEADER.size + PACKET_MAX)
+_tun_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))
+_tcp_buffer = bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX)
 
 
 @dataclass
@@ -1899,8 +1899,8 @@ class Turns:
         self._sink.stop()
 
 
-def pump_tun_to_tcp(tun: Tun, fd: int, outbox: Outbox, kinds: frozenset[str] | None, traffic: Traffic) -> NoReturn:
-    """Sends what the TUN gives, all that waits there as one batch, through the outbox of the connection `fd`.
+def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, kinds: frozenset[str] | None, traffic: Traffic) -> NoReturn:
+    """Sends what the TUN gives, all that waits there as one batch, through the send_queue of the connection `fd`.
 
     `kinds`: the GSO kinds that the peer takes, None for a legacy peer.
 
@@ -1923,7 +1923,7 @@ def pump_tun_to_tcp(tun: Tun, fd: int, outbox: Outbox, kinds: frozenset[str] | N
                 if sendable(view, have, got, kinds):
                     have += got
                     ends.append(have)
-                    if have >= BATCH:
+                    if have >= BATCH_BYTES:
                         break
                 else:
                     traffic.dropped += 1
@@ -1933,15 +1933,15 @@ def pump_tun_to_tcp(tun: Tun, fd: int, outbox: Outbox, kinds: frozenset[str] | N
         found = len(ends)
         if found:
             small = joins and found > 1 and have < found * JOINED_BYTES // 2  # large ones are no datagrams to be joined
-            outbox.send(view, join_datagrams(view, ends) if small else ends)
+            send_queue.send(view, join_datagrams(view, ends) if small else ends)
             traffic.sent += have
-        if outbox.blocked:
-            outbox.flush()
-            traffic.late = outbox.dropped
+        if send_queue.blocked:
+            send_queue.flush()
+            traffic.late = send_queue.dropped
         # after a small lone packet the next one is sent before looking for more
         most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
-        if outbox.blocked != turns.blocked:
-            turns.block(outbox.blocked)
+        if send_queue.blocked != turns.blocked:
+            turns.block(send_queue.blocked)
 
     turns.run(turn)
 
@@ -1956,7 +1956,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: by
         return os.writev(tun.fd, [NO_OFFLOAD, packet])
 
     write: Write = write_bare if bare else tun.file.write
-    size = BATCH  # bytes that a turn may bring: less from a peer whose frames are small
+    size = BATCH_BYTES  # bytes that a turn may bring: less from a peer whose frames are small
 
     def write_all(frames: list[memoryview]) -> None:
         for frame in frames:
@@ -1975,7 +1975,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: by
         nonlocal size
         frames = deframer.pull(read, size)
         write_all(frames)
-        size = BATCH if len(frames) < BATCH_FRAMES * size // BATCH else BATCH // 8
+        size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
 
     write_all(deframer.push(early))
     Turns(fd).run(turn)
@@ -2002,7 +2002,7 @@ class Congestion(NamedTuple):
     lan: str | None
 
 
-class LinkWriter:
+class PacedWriter:
     """Writes to a connection over a real link no more than that can send in UNSENT_S.
 
     Bytes that the kernel holds unsent are a queue that nobody manages, as ours is. TCP_NOTSENT_LOWAT alone lets in 64 KiB more.
@@ -2019,7 +2019,7 @@ class LinkWriter:
         """As a Write. Raises OSError."""
         now = time.monotonic()
         if now >= self._retune_at:
-            self._retune_at = now + RETUNE_S
+            self._retune_at = now + PACING_UPDATE_S
             bytes_per_s = tcp_info(self._sock, "Q", 104)  # tcpi_pacing_rate
             self._limit = min(max(int(bytes_per_s * UNSENT_S), UNSENT_MIN), UNSENT_MAX)
             self._sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, self._limit)
@@ -2143,14 +2143,14 @@ class Session:
         sock = stream.sock
         self.refused = border.refused
         lan = adapt(sock, congestion)
-        write = stream.write if lan else LinkWriter(sock, stream.write, whole=bare)
-        outbox = Outbox(write, bare, stream.seal, at_once=lan or not stream.seal, shared=SHARED_BUFFER)
+        write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
+        send_queue = SendQueue(write, bare, stream.seal, whole_batches=lan or not stream.seal, shared=SHARED_BUFFER)
         deframer = Deframer(_tcp_buffer, None if bare else tun.kinds, border)
 
         def tun_to_tcp() -> None:
             if bare and border.from_client:
                 wait_until_read(sock)
-            pump_tun_to_tcp(tun, sock.fileno(), outbox, kinds, self.traffic)
+            pump_tun_to_tcp(tun, sock.fileno(), send_queue, kinds, self.traffic)
 
         pumps = [
             gevent.spawn(self._guard, pump_tcp_to_tun, sock.fileno(), stream.readinto, tun, deframer, early, bare, self.traffic),
@@ -2160,7 +2160,7 @@ class Session:
             why: BaseException = self._end.get()
         finally:
             gevent.killall(pumps)
-            outbox.close()
+            send_queue.close()
         return why
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:

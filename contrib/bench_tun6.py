@@ -490,16 +490,16 @@ C_SOURCE = r"""
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
-enum { BATCH = 256 << 10, FRAME = 10 + 40 + 65535, HEADERS = 10 + 40 };
+enum { BATCH_BYTES = 256 << 10, FRAME = 10 + 40 + 65535, HEADERS = 10 + 40 };
 static int tun, sock;
 static void *tun_to_tcp(void *unused)
 {
-    static unsigned char buffer[BATCH + FRAME];
+    static unsigned char buffer[BATCH_BYTES + FRAME];
     struct pollfd readable = {tun, POLLIN, 0};
     for (;;) {
         size_t have = 0;
         poll(&readable, 1, -1);
-        while (have < BATCH) {
+        while (have < BATCH_BYTES) {
             ssize_t got = read(tun, buffer + have, FRAME);
             if (got < 0 && errno != EAGAIN) exit(1);
             if (got < 0) break;
