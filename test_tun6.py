@@ -5788,7 +5788,7 @@ def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site:
         assert tun6.resources()["memory"] - before < len(pairs) * (128 << 10)  # half of it for the peers, which are of this process too
 
 
-def turn_of(stream: tun6.TlsStream, view: memoryview) -> int | None:
+def next_read(stream: tun6.TlsStream, view: memoryview) -> int | None:
     """What one turn of the pump gets as soon as something is there."""
     gevent.socket.wait_read(stream.sock.fileno(), timeout=5)
     return stream.readinto(view)
@@ -5799,7 +5799,7 @@ def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(site: Site) -> N
     with tls_stream(site) as (stream, peer), pytest.raises(tun6.ProtocolError, match="more new keys than it takes"):
         for _ in range(200):
             peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX, ask=True) + peer.seal(b"x"))
-            assert turn_of(stream, view) == 1
+            assert next_read(stream, view) == 1
             assert stream._outgoing.pending > most
             most = stream._outgoing.pending
             assert most < tun6.RECORD_MAX + 1000
@@ -5811,10 +5811,10 @@ def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(site: Site) -> None:
     with tls_stream(site) as (stream, peer):
         for _ in range(3):
             peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX))
-            assert turn_of(stream, view) is None
+            assert next_read(stream, view) is None
         peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX + 1))
         with pytest.raises(tun6.ProtocolError, match="more of TLS itself"):
-            turn_of(stream, view)
+            next_read(stream, view)
 
 
 def test_records_of_a_byte_each_come_fewer_at_a_time(site: Site) -> None:
@@ -5823,7 +5823,7 @@ def test_records_of_a_byte_each_come_fewer_at_a_time(site: Site) -> None:
         sent = threads.submit(peer.raw.sendall, b"".join(peer.seal(bytes([number % 251])) for number in range(count)))
         turns, came = [], bytearray()
         while len(came) < count:
-            turns.append(turn_of(stream, view) or 0)
+            turns.append(next_read(stream, view) or 0)
             came += view[: turns[-1]]
         sent.result()
         assert came == bytes(number % 251 for number in range(count))

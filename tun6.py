@@ -1770,7 +1770,7 @@ class TlsStream(Stream):
 
 @contextmanager
 def _tls_errors() -> Iterator[None]:
-    """Turns what `ssl` raises into an error of ours."""
+    """ReadinessCallbacks what `ssl` raises into an error of ours."""
     try:
         yield
     except ssl.SSLWantReadError:
@@ -1849,7 +1849,7 @@ class Traffic:
     late: int = 0  # packets that waited too long for the connection
 
 
-class Turns:
+class ReadinessCallbacks:
     """Calls a function whenever `source` can be read and, while it is `blocked`, `sink` can be written, for the greenlet that runs it.
 
     The function is called in the hub, so it may not wait for anything; to switch to the greenlet and back for each call would cost
@@ -1908,7 +1908,7 @@ def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, kinds: frozenset[s
     """
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
     joins = kinds is not None and "uso6" in kinds
-    turns = Turns(tun.fd, fd)
+    turns = ReadinessCallbacks(tun.fd, fd)
     most = 1
 
     def turn() -> None:
@@ -1978,7 +1978,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: by
         size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
 
     write_all(deframer.push(early))
-    Turns(fd).run(turn)
+    ReadinessCallbacks(fd).run(turn)
 
 
 # ---- Session ---------------------------------------------------------------------------------------------------------
