@@ -86,14 +86,14 @@ POOL = IPv6Network("2001:db8:1::/56")
 BUFFER = bytearray(2 * (tun6.OFFLOAD_HEADER.size + tun6.PACKET_MAX))  # shared by all Deframers, as in the program
 
 
-class Open(tun6.Border):
+class PermitAll(tun6.IngressFilter):
     """Lets everything pass."""
 
-    def lets_pass(self, source: int, destination: int) -> bool:
+    def permits(self, source: int, destination: int) -> bool:
         return True
 
 
-OPEN = Open(POOL, True)
+PERMIT_ALL = PermitAll(POOL, True)
 
 
 def packet(payload: bytes = b"", next_header: int = NOTHING) -> bytes:
@@ -378,7 +378,7 @@ def test_the_same_frames_come_out_whatever_the_segments_and_whoever_shares_the_b
     data: st.DataObject, bare: list[bytes], framed: list[tuple[bytes, bytes]]
 ) -> None:
     streams = [b"".join(bare), b"".join(header + packet_ for header, packet_ in framed)]
-    deframers = [tun6.Deframer(BUFFER, None, OPEN), tun6.Deframer(BUFFER, BOTH, OPEN)]
+    deframers = [tun6.Deframer(BUFFER, None, PERMIT_ALL), tun6.Deframer(BUFFER, BOTH, PERMIT_ALL)]
     early = [data.draw(st.integers(0, min(len(stream), tun6.MESSAGE_MAX))) for stream in streams]  # came behind the handshake
     found = [[bytes(frame) for frame in deframer.push(stream[:n])] for deframer, stream, n in zip(deframers, streams, early)]
     wires = [Wire(data.draw(cuts(stream[n:], gaps=True))) for stream, n in zip(streams, early)]
@@ -395,11 +395,11 @@ def test_a_stream_of_the_largest_packets_is_cut_in_single_bytes_and_in_full_buff
     stream = b"".join(frames)
     for size in 1009, len(stream):
         wire = Wire([stream[at : at + size] for at in range(0, len(stream), size)])
-        deframer, found = tun6.Deframer(BUFFER, kinds, OPEN), []
+        deframer, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), []
         while wire.segments:
             found += deframe(deframer, wire)
         assert found == frames
-    deframer, found = tun6.Deframer(BUFFER, kinds, OPEN), []
+    deframer, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), []
     single = frames[-2] + frames[-1]
     for at in range(len(single)):
         found += deframe(deframer, Wire([single[at : at + 1]]))
@@ -414,7 +414,7 @@ def test_garbage_gives_well_formed_frames_or_the_protocol_error(
     for at, value in data.draw(st.dictionaries(st.integers(0, 300), st.integers(0, 255), max_size=3)).items():
         if at < len(stream):
             stream[at] = value
-    deframer, wire, found = tun6.Deframer(BUFFER, kinds, OPEN), Wire(data.draw(cuts(bytes(stream)))), b""
+    deframer, wire, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), Wire(data.draw(cuts(bytes(stream)))), b""
     try:
         while wire.segments:
             for frame in deframe(deframer, wire):
@@ -440,16 +440,16 @@ def test_what_is_no_ipv6_packet_with_a_length_ends_the_stream(kinds: frozenset[s
     head = b"" if kinds is None else PLAIN
     for data in head + bad, head + packet(b"good") + head + bad:
         with pytest.raises(tun6.ProtocolError, match=complaint):
-            tun6.Deframer(BUFFER, kinds, OPEN).push(data)
+            tun6.Deframer(BUFFER, kinds, PERMIT_ALL).push(data)
 
 
 def test_packets_with_hop_by_hop_options_or_without_payload_are_no_jumbograms() -> None:
     frames = [packet(bytes(8), HOP_BY_HOP), packet(b"", NOTHING)]
-    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, None, OPEN).push(b"".join(frames))] == frames
+    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, None, PERMIT_ALL).push(b"".join(frames))] == frames
 
 
 def test_the_end_of_the_stream_is_an_eof_error_even_within_a_frame() -> None:
-    deframer = tun6.Deframer(BUFFER, None, OPEN)
+    deframer = tun6.Deframer(BUFFER, None, PERMIT_ALL)
     deframer.push(packet(b"half")[:20])
     with pytest.raises(EOFError):
         deframer.pull(lambda view: 0, 1)
@@ -493,7 +493,7 @@ BAD_HEADERS = [
 @pytest.mark.parametrize(("header", "body"), GOOD_HEADERS)
 def test_offload_headers_that_a_kernel_makes_are_taken(header: bytes, body: bytes) -> None:
     tun6.check_offload(memoryview(header), len(body), BOTH)
-    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, BOTH, OPEN).push(header + body)] == [header + body]
+    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(header + body)] == [header + body]
 
 
 @pytest.mark.parametrize(("header", "body", "complaint"), BAD_HEADERS)
@@ -501,7 +501,7 @@ def test_any_other_offload_header_ends_the_session(header: bytes, body: bytes, c
     with pytest.raises(tun6.ProtocolError, match=complaint):
         tun6.check_offload(memoryview(header), len(body), BOTH)
     with pytest.raises(tun6.ProtocolError, match=complaint):
-        tun6.Deframer(BUFFER, BOTH, OPEN).push(header + body)
+        tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(header + body)
 
 
 @pytest.mark.parametrize(("header", "offered", "other"), [(TSO6, "tso6", "uso6"), (USO6, "uso6", "tso6")])
@@ -539,7 +539,7 @@ def test_only_packets_that_the_peer_can_take_are_sent(frame: bytes, all_kinds: b
         assert buffer == b"\xff" * 7 + frame + b"\xff" * 60
         if sent:  # and our own receiver agrees
             packet_ = frame if kinds is not None else frame[len(PLAIN) :]
-            assert list(tun6.Deframer(BUFFER, kinds, OPEN).push(packet_)) == [packet_]
+            assert list(tun6.Deframer(BUFFER, kinds, PERMIT_ALL).push(packet_)) == [packet_]
 
 
 @pytest.mark.parametrize(("flags", "left"), [(2, 0), (3, 1)])
@@ -547,7 +547,7 @@ def test_the_kernels_own_flag_is_cleared_and_keeps_no_packet_from_a_legacy_peer(
     buffer = bytearray(offload(flags, csum_start=40 * left) + packet(bytes(60), TCP))
     assert tun6.sendable(memoryview(buffer), 0, len(buffer), None) is (not left)
     assert buffer[0] == left
-    assert len(tun6.Deframer(BUFFER, BOTH, OPEN).push(bytes(buffer))) == 1
+    assert len(tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(bytes(buffer))) == 1
 
 
 # ---- wire: joined datagrams ------------------------------------------------------------------------------------------
@@ -609,7 +609,7 @@ def join(frames: list[bytes]) -> list[bytes]:
     view, ends = batch(frames)
     ends = tun6.join_datagrams(view, ends)
     stream = bytes(view[: ends[-1]])
-    deframer, joined = tun6.Deframer(BUFFER, BOTH, OPEN), []
+    deframer, joined = tun6.Deframer(BUFFER, BOTH, PERMIT_ALL), []
     for at in range(0, len(stream), tun6.MESSAGE_MAX):
         joined += [bytes(frame) for frame in deframer.push(stream[at : at + tun6.MESSAGE_MAX])]
     assert ends == list(accumulate(map(len, joined)))
@@ -1414,7 +1414,7 @@ class Connection:
 
     def received(self) -> list[bytes]:
         """What the peer makes of it, with offload headers, which a bare peer has not seen."""
-        deframer = tun6.Deframer(BUFFER, None if self._bare else frozenset({"tso6", "uso6"}), OPEN)
+        deframer = tun6.Deframer(BUFFER, None if self._bare else frozenset({"tso6", "uso6"}), PERMIT_ALL)
         stream, out = bytes(self.stream), []
         for at in range(0, len(stream), tun6.MESSAGE_MAX):
             out += [self._bare * PLAIN + bytes(cut) for cut in deframer.push(stream[at : at + tun6.MESSAGE_MAX])]
@@ -3847,9 +3847,9 @@ def test_datagrams_that_wait_together_travel_joined_and_arrive_as_they_were(lab:
         assert [sink.recv(4096) for _ in payloads] == payloads
 
 
-# ---- border ----------------------------------------------------------------------------------------------------------
+# ---- ingress_filter ----------------------------------------------------------------------------------------------------------
 
-HOME = subnet(1)  # the /64 of the client whose border it is
+HOME = subnet(1)  # the /64 of the client whose ingress_filter it is
 ABROAD = IPv6Address(Lab.INTERNET)
 PLACES = [
     *[HOME] * 6,
@@ -3873,7 +3873,7 @@ def between(source: IPv6Address, destination: IPv6Address, payload: bytes = b"",
 
 
 def refused_as(source: IPv6Address, destination: IPv6Address, from_client: bool = True, closed: IPv6Network | None = None) -> str:
-    """Why a packet may not cross the border of HOME, by the words of Border; "" when it may."""
+    """Why a packet may not cross the ingress_filter of HOME, by the words of IngressFilter; "" when it may."""
     near, far = (source, destination) if from_client else (destination, source)
     if near not in HOME:
         return "outside its /64"
@@ -3892,19 +3892,19 @@ def refused_as(source: IPv6Address, destination: IPv6Address, from_client: bool 
 def test_what_may_cross_the_border_is_what_the_addresses_say_and_the_rest_is_counted_by_reason(
     pairs: list[tuple[IPv6Address, IPv6Address]], from_client: bool, closed: IPv6Network | None
 ) -> None:
-    border = tun6.Border(HOME, from_client, closed)
+    ingress_filter = tun6.IngressFilter(HOME, from_client, closed)
     reasons = [refused_as(source, destination, from_client, closed) for source, destination in pairs]
     for (source, destination), reason in zip(pairs, reasons):
-        assert border.lets_pass(int(source) >> 64, int(destination) >> 64) is (not reason)
-    assert border.refused == Counter(filter(None, reasons))
+        assert ingress_filter.permits(int(source) >> 64, int(destination) >> 64) is (not reason)
+    assert ingress_filter.refused == Counter(filter(None, reasons))
 
 
 @given(st.lists(st.tuples(PLACED, PLACED), max_size=10))
 def test_the_border_of_a_client_is_the_mirror_image_of_its_servers(pairs: list[tuple[IPv6Address, IPv6Address]]) -> None:
-    servers, clients = tun6.Border(HOME, True), tun6.Border(HOME, False)
+    servers, clients = tun6.IngressFilter(HOME, True), tun6.IngressFilter(HOME, False)
     for source, destination in pairs:
         there, back = (int(source) >> 64, int(destination) >> 64), (int(destination) >> 64, int(source) >> 64)
-        assert servers.lets_pass(*there) is clients.lets_pass(*back)
+        assert servers.permits(*there) is clients.permits(*back)
     assert servers.refused == clients.refused
 
 
@@ -3917,7 +3917,7 @@ def test_the_border_of_a_client_is_the_mirror_image_of_its_servers(pairs: list[t
 def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_however_it_is_cut(
     data: st.DataObject, kinds_of_packets: list[tuple[IPv6Address, IPv6Address, bytes, int]], bare: bool, from_client: bool
 ) -> None:
-    border = tun6.Border(HOME, from_client, POOL)
+    ingress_filter = tun6.IngressFilter(HOME, from_client, POOL)
     frames, expected, reasons = [], [], []
     for source, destination, header, size in kinds_of_packets:
         frames.append(b"" if bare else header)
@@ -3929,13 +3929,13 @@ def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_h
             expected.append(frames[-1])
     stream = b"".join(frames)
     early = data.draw(st.integers(0, min(len(stream), tun6.MESSAGE_MAX)))
-    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, border)
+    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, ingress_filter)
     found = [bytes(each) for each in deframer.push(stream[:early])]
     wire = Wire(data.draw(cuts(stream[early:], gaps=True)))
     while wire.segments:
         found += deframe(deframer, wire)
     assert found == expected
-    assert border.refused == Counter(reasons)
+    assert ingress_filter.refused == Counter(reasons)
 
 
 # ---- limits: pure ----------------------------------------------------------------------------------------------------
@@ -4421,8 +4421,8 @@ class Fuzz:
             frames.append((b"" if bare else header) + between(pick.choice(self.ADDRESSES), pick.choice(self.ADDRESSES), body, following))
         stream = self.mutated(b"".join(frames))
         kinds = None if bare else pick.choice((BOTH, BOTH, frozenset({"tso6"}), frozenset[str]()))
-        border = tun6.Border(HOME, from_client, pick.choice((None, POOL)))
-        deframer, wire, found, error = tun6.Deframer(BUFFER, kinds, border), Wire(self.segments(stream)), [], False
+        ingress_filter = tun6.IngressFilter(HOME, from_client, pick.choice((None, POOL)))
+        deframer, wire, found, error = tun6.Deframer(BUFFER, kinds, ingress_filter), Wire(self.segments(stream)), [], False
         try:
             while wire.segments:
                 found += deframe(deframer, wire)
@@ -4435,7 +4435,7 @@ class Fuzz:
             if end > len(stream) or not self.is_good(stream[at:end], skip, kinds):
                 break
             source, destination = (IPv6Address(stream[at + skip + begin : at + skip + begin + 16]) for begin in (8, 24))
-            reason = refused_as(source, destination, from_client, border._closed)
+            reason = refused_as(source, destination, from_client, ingress_filter._closed)
             if reason:
                 refused[reason] += 1
             else:
@@ -4445,7 +4445,7 @@ class Fuzz:
             assert found == expected[: len(found)]
         else:
             assert found == expected
-            assert border.refused == refused
+            assert ingress_filter.refused == refused
 
     @staticmethod
     def is_good(frame: bytes, skip: int, kinds: frozenset[str] | None) -> bool:
@@ -4534,7 +4534,7 @@ def test_a_failing_case_says_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         fuzz(1, seed)
 
 
-# ---- border: real TUNs -----------------------------------------------------------------------------------------------
+# ---- ingress_filter: real TUNs -----------------------------------------------------------------------------------------------
 
 MARK, LAST = b"injected, must not pass", b"sentinel, must pass"
 
@@ -5649,7 +5649,7 @@ def test_all_that_is_sent_was_sealed_and_all_that_was_sealed_is_sent_in_that_ord
         said += stream[at + RECORD.size : at + RECORD.size + size]
         at, records = at + RECORD.size + size, records + 1
     assert records == next(numbers)
-    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, OPEN)
+    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, PERMIT_ALL)
     received = [bare * PLAIN + bytes(each) for first in range(0, len(said), 4096) for each in deframer.push(said[first : first + 4096])]
     assert len(received) == len(sent) - send_queue.dropped
     for flow in range(4):

@@ -10,7 +10,7 @@ The path of a packet, from a host on the client's LAN to the Internet (the way b
     LAN host -> client's kernel -> TUN "tun6"                 routed there by the client's default route
                  pump_tun_to_tcp  reads all that waits in the TUN, joins small datagrams, sends one batch of frames (SendQueue)
                  -> TCP over IPv4, through any NAT ->
-                 pump_tcp_to_tun  receives, cuts frames (Deframer), drops who may not cross (Border), writes each into this client's TUN
+                 pump_tcp_to_tun  receives, cuts frames (Deframer), drops who may not cross (IngressFilter), writes each into this client's TUN
     server's kernel <- TUN "tun6-0"                           which forwards it to the Internet
 
 The wire, on one TCP connection (README.md has it in full):
@@ -26,7 +26,7 @@ same port, the wire is the same, and the client may add "Key".
 The file, top to bottom; a section uses only names defined above it, and the pure ones touch neither socket nor file:
 
     constants, errors            what ends when each is raised
-    pure: wire                   Handshake, messages, offload header, Border, Deframer, join_datagrams
+    pure: wire                   Handshake, messages, offload header, IngressFilter, Deframer, join_datagrams
     pure: prefixes               PrefixPool
     pure: the queue              FqCodelQueue, SendQueue: what waits for a connection that is full
     pure: network plans          what is to be said to `ip`, as do/undo pairs
@@ -389,8 +389,8 @@ def check_offload(header: memoryview, length: int, kinds: frozenset[str]) -> Non
         raise ProtocolError(f"offload header with gso_size {gso_size} for {length} bytes: over {GSO_SEGMENTS_MAX} segments")
 
 
-class Border:
-    """Which packets may cross the border of a client's /64, by the upper halves of their addresses; counts the others.
+class IngressFilter:
+    """Which packets may cross the ingress_filter of a client's /64, by the upper halves of their addresses; counts the others.
 
     What comes from a client has a source in its /64 (RFC 2827), what comes from its server a destination there. The other
     address is outside, and none that is only for one link or host (RFC 4291 section 2.4): so neither side can feed
@@ -404,7 +404,7 @@ class Border:
         self._closed = closed
         self.refused: Counter[str] = Counter()  # by reason
 
-    def lets_pass(self, source: int, destination: int) -> bool:
+    def permits(self, source: int, destination: int) -> bool:
         """Whether a packet with these upper halves may cross."""
         near, far = (source, destination) if self.from_client else (destination, source)
         if near != self.inside:
@@ -426,16 +426,16 @@ class Border:
 
 
 class Deframer:
-    """Cuts what one TCP connection brings into frames, without those that may not cross the border.
+    """Cuts what one TCP connection brings into frames, without those that may not cross the ingress_filter.
 
     `buffer` may belong to the whole process: nothing stays in it between two calls but what `pull` gave out, which
     is valid until the next use of the buffer. `kinds` as in check_offload, None when frames are bare packets.
     """
 
-    def __init__(self, buffer: bytearray, kinds: frozenset[str] | None, border: Border) -> None:
+    def __init__(self, buffer: bytearray, kinds: frozenset[str] | None, ingress_filter: IngressFilter) -> None:
         assert len(buffer) >= 2 * (OFFLOAD_HEADER.size + PACKET_MAX)
         self._buffer, self._view = buffer, memoryview(buffer)
-        self._kinds, self._border = kinds, border
+        self._kinds, self._ingress_filter = kinds, ingress_filter
         self._rest = b""  # the beginning of a frame
 
     def push(self, data: bytes) -> list[memoryview]:
@@ -466,7 +466,7 @@ class Deframer:
 
     def _cut(self, have: int) -> list[memoryview]:
         buffer, view, frames, at = self._buffer, self._view, [], 0
-        kinds, border = self._kinds, self._border
+        kinds, ingress_filter = self._kinds, self._ingress_filter
         shortest = IPV6_HEADER if kinds is None else OFFLOAD_HEADER.size + IPV6_HEADER
         unpack_with, unpack_bare = self._WITH_HEADER.unpack_from, self._BARE.unpack_from
         while at + shortest <= have:
@@ -483,7 +483,7 @@ class Deframer:
                 break
             if offload and kinds is not None:  # small packets mostly have none
                 check_offload(view[at : at + OFFLOAD_HEADER.size], IPV6_HEADER + payload, kinds)
-            if border.lets_pass(source, destination):
+            if ingress_filter.permits(source, destination):
                 frames.append(view[at:end])
             at = end
         self._rest = bytes(view[at:have]) if at < have else b""
@@ -2115,7 +2115,7 @@ class Session:
         self.peer = peer
         self.device: str | None = None  # name of its TUN
         self.prefix: IPv6Network | None = None
-        self.refused: Counter[str] = Counter()  # packets that may not cross the border, by reason
+        self.refused: Counter[str] = Counter()  # packets that may not cross the ingress_filter, by reason
         self.gone = gevent.event.Event()  # all it had is released
         self.traffic = Traffic()
         self.began = time.monotonic()
@@ -2132,23 +2132,23 @@ class Session:
             self._end.set(why)
 
     def run(
-        self, stream: Stream, tun: Tun, border: Border, congestion: Congestion, kinds: frozenset[str] | None, early: bytes
+        self, stream: Stream, tun: Tun, ingress_filter: IngressFilter, congestion: Congestion, kinds: frozenset[str] | None, early: bytes
     ) -> BaseException:
         """Moves frames until the session ends, and gives the reason.
 
-        `border` is for what the peer sends; `kinds` are the GSO kinds that it takes, None for a legacy peer; `early` the bytes
+        `ingress_filter` is for what the peer sends; `kinds` are the GSO kinds that it takes, None for a legacy peer; `early` the bytes
         behind its message.
         """
         bare = kinds is None
         sock = stream.sock
-        self.refused = border.refused
+        self.refused = ingress_filter.refused
         lan = adapt(sock, congestion)
         write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
         send_queue = SendQueue(write, bare, stream.seal, whole_batches=lan or not stream.seal, shared=SHARED_BUFFER)
-        deframer = Deframer(_tcp_buffer, None if bare else tun.kinds, border)
+        deframer = Deframer(_tcp_buffer, None if bare else tun.kinds, ingress_filter)
 
         def tun_to_tcp() -> None:
-            if bare and border.from_client:
+            if bare and ingress_filter.from_client:
                 wait_until_read(sock)
             pump_tun_to_tcp(tun, sock.fileno(), send_queue, kinds, self.traffic)
 
@@ -2518,8 +2518,8 @@ class Server:
                     answer["Offload"] = sorted(tun.kinds)
                 stream.send(encode(answer))
                 log.info("%s from %s: has %s on %s%s", shown(id_), peer, prefix, tun.name, stream.security)
-                border = Border(prefix, True, None if self._policy.client_to_client else self._store.pool.network)
-                why = session.run(stream, tun, border, self._congestion, kinds, early)
+                ingress_filter = IngressFilter(prefix, True, None if self._policy.client_to_client else self._store.pool.network)
+                why = session.run(stream, tun, ingress_filter, self._congestion, kinds, early)
             log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
         except (StorageError, KernelError) as error:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store said it, once
@@ -2683,7 +2683,7 @@ class Client:
             self._session = Session("the server")
             if self._broken:
                 raise self._broken
-            raise self._session.run(stream, tun, Border(prefix, from_client=False), self._congestion, kinds, early)
+            raise self._session.run(stream, tun, IngressFilter(prefix, from_client=False), self._congestion, kinds, early)
 
     def _open_stream(self, sock: socket.socket) -> Stream:
         """What the server is asked through; before that, it is the right server. Raises ProtocolError, EOFError, OSError."""
