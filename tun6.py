@@ -164,7 +164,7 @@ REMOVED, SET_DOWN = "somebody removed it", "somebody set it down"  # what may ha
 NO_ADDRESS, NO_ROUTE = "somebody removed its address", "somebody removed its route"
 PERHAPS = "perhaps somebody removed something of it"  # there was more news than we read
 SETTLE_S = 0.1  # after the first sign that somebody changed a device: by then all has happened
-LATENCY_S, LATENCY_SAMPLES = 0.1, 600  # the event loop is asked so often how late it is; so many answers count
+LATENCY_INTERVAL_S, LATENCY_SAMPLES = 0.1, 600  # the event loop is asked so often how late it is; so many answers count
 LOG_LINES, LOG_END_S = 10_000, 1.0  # lines that may wait for whoever reads the log; seconds at the end for that
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OUR_NUMBERS = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
@@ -2756,7 +2756,7 @@ class Client:
 # ---- administration --------------------------------------------------------------------------------------------------
 
 
-class Pulse:
+class LoopLatency:
     """How late the event loop is: the time that whoever becomes ready waits for its turn."""
 
     def __init__(self) -> None:
@@ -2766,8 +2766,8 @@ class Pulse:
     def run(self) -> NoReturn:
         """Until it is killed."""
         while True:
-            due = time.monotonic() + LATENCY_S
-            gevent.sleep(LATENCY_S)
+            due = time.monotonic() + LATENCY_INTERVAL_S
+            gevent.sleep(LATENCY_INTERVAL_S)
             self._late.append(max(time.monotonic() - due, 0.0))
 
     def latency(self) -> dict[str, float]:
@@ -2797,10 +2797,10 @@ class Registry:
         keys: KeyStore | None,
         sessions: dict[str, Session],
         drop: Callable[[str, str], None],
-        pulse: Pulse | None = None,
+        loop_latency: LoopLatency | None = None,
     ) -> None:
-        """`drop` ends the session of an Id, and says why; `pulse` is that of the running server."""
-        self._store, self._keys, self._sessions, self._drop, self._pulse = store, keys, sessions, drop, pulse
+        """`drop` ends the session of an Id, and says why; `loop_latency` is that of the running server."""
+        self._store, self._keys, self._sessions, self._drop, self._pulse = store, keys, sessions, drop, loop_latency
         self._one = gevent.lock.RLock()
 
     def perform(self, request: dict[str, Any]) -> Any:
@@ -3501,10 +3501,10 @@ def server_command(options: argparse.Namespace) -> None:
     server = Server(address, store, Kernel(), find_congestion(config.congestion), policy, config.tun, config.mtu)
 
     def run() -> None:
-        pulse = Pulse()
+        loop_latency = LoopLatency()
         with ExitStack() as undo:
-            undo.callback(gevent.spawn(pulse.run).kill)
-            undo.enter_context(Control(control_path(path, config), Registry(store, keys, server.sessions, server.drop, pulse)))
+            undo.callback(gevent.spawn(loop_latency.run).kill)
+            undo.enter_context(Control(control_path(path, config), Registry(store, keys, server.sessions, server.drop, loop_latency)))
             server.run()
 
     def reload() -> None:
