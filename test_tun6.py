@@ -3956,8 +3956,8 @@ def test_memory_is_given_back_when_little_waits_again(monkeypatch: pytest.Monkey
 
 
 def test_where_the_kernel_gives_no_larger_buffer_devices_are_watched_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tun6.Watch, "SO_RCVBUFFORCE", 0x7777)  # as in an unprivileged container: an error
-    tun6.Watch()._open().close()
+    monkeypatch.setattr(tun6.DeviceMonitor, "SO_RCVBUFFORCE", 0x7777)  # as in an unprivileged container: an error
+    tun6.DeviceMonitor()._open().close()
 
 
 def test_a_rate_limit_lets_its_number_through_at_once_and_then_one_for_each_part_of_the_hour() -> None:

@@ -160,9 +160,9 @@ JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 
 JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
 LOOKUP_S = 2.0  # that a lookup of the server's name may take before the last good address is tried
-REMOVED, SET_DOWN = "somebody removed it", "somebody set it down"  # what may happen to a device of ours
-NO_ADDRESS, NO_ROUTE = "somebody removed its address", "somebody removed its route"
-PERHAPS = "perhaps somebody removed something of it"  # there was more news than we read
+DEVICE_REMOVED, DEVICE_SET_DOWN = "somebody removed it", "somebody set it down"  # what may happen to a device of ours
+ADDRESS_REMOVED, ROUTE_REMOVED = "somebody removed its address", "somebody removed its route"
+EVENTS_LOST = "perhaps somebody removed something of it"  # there was more news than we read
 SETTLE_S = 0.1  # after the first sign that somebody changed a device: by then all has happened
 LATENCY_INTERVAL_S, LATENCY_SAMPLES = 0.1, 600  # the event loop is asked so often how late it is; so many answers count
 LOG_LINES, LOG_END_S = 10_000, 1.0  # lines that may wait for whoever reads the log; seconds at the end for that
@@ -1461,11 +1461,11 @@ class Tun:
 
 def tun_error(name: str, error: OSError) -> KernelError:
     """What a failed read or write says of the TUN."""
-    reason = {errno.EBADFD: REMOVED, errno.EIO: SET_DOWN}.get(error.errno or 0, error.strerror)
+    reason = {errno.EBADFD: DEVICE_REMOVED, errno.EIO: DEVICE_SET_DOWN}.get(error.errno or 0, error.strerror)
     return KernelError(f"TUN device {name}: {reason}")
 
 
-class Watch:
+class DeviceMonitor:
     """Says at once when somebody removes a device of ours, sets it down, or takes its address or route away: rtnetlink(7)."""
 
     NEWLINK, DELLINK, DELADDR, NEWROUTE, DELROUTE = 16, 17, 21, 24, 25  # linux/rtnetlink.h, as are the next
@@ -1510,16 +1510,16 @@ class Watch:
                 raise
             log.debug("the kernel had more news of devices than we read")
             for index in list(self._lost):
-                self._suspect(index, PERHAPS, b"")
+                self._suspect(index, EVENTS_LOST, b"")
         else:
-            for index, what, address in losses(messages):
+            for index, what, address in parse_losses(messages):
                 self._suspect(index, what, address)
 
     def _open(self) -> socket.socket:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
-        with suppress(OSError):  # not in an unprivileged container, where PERHAPS comes more often
+        with suppress(OSError):  # not in an unprivileged container, where EVENTS_LOST comes more often
             sock.setsockopt(socket.SOL_SOCKET, self.SO_RCVBUFFORCE, 4 << 20)
-        with suppress(OSError):  # it only spares us what `losses` drops: all routes of a router
+        with suppress(OSError):  # it only spares us what `parse_losses` drops: all routes of a router
             sock.setsockopt(socket.SOL_SOCKET, self.SO_ATTACH_FILTER, self._filter())
         sock.bind((0, self.GROUPS))
         return sock
@@ -1555,33 +1555,33 @@ class Watch:
             with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
                 ifreq = fcntl.ioctl(sock, self.SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
             if not struct.unpack_from("H", ifreq, 16)[0] & self.IFF_UP:
-                what = SET_DOWN
+                what = DEVICE_SET_DOWN
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.ENODEV):  # for want of a descriptor nobody knows
                 return
-            what = REMOVED
+            what = DEVICE_REMOVED
         if what and index in self._lost:
             self._lost[index](what, address)
 
 
-def losses(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
+def parse_losses(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
     """What messages of rtnetlink say was taken away: index of the device, what ("" for the device itself), the address."""
     at = 0
     while at + 16 <= len(messages):
         length, kind = struct.unpack_from("=IH", messages, at)
         body = messages[at + 16 : at + length]
         at += max(length, 16) + 3 & ~3
-        if kind in (Watch.NEWLINK, Watch.DELLINK) and len(body) >= 16:
+        if kind in (DeviceMonitor.NEWLINK, DeviceMonitor.DELLINK) and len(body) >= 16:
             family, index, flags = struct.unpack_from("=BxxxiI", body)
-            if family == 0 and (kind == Watch.DELLINK or not flags & Watch.IFF_UP):
+            if family == 0 and (kind == DeviceMonitor.DELLINK or not flags & DeviceMonitor.IFF_UP):
                 yield index, "", b""
-        elif kind == Watch.DELADDR and len(body) >= 8:
-            yield int.from_bytes(body[4:8], sys.byteorder), NO_ADDRESS, attributes(body[8:]).get(Watch.IFA_ADDRESS, b"")
-        elif kind == Watch.DELROUTE and len(body) >= 12 and body[5] == ROUTE_PROTOCOL:
-            yield int.from_bytes(attributes(body[12:]).get(Watch.RTA_OIF, b""), sys.byteorder), NO_ROUTE, b""
+        elif kind == DeviceMonitor.DELADDR and len(body) >= 8:
+            yield int.from_bytes(body[4:8], sys.byteorder), ADDRESS_REMOVED, parse_attributes(body[8:]).get(DeviceMonitor.IFA_ADDRESS, b"")
+        elif kind == DeviceMonitor.DELROUTE and len(body) >= 12 and body[5] == ROUTE_PROTOCOL:
+            yield int.from_bytes(parse_attributes(body[12:]).get(DeviceMonitor.RTA_OIF, b""), sys.byteorder), ROUTE_REMOVED, b""
 
 
-def attributes(data: bytes) -> dict[int, bytes]:
+def parse_attributes(data: bytes) -> dict[int, bytes]:
     """The attributes of a message of rtnetlink, by type."""
     found, at = {}, 0
     while at + 4 <= len(data):
@@ -2335,7 +2335,7 @@ class Server:
         self._connections = gevent.pool.Group()  # a greenlet each
         self._greeting: set[gevent.Greenlet] = set()  # those of them that have nothing to be undone yet
         self._admission = AdmissionControl(self._begin)
-        self._watch = Watch()
+        self._monitor = DeviceMonitor()
         self._spare: int | None = None  # a descriptor, for the connection that there is none for
 
     def run(self) -> NoReturn:
@@ -2349,8 +2349,8 @@ class Server:
             self._kernel.remove_stale_pools()
             undo.callback(self._kernel.undo, route)
             self._kernel.apply(route)
-            self._watch.add("lo", lambda what, _: self._restore(route))
-            for work in (self._watch.run, give_memory_back):
+            self._monitor.add("lo", lambda what, _: self._restore(route))
+            for work in (self._monitor.run, give_memory_back):
                 undo.callback(gevent.spawn(work).kill)
             undo.callback(self._end_sessions)
             log.info("serving %s on %s port %d", self._store.pool.network, *self._address)
@@ -2507,12 +2507,12 @@ class Server:
                 self._kernel.apply(plan)
 
                 def lost(what: str, _: bytes) -> None:
-                    if what == PERHAPS:
+                    if what == EVENTS_LOST:
                         self._kernel.repeat(plan)
-                    elif what != NO_ADDRESS:  # it has none of ours
+                    elif what != ADDRESS_REMOVED:  # it has none of ours
                         session.close(KernelError(f"TUN device {tun.name}: {what}"))
 
-                undo.callback(self._watch.discard, self._watch.add(tun.name, lost))
+                undo.callback(self._monitor.discard, self._monitor.add(tun.name, lost))
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 if kinds is not None:
                     answer["Offload"] = sorted(tun.kinds)
@@ -2602,7 +2602,7 @@ class Client:
         self._prefix: IPv6Network | None = None  # whose address the TUN has
         self._told: str | None = None  # what the log says of the outage; None while connected
         self._pause = RETRY_S
-        self._watch = Watch()
+        self._monitor = DeviceMonitor()
         self._watched = 0  # the TUN, by it
         self._broken: KernelError | None = None  # what somebody did to the TUN
         self._session: Session | None = None
@@ -2612,8 +2612,8 @@ class Client:
     def run(self) -> NoReturn:
         """Serves until killed, then removes the TUN. Raises KernelError when it can't be made at the start."""
         self._kernel.remove_stale_pools()
-        self._watch.add("lo", lambda what, _: self._restore())
-        helpers = [gevent.spawn(self._watch.run), gevent.spawn(give_memory_back)]
+        self._monitor.add("lo", lambda what, _: self._restore())
+        helpers = [gevent.spawn(self._monitor.run), gevent.spawn(give_memory_back)]
         try:
             self._open()
             while True:
@@ -2633,7 +2633,7 @@ class Client:
         self._broken = None
         self._tun = Tun(self._name)
         self._kernel.apply(client_plan(self._tun.name, self._mtu, self._default_route))
-        self._watched = self._watch.add(self._tun.name, self._lost)
+        self._watched = self._monitor.add(self._tun.name, self._lost)
         return self._tun
 
     def _restore(self) -> None:
@@ -2642,7 +2642,7 @@ class Client:
             self._kernel.repeat(pool_plan(self._prefix, os.getpid()))
 
     def _lost(self, what: str, address: bytes) -> None:
-        if self._tun and what == PERHAPS:
+        if self._tun and what == EVENTS_LOST:
             address_steps = address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else []
             self._kernel.repeat([*client_plan(self._tun.name, self._mtu, self._default_route), *address_steps])
             return
@@ -2652,7 +2652,7 @@ class Client:
                 self._session.close(self._broken)
 
     def _close(self) -> None:
-        self._watch.discard(self._watched)
+        self._monitor.discard(self._watched)
         prefix, self._prefix = self._prefix, None
         if prefix and self._tun:
             self._kernel.undo(address_plan(self._tun.name, prefix, os.getpid()))
