@@ -3617,8 +3617,8 @@ def test_a_legacy_client_pings_and_moves_bulk_both_ways(lab: Lab, tunnel: Tunnel
 
 
 def test_traffic_for_a_legacy_client_does_not_spoil_its_first_recv(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
-    assert tun6.LEGACY_READ_S >= 0.2
-    with tun6_with(tmp_path, "tun6.LEGACY_READ_S = 1.0"):  # so that it tells a busy machine from a frame that came too early
+    assert tun6.LEGACY_READ_TIME_S >= 0.2
+    with tun6_with(tmp_path, "tun6.LEGACY_READ_TIME_S = 1.0"):  # so that it tells a busy machine from a frame that came too early
         tunnel.server()
     with LegacyClient(lab, tunnel) as client:
         prefix = client.prefix
@@ -3943,9 +3943,9 @@ def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_h
 
 def test_memory_is_given_back_when_little_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
     shared, trims = tun6.SharedBuffer(10 << 20), []
-    for name, value in {"SHARED_BUFFER": shared, "TRIM_S": 0.001, "in_thread": lambda *_: trims.append(shared.free)}.items():
+    for name, value in {"SHARED_BUFFER": shared, "TRIM_INTERVAL_S": 0.001, "in_thread": lambda *_: trims.append(shared.free)}.items():
         monkeypatch.setattr(tun6, name, value)
-    work = spawn(tun6.give_memory_back)
+    work = spawn(tun6.trim_heap)
     try:
         for waits in (5 << 20, 1000, 5 << 20, 0):
             shared.free = shared.size - waits
@@ -4089,7 +4089,7 @@ def test_who_was_sent_away_at_the_last_moment_is_not_served(admission: Admission
     assert not admission.control.release(admission.greenlets[name])
     policy = tun6.Policy(None, None, 10, 0, True)
     store = tun6.AssignmentStore(tun6.PrefixPool(POOL))
-    server = tun6.Server(("127.0.0.1", 1), store, tun6.Kernel(), tun6.Congestion(None, None), policy, "none", 1500)
+    server = tun6.Server(("127.0.0.1", 1), store, tun6.Kernel(), tun6.CongestionControls(None, None), policy, "none", 1500)
     with pytest.raises(tun6.Refusal, match="busy"):  # this greenlet is not at the server's door
         server._serve_id(cast(tun6.Stream, None), "peer", tun6.Hello("a", None, ""), b"")
     assert (server.sessions, store.pool.owners()) == ({}, [])
@@ -7707,7 +7707,7 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
 
     monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
     monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
-    client = tun6.Client(("moved.example", 1), "id", None, tun6.Kernel(), tun6.Congestion(None, None), "none", 1500, False)
+    client = tun6.Client(("moved.example", 1), "id", None, tun6.Kernel(), tun6.CongestionControls(None, None), "none", 1500, False)
     client._good = old = [("10.0.0.1", 1)]
     assert client._addresses() == old
     assert client._addresses() == old

@@ -134,7 +134,7 @@ FINAL = {"denied", "revoked", "tls-required"}  # refusals that will be the same 
 FINAL_RETRY_S = 60.0  # between two attempts after one of those
 CONNECT_S = 10.0  # for one TCP connect
 HANDSHAKE_S = 10.0  # for the whole handshake
-LEGACY_READ_S = 0.2  # that a legacy client gets to read the answer, once its kernel has it, before the first frame follows
+LEGACY_READ_TIME_S = 0.2  # that a legacy client gets to read the answer, once its kernel has it, before the first frame follows
 TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
 SIOCOUTQ, SIOCOUTQNSD = 0x5411, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
 KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
@@ -186,7 +186,7 @@ CODEL_INTERVAL_S, CODEL_TARGET_S = 0.2, 0.05
 SEND_QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
 SHARED_BUFFER_MAX = 64 << 20  # bytes that may wait for all connections
 FRAME_COST = 150  # bytes that a frame takes in memory beside its own: bytearray, tuple, float
-TRIM_S, TRIM_MIN = 1.0, 1 << 20  # how often it is looked whether so many bytes have waited, and do no more
+TRIM_INTERVAL_S, TRIM_MIN = 1.0, 1 << 20  # how often it is looked whether so many bytes have waited, and do no more
 FLOWS_MAX = 1024  # that have a queue of their own; Linux's fq_codel has as many, RFC 8290 section 5.2
 
 
@@ -1840,7 +1840,7 @@ _tcp_buffer = bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX)
 
 
 @dataclass
-class Traffic:
+class TrafficCounters:
     """What a session has moved."""
 
     sent: int = 0  # bytes of frames, TUN -> TCP; those that were late among them
@@ -1899,7 +1899,7 @@ class ReadinessCallbacks:
         self._sink.stop()
 
 
-def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, kinds: frozenset[str] | None, traffic: Traffic) -> NoReturn:
+def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, kinds: frozenset[str] | None, traffic: TrafficCounters) -> NoReturn:
     """Sends what the TUN gives, all that waits there as one batch, through the send_queue of the connection `fd`.
 
     `kinds`: the GSO kinds that the peer takes, None for a legacy peer.
@@ -1946,7 +1946,7 @@ def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, kinds: frozenset[s
     turns.run(turn)
 
 
-def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: bytes, bare: bool, traffic: Traffic) -> NoReturn:
+def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: bytes, bare: bool, traffic: TrafficCounters) -> NoReturn:
     """Writes what `read` brings from the connection `fd` into the TUN, a frame at a time; `early` came behind the handshake.
 
     Raises EOFError or OSError when the connection ends, KernelError when the TUN fails, ProtocolError.
@@ -1984,7 +1984,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: by
 # ---- Session ---------------------------------------------------------------------------------------------------------
 
 
-def tune(sock: socket.socket) -> None:
+def set_tcp_options(sock: socket.socket) -> None:
     """Sends at once, and notices a dead peer: after KEEPALIVE when idle, after USER_TIMEOUT_MS when not."""
     idle, interval, probes = KEEPALIVE
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1995,7 +1995,7 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
 
-class Congestion(NamedTuple):
+class CongestionControls(NamedTuple):
     """Names of TCP congestion controls; None for the system's default."""
 
     link: str | None  # on a real link
@@ -2036,7 +2036,7 @@ def tcp_info(sock: socket.socket, kind: str, at: int) -> int:
     return cast(int, struct.unpack_from(kind, info.ljust(256, b"\0"), at)[0])
 
 
-def adapt(sock: socket.socket, congestion: Congestion) -> bool:
+def choose_congestion_control(sock: socket.socket, congestion: CongestionControls) -> bool:
     """Suits the connection to its path, by the shortest round trip that the kernel has seen on it; gives whether that is a LAN.
 
     On a real link BBR hides losses from the TCP inside the tunnel. On a LAN BBR's pacing would cost half of the speed.
@@ -2059,7 +2059,7 @@ def receive_message(stream: Stream) -> tuple[dict[str, Any], bytes]:
             return found
 
 
-def wait_until_read(sock: socket.socket) -> None:
+def wait_until_answer_is_read(sock: socket.socket) -> None:
     """Returns when the peer's kernel has what we sent, and its program, which waits for it, had time to take it.
 
     A legacy client takes whatever its first recv brings as the answer: the first frame must not be behind it by then.
@@ -2070,10 +2070,10 @@ def wait_until_read(sock: socket.socket) -> None:
         if not any(unacknowledged):
             break
         gevent.sleep(0.01)
-    gevent.sleep(LEGACY_READ_S)
+    gevent.sleep(LEGACY_READ_TIME_S)
 
 
-def explain(error: BaseException) -> str:
+def describe_end(error: BaseException) -> str:
     """Why a connection ended, in words for the log."""
     if isinstance(error, EOFError):
         return "the peer closed the connection"
@@ -2089,7 +2089,7 @@ def log_defect(where: str, error: Exception) -> None:
     log.error("%s: internal error, please report it: %r", where, error, exc_info=log.isEnabledFor(logging.DEBUG))
 
 
-def give_memory_back() -> None:
+def trim_heap() -> None:
     """Gives the memory that full queues took back to the system when little waits again; until it is killed.
 
     glibc would keep it: 35 MB after eight queues were full.
@@ -2097,7 +2097,7 @@ def give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries don't need it
     full = False
     while trim:
-        gevent.sleep(TRIM_S)
+        gevent.sleep(TRIM_INTERVAL_S)
         if SHARED_BUFFER.free < SHARED_BUFFER.size - TRIM_MIN:
             full = True
         elif full:
@@ -2117,7 +2117,7 @@ class Session:
         self.prefix: IPv6Network | None = None
         self.refused: Counter[str] = Counter()  # packets that may not cross the ingress_filter, by reason
         self.gone = gevent.event.Event()  # all it had is released
-        self.traffic = Traffic()
+        self.traffic = TrafficCounters()
         self.began = time.monotonic()
         self._end: gevent.event.AsyncResult = gevent.event.AsyncResult()
 
@@ -2132,7 +2132,13 @@ class Session:
             self._end.set(why)
 
     def run(
-        self, stream: Stream, tun: Tun, ingress_filter: IngressFilter, congestion: Congestion, kinds: frozenset[str] | None, early: bytes
+        self,
+        stream: Stream,
+        tun: Tun,
+        ingress_filter: IngressFilter,
+        congestion: CongestionControls,
+        kinds: frozenset[str] | None,
+        early: bytes,
     ) -> BaseException:
         """Moves frames until the session ends, and gives the reason.
 
@@ -2142,14 +2148,14 @@ class Session:
         bare = kinds is None
         sock = stream.sock
         self.refused = ingress_filter.refused
-        lan = adapt(sock, congestion)
+        lan = choose_congestion_control(sock, congestion)
         write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
         send_queue = SendQueue(write, bare, stream.seal, whole_batches=lan or not stream.seal, shared=SHARED_BUFFER)
         deframer = Deframer(_tcp_buffer, None if bare else tun.kinds, ingress_filter)
 
         def tun_to_tcp() -> None:
             if bare and ingress_filter.from_client:
-                wait_until_read(sock)
+                wait_until_answer_is_read(sock)
             pump_tun_to_tcp(tun, sock.fileno(), send_queue, kinds, self.traffic)
 
         pumps = [
@@ -2321,7 +2327,14 @@ class Server:
     """Gives each client its prefix, a TUN and a route, and pumps."""
 
     def __init__(
-        self, address: tuple[str, int], store: AssignmentStore, kernel: Kernel, congestion: Congestion, policy: Policy, tun: str, mtu: int
+        self,
+        address: tuple[str, int],
+        store: AssignmentStore,
+        kernel: Kernel,
+        congestion: CongestionControls,
+        policy: Policy,
+        tun: str,
+        mtu: int,
     ) -> None:
         """Raises ConfigError for the certificate."""
         self._address, self._store, self._kernel, self._congestion = address, store, kernel, congestion
@@ -2350,7 +2363,7 @@ class Server:
             undo.callback(self._kernel.undo, route)
             self._kernel.apply(route)
             self._monitor.add("lo", lambda what, _: self._restore(route))
-            for work in (self._monitor.run, give_memory_back):
+            for work in (self._monitor.run, trim_heap):
                 undo.callback(gevent.spawn(work).kill)
             undo.callback(self._end_sessions)
             log.info("serving %s on %s port %d", self._store.pool.network, *self._address)
@@ -2431,7 +2444,7 @@ class Server:
         stream = None
         with sock:
             try:
-                tune(sock)
+                set_tcp_options(sock)
                 with gevent.Timeout(HANDSHAKE_S):
                     stream = self._open_stream(sock)
                     message, early = receive_message(stream)
@@ -2445,7 +2458,7 @@ class Server:
                 log.warning("%s: refused, bad hello: %s", peer, error)
                 self._refuse(stream or Stream(sock), Refusal("bad-hello", str(error)))
             except (gevent.Timeout, EOFError, OSError) as error:
-                log.debug("%s: left during the handshake: %s", peer, explain(error))
+                log.debug("%s: left during the handshake: %s", peer, describe_end(error))
             except Exception as error:  # a defect of ours ends this connection, not the process
                 log_defect(peer, error)
 
@@ -2481,7 +2494,7 @@ class Server:
                 while stream.sock.recv(MESSAGE_MAX):
                     gevent.sleep()  # recv does not wait for a peer that floods, and then the timeout would never come
             except (OSError, ProtocolError) as error:
-                log.debug("the refused client left: %s", explain(error))
+                log.debug("the refused client left: %s", describe_end(error))
 
     def _serve_id(self, stream: Stream, peer: str, hello: Hello, early: bytes) -> None:
         """A client that said who it is, until it leaves. Raises Refusal, OSError, ProtocolError."""
@@ -2520,7 +2533,7 @@ class Server:
                 log.info("%s from %s: has %s on %s%s", shown(id_), peer, prefix, tun.name, stream.security)
                 ingress_filter = IngressFilter(prefix, True, None if self._policy.client_to_client else self._store.pool.network)
                 why = session.run(stream, tun, ingress_filter, self._congestion, kinds, early)
-            log.info("%s from %s: gone, %s; %s", shown(id_), peer, explain(why), session.summary())
+            log.info("%s from %s: gone, %s; %s", shown(id_), peer, describe_end(why), session.summary())
         except (StorageError, KernelError) as error:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store said it, once
             log.log(level, "%s from %s: can't be served: %s", shown(id_), peer, error)
@@ -2590,7 +2603,7 @@ class Client:
         id_: str | None,
         trust: Trust | None,
         kernel: Kernel,
-        congestion: Congestion,
+        congestion: CongestionControls,
         tun: str,
         mtu: int,
         default_route: bool,
@@ -2613,7 +2626,7 @@ class Client:
         """Serves until killed, then removes the TUN. Raises KernelError when it can't be made at the start."""
         self._kernel.remove_stale_pools()
         self._monitor.add("lo", lambda what, _: self._restore())
-        helpers = [gevent.spawn(self._monitor.run), gevent.spawn(give_memory_back)]
+        helpers = [gevent.spawn(self._monitor.run), gevent.spawn(trim_heap)]
         try:
             self._open()
             while True:
@@ -2666,7 +2679,7 @@ class Client:
             raise self._broken
         self._id = self._id or default_id()
         with self._dial() as sock:
-            tune(sock)
+            set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
                 stream = self._open_stream(sock)
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(tun.kinds)}
@@ -2746,7 +2759,7 @@ class Client:
             level,
             "no connection to %s port %d: %s; %strying again every %.0f s",
             *self._remote,
-            explain(error),
+            describe_end(error),
             "the server won't serve this client until its operator changes that; " if final else "",
             self._pause,
         )
@@ -2975,7 +2988,7 @@ class Control:
                     answer = {"error": str(error)}
                 sock.sendall(encode(answer))
             except (gevent.Timeout, EOFError, OSError, ProtocolError) as error:
-                log.debug("control: %s", explain(error))
+                log.debug("control: %s", describe_end(error))
             except Exception as error:
                 log_defect("control", error)
 
@@ -3498,7 +3511,7 @@ def server_command(options: argparse.Namespace) -> None:
         )
     policy = Policy(tls, keys, config.max_clients, config.new_ids_per_hour, config.client_to_client)
     address = (config.localhost, config.listenport)
-    server = Server(address, store, Kernel(), find_congestion(config.congestion), policy, config.tun, config.mtu)
+    server = Server(address, store, Kernel(), find_congestion_controls(config.congestion), policy, config.tun, config.mtu)
 
     def run() -> None:
         loop_latency = LoopLatency()
@@ -3534,7 +3547,7 @@ def client_command(options: argparse.Namespace) -> None:
     trust = None
     if config.tls or config.fingerprint or config.key:
         trust = Trust(client_tls(pinned=config.fingerprint is not None), config.fingerprint, config.key)
-    congestion = find_congestion(config.congestion)
+    congestion = find_congestion_controls(config.congestion)
     run_until_signalled(Client(remote, config.id, trust, Kernel(), congestion, config.tun, config.mtu, config.default_route).run)
 
 
@@ -3717,7 +3730,7 @@ def warn_of_forwarding() -> None:
     )
 
 
-def find_congestion(wanted: str) -> Congestion:
+def find_congestion_controls(wanted: str) -> CongestionControls:
     """What the setting `congestion` means on this kernel. Raises ConfigError when that has no such one."""
     name = "bbr" if wanted == "auto" else wanted
     with socket.socket() as probe:
@@ -3728,8 +3741,8 @@ def find_congestion(wanted: str) -> Congestion:
             if wanted != "auto":
                 raise ConfigError(f"congestion = {name}: this kernel has no such congestion control; it has {available}") from None
             log.warning("this kernel has no BBR (`modprobe tcp_bbr`), which makes the tunnel fast over links that lose packets")
-            return Congestion(None, None)
-    return Congestion(name, None if wanted == "auto" else name)
+            return CongestionControls(None, None)
+    return CongestionControls(name, None if wanted == "auto" else name)
 
 
 def raise_descriptor_limit() -> None:

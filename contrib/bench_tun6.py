@@ -966,7 +966,7 @@ def call(net: Net, numbers: range, undo: ExitStack, seconds: float = 60) -> list
                             selector.unregister(caller.sock)
                             waiting -= 1
                 except (OSError, EOFError, tun6.SessionError) as error:
-                    raise BenchError(f"a client failed: {tun6.explain(error)}") from None
+                    raise BenchError(f"a client failed: {tun6.describe_end(error)}") from None
     return [caller.seconds for caller in callers if caller.seconds is not None]
 
 
@@ -1061,7 +1061,7 @@ class Bench:
         try:
             yield
         except (tun6.Tun6Error, OSError) as error:
-            words = f"{what}{tun6.explain(error)}"
+            words = f"{what}{tun6.describe_end(error)}"
             self.faults[where].setdefault(row, words)
             self.failed |= ours
             say(f"{where}: {row}: {words}")
