@@ -5772,7 +5772,7 @@ def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site:
     with ExitStack() as sessions:
         pairs = [sessions.enter_context(tls_stream(site)) for _ in range(50)]
         ctypes.CDLL(None).malloc_trim(0)
-        before = tun6.resources()["memory"]
+        before = tun6.process_resources()["memory"]
         for stream, peer in pairs:
             came = bytearray()
             assert len(stream.seal(plain)) > len(plain)
@@ -5785,7 +5785,9 @@ def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site:
                 came += view[: stream.readinto(view) or 0]
             assert came == plain
         ctypes.CDLL(None).malloc_trim(0)
-        assert tun6.resources()["memory"] - before < len(pairs) * (128 << 10)  # half of it for the peers, which are of this process too
+        assert tun6.process_resources()["memory"] - before < len(pairs) * (
+            128 << 10
+        )  # half of it for the peers, which are of this process too
 
 
 def next_read(stream: tun6.TlsStream, view: memoryview) -> int | None:
@@ -6485,7 +6487,7 @@ def test_sighup_with_a_broken_file_keeps_keys_and_certificate_as_they_were(site:
 def test_a_control_socket_may_lie_beside_the_config_and_its_folder_can_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in ("server.sock", "new/server.sock"):
-        with tun6.Control(path, cast(tun6.Registry, None)):
+        with tun6.ControlSocket(path, cast(tun6.AdminRequestHandler, None)):
             assert stat.S_ISSOCK(os.stat(path).st_mode)
             assert os.stat(path).st_mode & 0o7777 == 0o600
         assert not os.path.exists(path)

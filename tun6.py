@@ -35,7 +35,7 @@ The file, top to bottom; a section uses only names defined above it, and the pur
     edge: streams                Stream, TlsStream: a connection's bytes, as they are or inside TLS
     pumps, Session               the two hot loops, and what ends them
     Server, Client
-    administration               Registry, and Control, its Unix socket
+    administration               AdminRequestHandler, and ControlSocket, its Unix socket
     demo                         Lab, a network of namespaces on this machine
     command line                 configuration, logging, signals, exit status
 """
@@ -2190,7 +2190,7 @@ class Session:
 # ---- Server ----------------------------------------------------------------------------------------------------------
 
 
-def shown(id_: str) -> str:
+def quote_id(id_: str) -> str:
     """An Id as the log shows it."""
     return repr(id_[:ID_MAX])
 
@@ -2478,11 +2478,11 @@ class Server:
         if self._policy.keys is None:
             return
         if stream.seal is None:
-            raise Refusal("tls-required", "this server serves only clients with a key, over TLS", f"{shown(hello.id)} without TLS")
+            raise Refusal("tls-required", "this server serves only clients with a key, over TLS", f"{quote_id(hello.id)} without TLS")
         try:
             self._policy.keys.check(hello.id, hello.key)
         except Refusal as refusal:
-            raise Refusal(refusal.code, refusal.text, f"{shown(hello.id)}, {refusal.detail or refusal.text}") from None
+            raise Refusal(refusal.code, refusal.text, f"{quote_id(hello.id)}, {refusal.detail or refusal.text}") from None
 
     def _refuse(self, stream: Stream, refusal: Refusal) -> None:
         """Says why, and waits a little for the client to go: a close with its bytes unread would destroy the message."""
@@ -2530,13 +2530,13 @@ class Server:
                 if kinds is not None:
                     answer["Offload"] = sorted(tun.kinds)
                 stream.send(encode(answer))
-                log.info("%s from %s: has %s on %s%s", shown(id_), peer, prefix, tun.name, stream.security)
+                log.info("%s from %s: has %s on %s%s", quote_id(id_), peer, prefix, tun.name, stream.security)
                 ingress_filter = IngressFilter(prefix, True, None if self._policy.client_to_client else self._store.pool.network)
                 why = session.run(stream, tun, ingress_filter, self._congestion, kinds, early)
-            log.info("%s from %s: gone, %s; %s", shown(id_), peer, describe_end(why), session.summary())
+            log.info("%s from %s: gone, %s; %s", quote_id(id_), peer, describe_end(why), session.summary())
         except (StorageError, KernelError) as error:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store said it, once
-            log.log(level, "%s from %s: can't be served: %s", shown(id_), peer, error)
+            log.log(level, "%s from %s: can't be served: %s", quote_id(id_), peer, error)
             raise Refusal("server-error", "the server can't serve a new client at the moment") from None
         finally:
             del self.sessions[id_]
@@ -2555,7 +2555,7 @@ class Server:
             if id_ not in self._contended:
                 self._contended.add(id_)
                 other = self.sessions[id_].peer
-                log.warning("%s: clients at %s and %s take it from each other; give each an `id` of its own", shown(id_), other, peer)
+                log.warning("%s: clients at %s and %s take it from each other; give each an `id` of its own", quote_id(id_), other, peer)
             me.wait(TAKEOVER_PAUSE_S)
         elif live:
             self._contended.discard(id_)
@@ -2690,7 +2690,7 @@ class Client:
             prefix, kinds = parse_answer(message)
             tun.give(kinds)
             self._take_address(tun, prefix)
-            log.info("%s at %s port %d: has %s on %s%s", shown(self._id), *self._remote, prefix, tun.name, stream.security)
+            log.info("%s at %s port %d: has %s on %s%s", quote_id(self._id), *self._remote, prefix, tun.name, stream.security)
             self._told = None
             self._good = [sock.getpeername()]
             self._session = Session("the server")
@@ -2789,7 +2789,7 @@ class LoopLatency:
         return {"samples": len(self._late), "median": late[len(late) // 2], "p99": late[len(late) * 99 // 100], "max": late[-1]}
 
 
-def resources() -> dict[str, int]:
+def process_resources() -> dict[str, int]:
     """What this process has of the machine; memory in bytes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
@@ -2801,7 +2801,7 @@ def resources() -> dict[str, int]:
     }
 
 
-class Registry:
+class AdminRequestHandler:
     """What an operator does with clients: on the running server, or on its files when none runs."""
 
     def __init__(
@@ -2857,7 +2857,7 @@ class Registry:
             "seconds": round(time.monotonic() - self._pulse.began),
             "sessions": len(self._sessions),
             "assignments": len(self._store.pool.owners()),
-            **in_thread(resources),
+            **in_thread(process_resources),
             "latency": self._pulse.latency(),
         }
 
@@ -2865,7 +2865,7 @@ class Registry:
         """Gives an Id a key, and a prefix at once."""
         keys = self._need_keys()
         if keys.find(id) and not new_key:
-            raise RequestError(f"{shown(id)} has a key already; with --new-key it gets another one, and the old one ends")
+            raise RequestError(f"{quote_id(id)} has a key already; with --new-key it gets another one, and the old one ends")
         if prefix is not None:
             self.pin(id, prefix)
         entry = {"id": id, "prefix": str(self._store.assign(id)), "key": keys.issue(id)}
@@ -2897,7 +2897,7 @@ class Registry:
         try:
             self._need_keys().set_revoked(id_, revoked)
         except KeyError:
-            raise RequestError(f"{shown(id_)} has no key; `clients list` shows who has") from None
+            raise RequestError(f"{quote_id(id_)} has no key; `clients list` shows who has") from None
 
     def _need_keys(self) -> KeyStore:
         if self._keys is None:
@@ -2921,14 +2921,14 @@ class Registry:
         return entry
 
 
-class Control:
+class ControlSocket:
     """The server's Unix socket for `tun6.py clients`: one request and one answer a connection, JSON objects as on the wire."""
 
-    def __init__(self, path: str, registry: Registry) -> None:
+    def __init__(self, path: str, registry: AdminRequestHandler) -> None:
         self._path, self._registry = path, registry
         self._handlers = gevent.pool.Group()
 
-    def __enter__(self) -> Control:
+    def __enter__(self) -> ControlSocket:
         """Listens, if nobody else does there; a server without it serves as well."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -3478,14 +3478,14 @@ def _nearest(word: str, known: Iterable[str], form: str) -> str:
     return f"did you mean {form % near[0]}?" if near else "known are " + ", ".join(form % name for name in known)
 
 
-def beside(config: str, name: str | None) -> str | None:
+def resolve_path(config: str, name: str | None) -> str | None:
     """The path of a file that config.ini names: a relative one is relative to config.ini."""
     return name and os.path.join(os.path.dirname(config), name)
 
 
 def control_path(path: str, config: ServerConfig) -> str:
     """Of the server's Unix socket."""
-    return cast(str, beside(path, config.control))
+    return cast(str, resolve_path(path, config.control))
 
 
 def server_command(options: argparse.Namespace) -> None:
@@ -3499,10 +3499,10 @@ def server_command(options: argparse.Namespace) -> None:
     raise_descriptor_limit()
     if config.assignments is None:
         log.warning("no `assignments` file in %s: all prefixes are forgotten when the server ends", path)
-    store = AssignmentStore(PrefixPool(config.prefixrange), beside(path, config.assignments))
+    store = AssignmentStore(PrefixPool(config.prefixrange), resolve_path(path, config.assignments))
     keys, tls = open_keys(path, config), None
     if config.cert:
-        tls = functools.partial(server_tls, cast(str, beside(path, config.cert)))
+        tls = functools.partial(server_tls, cast(str, resolve_path(path, config.cert)))
     if keys is None:
         log.warning(
             "open: whoever reaches port %d gets a /64 and may claim any Id; `keys` in %s closes it, `new_ids_per_hour` bounds new Ids",
@@ -3517,7 +3517,9 @@ def server_command(options: argparse.Namespace) -> None:
         loop_latency = LoopLatency()
         with ExitStack() as undo:
             undo.callback(gevent.spawn(loop_latency.run).kill)
-            undo.enter_context(Control(control_path(path, config), Registry(store, keys, server.sessions, server.drop, loop_latency)))
+            undo.enter_context(
+                ControlSocket(control_path(path, config), AdminRequestHandler(store, keys, server.sessions, server.drop, loop_latency))
+            )
             server.run()
 
     def reload() -> None:
@@ -3534,7 +3536,7 @@ def open_keys(path: str, config: ServerConfig) -> KeyStore | None:
     """The keys that config.ini, `path`, names. Raises ConfigError."""
     if config.keys and not config.cert:
         raise ConfigError(f"{path}: [server] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate")
-    return KeyStore(cast(str, beside(path, config.keys))) if config.keys else None
+    return KeyStore(cast(str, resolve_path(path, config.keys))) if config.keys else None
 
 
 def client_command(options: argparse.Namespace) -> None:
@@ -3555,7 +3557,7 @@ def keygen_command(options: argparse.Namespace) -> None:
     """`tun6.py keygen`: makes the server's certificate, valid for a hundred years, as its clients compare it and nothing else."""
     path = find_config(options.config)
     config: ServerConfig = read_config(path, "server")
-    file = Path(cast(str, beside(path, config.cert or "server.pem")))
+    file = Path(cast(str, resolve_path(path, config.cert or "server.pem")))
     if file.exists():
         raise ConfigError(f"{file} is there already, its fingerprint is {certificate_fingerprint(file)}; move it away to make another")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=tun6 -keyout - -out -"
@@ -3590,7 +3592,7 @@ def certificate_fingerprint(file: Path) -> str:
 
 def perform(path: str, config: ServerConfig, request: dict[str, Any]) -> Any:
     """Lets the running server do it, or does it on its files while none runs. Raises RequestError, ConfigError, StorageError, Refusal."""
-    files = [name and os.path.realpath(name) for name in (beside(path, config.assignments), beside(path, config.keys))]
+    files = [name and os.path.realpath(name) for name in (resolve_path(path, config.assignments), resolve_path(path, config.keys))]
     control = control_path(path, config)
     request = {**request, "files": files}
     try:
@@ -3604,7 +3606,7 @@ def perform(path: str, config: ServerConfig, request: dict[str, Any]) -> Any:
             raise ConfigError(f"no server listens at {control}, and without `assignments` in {path} nothing is kept") from None
         store = AssignmentStore(PrefixPool(config.prefixrange), files[0])
         try:
-            return Registry(store, open_keys(path, config), {}, lambda id_, why: None).perform(request)
+            return AdminRequestHandler(store, open_keys(path, config), {}, lambda id_, why: None).perform(request)
         finally:
             store.close()
 
@@ -3634,20 +3636,20 @@ def clients_command(options: argparse.Namespace) -> None:
         if re.search(r"^ | $|(^| )[#;]", options.id):
             raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
         if config.cert:
-            fingerprint = certificate_fingerprint(Path(cast(str, beside(path, config.cert))))
+            fingerprint = certificate_fingerprint(Path(cast(str, resolve_path(path, config.cert))))
     done = perform(path, config, {"do": options.action, **arguments})
     if options.action == "add":
         done["fingerprint"] = fingerprint
     if options.json:
         print(json.dumps(done, indent=1))
     elif options.action == "add":
-        print(client_section(config, done))
+        print(format_client_section(config, done))
     else:
         for entry in done if isinstance(done, list) else [done]:
-            print(client_line(entry))
+            print(format_client(entry))
 
 
-def client_section(config: ServerConfig, added: dict[str, str]) -> str:
+def format_client_section(config: ServerConfig, added: dict[str, str]) -> str:
     """The part of config.ini for a client that was added."""
     host = config.localhost
     if host == "0.0.0.0":
@@ -3666,7 +3668,7 @@ def client_section(config: ServerConfig, added: dict[str, str]) -> str:
         fingerprint = {added["fingerprint"]}""")
 
 
-def client_line(entry: dict[str, Any]) -> str:
+def format_client(entry: dict[str, Any]) -> str:
     """One line of `clients list`."""
     session = entry.get("session")
     state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key"
@@ -3674,7 +3676,7 @@ def client_line(entry: dict[str, Any]) -> str:
         refused = sum(session["refused"].values())
         state += f", connected for {session['seconds']} s from {session['peer']} on {session['device']}"
         state += f", {session['received']} bytes received, {session['sent']} sent, {session['dropped']} packets dropped, {refused} refused"
-    return f"{shown(entry['id'])}  {entry['prefix'] or 'no prefix yet'}  {state}"
+    return f"{quote_id(entry['id'])}  {entry['prefix'] or 'no prefix yet'}  {state}"
 
 
 def demo_command(options: argparse.Namespace) -> None:
