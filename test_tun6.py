@@ -4102,13 +4102,13 @@ def test_nobody_comes_in_after_the_end(admission: Admission) -> None:
     assert admission.inside() == names[:8]
 
 
-# ---- SendQueue: sealed --------------------------------------------------------------------------------------------------
+# ---- SendQueue: encrypted --------------------------------------------------------------------------------------------------
 
-RECORD = struct.Struct(">BI")  # of the seal of these tests: number, modulo 256, and length
+RECORD = struct.Struct(">BI")  # of the encryption of these tests: number, modulo 256, and length
 
 
-class SealBuffer:
-    """Where a seal of these tests puts what it gives: valid until the next call."""
+class EncryptBuffer:
+    """Where an encryption of these tests puts what it gives: valid until the next call."""
 
     def __init__(self) -> None:
         self._last = bytearray()
@@ -4119,27 +4119,27 @@ class SealBuffer:
         return memoryview(self._last)
 
 
-class SealedConnection:
-    """A connection as Connection, and the seal of what is written to it: a header, and the bytes reversed."""
+class EncryptedConnection:
+    """A connection as Connection, and the encryption of what is written to it: a header, and the bytes reversed."""
 
     def __init__(self, takes: list[int]) -> None:
         self.takes = takes
         self.stream = bytearray()
-        self.sealed: list[int] = []  # bytes in each record
-        self._written = bytearray()  # by the seal: what has to be written, in this order
-        self._buffer = SealBuffer()
+        self.encrypted: list[int] = []  # bytes in each record
+        self._written = bytearray()  # by the encryption: what has to be written, in this order
+        self._buffer = EncryptBuffer()
 
-    def seal(self, data: bytes | bytearray | memoryview) -> memoryview:
+    def encrypt(self, data: bytes | bytearray | memoryview) -> memoryview:
         assert len(data)
-        record = RECORD.pack(len(self.sealed) % 256, len(data)) + bytes(data)[::-1]
-        self.sealed.append(len(data))
+        record = RECORD.pack(len(self.encrypted) % 256, len(data)) + bytes(data)[::-1]
+        self.encrypted.append(len(data))
         self._written += record
         return self._buffer.hold(record)
 
     def write(self, data: memoryview) -> int | None:
         assert len(data)
         at = len(self.stream)
-        assert bytes(data) == self._written[at : at + len(data)], "what is written is not what was sealed, in its order"
+        assert bytes(data) == self._written[at : at + len(data)], "what is written is not what was encrypted, in its order"
         took = min(self.takes.pop(0), len(data)) if self.takes else len(data)
         self.stream += data[:took]
         return took or None
@@ -4176,36 +4176,36 @@ class SealedConnection:
 def test_a_sealed_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
     steps: Steps, takes: list[int], whole_batches: bool, bare: bool
 ) -> None:
-    connection = SealedConnection(takes)
+    connection = EncryptedConnection(takes)
 
     def make(clock: Callable[[], float]) -> tun6.SendQueue:
-        return tun6.SendQueue(connection.write, bare, connection.seal, clock=clock, whole_batches=whole_batches)
+        return tun6.SendQueue(connection.write, bare, connection.encrypt, clock=clock, whole_batches=whole_batches)
 
     check_what_arrives(make, lambda: connection.received(bare), steps, bare)
 
 
 def test_while_the_connection_takes_everything_a_whole_batch_is_sealed_and_written_at_once() -> None:
-    connection = SealedConnection([])
+    connection = EncryptedConnection([])
     send_queue = tun6.SendQueue(
-        connection.write, False, connection.seal, clock=lambda: pytest.fail("nothing waits: no need to know the time")
+        connection.write, False, connection.encrypt, clock=lambda: pytest.fail("nothing waits: no need to know the time")
     )
     frames = [frame(flow, size=size) for flow, size in enumerate([1510, LARGEST, SMALLEST, 100])]
     for _ in range(3):
         send_queue.send(*batch(frames))
         assert not send_queue.blocked
-    assert connection.sealed == [sum(map(len, frames))] * 3
+    assert connection.encrypted == [sum(map(len, frames))] * 3
     assert connection.received(bare=False) == frames * 3
 
 
 @pytest.mark.parametrize("whole_batches", [False, True])
 def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_already_sealed(whole_batches: bool) -> None:
-    connection = SealedConnection([1, 0] if whole_batches else [0])
-    send_queue = tun6.SendQueue(connection.write, False, connection.seal, clock=lambda: 0.0, whole_batches=whole_batches)
-    send_queue.send(*batch([frame(9)]))  # with whole_batches, this is what was sealed
+    connection = EncryptedConnection([1, 0] if whole_batches else [0])
+    send_queue = tun6.SendQueue(connection.write, False, connection.encrypt, clock=lambda: 0.0, whole_batches=whole_batches)
+    send_queue.send(*batch([frame(9)]))  # with whole_batches, this is what was encrypted
     send_queue.send(*batch([frame(1, number) for number in range(150)]))
     connection.takes = [1, 0]
     send_queue.flush()
-    assert sum(connection.sealed) <= tun6.FLUSH_BYTES + 1510
+    assert sum(connection.encrypted) <= tun6.FLUSH_BYTES + 1510
     send_queue.send(*batch([frame(2, size=114)]))
     while send_queue.blocked:
         send_queue.flush()
@@ -4214,16 +4214,16 @@ def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_alread
 
 
 def test_not_at_once_nothing_is_sealed_before_the_connection_is_flushed_and_the_urgent_goes_first() -> None:
-    connection = SealedConnection([])
-    send_queue = tun6.SendQueue(connection.write, False, connection.seal, clock=lambda: 0.0, whole_batches=False)
+    connection = EncryptedConnection([])
+    send_queue = tun6.SendQueue(connection.write, False, connection.encrypt, clock=lambda: 0.0, whole_batches=False)
     send_queue.send(*batch([frame(1, number) for number in range(100)]))
     send_queue.send(*batch([frame(2, size=114)]))
-    assert (send_queue.blocked, connection.sealed) == (True, [])
+    assert (send_queue.blocked, connection.encrypted) == (True, [])
     while send_queue.blocked:
         send_queue.flush()
     order = [name(each)[0] for each in connection.received(bare=False)]
     assert order.index(2) * 1510 <= tun6.QUANTUM + 1510
-    assert max(connection.sealed) < tun6.FLUSH_BYTES + 1510
+    assert max(connection.encrypted) < tun6.FLUSH_BYTES + 1510
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -4243,9 +4243,9 @@ def test_real_records_of_large_batches_come_out_whole_at_the_other_end(
             with suppress(ssl.SSLWantReadError):
                 end.do_handshake()
 
-    buffer = SealBuffer()
+    buffer = EncryptBuffer()
 
-    def seal(data: bytes | bytearray | memoryview) -> memoryview:
+    def encrypt(data: bytes | bytearray | memoryview) -> memoryview:
         sender.write(data)
         return buffer.hold(to_server.read())
 
@@ -4257,7 +4257,7 @@ def test_real_records_of_large_batches_come_out_whole_at_the_other_end(
         link.extend(data[:took])
         return min(took, len(data)) or None
 
-    send_queue = tun6.SendQueue(write, False, seal, clock=lambda: 0.0, whole_batches=whole_batches)
+    send_queue = tun6.SendQueue(write, False, encrypt, clock=lambda: 0.0, whole_batches=whole_batches)
     sent = Connection([], bare=False)
     for number in range(20):
         frames = [frame(1, number * 30 + at, size) for at, size in enumerate([1510, LARGEST, LARGEST, SMALLEST])]
@@ -5252,11 +5252,11 @@ def send_segments(sock: socket.socket, segments: Iterable[bytes]) -> None:
         sock.sendall(segment)
 
 
-class Sealed:
+class TlsSocket:
     """A socket with a client's TLS in it, for a Peer; records are made and sent in two steps."""
 
     def __init__(self, sock: socket.socket, cut: Callable[[bytes], Iterable[bytes]] = lambda data: [data], hold_last: bool = False) -> None:
-        """`cut`: the segments that each flight of the handshake travels in; `hold_last`: the last flight goes with what is sealed next."""
+        """`cut`: the segments that each flight of the handshake travels in; `hold_last`: the last flight goes with what is encrypted next."""
         self.raw = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = trusting().wrap_bio(self._incoming, self._outgoing)
@@ -5277,7 +5277,7 @@ class Sealed:
         """Of the certificate that the server showed."""
         return "sha256:" + hashlib.sha256(self.tls.getpeercert(binary_form=True) or b"").hexdigest()
 
-    def seal(self, data: bytes) -> bytes:
+    def encrypt(self, data: bytes) -> bytes:
         """The records that say this."""
         self.tls.write(data)
         return self._outgoing.read()
@@ -5292,7 +5292,7 @@ class Sealed:
         return self._outgoing.read()
 
     def sendall(self, data: bytes) -> None:
-        self.raw.sendall(self.seal(data))
+        self.raw.sendall(self.encrypt(data))
 
     def recv(self, size: int) -> bytes:
         while True:
@@ -5314,10 +5314,10 @@ class TlsPeer(Peer):
     """A client spoken by hand inside TLS."""
 
     def __init__(self, lab: Lab, port: int, host: str = "client", **options: Any) -> None:
-        """`options` are those of Sealed."""
+        """`options` are those of TlsSocket."""
         super().__init__(lab, port, host)
-        self.sealed = Sealed(self.sock, **options)
-        self.sock = cast(socket.socket, self.sealed)
+        self.tls = TlsSocket(self.sock, **options)
+        self.sock = cast(socket.socket, self.tls)
 
     def __enter__(self) -> TlsPeer:
         return self
@@ -5605,7 +5605,7 @@ def test_an_edit_of_the_keys_that_is_not_read_yet_is_not_written_over(tmp_path: 
         assert reader.ids() == ["stolen", "b", "c"]
 
 
-# ---- TLS: what is sealed ----------------------------------------------------------------------------------------------
+# ---- TLS: what is encrypted ----------------------------------------------------------------------------------------------
 
 RECORD = struct.Struct(">II")  # number, bytes of what it says
 
@@ -5619,9 +5619,9 @@ RECORD = struct.Struct(">II")  # number, bytes of what it says
 def test_all_that_is_sent_was_sealed_and_all_that_was_sealed_is_sent_in_that_order(
     steps: list[list[tuple[int, int, int, bytes]] | None], takes: list[int], bare: bool, whole_batches: bool
 ) -> None:
-    numbers, stream, takes, buffer = itertools.count(), bytearray(), list(takes), SealBuffer()
+    numbers, stream, takes, buffer = itertools.count(), bytearray(), list(takes), EncryptBuffer()
 
-    def seal(data: bytes | bytearray | memoryview) -> memoryview:
+    def encrypt(data: bytes | bytearray | memoryview) -> memoryview:
         return buffer.hold(RECORD.pack(next(numbers), len(data)) + bytes(data))
 
     def write(data: memoryview) -> int | None:
@@ -5629,7 +5629,7 @@ def test_all_that_is_sent_was_sealed_and_all_that_was_sealed_is_sent_in_that_ord
         stream.extend(data[:took])
         return took or None
 
-    send_queue = tun6.SendQueue(write, bare, seal, clock=lambda: 0.0, whole_batches=whole_batches)
+    send_queue = tun6.SendQueue(write, bare, encrypt, clock=lambda: 0.0, whole_batches=whole_batches)
     sent: list[bytes] = []
     for kinds in steps:
         if kinds is None:
@@ -5710,7 +5710,7 @@ def test_however_tls_is_cut_into_records_and_segments_the_session_works(tls_serv
     stream += b"".join(header + echo_request(prefix[1], number, 200) for number in (1, 2))
     with TlsPeer(tls_server.tunnel.lab, tls_server.tunnel.port, cut=cut, hold_last=data.draw(st.booleans())) as peer:
         peer._header = header
-        send_segments(peer.sealed.raw, cut(b"".join(map(peer.sealed.seal, cut(stream)))))
+        send_segments(peer.tls.raw, cut(b"".join(map(peer.tls.encrypt, cut(stream)))))
         assert peer.connected().prefix == prefix
         peer.expect_reply(1)
         peer.expect_reply(2)
@@ -5728,7 +5728,7 @@ def test_a_hello_in_one_byte_records_is_a_hello(site: Site) -> None:
     site.serve()
     with TlsPeer(site.tunnel.lab, site.tunnel.port, cut=lambda flight: [flight[at : at + 20] for at in range(0, len(flight), 20)]) as peer:
         peer._header = bytes(10)
-        send_segments(peer.sealed.raw, [peer.sealed.seal(bytes([byte])) for byte in hello_of("a", key)])
+        send_segments(peer.tls.raw, [peer.tls.encrypt(bytes([byte])) for byte in hello_of("a", key)])
         peer.connected().echo()
 
 
@@ -5754,17 +5754,17 @@ def test_a_bare_client_inside_tls_gets_its_packets_inside_tls_too(lab: Lab, site
 
 
 @contextmanager
-def tls_stream(site: Site) -> Iterator[tuple[tun6.TlsStream, Sealed]]:
+def tls_stream(site: Site) -> Iterator[tuple[tun6.TlsStream, TlsSocket]]:
     """A server's end of a connection inside TLS, whose socket does not block, and the client's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname(), timeout=5)
         ours, _ = listener.accept()
     with theirs, gevent.socket.socket(fileno=ours.detach()) as sock, ThreadPoolExecutor() as threads:
-        sealed = threads.submit(Sealed, theirs)
+        encrypted = threads.submit(TlsSocket, theirs)
         stream = tun6.TlsStream(sock, tun6.server_tls(str(site.cert)))
-        while not sealed.done():
+        while not encrypted.done():
             gevent.sleep(0.001)
-        yield stream, sealed.result()
+        yield stream, encrypted.result()
 
 
 def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site: Site) -> None:
@@ -5775,8 +5775,8 @@ def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site:
         before = tun6.process_resources()["memory"]
         for stream, peer in pairs:
             came = bytearray()
-            assert len(stream.seal(plain)) > len(plain)
-            records = b"".join(peer.seal(plain[at : at + 10_000]) for at in range(0, len(plain), 10_000))
+            assert len(stream.encrypt(plain)) > len(plain)
+            records = b"".join(peer.encrypt(plain[at : at + 10_000]) for at in range(0, len(plain), 10_000))
             peer.raw.setblocking(False)
             while len(came) < len(plain):
                 with suppress(BlockingIOError):
@@ -5800,7 +5800,7 @@ def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(site: Site) -> N
     view, most = memoryview(bytearray(tun6.BATCH_BYTES)), 0
     with tls_stream(site) as (stream, peer), pytest.raises(tun6.ProtocolError, match="more new keys than it takes"):
         for _ in range(200):
-            peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX, ask=True) + peer.seal(b"x"))
+            peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX, ask=True) + peer.encrypt(b"x"))
             assert next_read(stream, view) == 1
             assert stream._outgoing.pending > most
             most = stream._outgoing.pending
@@ -5812,9 +5812,9 @@ def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(site: Site) -> None:
     view = memoryview(bytearray(tun6.BATCH_BYTES))
     with tls_stream(site) as (stream, peer):
         for _ in range(3):
-            peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX))
+            peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX))
             assert next_read(stream, view) is None
-        peer.raw.sendall(peer.new_keys(tun6.CHATTER_MAX + 1))
+        peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX + 1))
         with pytest.raises(tun6.ProtocolError, match="more of TLS itself"):
             next_read(stream, view)
 
@@ -5822,7 +5822,7 @@ def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(site: Site) -> None:
 def test_records_of_a_byte_each_come_fewer_at_a_time(site: Site) -> None:
     view, count = memoryview(bytearray(tun6.BATCH_BYTES)), 30_000
     with tls_stream(site) as (stream, peer), ThreadPoolExecutor() as threads:
-        sent = threads.submit(peer.raw.sendall, b"".join(peer.seal(bytes([number % 251])) for number in range(count)))
+        sent = threads.submit(peer.raw.sendall, b"".join(peer.encrypt(bytes([number % 251])) for number in range(count)))
         turns, came = [], bytearray()
         while len(came) < count:
             turns.append(next_read(stream, view) or 0)
@@ -5838,7 +5838,7 @@ def test_who_talks_tls_without_end_instead_of_saying_hello_is_refused_and_holds_
     with site.tunnel.peer("live", host="second") as live, TlsPeer(lab, site.tunnel.port) as hostile:
         live.connected().echo()
         with suppress(ConnectionError):
-            hostile.sealed.raw.sendall(hostile.sealed.new_keys(100_000))
+            hostile.tls.raw.sendall(hostile.tls.new_keys(100_000))
         server.wait_for("refused, bad hello: more than 32768 bytes of TLS", seconds=5)
         live.echo()
 
@@ -5854,7 +5854,7 @@ def test_packets_in_the_flight_that_ends_the_tls_handshake_are_delivered(site: S
         parts = [hello_of("hasty", key), *(bytes(10) + echo_request(prefix[1], number, 1400) for number in range(50, 60))]
         if records == "one record":
             parts = [b"".join(parts)]
-        peer.sealed.raw.sendall(b"".join(map(peer.sealed.seal, parts)))
+        peer.tls.raw.sendall(b"".join(map(peer.tls.encrypt, parts)))
         peer.connected()
         for number in range(50, 60):
             peer.expect_reply(number)
@@ -5922,7 +5922,7 @@ def test_peers_that_stop_in_the_tls_handshake_do_not_keep_others_of_their_host_o
 
         def comes_in() -> bool:  # those that said something have a second before one has to go
             with suppress(OSError, EOFError), Peer(lab, site.tunnel.port) as raw:
-                raw.sock = cast(socket.socket, Sealed(raw.sock))
+                raw.sock = cast(socket.socket, TlsSocket(raw.sock))
                 raw.hello("late", [])
                 raw.connected().echo()
                 return True
@@ -5968,12 +5968,12 @@ def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab:
                 peer.ended()
             live.echo()
         with TlsPeer(lab, site.tunnel.port) as no_hello, site.peer("a") as live_before:
-            no_hello.sealed.raw.sendall(os.urandom(100))
-            no_hello.sealed.raw.shutdown(socket.SHUT_WR)
+            no_hello.tls.raw.sendall(os.urandom(100))
+            no_hello.tls.raw.shutdown(socket.SHUT_WR)
             with suppress(ssl.SSLError):
                 no_hello.ended()
             live_before.connected().echo()
-            live_before.sealed.raw.sendall(b"\x17\x03\x03\x00\x20" + os.urandom(32))
+            live_before.tls.raw.sendall(b"\x17\x03\x03\x00\x20" + os.urandom(32))
             wait_until("its session ends", lambda: len(server_routes(lab)) == 1)
         live.echo()
         assert server_routes(lab) == {str(live.prefix)}
@@ -6415,7 +6415,7 @@ def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> 
 def certificate_shown(site: Site) -> str:
     """The fingerprint that a newcomer sees."""
     with TlsPeer(site.tunnel.lab, site.tunnel.port) as peer:
-        return str(peer.sealed.fingerprint())
+        return str(peer.tls.fingerprint())
 
 
 def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(lab: Lab, site: Site) -> None:

@@ -106,7 +106,7 @@ R = TypeVar("R")
 # As readinto and write of Python's raw files: they give how many bytes they moved, None when that would block, and Read 0 at the end.
 Read = Callable[[memoryview], Optional[int]]
 Write = Callable[[memoryview], Optional[int]]
-Seal = Callable[[Union[bytes, bytearray, memoryview]], memoryview]  # plain text to TLS records; valid until the next call
+Encrypt = Callable[[Union[bytes, bytearray, memoryview]], memoryview]  # plain text to TLS records; valid until the next call
 
 # ---- constants of the wire -------------------------------------------------------------------------------------------
 
@@ -150,11 +150,11 @@ COLLAPSE_MAX, COLLAPSE_S = 20, 60  # warnings of one kind in the log, in so many
 SECRET = 0o600  # mode of a file with keys
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH_BYTES = 256 << 10  # bytes moved before others get their turn
-RECORD_DATA = 16 << 10  # bytes in a TLS record: RFC 8446 section 5.1
+RECORD_DATA_MAX = 16 << 10  # bytes in a TLS record: RFC 8446 section 5.1
 RECORD_HEADER = 5  # bytes, the last two its length
 RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: section 5.2
-GREETING_MAX = 32 << 10  # bytes of TLS with which a peer says who it is: certificates, hello, 4 KiB behind it
-CHATTER_MAX = 16  # records of TLS itself in a turn: new keys and session tickets, which are rare
+TLS_HANDSHAKE_BYTES_MAX = 32 << 10  # bytes of TLS with which a peer says who it is: certificates, hello, 4 KiB behind it
+POST_HANDSHAKE_RECORDS_MAX = 16  # records of TLS itself in a turn: new keys and session tickets, which are rare
 BATCH_FRAMES = 1_000  # frames moved, or TLS records opened, likewise: about 5 ms
 JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
 JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
@@ -845,17 +845,17 @@ class SendQueue:
         self,
         write: Write,
         bare: bool,
-        seal: Seal | None = None,
+        encrypt: Encrypt | None = None,
         clock: Callable[[], float] = time.monotonic,
         whole_batches: bool = True,
         shared: SharedBuffer | None = None,
     ) -> None:
-        """bare: each packet is written by itself, without its offload header; `seal` encrypts what is written; `room`: see FqCodelQueue.
+        """bare: each packet is written by itself, without its offload header; `encrypt` encrypts what is written; `room`: see FqCodelQueue.
 
-        whole_batches: a whole batch is sealed, if there is no queue; else it comes in small pieces from the queue, as what is
-        sealed can't be overtaken any more.
+        whole_batches: a whole batch is encrypted, if there is no queue; else it comes in small pieces from the queue, as what is
+        encrypted can't be overtaken any more.
         """
-        self._write, self._bare, self._seal, self._clock, self._whole_batches = write, bare, seal, clock, whole_batches
+        self._write, self._bare, self._encrypt, self._clock, self._whole_batches = write, bare, encrypt, clock, whole_batches
         self._queue = FqCodelQueue(shared=shared)
         self._begun = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # something waits for the connection
@@ -875,9 +875,9 @@ class SendQueue:
         if not self.blocked and self._whole_batches:
             if self._bare:
                 taken = self._send_each(frames, ends)
-            elif self._seal:
+            elif self._encrypt:
                 taken = len(ends)
-                data = self._seal(frames[: ends[-1]])
+                data = self._encrypt(frames[: ends[-1]])
                 self._begun = memoryview(bytes(data[self._write(data) or 0 :]))
             else:
                 sent = self._write(frames[: ends[-1]]) or 0
@@ -913,7 +913,7 @@ class SendQueue:
                 break
         if frames:
             data = frames[0][OFFLOAD_HEADER.size :] if self._bare else b"".join(frames)
-            self._begun = memoryview(bytes(self._seal(data)) if self._seal else data)
+            self._begun = memoryview(bytes(self._encrypt(data)) if self._encrypt else data)
         return bool(frames)
 
     def _taken(self, frames: memoryview, ends: list[int], sent: int) -> int:
@@ -928,10 +928,10 @@ class SendQueue:
         begin = 0
         for number, end in enumerate(ends):
             packet = frames[begin + OFFLOAD_HEADER.size : end]
-            data = self._seal(packet) if self._seal else packet
+            data = self._encrypt(packet) if self._encrypt else packet
             sent = self._write(data) or 0
             if sent < len(data):
-                begun = bool(sent or self._seal)  # what is sealed has to be sent
+                begun = bool(sent or self._encrypt)  # what is encrypted has to be sent
                 self._begun = memoryview(bytes(data[sent:])) if begun else self._begun
                 return number + begun
             begin = end
@@ -1627,17 +1627,17 @@ def sysctl(name: str) -> str:
 class Stream:
     """The bytes of one connection, as they are.
 
-    While two messages are exchanged, `receive` and `send` wait; then the pumps use `readinto`, and `seal` and `write`.
+    While two messages are exchanged, `receive` and `send` wait; then the pumps use `readinto`, and `encrypt` and `write`.
     """
 
-    seal: Seal | None = None
+    encrypt: Encrypt | None = None
     security = ""  # for the log
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         file = io.FileIO(sock.fileno(), "r+", closefd=False)
         self.readinto: Read = file.readinto
-        self.write: Write = file.write  # to the socket: what `seal` gave, if there is one
+        self.write: Write = file.write  # to the socket: what `encrypt` gave, if there is one
 
     def receive(self) -> bytes:
         """What comes next. Raises EOFError, OSError, ProtocolError."""
@@ -1651,9 +1651,9 @@ class Stream:
         self.sock.sendall(data)
 
 
-# Of the process, as those of the pumps; a turn brings no more than they take. Fresh memory of that size would cost more than to seal.
-_cipher_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))
-_sealed_buffer = memoryview(bytearray(len(_cipher_buffer) + 3 * RECORD_MAX))
+# Of the process, as those of the pumps; a turn brings no more than they take. Fresh memory of that size would cost more than to encrypt.
+_ciphertext_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))
+_record_buffer = memoryview(bytearray(len(_ciphertext_buffer) + 3 * RECORD_MAX))
 
 
 class TlsStream(Stream):
@@ -1697,18 +1697,18 @@ class TlsStream(Stream):
 
     def send(self, data: bytes) -> None:
         """Sends it all. Raises OSError, ProtocolError."""
-        self.sock.sendall(bytes(self.seal(data)))
+        self.sock.sendall(bytes(self.encrypt(data)))
 
-    def seal(self, data: bytes | bytearray | memoryview) -> memoryview:
+    def encrypt(self, data: bytes | bytearray | memoryview) -> memoryview:
         """The records that say this, behind what TLS itself has to say; valid until the next call. Raises ProtocolError."""
         filled = 0
         with _tls_errors():
-            for at in range(0, len(data), RECORD_DATA):
-                self._tls.write(data[at : at + RECORD_DATA])
+            for at in range(0, len(data), RECORD_DATA_MAX):
+                self._tls.write(data[at : at + RECORD_DATA_MAX])
                 record = self._outgoing.read()
-                _sealed_buffer[filled : filled + len(record)] = record
+                _record_buffer[filled : filled + len(record)] = record
                 filled += len(record)
-        return _sealed_buffer[:filled]
+        return _record_buffer[:filled]
 
     def _wait_for(self, step: Callable[..., R], *args: Any) -> R:
         """The result of a step that needs more from the peer, or has something to say to it."""
@@ -1723,8 +1723,8 @@ class TlsStream(Stream):
                         self.sock.sendall(self._outgoing.read())
                 data = super().receive()
                 self._greeting += len(data)
-                if self._greeting > GREETING_MAX:
-                    raise ProtocolError(f"more than {GREETING_MAX} bytes of TLS, and the handshake is not over")
+                if self._greeting > TLS_HANDSHAKE_BYTES_MAX:
+                    raise ProtocolError(f"more than {TLS_HANDSHAKE_BYTES_MAX} bytes of TLS, and the handshake is not over")
                 gevent.sleep()  # recv does not wait for a peer that floods
                 for piece in self._pieces(memoryview(self._header + data)):
                     self._incoming.write(piece)
@@ -1746,15 +1746,15 @@ class TlsStream(Stream):
     def _read_records(self, view: memoryview) -> int | None:
         """A Read. What it leaves in memory is less than a record, as the view has room for all others."""
         begin = len(self._header)
-        _cipher_buffer[:begin] = self._header
-        got = self._read_socket(_cipher_buffer[begin : begin + (len(view) - RECORD_MAX - begin) // self._share])
+        _ciphertext_buffer[:begin] = self._header
+        got = self._read_socket(_ciphertext_buffer[begin : begin + (len(view) - RECORD_MAX - begin) // self._share])
         if not got:
             return got
         if self._outgoing.pending > RECORD_MAX:
             raise ProtocolError("the other side asks for more new keys than it takes")
         filled = records = chatter = 0
         with _tls_errors():
-            for piece in self._pieces(_cipher_buffer[: begin + got]):
+            for piece in self._pieces(_ciphertext_buffer[: begin + got]):
                 self._incoming.write(piece)
                 if not self._missing:
                     records += 1
@@ -1762,7 +1762,7 @@ class TlsStream(Stream):
                         filled += cast(int, self._tls.read(len(view) - filled, cast(bytearray, view[filled:])))
                     except ssl.SSLWantReadError:  # it was of TLS itself
                         chatter += 1
-                        if chatter > CHATTER_MAX:
+                        if chatter > POST_HANDSHAKE_RECORDS_MAX:
                             raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
         self._share = 8 if records > BATCH_FRAMES // self._share else 1
         return filled or None
@@ -2150,7 +2150,7 @@ class Session:
         self.refused = ingress_filter.refused
         lan = choose_congestion_control(sock, congestion)
         write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
-        send_queue = SendQueue(write, bare, stream.seal, whole_batches=lan or not stream.seal, shared=SHARED_BUFFER)
+        send_queue = SendQueue(write, bare, stream.encrypt, whole_batches=lan or not stream.encrypt, shared=SHARED_BUFFER)
         deframer = Deframer(_tcp_buffer, None if bare else tun.kinds, ingress_filter)
 
         def tun_to_tcp() -> None:
@@ -2477,7 +2477,7 @@ class Server:
         """Raises Refusal for who may not come in."""
         if self._policy.keys is None:
             return
-        if stream.seal is None:
+        if stream.encrypt is None:
             raise Refusal("tls-required", "this server serves only clients with a key, over TLS", f"{quote_id(hello.id)} without TLS")
         try:
             self._policy.keys.check(hello.id, hello.key)
