@@ -161,7 +161,7 @@ JSON = st.recursive(
 
 def feed(segments: Segments) -> tuple[dict[str, Any], bytes]:
     """What a Handshake makes of them: the message, and all that was behind it."""
-    handshake = tun6.Handshake()
+    handshake = tun6.MessageParser()
     for number, segment in enumerate(segments):
         found = handshake.feed(segment or b"")
         if found:
@@ -233,7 +233,7 @@ def test_brackets_and_quotes_in_strings_are_text_and_the_limits_themselves_are_a
 )
 def test_what_is_no_message_is_refused_as_soon_as_that_is_certain(data: bytes, complaint: str) -> None:
     for step in 1, len(data):
-        handshake = tun6.Handshake()
+        handshake = tun6.MessageParser()
         with pytest.raises(tun6.ProtocolError, match=complaint):
             for at in range(0, len(data), step):
                 assert handshake.feed(data[at : at + step]) is None
@@ -248,7 +248,7 @@ SCRAPS = st.lists(
 def test_no_bytes_make_a_handshake_raise_anything_but_the_protocol_error(garbage: bytes) -> None:
     for data in garbage, b'{"Id": ' + garbage, b'{"Id": "' + garbage:
         try:
-            found = tun6.Handshake().feed(data)
+            found = tun6.MessageParser().feed(data)
         except tun6.ProtocolError:
             continue
         if found:
@@ -290,12 +290,12 @@ def test_offload_of_another_type_is_refused(value: object) -> None:
 
 
 def test_a_legacy_answer_has_exactly_the_bytes_of_the_original() -> None:
-    assert tun6.encode({"Prefix": "2000:aaaa:bbbb:ccdd::/64"}) == b'{"Prefix": "2000:aaaa:bbbb:ccdd::/64"}'
+    assert tun6.encode_message({"Prefix": "2000:aaaa:bbbb:ccdd::/64"}) == b'{"Prefix": "2000:aaaa:bbbb:ccdd::/64"}'
 
 
 @given(st.text(max_size=64))
 def test_what_is_encoded_is_found_again(text: str) -> None:
-    data = tun6.encode({"Id": text})
+    data = tun6.encode_message({"Id": text})
     assert data.isascii()
     assert feed([data]) == ({"Id": text}, b"")
 
@@ -535,7 +535,7 @@ def test_a_kind_of_offload_is_taken_only_when_it_was_offered(header: bytes, offe
 def test_only_packets_that_the_peer_can_take_are_sent(frame: bytes, all_kinds: bool, no_kinds: bool, legacy: bool) -> None:
     buffer = bytearray(b"\xff" * 7 + frame + b"\xff" * 60)
     for kinds, sent in ((BOTH, all_kinds), (frozenset[str](), no_kinds), (None, legacy)):
-        assert tun6.sendable(memoryview(buffer), 7, len(frame), kinds) is sent
+        assert tun6.is_sendable(memoryview(buffer), 7, len(frame), kinds) is sent
         assert buffer == b"\xff" * 7 + frame + b"\xff" * 60
         if sent:  # and our own receiver agrees
             packet_ = frame if kinds is not None else frame[len(PLAIN) :]
@@ -545,7 +545,7 @@ def test_only_packets_that_the_peer_can_take_are_sent(frame: bytes, all_kinds: b
 @pytest.mark.parametrize(("flags", "left"), [(2, 0), (3, 1)])
 def test_the_kernels_own_flag_is_cleared_and_keeps_no_packet_from_a_legacy_peer(flags: int, left: int) -> None:
     buffer = bytearray(offload(flags, csum_start=40 * left) + packet(bytes(60), TCP))
-    assert tun6.sendable(memoryview(buffer), 0, len(buffer), None) is (not left)
+    assert tun6.is_sendable(memoryview(buffer), 0, len(buffer), None) is (not left)
     assert buffer[0] == left
     assert len(tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(bytes(buffer))) == 1
 
@@ -607,7 +607,7 @@ def cut_apart(frame: bytes) -> list[bytes]:
 def join(frames: list[bytes]) -> list[bytes]:
     """What becomes of these frames, each of which the peer has to take."""
     view, ends = batch(frames)
-    ends = tun6.join_datagrams(view, ends)
+    ends = tun6.coalesce_datagrams(view, ends)
     stream = bytes(view[: ends[-1]])
     deframer, joined = tun6.Deframer(BUFFER, BOTH, PERMIT_ALL), []
     for at in range(0, len(stream), tun6.MESSAGE_MAX):
@@ -647,7 +647,7 @@ def test_what_leaves_the_other_end_is_the_same_whether_datagrams_were_joined_or_
     joined = join(frames)
     assert [cut for frame in joined for cut in cut_apart(frame)] == [cut for frame in frames for cut in cut_apart(frame)]
     for frame in joined:
-        assert frame[1] == 0 or (len(cut_apart(frame)) <= tun6.JOINED_MAX and len(frame) <= tun6.JOINED_BYTES)
+        assert frame[1] == 0 or (len(cut_apart(frame)) <= tun6.COALESCED_DATAGRAMS_MAX and len(frame) <= tun6.COALESCED_BYTES_MAX)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -4402,7 +4402,7 @@ class Fuzz:
     @staticmethod
     def outcome(segments: Segments) -> object:
         """Message and rest; None when it is not complete, the complaint when it is wrong."""
-        handshake = tun6.Handshake()
+        handshake = tun6.MessageParser()
         for number, segment in enumerate(segments):
             try:
                 found = handshake.feed(segment or b"")

@@ -26,7 +26,7 @@ same port, the wire is the same, and the client may add "Key".
 The file, top to bottom; a section uses only names defined above it, and the pure ones touch neither socket nor file:
 
     constants, errors            what ends when each is raised
-    pure: wire                   Handshake, messages, offload header, IngressFilter, Deframer, join_datagrams
+    pure: wire                   Handshake, messages, offload header, IngressFilter, Deframer, coalesce_datagrams
     pure: prefixes               PrefixPool
     pure: the queue              FqCodelQueue, SendQueue: what waits for a connection that is full
     pure: network plans          what is to be said to `ip`, as do/undo pairs
@@ -118,7 +118,7 @@ IPV6_HEADER = 40  # bytes, RFC 8200 section 3
 PACKET_MAX = IPV6_HEADER + 0xFFFF  # bytes: the largest that payload-length can say
 OFFLOAD_HEADER = struct.Struct("<BBHHHH")  # struct virtio_net_hdr, linux/virtio_net.h, little-endian:
 #                                            flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
-NO_OFFLOAD = bytes(OFFLOAD_HEADER.size)
+EMPTY_OFFLOAD_HEADER = bytes(OFFLOAD_HEADER.size)
 TLS_HANDSHAKE = 0x16  # first byte of a client that speaks TLS, RFC 8446 section 5.1; { is that of a plain one
 NEEDS_CSUM, DATA_VALID = 1, 2  # flags
 GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # gso_type
@@ -156,8 +156,8 @@ RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: section 
 TLS_HANDSHAKE_BYTES_MAX = 32 << 10  # bytes of TLS with which a peer says who it is: certificates, hello, 4 KiB behind it
 POST_HANDSHAKE_RECORDS_MAX = 16  # records of TLS itself in a turn: new keys and session tickets, which are rare
 BATCH_FRAMES = 1_000  # frames moved, or TLS records opened, likewise: about 5 ms
-JOINED_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
-JOINED_BYTES = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
+COALESCED_DATAGRAMS_MAX = 64  # datagrams joined to one frame: UDP_MAX_SEGMENTS before Linux 6.9
+COALESCED_BYTES_MAX = 8 << 10  # of such a frame: no more than a link gets before it can send it, see UNSENT_MIN
 TUN_CLOSERS = 64  # threads: a TUN takes 24 ms to close, and in threads the closes overlap
 LOOKUP_S = 2.0  # that a lookup of the server's name may take before the last good address is tried
 DEVICE_REMOVED, DEVICE_SET_DOWN = "somebody removed it", "somebody set it down"  # what may happen to a device of ours
@@ -239,12 +239,12 @@ class Refusal(SessionError):
 # ---- pure: wire ------------------------------------------------------------------------------------------------------
 
 
-def encode(message: dict[str, Any]) -> bytes:
+def encode_message(message: dict[str, Any]) -> bytes:
     """The bytes of one handshake message."""
     return json.dumps(message).encode("ascii")
 
 
-class Handshake:
+class MessageParser:
     """Finds the one JSON object that a connection begins with, however it is cut into segments."""
 
     def __init__(self) -> None:
@@ -301,7 +301,7 @@ def is_id(text: object) -> bool:
     return isinstance(text, str) and 1 <= len(text) <= ID_MAX and text.isprintable()
 
 
-def offload_of(message: dict[str, Any]) -> frozenset[str] | None:
+def parse_offload(message: dict[str, Any]) -> frozenset[str] | None:
     """The GSO kinds that the sender of this message can take; None from a legacy peer."""
     kinds = message.get("Offload")
     if kinds is None:
@@ -315,7 +315,7 @@ class Hello(NamedTuple):
     """What a client says."""
 
     id: str
-    kinds: frozenset[str] | None  # as of offload_of
+    kinds: frozenset[str] | None  # as of parse_offload
     key: str  # "" when it gave none
 
 
@@ -326,7 +326,7 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    return Hello(message["Id"], offload_of(message), key)
+    return Hello(message["Id"], parse_offload(message), key)
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -340,7 +340,7 @@ def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] |
         raise ProtocolError(f"Prefix {printable(message.get('Prefix'))!r} is no unicast IPv6 network: {printable(error)}") from None
     if prefix.prefixlen != 64:
         raise ProtocolError(f"Prefix {prefix} is not a /64")
-    return prefix, offload_of(message)
+    return prefix, parse_offload(message)
 
 
 def printable(text: object, limit: int = 200) -> str:
@@ -494,7 +494,7 @@ _SHORTEST = OFFLOAD_HEADER.size + IPV6_HEADER  # bytes
 _unpack_to_send = struct.Struct(">BBxxxxxxxxBxxxHB").unpack_from  # flags, gso_type; version nibble, payload length, next header
 
 
-def sendable(buffer: memoryview, at: int, length: int, kinds: frozenset[str] | None) -> bool:
+def is_sendable(buffer: memoryview, at: int, length: int, kinds: frozenset[str] | None) -> bool:
     """Whether what one read of a TUN put into the buffer (offload header and packet) may go to a peer that takes these GSO kinds.
 
     Not what is no IPv6 packet or has no length that the wire could say (IPv4, jumbograms, BIG TCP); nor what waited in the TUN
@@ -517,7 +517,7 @@ _OPEN_UDP = OFFLOAD_HEADER.pack(NEEDS_CSUM, GSO_NONE, 0, 0, IPV6_HEADER, 6)  # o
 _unpack_datagram = struct.Struct(">10s4sH38sHxx").unpack_from
 
 
-def join_datagrams(frames: memoryview, ends: list[int]) -> list[int]:
+def coalesce_datagrams(frames: memoryview, ends: list[int]) -> list[int]:
     """Makes one GSO frame of neighbours that are datagrams of one UDP flow and of one size (the last may be shorter).
 
     Works in place, and gives the new ends; arguments as of SendQueue.send. The peer's kernel takes and routes such a frame as one
@@ -534,9 +534,9 @@ def join_datagrams(frames: memoryview, ends: list[int]) -> list[int]:
             and length == udp_length
             and its_label == label
             and its_kind == kind
-            and datagrams < JOINED_MAX
-            and to - start + length < JOINED_BYTES
-            and (kind == _OPEN_UDP or (_is_whole(frames[begin:end]) and (datagrams > 1 or _is_whole(frames[start:to]))))
+            and datagrams < COALESCED_DATAGRAMS_MAX
+            and to - start + length < COALESCED_BYTES_MAX
+            and (kind == _OPEN_UDP or (_has_valid_checksum(frames[begin:end]) and (datagrams > 1 or _has_valid_checksum(frames[start:to]))))
         ):
             datagrams += 1
             grown = to + length - UDP_HEADER
@@ -546,28 +546,28 @@ def join_datagrams(frames: memoryview, ends: list[int]) -> list[int]:
                 flow = b""  # it was the last
         else:
             if datagrams > 1:
-                _write_joined_headers(frames[start:to], size)
+                _write_gso_headers(frames[start:to], size)
             start, to = to, to + end - begin
             if start != begin:
                 frames[start:to] = frames[begin:end]
             joined.append(to)
             datagrams = 1
             kind, label, size = its_kind, its_label, length
-            flow = its_flow if its_flow[0] == 17 and length == udp_length and kind in (_OPEN_UDP, NO_OFFLOAD) else b""
+            flow = its_flow if its_flow[0] == 17 and length == udp_length and kind in (_OPEN_UDP, EMPTY_OFFLOAD_HEADER) else b""
         begin = end
     if datagrams > 1:
-        _write_joined_headers(frames[start:to], size)
+        _write_gso_headers(frames[start:to], size)
     return joined
 
 
-def _is_whole(frame: memoryview) -> bool:
+def _has_valid_checksum(frame: memoryview) -> bool:
     """Whether the checksum of a UDP datagram is there and right: with the pseudo header, RFC 8200 section 8.1, the sum of all is 0."""
     udp = frame[_SHORTEST:]
     summed = int.from_bytes(frame[OFFLOAD_HEADER.size + 8 :], "big") << 8 * (len(frame) % 2)  # 2**16 is 1, modulo 0xFFFF
     return bool((udp[6] or udp[7]) and (summed + len(udp) + 17) % 0xFFFF == 0)
 
 
-def _write_joined_headers(frame: memoryview, size: int) -> None:
+def _write_gso_headers(frame: memoryview, size: int) -> None:
     """Makes the first datagram's headers those of the frame of datagrams of `size` bytes, UDP header included."""
     length = len(frame) - _SHORTEST
     addresses = int.from_bytes(frame[OFFLOAD_HEADER.size + 8 : _SHORTEST], "big")
@@ -1435,10 +1435,10 @@ class Tun:
                 log.warning("TUN device %s: %s can't be turned off: %s", self.name, key, error.strerror)
         self.kinds = frozenset({"tso6", "uso6"} if self._offload(self.USO) else {"tso6"} if self._offload(0) else ())
         if "uso6" not in self.kinds:
-            note_missing(self.kinds)
-        self.give(None)
+            log_missing_offloads(self.kinds)
+        self.set_offload(None)
 
-    def give(self, kinds: frozenset[str] | None) -> None:
+    def set_offload(self, kinds: frozenset[str] | None) -> None:
         """From now on reads may bring GSO packets of these kinds and open checksums; None: finished packets only. Raises KernelError."""
         if kinds is not None and self._offload(self.USO if {"tso6", "uso6"} <= kinds & self.kinds else 0, "tso6" in kinds):
             return
@@ -1592,7 +1592,7 @@ def parse_attributes(data: bytes) -> dict[int, bytes]:
 
 
 @functools.cache
-def note_missing(kinds: frozenset[str]) -> None:
+def log_missing_offloads(kinds: frozenset[str]) -> None:
     """Says once what this kernel can't do, and why that is no fault."""
     what = "UDP packets (Linux 6.2 and newer can)" if kinds else "packets"
     log.info("this kernel hands %s to a TUN only one by one: it works, but slower", what)
@@ -1920,7 +1920,7 @@ def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, kinds: frozenset[s
                 got = read(room)
                 if got is None:
                     break
-                if sendable(view, have, got, kinds):
+                if is_sendable(view, have, got, kinds):
                     have += got
                     ends.append(have)
                     if have >= BATCH_BYTES:
@@ -1932,8 +1932,8 @@ def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, kinds: frozenset[s
             raise tun_error(tun.name, error) from None
         found = len(ends)
         if found:
-            small = joins and found > 1 and have < found * JOINED_BYTES // 2  # large ones are no datagrams to be joined
-            send_queue.send(view, join_datagrams(view, ends) if small else ends)
+            small = joins and found > 1 and have < found * COALESCED_BYTES_MAX // 2  # large ones are no datagrams to be joined
+            send_queue.send(view, coalesce_datagrams(view, ends) if small else ends)
             traffic.sent += have
         if send_queue.blocked:
             send_queue.flush()
@@ -1953,7 +1953,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, early: by
     """
 
     def write_bare(packet: memoryview) -> int:
-        return os.writev(tun.fd, [NO_OFFLOAD, packet])
+        return os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, packet])
 
     write: Write = write_bare if bare else tun.file.write
     size = BATCH_BYTES  # bytes that a turn may bring: less from a peer whose frames are small
@@ -2052,7 +2052,7 @@ def choose_congestion_control(sock: socket.socket, congestion: CongestionControl
 
 def receive_message(stream: Stream) -> tuple[dict[str, Any], bytes]:
     """The peer's handshake message and the first bytes behind it. Raises ProtocolError, EOFError, OSError."""
-    handshake = Handshake()
+    handshake = MessageParser()
     while True:
         found = handshake.feed(stream.receive())
         if found:
@@ -2434,7 +2434,7 @@ class Server:
         with suppress(OSError), gevent.Timeout(ACCEPT_PAUSE_S, False):
             sock, _ = listener.accept()
             with sock:
-                sock.sendall(encode({"Error": "busy", "Text": "the server has no room for another connection"}))
+                sock.sendall(encode_message({"Error": "busy", "Text": "the server has no room for another connection"}))
         with suppress(OSError):
             self._spare = None
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -2489,7 +2489,7 @@ class Server:
         self._admission.release(gevent.getcurrent())
         with gevent.Timeout(1, False):
             try:
-                stream.send(encode({"Error": refusal.code, "Text": refusal.text}))
+                stream.send(encode_message({"Error": refusal.code, "Text": refusal.text}))
                 stream.sock.shutdown(socket.SHUT_WR)
                 while stream.sock.recv(MESSAGE_MAX):
                     gevent.sleep()  # recv does not wait for a peer that floods, and then the timeout would never come
@@ -2515,7 +2515,7 @@ class Server:
                 tun = Tun(self._tun)
                 undo.callback(tun.close)
                 session.device = tun.name
-                tun.give(kinds)
+                tun.set_offload(kinds)
                 plan = server_plan(tun.name, self._mtu, prefix)
                 self._kernel.apply(plan)
 
@@ -2529,7 +2529,7 @@ class Server:
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 if kinds is not None:
                     answer["Offload"] = sorted(tun.kinds)
-                stream.send(encode(answer))
+                stream.send(encode_message(answer))
                 log.info("%s from %s: has %s on %s%s", quote_id(id_), peer, prefix, tun.name, stream.security)
                 ingress_filter = IngressFilter(prefix, True, None if self._policy.client_to_client else self._store.pool.network)
                 why = session.run(stream, tun, ingress_filter, self._congestion, kinds, early)
@@ -2685,10 +2685,10 @@ class Client:
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(tun.kinds)}
                 if self._trust and self._trust.key:
                     hello["Key"] = self._trust.key
-                stream.send(encode(hello))
+                stream.send(encode_message(hello))
                 message, early = receive_message(stream)
             prefix, kinds = parse_answer(message)
-            tun.give(kinds)
+            tun.set_offload(kinds)
             self._take_address(tun, prefix)
             log.info("%s at %s port %d: has %s on %s%s", quote_id(self._id), *self._remote, prefix, tun.name, stream.security)
             self._told = None
@@ -2986,7 +2986,7 @@ class ControlSocket:
                     answer = {"done": self._registry.perform(request)}
                 except Tun6Error as error:
                     answer = {"error": str(error)}
-                sock.sendall(encode(answer))
+                sock.sendall(encode_message(answer))
             except (gevent.Timeout, EOFError, OSError, ProtocolError) as error:
                 log.debug("control: %s", describe_end(error))
             except Exception as error:
@@ -2998,7 +2998,7 @@ def ask_server(path: str, request: dict[str, Any]) -> Any:
     with system_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(HANDSHAKE_S)
         sock.connect(path)
-        sock.sendall(encode(request))
+        sock.sendall(encode_message(request))
         text = b"".join(iter(functools.partial(sock.recv, 1 << 16), b""))
     try:
         answer = json.loads(text)

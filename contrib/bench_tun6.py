@@ -576,8 +576,8 @@ sys.exit(tun6.main())
 """
 TUN6_LEGACY = """
 import sys, tun6
-encode = tun6.encode
-tun6.encode = lambda message: encode({key: value for key, value in message.items() if key != "Offload"})
+encode = tun6.encode_message
+tun6.encode_message = lambda message: encode_message({key: value for key, value in message.items() if key != "Offload"})
 sys.exit(tun6.main())
 """
 TUN6_CONFIG = """
@@ -891,7 +891,7 @@ class Caller:
         self.sock, self._id = sock, f"caller {number}"
         self.began = time.monotonic()
         self.seconds: float | None = None  # until it worked
-        self._handshake: tun6.Handshake | None = None
+        self._handshake: tun6.MessageParser | None = None
         self._asked = False
         self._received = bytearray()  # frames
         sock.setblocking(False)
@@ -902,8 +902,8 @@ class Caller:
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
-        self._handshake = tun6.Handshake()
-        self.sock.send(tun6.encode({"Id": self._id, "Offload": []}))
+        self._handshake = tun6.MessageParser()
+        self.sock.send(tun6.encode_message({"Id": self._id, "Offload": []}))
 
     def readable(self) -> None:
         """Takes what came. Raises OSError, EOFError, and SessionError when the server does what it must not."""
