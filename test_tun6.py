@@ -737,9 +737,9 @@ class PoolBesideADict(RuleBasedStateMachine):
                 self.pool.pin(id_, prefix)
 
     @rule(prefix=st.sampled_from(ALL))
-    def free(self, prefix: IPv6Network) -> None:
+    def unreserve(self, prefix: IPv6Network) -> None:
         self.only_assigned = self.only_assigned and prefix not in self.kept
-        self.pool.free(prefix)
+        self.pool.unreserve(prefix)
         self.kept.pop(prefix, None)
 
     @rule(id_=IDS)
@@ -815,7 +815,7 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
         r"dev tun6 mtu 1280 .*; link set dev tun6 up; route add default .*metric 1 ", said(tun6.client_plan("tun6", 1280, True))
     )
     listing = said(tun6.pool_plan(POOL, 7)).replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
-    assert tun6.pools_in(listing) == [(POOL, 7)]
+    assert tun6.parse_pools(listing) == [(POOL, 7)]
     assert "route" not in said(tun6.client_plan("tun6", 1500, False))
     assert said(tun6.address_plan("tun6", subnet(3), 7)).startswith("addr add 2001:db8:1:3::1/128 dev tun6")
 
@@ -6761,7 +6761,7 @@ def test_what_a_server_killed_in_the_midst_of_a_save_left_is_cleared(lab: Lab, t
 def test_a_client_removes_the_route_that_a_killed_one_left(lab: Lab, tunnel: Tunnel) -> None:
     def unreachable() -> list[tuple[str, int]]:
         found = json.loads(lab.ip("client", f"-6 -j route show type unreachable proto {tun6.ROUTE_PROTOCOL}"))
-        return [(route["dst"], route["metric"] - tun6.OUR_NUMBERS) for route in found]
+        return [(route["dst"], route["metric"] - tun6.OWNER_BASE) for route in found]
 
     server = tunnel.server()
     client = tunnel.client()

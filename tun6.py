@@ -167,7 +167,7 @@ SETTLE_S = 0.1  # after the first sign that somebody changed a device: by then a
 LATENCY_INTERVAL_S, LATENCY_SAMPLES = 0.1, 600  # the event loop is asked so often how late it is; so many answers count
 LOG_LINES, LOG_END_S = 10_000, 1.0  # lines that may wait for whoever reads the log; seconds at the end for that
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
-OUR_NUMBERS = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
+OWNER_BASE = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
 DEFAULT_METRIC = 1  # of the client's default route: before every other one (router advertisements get 1024)
 
 
@@ -623,7 +623,7 @@ class PrefixPool:
             raise ValueError(f"{prefix} is already the prefix of {self._owner_of[index]!r}")
         self._own(id_, index)
 
-    def free(self, prefix: IPv6Network) -> None:
+    def unreserve(self, prefix: IPv6Network) -> None:
         """Lets others have a /64 that was its Id's before that one got another, and is no other's."""
         index = (int(prefix.network_address) >> 64) - self._base
         if index in self._owner_of and self._index_of.get(self._owner_of[index]) != index:
@@ -950,14 +950,14 @@ class Step(NamedTuple):
 
 def pool_plan(pool: IPv6Network, process: int) -> list[Step]:
     """Traffic to prefixes that no client holds ends here, not in a loop between us and the provider's router."""
-    route = f"unreachable {pool} metric {OUR_NUMBERS + process} proto {ROUTE_PROTOCOL}"
+    route = f"unreachable {pool} metric {OWNER_BASE + process} proto {ROUTE_PROTOCOL}"
     return [Step(f"route add {route}", f"route del {route}")]
 
 
-def pools_in(routes: str) -> list[tuple[IPv6Network, int]]:
+def parse_pools(routes: str) -> list[tuple[IPv6Network, int]]:
     """Pool and process of each pool_plan that stands in what `ip -6 route show proto 116` says."""
     found = re.findall(r"^unreachable (\S+) .*metric (\d+)", routes, re.MULTILINE)
-    return [(IPv6Network(pool), int(metric) - OUR_NUMBERS) for pool, metric in found if int(metric) > OUR_NUMBERS]
+    return [(IPv6Network(pool), int(metric) - OWNER_BASE) for pool, metric in found if int(metric) > OWNER_BASE]
 
 
 def device_plan(device: str, mtu: int) -> list[Step]:
@@ -1123,7 +1123,7 @@ class AssignmentStore:
         self._changing: dict[str, gevent.event.Event] = {}  # by Id: set when that is done
         self._save = GroupCommit(self._save_batch)
         if self._file:
-            self._lock = self._locked(self._file.path)
+            self._lock = self._lock_file(self._file.path)
             try:
                 self._load(self._file)
             except ConfigError:
@@ -1140,7 +1140,7 @@ class AssignmentStore:
 
         Raises Refusal when the pool is exhausted, StorageError when it can't be saved; the Id then owns nothing new.
         """
-        with self._alone(id_):
+        with self._exclusive(id_):
             known = self.pool.find(id_)
             if known:
                 return known
@@ -1153,7 +1153,7 @@ class AssignmentStore:
 
         Raises ValueError when it is no free /64 of the range, StorageError when it can't be saved; then all is as before.
         """
-        with self._alone(id_):
+        with self._exclusive(id_):
             old = self.pool.find(id_)
             if old == prefix:
                 return
@@ -1165,10 +1165,10 @@ class AssignmentStore:
                     self.pool.pin(id_, old)
                 raise
             if old:
-                self.pool.free(old)
+                self.pool.unreserve(old)
 
     @contextmanager
-    def _alone(self, id_: str) -> Iterator[None]:
+    def _exclusive(self, id_: str) -> Iterator[None]:
         """Nobody else changes or learns the prefix of this Id meanwhile, which may not be on disk yet."""
         while id_ in self._changing:
             self._changing[id_].wait()
@@ -1186,7 +1186,7 @@ class AssignmentStore:
             self._lock = None
 
     @staticmethod
-    def _locked(path: Path) -> int | None:
+    def _lock_file(path: Path) -> int | None:
         try:
             lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
@@ -1283,9 +1283,9 @@ class KeyStore:
 
     def check(self, id_: str, key: str) -> None:
         """Raises Refusal unless this is the Id's key. To the client, an unknown Id and a wrong key look and last the same."""
-        entry = self._entries.get(id_, NOBODY)
-        right = hmac.compare_digest(digest_of(key), entry.digest)
-        if not right or entry is NOBODY:
+        entry = self._entries.get(id_, UNKNOWN_CLIENT)
+        right = hmac.compare_digest(key_digest(key), entry.digest)
+        if not right or entry is UNKNOWN_CLIENT:
             raise Refusal("denied", "unknown Id or wrong key", "wrong key" if id_ in self._entries else "unknown Id")
         if entry.revoked:
             raise Refusal("revoked", "this Id was revoked by the server's operator")
@@ -1293,7 +1293,7 @@ class KeyStore:
     def issue(self, id_: str) -> str:
         """Makes and saves a new key for the Id, in place of the one it may have, and gives its text. Raises RequestError, StorageError."""
         key = secrets.token_urlsafe(KEY_BYTES)
-        self._change(id_, KeyEntry(digest_of(key), False))
+        self._change(id_, KeyEntry(key_digest(key), False))
         return key
 
     def set_revoked(self, id_: str, revoked: bool) -> None:
@@ -1311,12 +1311,12 @@ class KeyStore:
             self._entries, self._version = entries, self._file.version()
 
 
-def digest_of(key: str) -> str:
+def key_digest(key: str) -> str:
     """As KeyEntry has it."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-NOBODY = KeyEntry(digest_of(secrets.token_urlsafe(KEY_BYTES)), False)  # whom an unknown Id is compared with
+UNKNOWN_CLIENT = KeyEntry(key_digest(secrets.token_urlsafe(KEY_BYTES)), False)  # whom an unknown Id is compared with
 
 
 # ---- edge: kernel, TUN, identity -------------------------------------------------------------------------------------
@@ -1336,7 +1336,7 @@ class Kernel:
             number, reason = min(failures.items())
             raise KernelError(f"`ip -6 {plan[number].do}` failed: {reason}")
 
-    def repeat(self, plan: Sequence[Step]) -> None:
+    def reapply(self, plan: Sequence[Step]) -> None:
         """Does again those of the steps that others may have undone; what stands fails, and stays."""
         self._run([step.do for step in plan])
 
@@ -1348,14 +1348,14 @@ class Kernel:
 
     def remove_stale_pools(self) -> None:
         """Removes the unreachable routes of servers and clients that were killed."""
-        for pool, process in pools_in(in_thread(self._show_routes)):
+        for pool, process in parse_pools(in_thread(self._show_routes)):
             if process == os.getpid() or not Path(f"/proc/{process}").exists():  # ours: in a container every start has the same
                 log.info("removing the route of %s, which a killed tun6 has left", pool)
                 self.undo(pool_plan(pool, process))
 
     def remove_devices(self, names: Sequence[str]) -> None:
         """Removes many devices at once, 1,000 in 0.3 s, where one by one each takes 24 ms."""
-        group = OUR_NUMBERS + os.getpid()
+        group = OWNER_BASE + os.getpid()
         self._run([*(f"link set dev {name} group {group}" for name in names), f"link del group {group}"])
 
     def _run_batch(self, jobs: list[list[str]]) -> list[dict[int, str]]:
@@ -2521,7 +2521,7 @@ class Server:
 
                 def lost(what: str, _: bytes) -> None:
                     if what == EVENTS_LOST:
-                        self._kernel.repeat(plan)
+                        self._kernel.reapply(plan)
                     elif what != ADDRESS_REMOVED:  # it has none of ours
                         session.close(KernelError(f"TUN device {tun.name}: {what}"))
 
@@ -2652,12 +2652,12 @@ class Client:
     def _restore(self) -> None:
         """Puts back the route that keeps what no LAN has out of the tunnel, if it is that which somebody removed."""
         if self._prefix:
-            self._kernel.repeat(pool_plan(self._prefix, os.getpid()))
+            self._kernel.reapply(pool_plan(self._prefix, os.getpid()))
 
     def _lost(self, what: str, address: bytes) -> None:
         if self._tun and what == EVENTS_LOST:
             address_steps = address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else []
-            self._kernel.repeat([*client_plan(self._tun.name, self._mtu, self._default_route), *address_steps])
+            self._kernel.reapply([*client_plan(self._tun.name, self._mtu, self._default_route), *address_steps])
             return
         if self._tun and not (address and self._prefix and address != self._prefix[1].packed):  # one that it had before
             self._broken = KernelError(f"TUN device {self._tun.name}: {what}")
