@@ -2296,19 +2296,19 @@ def test_events_are_a_line_each_with_the_time_unless_the_journal_adds_it(journal
 
 def test_warnings_that_differ_only_in_their_arguments_are_collapsed_and_counted() -> None:
     now = 0.0
-    collapse = tun6.Collapse(clock=lambda: now)
+    collapse = tun6.WarningRateLimit(clock=lambda: now)
 
     def log(message: str, *args: object, level: int = logging.WARNING) -> str | None:
         record = logging.LogRecord("tun6", level, __file__, 1, message, args, None)
         return record.getMessage() if collapse.filter(record) else None
 
     written = [log("%s: refused", number) for number in range(100)]
-    assert written == [f"{number}: refused" for number in range(tun6.COLLAPSE_MAX)] + [None] * (100 - tun6.COLLAPSE_MAX)
+    assert written == [f"{number}: refused" for number in range(tun6.WARNINGS_MAX)] + [None] * (100 - tun6.WARNINGS_MAX)
     assert log("another %s", 1) == "another 1"
     assert log("%s: refused", 1, level=logging.ERROR) == "1: refused"
     assert all(log("%s: has", number, level=logging.INFO) for number in range(100))
-    now = float(tun6.COLLAPSE_S)
-    assert log("%s: refused", "x") == f"x: refused (and {100 - tun6.COLLAPSE_MAX} more like this in between)"
+    now = float(tun6.WARNINGS_INTERVAL_S)
+    assert log("%s: refused", "x") == f"x: refused (and {100 - tun6.WARNINGS_MAX} more like this in between)"
     assert log("%s: refused", "y") == "y: refused"
 
 
@@ -3962,14 +3962,14 @@ def test_where_the_kernel_gives_no_larger_buffer_devices_are_watched_all_the_sam
 
 def test_a_rate_limit_lets_its_number_through_at_once_and_then_one_for_each_part_of_the_hour() -> None:
     now = 1000.0
-    limit = tun6.RateLimit(60, clock=lambda: now)
-    assert [limit.allows() for _ in range(62)] == [True] * 60 + [False] * 2
+    limit = tun6.TokenBucket(60, clock=lambda: now)
+    assert [limit.take() for _ in range(62)] == [True] * 60 + [False] * 2
     now += 59
-    assert not limit.allows()
+    assert not limit.take()
     now += 1.5
-    assert [limit.allows() for _ in range(2)] == [True, False]
+    assert [limit.take() for _ in range(2)] == [True, False]
     now += 10 * 3600  # a day off saves nothing up
-    assert [limit.allows() for _ in range(61)] == [True] * 60 + [False]
+    assert [limit.take() for _ in range(61)] == [True] * 60 + [False]
 
 
 @given(st.integers(1, 50), st.lists(st.tuples(st.floats(0, 4000), st.integers(1, 60)), max_size=20))
@@ -3977,17 +3977,17 @@ def test_a_rate_limit_never_lets_more_through_than_its_number_and_what_the_hours
     per_hour: int, steps: list[tuple[float, int]]
 ) -> None:
     now = 0.0
-    limit = tun6.RateLimit(per_hour, clock=lambda: now)
+    limit = tun6.TokenBucket(per_hour, clock=lambda: now)
     passed = 0
     for pause, tries in steps:
         now += pause
-        passed += sum(limit.allows() for _ in range(tries))
+        passed += sum(limit.take() for _ in range(tries))
         assert passed <= per_hour + now * per_hour / 3600 + 1e-6
 
 
 def test_a_rate_limit_of_zero_is_none() -> None:
-    limit = tun6.RateLimit(0, clock=lambda: 0.0)
-    assert all(limit.allows() for _ in range(10_000))
+    limit = tun6.TokenBucket(0, clock=lambda: 0.0)
+    assert all(limit.take() for _ in range(10_000))
 
 
 class Admission:
@@ -8093,7 +8093,7 @@ def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_
         undo.callback(server.kill)
         os.close(stderr)
         read(" serving ")
-        complaints = tun6.LOG_LINES + 1500
+        complaints = tun6.LOG_LINES_MAX + 1500
         complain(complaints)
         with tunnel.peer() as peer:
             peer.connected().echo()
@@ -8106,7 +8106,7 @@ def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_
             complain(1000)  # the pipe is full again
             peer.echo()
         server.terminate()
-        assert server.wait(SERVER_ENDS_S + tun6.LOG_END_S) == 0
+        assert server.wait(SERVER_ENDS_S + tun6.LOG_FLUSH_S) == 0
 
 
 # ---- soak: a crowd of clients ----------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ DEFER_ACCEPT_S = 5  # that a connection may say nothing without being accepted, 
 SLOW_HANDSHAKE_S = 1.0  # for so long none of them has to go for another
 TAKEOVERS_MAX, TAKEOVERS_S = 3, 60  # so many of one Id in so many seconds mean that two clients have it
 TAKEOVER_PAUSE_S = 5.0  # for each of them then
-COLLAPSE_MAX, COLLAPSE_S = 20, 60  # warnings of one kind in the log, in so many seconds
+WARNINGS_MAX, WARNINGS_INTERVAL_S = 20, 60  # warnings of one kind in the log, in so many seconds
 SECRET = 0o600  # mode of a file with keys
 ACCEPT_PAUSE_S = 0.5  # when accept fails for want of descriptors or memory
 BATCH_BYTES = 256 << 10  # bytes moved before others get their turn
@@ -165,7 +165,7 @@ ADDRESS_REMOVED, ROUTE_REMOVED = "somebody removed its address", "somebody remov
 EVENTS_LOST = "perhaps somebody removed something of it"  # there was more news than we read
 SETTLE_S = 0.1  # after the first sign that somebody changed a device: by then all has happened
 LATENCY_INTERVAL_S, LATENCY_SAMPLES = 0.1, 600  # the event loop is asked so often how late it is; so many answers count
-LOG_LINES, LOG_END_S = 10_000, 1.0  # lines that may wait for whoever reads the log; seconds at the end for that
+LOG_LINES_MAX, LOG_FLUSH_S = 10_000, 1.0  # lines that may wait for whoever reads the log; seconds at the end for that
 ROUTE_PROTOCOL = 116  # marks the routes that are ours, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OWNER_BASE = 0x74000000  # with the process id added: the metric of its pool's route, behind every real one, and its device group
 DEFAULT_METRIC = 1  # of the client's default route: before every other one (router advertisements get 1024)
@@ -2195,7 +2195,7 @@ def quote_id(id_: str) -> str:
     return repr(id_[:ID_MAX])
 
 
-class RateLimit:
+class TokenBucket:
     """At most so many events an hour, as a token bucket that is full at first."""
 
     def __init__(self, per_hour: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -2203,7 +2203,7 @@ class RateLimit:
         self._per_hour, self._clock = per_hour, clock
         self._left, self._at = float(per_hour), clock()
 
-    def allows(self) -> bool:
+    def take(self) -> bool:
         """Whether one more may happen now; it counts as happened."""
         now = self._clock()
         self._left = min(self._left + (now - self._at) * self._per_hour / 3600, self._per_hour)
@@ -2340,7 +2340,7 @@ class Server:
         self._address, self._store, self._kernel, self._congestion = address, store, kernel, congestion
         self._policy, self._tun, self._mtu = policy, tun, mtu
         self._tls = policy.tls and policy.tls()
-        self._new_ids = RateLimit(policy.new_ids_per_hour)
+        self._new_ids = TokenBucket(policy.new_ids_per_hour)
         self.sessions: dict[str, Session] = {}  # by Id
         self._successors: dict[str, gevent.event.Event] = {}  # by Id: whoever waits to take it over, the newest only
         self._takeovers: dict[str, deque[float]] = {}  # by Id: when that last happened
@@ -2505,7 +2505,7 @@ class Server:
         self._require_key(hello, stream)  # it may have waited, and its key been taken away meanwhile
         if len(self.sessions) >= self._policy.max_clients:
             raise Refusal("busy", f"{self._policy.max_clients} clients are connected already")
-        if self._policy.keys is None and self._store.pool.find(id_) is None and not self._new_ids.allows():
+        if self._policy.keys is None and self._store.pool.find(id_) is None and not self._new_ids.take():
             raise Refusal("busy", f"more than {self._policy.new_ids_per_hour} new Ids in an hour")
         session = self.sessions[id_] = Session(peer)
         try:
@@ -3771,7 +3771,7 @@ def run_until_signalled(run: Callable[[], object], reload: Callable[[], None] | 
     service.get()
 
 
-class Collapse(logging.Filter):
+class WarningRateLimit(logging.Filter):
     """Lets so many warnings that differ only in their arguments through in a while, then one that says how many were left out."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -3785,21 +3785,21 @@ class Collapse(logging.Filter):
             return True
         key, now = (record.levelno, str(record.msg)), self._clock()
         began, count = self._seen.get(key, (now, 0))
-        if now - began >= COLLAPSE_S:
-            if count > COLLAPSE_MAX:
-                record.msg = f"{record.msg} (and {count - COLLAPSE_MAX} more like this in between)"
+        if now - began >= WARNINGS_INTERVAL_S:
+            if count > WARNINGS_MAX:
+                record.msg = f"{record.msg} (and {count - WARNINGS_MAX} more like this in between)"
             began, count = now, 0
         self._seen[key] = began, count + 1
-        return count < COLLAPSE_MAX
+        return count < WARNINGS_MAX
 
 
-class LogThread(logging.Handler):
+class ThreadedLogHandler(logging.Handler):
     """Writes the log to a file in a thread of its own: whoever does not read it keeps nobody waiting but that thread."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
-        self._lines: queue.Queue[str] = queue.Queue(LOG_LINES)
+        self._lines: queue.Queue[str] = queue.Queue(LOG_LINES_MAX)
         self._lost = 0
         self._thread: threading.Thread | None = None
 
@@ -3819,7 +3819,7 @@ class LogThread(logging.Handler):
 
     def flush(self) -> None:
         """Waits until all is written, but not for ever."""
-        deadline = time.monotonic() + LOG_END_S
+        deadline = time.monotonic() + LOG_FLUSH_S
         while self._lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.001)
 
@@ -3836,17 +3836,17 @@ class LogThread(logging.Handler):
             self._lines.task_done()
 
 
-def set_up_logging(verbose: bool) -> LogThread:
+def set_up_logging(verbose: bool) -> ThreadedLogHandler:
     """Events to stderr, a line each; without time where systemd's journal adds it (systemd.exec(5), JOURNAL_STREAM)."""
     stderr = os.fstat(sys.stderr.fileno())
     journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
-    handler = LogThread(sys.stderr.fileno())
+    handler = ThreadedLogHandler(sys.stderr.fileno())
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s",
         handlers=[handler],
     )
-    log.addFilter(Collapse())
+    log.addFilter(WarningRateLimit())
     return handler
 
 
