@@ -1442,7 +1442,7 @@ STEPS = st.lists(st.tuples(st.none() | SOME_FRAMES, st.sampled_from([0, 0.02, 0.
 def check_what_arrives(
     make: Callable[[Callable[[], float]], tun6.SendQueue], received: Callable[[], list[bytes]], steps: Steps, bare: bool
 ) -> None:
-    """Sends through the send_queue that `make` makes with a clock; the peer must get what was not dropped, whole and in its flow's order."""
+    """Sends through the queue that `make` makes with a clock; the peer must get what was not dropped, whole and in its flow's order."""
     now = 0.0
     send_queue = make(lambda: now)
     sent: dict[tuple[int, int], bytes] = {}
@@ -1612,11 +1612,11 @@ def test_what_arrives_during_the_work_is_the_next_batch_and_each_caller_gets_its
         return [-item for item in items]
 
     group_commit = tun6.GroupCommit(work)
-    callers = spawn_behind_the_first(group_commit, range(100), batches)
+    callers = spawn_behind_the_first(group_commit.submit, range(100), batches)
     gate.set()
     assert results(callers) == [-number for number in range(100)]
     assert batches == [[0], list(range(1, 100))]
-    assert group_commit(7) == -7
+    assert group_commit.submit(7) == -7
 
 
 def test_what_the_work_raises_reaches_all_of_its_batch_and_nobody_else() -> None:
@@ -1631,12 +1631,12 @@ def test_what_the_work_raises_reaches_all_of_its_batch_and_nobody_else() -> None
         return items
 
     group_commit = tun6.GroupCommit(work)
-    callers = spawn_behind_the_first(group_commit, range(10), begun)
+    callers = spawn_behind_the_first(group_commit.submit, range(10), begun)
     gate.set()
     first, *others = results(callers)
     assert first == 0
     assert {str(error) for error in others} == {"disk full"}
-    assert group_commit(1) == 1
+    assert group_commit.submit(1) == 1
 
 
 def test_killing_a_caller_neither_loses_nor_repeats_the_work_of_the_others() -> None:
@@ -1649,12 +1649,12 @@ def test_killing_a_caller_neither_loses_nor_repeats_the_work_of_the_others() -> 
         return items
 
     group_commit = tun6.GroupCommit(work)
-    callers = spawn_behind_the_first(group_commit, range(5), done)
+    callers = spawn_behind_the_first(group_commit.submit, range(5), done)
     gate.release()
     until(lambda: len(done) == 5)
     for number in 1, 3:
         callers[number].kill()
-    callers.append(spawn(group_commit, 5))
+    callers.append(spawn(group_commit.submit, 5))
     for _ in range(5):
         gate.release()
     values = results(callers)
@@ -1814,7 +1814,7 @@ def test_however_a_save_fails_the_id_owns_nothing_new(tmp_path: Path, open_store
 
     store = open_store(tmp_path / "assignments.json")
     with monkeypatch.context() as patched:
-        patched.setattr(tun6, "in_thread", no_thread)
+        patched.setattr(tun6, "run_in_thread", no_thread)
         for _ in range(2):  # the second time it is not taken for known
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 store.assign("a")
@@ -2370,7 +2370,7 @@ def state_of(lab: Lab, host: str) -> dict[str, Any]:
     with lab.inside(host):
         for conf in Path("/proc/sys/net/ipv6/conf").iterdir():
             for key in WATCHED_SYSCTLS:
-                state[f"{conf.name}.{key}"] = tun6.sysctl(f"net.ipv6.conf.{conf.name}.{key}")
+                state[f"{conf.name}.{key}"] = tun6.read_sysctl(f"net.ipv6.conf.{conf.name}.{key}")
     return state
 
 
@@ -3034,7 +3034,7 @@ def test_clients_of_all_kinds_share_a_server(lab: Lab, tunnel: Tunnel) -> None:
 
 def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel) -> None:
     lab.ip("server", f"-6 route add default via {Lab.INTERNET}")
-    lab.sysctl("internet", "net.ipv6.conf.all.forwarding", "1")  # so it is the provider's router, which sends the pool back to us
+    lab.set_sysctl("internet", "net.ipv6.conf.all.forwarding", "1")  # so it is the provider's router, which sends the pool back to us
     try:
         server = tunnel.server()
 
@@ -3045,7 +3045,7 @@ def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel:
         server.stop()
         wait_until("without the server, it loops", lambda: "Time exceeded" in answer())
     finally:
-        lab.sysctl("internet", "net.ipv6.conf.all.forwarding", "0")
+        lab.set_sysctl("internet", "net.ipv6.conf.all.forwarding", "0")
         lab.ip("server", f"-6 route del default via {Lab.INTERNET}")
 
 
@@ -3070,7 +3070,7 @@ def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(
     tunnel.client().prefix()
     for host, device in (("server", "tun6-0"), ("client", "tun6")):
         with lab.inside(host):
-            assert [tun6.sysctl(f"net.ipv6.conf.{device}.{key}") for key in ("accept_ra", "accept_redirects", "autoconf")] == ["0"] * 3
+            assert [tun6.read_sysctl(f"net.ipv6.conf.{device}.{key}") for key in ("accept_ra", "accept_redirects", "autoconf")] == ["0"] * 3
 
 
 # ---- outages ---------------------------------------------------------------------------------------------------------
@@ -3592,12 +3592,12 @@ def test_a_pool_with_an_address_of_the_server_in_it_is_warned_of(lab: Lab, tunne
 
 
 def test_without_ipv6_in_the_kernel_nothing_starts(lab: Lab, tunnel: Tunnel) -> None:
-    lab.sysctl("second", "net.ipv6.conf.default.disable_ipv6", "1")
+    lab.set_sysctl("second", "net.ipv6.conf.default.disable_ipv6", "1")
     try:
         for role in ("server", "client"):
             assert tunnel.fails(role, "second").startswith("IPv6 is off in this kernel")
     finally:
-        lab.sysctl("second", "net.ipv6.conf.default.disable_ipv6", "0")
+        lab.set_sysctl("second", "net.ipv6.conf.default.disable_ipv6", "0")
 
 
 # ---- legacy peers ----------------------------------------------------------------------------------------------------
@@ -3658,8 +3658,8 @@ def test_a_legacy_server_gets_one_packet_a_recv_and_traffic_works_both_ways(lab:
 def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunnel: Tunnel) -> None:
     prefix = IPv6Network(f"{tunnel.pool[0]}/64")
     with lab.inside("client"):
-        autocorking = tun6.sysctl("net.ipv4.tcp_autocorking")
-    lab.sysctl("client", "net.ipv4.tcp_autocorking", "0")  # so that each send is a segment, and can be told on the way
+        autocorking = tun6.read_sysctl("net.ipv4.tcp_autocorking")
+    lab.set_sysctl("client", "net.ipv4.tcp_autocorking", "0")  # so that each send is a segment, and can be told on the way
     try:
         with LegacyServer(lab, tunnel, prefix):
             client = tunnel.client()
@@ -3685,7 +3685,7 @@ def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunn
         assert json.loads(hello)
         assert all(map(is_one_packet, frames))
     finally:
-        lab.sysctl("client", "net.ipv4.tcp_autocorking", autocorking)
+        lab.set_sysctl("client", "net.ipv4.tcp_autocorking", autocorking)
 
 
 def test_a_client_keeps_its_tun_from_a_modern_server_to_a_legacy_one_and_back(lab: Lab, tunnel: Tunnel) -> None:
@@ -3943,7 +3943,7 @@ def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_h
 
 def test_memory_is_given_back_when_little_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
     shared, trims = tun6.SharedBuffer(10 << 20), []
-    for name, value in {"SHARED_BUFFER": shared, "TRIM_INTERVAL_S": 0.001, "in_thread": lambda *_: trims.append(shared.free)}.items():
+    for name, value in {"SHARED_BUFFER": shared, "TRIM_INTERVAL_S": 0.001, "run_in_thread": lambda *_: trims.append(shared.free)}.items():
         monkeypatch.setattr(tun6, name, value)
     work = spawn(tun6.trim_heap)
     try:
@@ -4087,12 +4087,10 @@ def test_who_was_sent_away_at_the_last_moment_is_not_served(admission: Admission
     name = admission.admit("a")
     assert admission.control.release(admission.greenlets[name])
     assert not admission.control.release(admission.greenlets[name])
-    policy = tun6.Policy(None, None, 10, 0, True)
-    store = tun6.AssignmentStore(tun6.PrefixPool(POOL))
-    server = tun6.Server(("127.0.0.1", 1), store, tun6.Kernel(), tun6.CongestionControls(None, None), policy, "none", 1500)
-    with pytest.raises(tun6.Refusal, match="busy"):  # this greenlet is not at the server's door
-        server._serve_id(cast(tun6.Stream, None), "peer", tun6.Hello("a", None, ""), b"")
-    assert (server.sessions, store.pool.owners()) == ({}, [])
+    server = tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL))
+    with pytest.raises(tun6.Refusal, match="busy"):  # this greenlet has no place in the server's admission control
+        server._serve_client(cast(tun6.Stream, None), "peer", tun6.Hello("a", None, ""), b"")
+    assert (server.sessions, server.store.pool.owners()) == ({}, [])
 
 
 def test_nobody_comes_in_after_the_end(admission: Admission) -> None:
@@ -4233,11 +4231,11 @@ def test_real_records_of_large_batches_come_out_whole_at_the_other_end(
 ) -> None:
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     pem = certificate(tmp_path)
-    client = tun6.client_tls(pinned=True)
+    client = tun6.client_tls_context(pinned=True)
     client.minimum_version = version
     client.maximum_version = version
     sender = client.wrap_bio(to_client, to_server)
-    receiver = tun6.server_tls(str(pem)).wrap_bio(to_server, to_client, server_side=True)
+    receiver = tun6.server_tls_context(str(pem)).wrap_bio(to_server, to_client, server_side=True)
     for _ in range(4):
         for end in sender, receiver:
             with suppress(ssl.SSLWantReadError):
@@ -4277,10 +4275,10 @@ def test_real_records_of_large_batches_come_out_whole_at_the_other_end(
 def test_a_client_whose_cpu_has_no_instructions_for_aes_gets_the_cipher_that_is_fast_without(
     aes: bool, ciphers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tun6, "has_aes", lambda: aes)
+    monkeypatch.setattr(tun6, "has_aes_instructions", lambda: aes)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = tun6.client_tls(pinned=True).wrap_bio(to_client, to_server)
-    server = tun6.server_tls(str(certificate(tmp_path))).wrap_bio(to_server, to_client, server_side=True)
+    client = tun6.client_tls_context(pinned=True).wrap_bio(to_client, to_server)
+    server = tun6.server_tls_context(str(certificate(tmp_path))).wrap_bio(to_server, to_client, server_side=True)
     for _ in range(4):
         for end in client, server:
             with suppress(ssl.SSLWantReadError):
@@ -4387,7 +4385,7 @@ class Fuzz:
         assert (repr(message), rest) == (repr(expected), text[end:].encode(errors="surrogateescape"))  # NaN is not itself
         try:
             id_, kinds, key = tun6.parse_hello(message)
-            assert tun6.is_id(id_)
+            assert tun6.is_valid_id(id_)
             assert isinstance(key, str)
             assert kinds is None or all(isinstance(kind, str) for kind in kinds)
         except tun6.ProtocolError:
@@ -5024,7 +5022,7 @@ def test_new_ids_are_so_many_an_hour_and_those_that_are_known_go_on(lab: Lab, tu
 def test_a_client_inside_tls_that_knows_no_offload_gets_its_packets_inside_tls_too(tunnel: Tunnel, tmp_path: Path) -> None:
     tunnel.server(cert=certificate(tmp_path))
     with Peer(tunnel.lab, tunnel.port) as peer:
-        peer.sock = tun6.client_tls(pinned=True).wrap_socket(peer.sock)
+        peer.sock = tun6.client_tls_context(pinned=True).wrap_socket(peer.sock)
         peer.hello("legacy")
         peer.connected().echo()
 
@@ -5256,7 +5254,7 @@ class TlsSocket:
     """A socket with a client's TLS in it, for a Peer; records are made and sent in two steps."""
 
     def __init__(self, sock: socket.socket, cut: Callable[[bytes], Iterable[bytes]] = lambda data: [data], hold_last: bool = False) -> None:
-        """`cut`: the segments that each flight of the handshake travels in; `hold_last`: the last flight goes with what is encrypted next."""
+        """`cut`: the segments that each flight of the handshake travels in; `hold_last`: the last flight goes with what is sent next."""
         self.raw = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = trusting().wrap_bio(self._incoming, self._outgoing)
@@ -5761,7 +5759,7 @@ def tls_stream(site: Site) -> Iterator[tuple[tun6.TlsStream, TlsSocket]]:
         ours, _ = listener.accept()
     with theirs, gevent.socket.socket(fileno=ours.detach()) as sock, ThreadPoolExecutor() as threads:
         encrypted = threads.submit(TlsSocket, theirs)
-        stream = tun6.TlsStream(sock, tun6.server_tls(str(site.cert)))
+        stream = tun6.TlsStream(sock, tun6.server_tls_context(str(site.cert)))
         while not encrypted.done():
             gevent.sleep(0.001)
         yield stream, encrypted.result()
@@ -7381,12 +7379,12 @@ def forgetful(lab: Lab) -> Iterator[Callable[[], None]]:
             sock.send(struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 1 | 4, 1, 0, socket.AF_INET, 0, 0))
             assert struct.unpack_from("=i", sock.recv(4096), 16) == (0,)
 
-    lab.sysctl("nat", loose, "0")
+    lab.set_sysctl("nat", loose, "0")
     try:
         with cut(lab, "nat", "ct state invalid", "ct state invalid"):
             yield forget
     finally:
-        lab.sysctl("nat", loose, "1")
+        lab.set_sysctl("nat", loose, "1")
 
 
 @contextmanager
@@ -7709,16 +7707,16 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
 
     monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
     monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
-    client = tun6.Client(("moved.example", 1), "id", None, tun6.Kernel(), tun6.CongestionControls(None, None), "none", 1500, False)
-    client._good = old = [("10.0.0.1", 1)]
-    assert client._addresses() == old
-    assert client._addresses() == old
+    client = tun6.Client(tun6.ClientConfig("moved.example", 1))
+    client._last_good = old = [("10.0.0.1", 1)]
+    assert client._find_addresses() == old
+    assert client._find_addresses() == old
     assert len(asked) == 1  # the first goes on
     answer.set()
     gevent.joinall([cast(Any, client)._lookup])
     answer.clear()
-    assert client._addresses() == [("10.0.0.2", 1), *old]
-    assert client._addresses() == old
+    assert client._find_addresses() == [("10.0.0.2", 1), *old]
+    assert client._find_addresses() == old
     assert len(asked) == 2
     answer.set()
     gevent.joinall([cast(Any, client)._lookup])
@@ -8224,11 +8222,11 @@ class Crowd(Lab):
             raise tun6.KernelError(f"{' '.join(command)} {lines[:200]}: {done.stderr.strip()}")
         return str(done.stdout)
 
-    def _lay(self) -> None:
-        super()._lay()
+    def _build(self) -> None:
+        super()._build()
         for host in self.crowd:
-            self.sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
-        self.sysctl("lan", "net.ipv4.ip_forward", "1")
+            self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
+        self.set_sysctl("lan", "net.ipv4.ip_forward", "1")
         links: dict[str, list[str]] = {}
         for number, host in enumerate(self.crowd):
             router, net = self.router(number)
@@ -8801,7 +8799,7 @@ class Soak:
         control, request = str(self.folder / "control"), {"do": "status", "files": [str(self.disk / "assignments.json"), None]}
         while True:
             with suppress(OSError, AssertionError, tun6.RequestError):  # there is no server at the moment
-                self.server.measure(tun6.in_thread(tun6.ask_server, control, request))
+                self.server.measure(tun6.run_in_thread(tun6.ask_server, control, request))
             for machine in self.machines:
                 with suppress(OSError, AssertionError):
                     machine.daemon.measure({})

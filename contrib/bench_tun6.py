@@ -230,8 +230,8 @@ class Net:
         self.undo = ExitStack()  # of the tunnel that is up
         self.running: dict[str, subprocess.Popen[str]] = {}  # by host
         for host in Lab.HOSTS:
-            lab.sysctl(host, "net.ipv4.tcp_congestion_control", "cubic")
-            lab.sysctl(host, "net.ipv4.tcp_no_metrics_save", "1")  # what one tunnel's connections learn must not guide the next
+            lab.set_sysctl(host, "net.ipv4.tcp_congestion_control", "cubic")
+            lab.set_sysctl(host, "net.ipv4.tcp_no_metrics_save", "1")  # what one tunnel's connections learn must not guide the next
 
     @contextmanager
     def up(self, tunnel: Tunnel) -> Iterator[None]:
@@ -303,7 +303,7 @@ class Net:
 
     def _last_words(self, host: str) -> str:
         lines = (self.folder / f"{host}.log").read_text(errors="replace").split("\n")
-        return tun6.printable(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"), 120)
+        return tun6.to_printable(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"), 120)
 
 
 def end(process: subprocess.Popen[str], ours: bool = False, seconds: float = 10) -> None:
@@ -456,7 +456,7 @@ class Tunnel:
 def start_direct(net: Net) -> None:
     """No tunnel: nat routes IPv6 too. The addresses behind `via` are on all links, as TUNs have no link-local ones."""
     ip, undo = net.lab.ip, net.undo
-    net.lab.sysctl("nat", "net.ipv6.conf.all.forwarding", "1")
+    net.lab.set_sysctl("nat", "net.ipv6.conf.all.forwarding", "1")
     for host, kind, what in (
         ("client", "addr", f"{CLIENT_ADDRESS}/128 dev lo nodad"),
         ("client", "addr", "2001:db8:a::2/64 dev eth0 nodad"),
@@ -768,9 +768,9 @@ def iperf3(net: Net, seconds: int, *options: str) -> Iterator[Callable[[], dict[
             except subprocess.TimeoutExpired:
                 raise BenchError("iperf3 did not end") from None
             except ValueError:
-                raise BenchError(f"iperf3 failed: {tun6.printable(said)}") from None
+                raise BenchError(f"iperf3 failed: {tun6.to_printable(said)}") from None
             if "error" in found:
-                raise BenchError(f"iperf3: {tun6.printable(found['error'])}")
+                raise BenchError(f"iperf3: {tun6.to_printable(found['error'])}")
             end_: dict[str, Any] = found["end"]
             return end_
 
