@@ -2098,11 +2098,12 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
     assert dataclasses.asdict(tun6.read_config(path, "server")) == {
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None, "keys": None,
-        "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True,
+        "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False, "fingerprint": None, "key": None,
+        "file": path,
     }  # fmt: skip
 
 
@@ -2207,7 +2208,7 @@ def test_a_config_that_can_not_be_read_is_one_sentence(tmp_path: Path) -> None:
 
 def test_the_config_is_the_named_one_or_the_folders_or_that_in_etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     etc = tmp_path / "etc.ini"
-    monkeypatch.setattr(tun6, "_CONFIG_FILES", ("config.ini", str(etc)))
+    monkeypatch.setattr(tun6, "CONFIG_FILES", ("config.ini", str(etc)))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(tun6.ConfigError, match=r"neither ./config.ini nor .*etc.ini.*-c FILE"):
         tun6.find_config(None)
