@@ -600,6 +600,7 @@ class Tunnel:
         self.port = 10_000 + next(self._numbers)
         self.pool = self.new_pool()
         self._programs: list[Program] = []
+        self._undo = ExitStack()  # the peers
 
     def new_pool(self) -> IPv6Network:
         """A pool that no test had before: the hosts remember the path MTUs of addresses."""
@@ -648,12 +649,37 @@ class Tunnel:
 
     def peer(self, id_: str = "by-hand", host: str = "client", offload: list[str] | None = None) -> Peer:
         """A client spoken by hand that has said its hello."""
-        peer = Peer(self.lab, self.port, host)
+        peer = self.connect(host)
         peer.hello(id_, offload)
         return peer
 
+    def connect(self, host: str = "client", source: str = "") -> Peer:
+        """One that has said nothing. On the server's own host it may come from any 127.x.x.x."""
+        peer = Peer(self.lab, self.port, host, source)
+        self._undo.callback(peer.sock.close)
+        return peer
+
+    def crowd(self, number: int, *kinds: list[str] | None) -> list[Peer]:
+        """So many clients, all connected, of these kinds in turn."""
+        peers = [self.peer(f"client {n}", offload=kinds[n % len(kinds)] if kinds else None) for n in range(number)]
+        return [peer.connected() for peer in peers]
+
+    def visit(self, id_: str, host: str = "client") -> IPv6Network:
+        """A client comes, pings and leaves; gives its prefix."""
+        with self.peer(id_, host) as peer:
+            peer.connected().echo()
+            return peer.prefix
+
+    def refusal(self, id_: str, ends: str = "closed") -> dict[str, Any]:
+        """What the server says to this client, before it ends the connection."""
+        with self.peer(id_) as peer:
+            answer = peer.answer()
+            assert (sorted(answer), peer.ended()) == (["Error", "Text"], ends)
+            return answer
+
     def close(self) -> None:
         """Ends, and asks of all programs that they behaved."""
+        self._undo.close()
         slow = [p.role for p in reversed(self._programs) if p.process.poll() is None and p.stop() > SERVER_ENDS_S]
         assert not slow, f"took more than {SERVER_ENDS_S} s to end: {slow}"
         for program in self._programs:
@@ -661,6 +687,7 @@ class Tunnel:
             assert "internal error" not in program.log(), program.log()
 
     def kill(self) -> None:
+        self._undo.close()
         for program in self._programs:
             if program.process.poll() is None:
                 program.kill()
@@ -673,6 +700,11 @@ def tunnel(lab: Lab, tmp_path: Path) -> Iterator[Tunnel]:
         undo.callback(tunnel.kill)
         yield tunnel
         tunnel.close()
+
+
+@pytest.fixture
+def server(tunnel: Tunnel) -> Program:
+    return tunnel.server()
 
 
 def run_tun6(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -702,6 +734,17 @@ def status_of(server: Program) -> dict[str, Any]:
 def memory(program: Program) -> int:
     """Bytes that it has in RAM."""
     return int(re.findall(r"^VmRSS:\s*(\d+) kB", Path(f"/proc/{program.process.pid}/status").read_text(), re.MULTILINE)[0]) << 10
+
+
+@contextmanager
+def descriptors(program: Program, room: int) -> Iterator[None]:
+    """It may have only so many more meanwhile."""
+    pid = program.process.pid
+    most, limits = len(os.listdir(f"/proc/{pid}/fd")) + room, resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, limits[1]))
+    yield
+    if program.process.poll() is None:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
 
 
 def pending(program: Program, sessions: int = 0) -> int:
@@ -802,10 +845,11 @@ def is_reply(packet: bytes, number: int) -> bool:
 class Peer:
     """A connection to the server, spoken by hand from a host of the lab."""
 
-    def __init__(self, lab: Lab, port: int, host: str = "client") -> None:
+    def __init__(self, lab: Lab, port: int, host: str = "client", source: str = "") -> None:
         with lab.inside(host):
             self.sock = socket.socket()
         self.sock.settimeout(5)
+        self.sock.bind((source, 0))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.connect((Lab.SERVER, port))
         self._buffer = b""
@@ -7557,203 +7601,152 @@ def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_
 # ---- end to end: scale -----------------------------------------------------------------------------------------------
 
 
-def test_forty_clients_at_once_have_forty_prefixes_devices_and_routes_until_they_leave(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
-    peers = [tunnel.peer(f"client {number}", offload=["tso6", "uso6"] if number % 2 else None) for number in range(40)]
-    try:
-        prefixes = {str(peer.connected().prefix) for peer in peers}
-        assert len(prefixes) == 40
-        assert all(IPv6Network(prefix).subnet_of(tunnel.pool) for prefix in prefixes)
-        assert len(server_devices(lab)) == 40
-        assert server_routes(lab) == prefixes
-        numbers = [peer.send_echo() for peer in peers]
-        for peer, number in zip(peers, numbers):
-            peer.expect_reply(number)
-    finally:
-        for peer in peers:
-            peer.sock.close()
+def test_forty_clients_at_once_have_forty_prefixes_devices_and_routes_until_they_leave(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    peers = tunnel.crowd(40, None, [], ["tso6", "uso6", "new"])
+    prefixes = {str(peer.prefix) for peer in peers}
+    assert len(prefixes) == len(server_devices(lab)) == 40
+    assert all(IPv6Network(prefix).subnet_of(tunnel.pool) for prefix in prefixes)
+    assert server_routes(lab) == prefixes
+    for peer, number in [(peer, peer.send_echo()) for peer in peers]:
+        peer.expect_reply(number)
+    for peer in peers:
+        peer.sock.close()
     wait_until_no_sessions(lab)
     server.wait_for(": gone, (?:the peer closed the connection|Connection reset by peer);", 40)
 
 
 def test_a_server_with_five_hundred_clients_told_to_stop_undoes_everything_in_three_seconds(lab: Lab, tunnel: Tunnel) -> None:
-    before = state_of(lab, "server")
     server = tunnel.server(prefixrange=IPv6Network(f"{tunnel.pool.network_address}/48"))
-    with ExitStack() as undo:
-        peers = [undo.enter_context(tunnel.peer(f"client {n}", offload=["tso6"] if n % 2 else None)) for n in range(500)]
-        for peer in peers:
-            peer.connected()
-        for peer in peers[:2]:
-            peer.echo()
-        assert len(server_devices(lab)) == 500
-        assert server.stop() < 3
-        assert state_of(lab, "server") == before
-        assert all(peer.ended() in ("closed", "reset") for peer in peers)
+    peers = tunnel.crowd(500, None, ["tso6"])
+    for peer in peers[:2]:
+        peer.echo()
+    assert len(server_devices(lab)) == 500
+    assert server.stop() < 3
+    assert all(peer.ended() in ("closed", "reset") for peer in peers)
 
 
-def test_a_thousand_new_ids_at_once_cost_a_handful_of_fsyncs(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
-    disk = Disk(tmp_path)
+def test_a_thousand_new_ids_at_once_cost_a_handful_of_fsyncs(tunnel: Tunnel, tmp_path: Path) -> None:
+    disk, count = Disk(tmp_path), 1000
     server = disk.server(tunnel, prefixrange=IPv6Network(f"{tunnel.pool.network_address}/48"), max_clients=2000)
-    count = 1000
-    with ExitStack() as undo:
-        with disk.stuck():  # so that they come at once whatever the machine
-            peers = [undo.enter_context(tunnel.peer(f"client {number}")) for number in range(count)]
-            for peer in peers:
-                peer.sock.settimeout(30)
-            wait_until("the server has them all", lambda: pending(server) >= count)
-        told = {f"client {number}": peer.connected().prefix for number, peer in enumerate(peers)}
-        assert assignments_in(tmp_path / "assignments.json") == told
-        assert len(set(told.values())) == count
-        assert 4 <= disk.fsyncs() <= 20
+    with disk.stuck():  # so that they come at once whatever the machine
+        peers = {f"client {number}": tunnel.peer(f"client {number}") for number in range(count)}
+        wait_until("the server has them all", lambda: pending(server) >= count)
+    told = {}
+    for id_, peer in peers.items():
+        peer.sock.settimeout(30)
+        told[id_] = peer.connected().prefix
+    assert assignments_in(tmp_path / "assignments.json") == told
+    assert 4 <= disk.fsyncs() <= 20
 
 
-def test_a_server_knows_the_last_of_ten_thousand_assignments(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+def test_a_server_knows_the_last_of_ten_thousand_assignments(tunnel: Tunnel, tmp_path: Path) -> None:
     pool = IPv6Network(f"{tunnel.pool.network_address}/48")
     known = {f"client {number}": prefix for number, prefix in zip(range(10_000), pool.subnets(new_prefix=64))}
     path = tmp_path / "assignments.json"
     path.write_text(json.dumps({id_: str(prefix) for id_, prefix in known.items()}))
     tunnel.server(prefixrange=pool)
-    with tunnel.peer("newcomer") as newcomer, tunnel.peer("client 9999") as last:
-        assert last.connected().prefix == known["client 9999"]
-        known["newcomer"] = newcomer.connected().prefix
-        assert assignments_in(path) == known
+    assert tunnel.visit("client 9999") == known["client 9999"]
+    known["newcomer"] = tunnel.visit("newcomer")
+    assert assignments_in(path) == known
 
 
 def test_the_fifth_client_of_a_pool_of_four_is_refused_and_the_four_go_on(lab: Lab, tunnel: Tunnel) -> None:
     tunnel.pool = IPv6Network(f"{tunnel.pool[0]}/62")
     tunnel.server()
-    with ExitStack() as undo:
-        four = [undo.enter_context(tunnel.peer(f"client {number}")).connected() for number in range(4)]
-        with tunnel.peer("client 4") as fifth:
-            refusal = fifth.answer()
-            assert refusal["Error"] == "pool-exhausted"
-            assert str(tunnel.pool) in refusal["Text"]
-            assert fifth.ended() == "closed"
-        for peer in four:
-            peer.echo()
-        assert len(server_devices(lab)) == 4
-        refused = tunnel.client("second")
-        refused.wait_for("DEBUG no connection .* pool-exhausted: no free /64")
-        assert len(re.findall("WARNING no connection", refused.log())) == 1
+    four = tunnel.crowd(4)
+    refusal = tunnel.refusal("client 4")
+    assert (refusal["Error"], str(tunnel.pool) in refusal["Text"]) == ("pool-exhausted", True)
+    for peer in four:
+        peer.echo()
+    assert len(server_devices(lab)) == 4
+    refused = tunnel.client("second")
+    refused.wait_for("DEBUG no connection .* pool-exhausted: no free /64")
+    assert len(re.findall("WARNING no connection", refused.log())) == 1
 
 
-def test_a_client_too_many_is_told_that_the_server_is_busy_until_another_leaves(lab: Lab, tunnel: Tunnel) -> None:
+def test_a_client_too_many_is_told_that_the_server_is_busy_until_another_leaves(tunnel: Tunnel) -> None:
     server = tunnel.server(max_clients=2)
-    with tunnel.peer("a") as first, tunnel.peer("b") as second:
-        first.connected()
-        second.connected()
-        with tunnel.peer("c") as third:
-            assert third.answer()["Error"] == "busy"
-        with tunnel.peer("b") as again:  # takes over, so it is none too many
-            again.connected().echo()
-        first.echo()
-        server.wait_for("'b' from .*: gone", 2)
-        with tunnel.peer("c") as third:
-            third.connected().echo()
+    first, _ = tunnel.crowd(2)
+    assert tunnel.refusal("c")["Error"] == "busy"
+    tunnel.visit("client 1")  # takes over, so it is none too many
+    first.echo()
+    server.wait_for("'client 1' from .*: gone", 2)
+    tunnel.visit("c")
 
 
-def test_new_ids_are_so_many_an_hour_and_those_that_are_known_go_on(lab: Lab, tunnel: Tunnel) -> None:
+def test_new_ids_are_so_many_an_hour_and_those_that_are_known_go_on(tunnel: Tunnel) -> None:
     server = tunnel.server(new_ids_per_hour=3)
-    with tunnel.peer("0") as first, tunnel.peer("1") as second:
-        first.connected()
-        second.connected()
-        with tunnel.peer("2") as third:
-            third.connected()
-        for number in (3, 4):
-            with tunnel.peer(str(number)) as newcomer:
-                refusal = newcomer.answer()
-                assert (refusal["Error"], "3 new Ids in an hour" in refusal["Text"]) == ("busy", True)
-                assert newcomer.ended() == "closed"
-        for id_ in "012":
-            with tunnel.peer(id_) as known:
-                known.connected().echo()
+    ids = ["client 0", "client 1", "client 2"]
+    tunnel.crowd(3)
+    for newcomer in ("a", "b"):
+        refusal = tunnel.refusal(newcomer)
+        assert (refusal["Error"], "3 new Ids in an hour" in refusal["Text"]) == ("busy", True)
+    for id_ in ids:
+        tunnel.visit(id_)
     server.stop()
-    server = tunnel.server(new_ids_per_hour=1)  # what the file says is known, too
-    for id_ in ("2", "1", "new", "0"):
-        with tunnel.peer(id_) as peer:
-            peer.connected()
-    with tunnel.peer("newer") as peer:
-        assert peer.answer()["Error"] == "busy"
+    tunnel.server(new_ids_per_hour=1)  # what the file says is known, too
+    for id_ in [*ids, "new"]:
+        tunnel.visit(id_)
+    assert tunnel.refusal("newer")["Error"] == "busy"
 
 
-def connect(lab: Lab, tunnel: Tunnel, host: str = "client", source: str | None = None) -> socket.socket:
-    """A connection that says nothing; on the server's own host, it may come from any 127.x.x.x."""
-    with lab.inside(host):
-        sock = socket.socket()
-    sock.settimeout(5)
-    if source:
-        sock.bind((source, 0))
-    sock.connect((Lab.SERVER, tunnel.port))
-    return sock
-
-
-def served(lab: Lab, tunnel: Tunnel, id_: str, host: str, seconds: float, each: float = 0.0) -> float:
-    """Seconds until a client that comes again whenever it is turned away is served; it must be within this time."""
+def served(tunnel: Tunnel, id_: str, host: str, seconds: float, each: float = 0.0) -> None:
+    """A client that comes again whenever it is turned away is served within this time."""
     began = time.monotonic()
     while True:
-        with tunnel.peer(id_, host=host) as peer:
-            try:
-                peer.connected().echo()
-                return time.monotonic() - began
-            except (EOFError, OSError):
-                assert time.monotonic() - began < seconds, "an honest client is locked out"
+        try:
+            tunnel.visit(id_, host)
+            assert time.monotonic() - began < seconds
+            return
+        except (EOFError, OSError):
+            assert time.monotonic() - began < seconds, "an honest client is locked out"
         time.sleep(each)
 
 
-def test_a_thousand_silent_connections_keep_no_honest_client_waiting(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_a_thousand_silent_connections_keep_no_honest_client_waiting(tunnel: Tunnel, server: Program) -> None:
     listening = pending(server)
-    with ExitStack() as undo:
-        for number in range(1000):
-            undo.enter_context(connect(lab, tunnel))
-            if number % 250 == 249:
-                assert served(lab, tunnel, f"elsewhere {number}", "server", 2) < 2  # another IPv4 address
-                assert served(lab, tunnel, f"same {number}", "second", 2) < 2  # behind the same NAT
-        assert pending(server) - listening <= tun6.HANDSHAKES_PER_HOST_MAX  # they wait in the kernel
+    silent = []
+    for number in range(1000):
+        silent.append(tunnel.connect())
+        if number % 250 == 249:
+            served(tunnel, f"elsewhere {number}", "server", 2)  # another IPv4 address
+            served(tunnel, f"same {number}", "second", 2)  # behind the same NAT
+    assert pending(server) - listening <= tun6.HANDSHAKES_PER_HOST_MAX  # they wait in the kernel
+    for peer in silent:
+        peer.sock.close()
     wait_until("all are gone", lambda: pending(server) == listening)
 
 
-def test_connections_that_are_reset_while_others_come_do_no_harm(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_connections_that_are_reset_while_others_come_do_no_harm(tunnel: Tunnel, server: Program) -> None:
     for _ in range(20):
-        socks = [connect(lab, tunnel, "server", f"127.0.1.{number % 4}") for number in range(100)]
-        for sock in socks:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.close()
-    with tunnel.peer() as peer:
-        peer.connected().echo()
+        for peer in [tunnel.connect("server", f"127.0.1.{number % 4}") for number in range(100)]:
+            peer.reset()
+    tunnel.visit("by-hand")
     assert server.process.poll() is None
 
 
-def test_those_who_say_a_byte_and_no_more_lock_nobody_out(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
-    with ExitStack() as undo:
-        for address in range(1, 13):  # more than there is room for
-            for _ in range(8):
-                sock = undo.enter_context(connect(lab, tunnel, "server", f"127.0.3.{address}"))
-                sock.sendall(b"{")
-        assert served(lab, tunnel, "elsewhere", "client", 3) < 3
-        for _ in range(20):
-            undo.enter_context(connect(lab, tunnel)).sendall(b"{")
-        assert served(lab, tunnel, "same", "second", 3, each=0.1) < 3
-        trickling = [undo.enter_context(connect(lab, tunnel)) for _ in range(8)]
-        for _ in range(3):
-            for sock in trickling:
-                try:
-                    sock.sendall(b" ")
-                except OSError:  # it had to go
-                    continue
-            assert served(lab, tunnel, "same", "second", 3, each=0.1) < 3
+def test_those_who_say_a_byte_and_no_more_lock_nobody_out(tunnel: Tunnel, server: Program) -> None:
+    for number in range(12 * 8):  # more than there is room for
+        tunnel.connect("server", f"127.0.3.{1 + number // 8}").sock.sendall(b"{")
+    served(tunnel, "elsewhere", "client", 3)
+    for _ in range(20):
+        tunnel.connect().sock.sendall(b"{")
+    served(tunnel, "same", "second", 3, each=0.1)
+    trickling = [tunnel.connect() for _ in range(8)]
+    for _ in range(3):
+        for peer in trickling:
+            with suppress(OSError):  # it had to go
+                peer.sock.sendall(b" ")
+        served(tunnel, "same", "second", 3, each=0.1)
 
 
-def test_an_address_whose_connections_are_all_saying_who_they_are_has_to_wait_a_second_and_no_other_does(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
-    with ExitStack() as undo:
-        for _ in range(tun6.HANDSHAKES_PER_HOST_MAX):
-            undo.enter_context(connect(lab, tunnel)).sendall(b"{")
-        with tunnel.peer("elsewhere", host="server") as other:
-            other.connected().echo()
-        assert served(lab, tunnel, "same", "second", 3, each=0.1) < 3
+def test_an_address_whose_connections_are_all_saying_who_they_are_has_to_wait_a_second_and_no_other_does(
+    tunnel: Tunnel, server: Program
+) -> None:
+    for _ in range(tun6.HANDSHAKES_PER_HOST_MAX):
+        tunnel.connect().sock.sendall(b"{")
+    tunnel.visit("elsewhere", "server")
+    served(tunnel, "same", "second", 3, each=0.1)
 
 
 @contextmanager
@@ -7787,12 +7780,11 @@ def trickle(lab: Lab, tunnel: Tunnel, rate: int) -> Iterator[list[socket.socket]
             sock.close()
 
 
-def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out_either(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
+def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out_either(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     with trickle(lab, tunnel, 200) as socks:
         wait_until("there are many", lambda: len(socks) > 400)
         for number in range(5):
-            assert served(lab, tunnel, f"honest {number}", "client", 2) < 2
+            served(tunnel, f"honest {number}", "client", 2)
 
 
 def many(ci: int, long: int) -> int:
@@ -7864,46 +7856,14 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
         peer.connected().echo()
 
 
-def closed_ones(socks: Sequence[socket.socket]) -> int:
-    """How many of them the server has closed, of those that it never says anything to."""
-    poll = select.poll()
-    for sock in socks:
-        poll.register(sock, select.POLLIN)
-    return len(poll.poll(0))
-
-
-def said(sock: socket.socket) -> bytes:
-    """What the server said, without taking it."""
-    try:
-        return sock.recv(4096, socket.MSG_PEEK)
-    except OSError:
-        return b""
-
-
-def serve_one(tunnel: Tunnel, undo: ExitStack) -> Peer | None:
-    """A new client, when the server takes it."""
-    peer = undo.enter_context(tunnel.peer("newcomer"))
-    try:
-        if "Prefix" in peer.answer():
-            return peer
-    except (EOFError, OSError):
-        pass
-    peer.sock.close()
-    return None
-
-
 def test_without_descriptors_newcomers_hear_it_the_connected_go_on_and_when_some_leave_there_is_room_again(
-    lab: Lab, tunnel: Tunnel
+    tunnel: Tunnel, server: Program
 ) -> None:
-    server = tunnel.server()
-    pid = server.process.pid
-    used = len(os.listdir(f"/proc/{pid}/fd"))
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 18, used + 18))
     connected: list[Peer] = []
     refused: list[dict[str, Any]] = []
-    with ExitStack() as undo:
-        for number in range(30):
-            peer = undo.enter_context(tunnel.peer(f"client {number}"))
+    with descriptors(server, 18):
+        while len(refused) < 4:
+            peer = tunnel.peer(f"client {len(connected) + len(refused)}")
             answer = peer.answer()
             if "Prefix" in answer:
                 assert not refused, "a newcomer was served though one before it was not"
@@ -7911,40 +7871,33 @@ def test_without_descriptors_newcomers_hear_it_the_connected_go_on_and_when_some
             else:
                 refused.append(answer)
                 peer.sock.close()
-                if len(refused) == 4:
-                    break
-        assert len(connected) >= 3
+        assert 3 <= len(connected) < 27
         assert {answer["Error"] for answer in refused} <= {"busy", "server-error"}
         for peer in connected:
             peer.echo()
-        with ExitStack() as crowd:  # more than there is room for, and silent
-            silent = [crowd.enter_context(connect(lab, tunnel, "server", f"127.0.4.{number // 8}")) for number in range(24)]
-            wait_until("one hears it", lambda: any(closed_ones([sock]) and said(sock) for sock in silent))
-            for peer in connected:
-                peer.echo()
-        for peer in connected[:3]:
+        crowd = [tunnel.connect("server", f"127.0.4.{number // 8}") for number in range(24)]  # more than there is room for, and silent
+
+        def heard() -> bool:
+            with suppress(OSError):
+                return any(sock.recv(1, socket.MSG_PEEK) for sock in select.select([peer.sock for peer in crowd], [], [], 0)[0])
+            return False
+
+        wait_until("one hears it", heard)
+        for peer in connected:
+            peer.echo()
+        for peer in [*crowd, *connected[:3]]:
             peer.sock.close()
-        newcomer = wait_until("there is room again", lambda: serve_one(tunnel, undo))
-        assert newcomer
-        newcomer.echo()
+        served(tunnel, "newcomer", "client", 10)
         for peer in connected[3:]:
             peer.echo()
 
 
-def test_a_server_without_descriptors_stops_in_time_and_undoes_everything(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
-    pid = server.process.pid
-    with ExitStack() as undo:
-        for number in range(5):
-            undo.enter_context(tunnel.peer(f"client {number}")).connected()
-        used = len(os.listdir(f"/proc/{pid}/fd"))
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, used))
-        with tunnel.peer("too many") as peer:
-            assert peer.answer() == {"Error": "busy", "Text": "the server has no room for another connection"}
+def test_a_server_without_descriptors_stops_in_time_and_undoes_everything(tunnel: Tunnel, server: Program) -> None:
+    for number in range(5):  # one after the other: while hellos come at once, `ip` has descriptors too
+        tunnel.peer(f"client {number}").connected()
+    with descriptors(server, 0):
+        assert tunnel.refusal("too many", "reset") == {"Error": "busy", "Text": "the server has no room for another connection"}
         assert server.stop() < SERVER_ENDS_S
-        assert not server_devices(lab)
-        assert not server_routes(lab)
-        assert not server_routes(lab, "unreachable")
 
 
 # ---- fuzzing ---------------------------------------------------------------------------------------------------------
