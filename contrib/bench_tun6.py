@@ -576,7 +576,7 @@ sys.exit(tun6.main())
 """
 TUN6_LEGACY = """
 import sys, tun6
-encode = tun6.encode_message
+encode_message = tun6.encode_message
 tun6.encode_message = lambda message: encode_message({key: value for key, value in message.items() if key != "Offload"})
 sys.exit(tun6.main())
 """
