@@ -21,7 +21,7 @@ All hosts use CUBIC, as most in the world do; so does each tunnel's own connecti
 
 The file, top to bottom:
 
-    what is measured     Measure, Link, the sections of the tables
+    what is measured     Metric, Link, the sections of the tables
     the network          Net: hosts, programs that run on them, CPU time; the WAN emulator
     the tunnels          how each one is brought up
     measuring            iperf3, ping, the bisection
@@ -88,7 +88,7 @@ class BenchError(tun6.Tun6Error):
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-class Measure(NamedTuple):
+class Metric(NamedTuple):
     """One column of a table."""
 
     key: str
@@ -102,7 +102,7 @@ class Section(NamedTuple):
 
     key: str
     title: str
-    measures: tuple[Measure, ...]
+    metrics: tuple[Metric, ...]
 
 
 @dataclass(frozen=True)
@@ -128,42 +128,42 @@ TCP = Section(
     "tcp",
     "TCP through the tunnel, Mbit/s (x direct), and CPU seconds that its two ends took for a GB",
     (
-        Measure("tcp_up", "up", 0, True),
-        Measure("tcp_down", "down", 0, True),
-        Measure("tcp_4", "4 streams", 0, True),
-        Measure("up_cpu_client", "up: client", 2),
-        Measure("up_cpu_server", "server", 2),
-        Measure("down_cpu_client", "down: client", 2),
-        Measure("down_cpu_server", "server", 2),
+        Metric("tcp_up", "up", 0, True),
+        Metric("tcp_down", "down", 0, True),
+        Metric("tcp_4", "4 streams", 0, True),
+        Metric("up_cpu_client", "up: client", 2),
+        Metric("up_cpu_server", "server", 2),
+        Metric("down_cpu_client", "down: client", 2),
+        Metric("down_cpu_server", "server", 2),
     ),
 )
 UDP = Section(
     "udp",
     f"UDP of {UDP_PAYLOAD} bytes up, delivered, thousands of packets/s (x direct)",
-    (Measure("udp_clean", "<= 1 % loss", 1, True), Measure("udp_flood", "flood", 1, True)),
+    (Metric("udp_clean", "<= 1 % loss", 1, True), Metric("udp_flood", "flood", 1, True)),
 )
 RTT = Section(
     "rtt",
     "Round trip, ms: idle, and during the TCP upload",
     (
-        Measure("rtt_idle", "idle", 3),
-        Measure("rtt_extra", "over direct", 3),
-        Measure("rtt_load", "upload: mean", 2),
-        Measure("rtt_load_max", "max", 2),
+        Metric("rtt_idle", "idle", 3),
+        Metric("rtt_extra", "over direct", 3),
+        Metric("rtt_load", "upload: mean", 2),
+        Metric("rtt_load_max", "max", 2),
     ),
 )
-WANS = tuple(
+WAN_SECTIONS = tuple(
     Section(
         link.key,
         f"WAN {link.label}: Mbit/s (x direct), and the round trip under it, ms",
         (
-            Measure("rtt_idle", "idle", 1),
-            Measure("up", "up", 1, True),
-            Measure("up_rtt", "mean", 0),
-            Measure("up_rtt_max", "max", 0),
-            Measure("down", "down", 1, True),
-            Measure("down_rtt", "mean", 0),
-            Measure("down_rtt_max", "max", 0),
+            Metric("rtt_idle", "idle", 1),
+            Metric("up", "up", 1, True),
+            Metric("up_rtt", "mean", 0),
+            Metric("up_rtt_max", "max", 0),
+            Metric("down", "down", 1, True),
+            Metric("down_rtt", "mean", 0),
+            Metric("down_rtt_max", "max", 0),
         ),
     )
     for link in LINKS
@@ -172,34 +172,34 @@ CLIENTS = Section(
     "clients",
     "tun6 with many clients: all say hello at once, while one more, real client pings; then what it costs beside them",
     (
-        Measure("all_s", "all work, s", 2),
-        Measure("one_ms", "half, ms", 0),
-        Measure("ping_max", "ping max, ms", 0),
-        Measure("kib", "KiB each", 0),
-        Measure("next_ms", "next, ms", 1),
-        Measure("idle_cpu", "idle CPU %", 1),
-        Measure("rtt", "RTT, ms", 2),
-        Measure("tcp_up", "TCP, Mbit/s", 0),
-        Measure("cpu_gb", "CPU s/GB", 2),
-        Measure("shutdown_s", "shutdown, s", 2),
+        Metric("all_s", "all work, s", 2),
+        Metric("one_ms", "half, ms", 0),
+        Metric("ping_max", "ping max, ms", 0),
+        Metric("kib", "KiB each", 0),
+        Metric("next_ms", "next, ms", 1),
+        Metric("idle_cpu", "idle CPU %", 1),
+        Metric("rtt", "RTT, ms", 2),
+        Metric("tcp_up", "TCP, Mbit/s", 0),
+        Metric("cpu_gb", "CPU s/GB", 2),
+        Metric("shutdown_s", "shutdown, s", 2),
     ),
 )
-NEIGHBOURS = Section(
+ISOLATION = Section(
     "neighbours",
     "tun6 with three clients: one downloads, one pings, the third gets datagrams; the server's event loop meanwhile",
     (
-        Measure("tcp_down", "TCP, Mbit/s", 0),
-        Measure("rtt", "RTT, ms", 2),
-        Measure("rtt_max", "max", 2),
-        Measure("loop_p99", "loop p99, ms", 1),
-        Measure("loop_max", "max", 1),
-        Measure("mib", "server MiB", 1),
+        Metric("tcp_down", "TCP, Mbit/s", 0),
+        Metric("rtt", "RTT, ms", 2),
+        Metric("rtt_max", "max", 2),
+        Metric("loop_p99", "loop p99, ms", 1),
+        Metric("loop_max", "max", 1),
+        Metric("mib", "server MiB", 1),
     ),
 )
-MACHINE = (TCP, UDP, RTT)
-SECTIONS = (*MACHINE, *WANS, NEIGHBOURS, CLIENTS)
-THIRD = {"runs": "the third runs", "stopped": "the third is stopped"}  # the rows of NEIGHBOURS
-GROUPS = {"machine": MACHINE, "wan": WANS}  # names that --only takes for several sections
+MACHINE_SECTIONS = (TCP, UDP, RTT)
+SECTIONS = (*MACHINE_SECTIONS, *WAN_SECTIONS, ISOLATION, CLIENTS)
+ISOLATION_ROWS = {"runs": "the third runs", "stopped": "the third is stopped"}  # the rows of ISOLATION
+SECTION_GROUPS = {"machine": MACHINE_SECTIONS, "wan": WAN_SECTIONS}  # names that --only takes for several sections
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Settings:
     clients: tuple[int, ...] = (1, 100, 1000, 4000)
 
 
-QUICK = Settings(repeats=1, seconds=2, udp_seconds=1, udp_steps=3, pings=20, wan_seconds=4, wan_skip=1, clients=(100,))
+QUICK_SETTINGS = Settings(repeats=1, seconds=2, udp_seconds=1, udp_steps=3, pings=20, wan_seconds=4, wan_skip=1, clients=(100,))
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -817,7 +817,7 @@ def udp_without_loss(net: Net, settings: Settings, flood: tuple[float, float]) -
     return best
 
 
-# ---- neighbours ------------------------------------------------------------------------------------------------------
+# ---- isolation -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -843,8 +843,8 @@ def datagrams(net: Net, address: str) -> Iterator[None]:
         sock.close()
 
 
-def measure_neighbours(net: Net, settings: Settings, row: str) -> dict[str, float]:
-    """All of NEIGHBOURS, of a tun6 that is up with one client; `row` is one of THIRD."""
+def measure_isolation(net: Net, settings: Settings, row: str) -> dict[str, float]:
+    """All of ISOLATION, of a tun6 that is up with one client; `row` is one of ISOLATION_ROWS."""
     module = str(Path(tun6.__file__).resolve().parent)
     for name, more in (("third", "tun = tun7\ndefault_route = no"), ("second", "")):
         (net.folder / f"{name}.ini").write_text(f"{textwrap.dedent(TUN6_CONFIG)}id = {name}\n{more}\n")
@@ -1032,14 +1032,14 @@ class Bench:
 
     def run(self) -> None:
         """Everything, a fault in one tunnel aside, which is kept."""
-        if any(section in MACHINE for section in self.sections):
+        if any(section in MACHINE_SECTIONS for section in self.sections):
             with Lab() as lab:
                 self._each("machine", Net(lab, self._folder), self.tunnels, self._machine)
         for link in LINKS:
             if any(section.key == link.key for section in self.sections):
                 with Lab() as lab, wan(lab, link):
                     self._each(link.key, Net(lab, self._folder), self._wan_tunnels, functools.partial(self._wan, link))
-        for section, measure in ((NEIGHBOURS, measure_neighbours), (CLIENTS, measure_clients)):
+        for section, measure in ((ISOLATION, measure_isolation), (CLIENTS, measure_clients)):
             if section in self.sections:
                 with Lab() as lab:
                     self._several(Net(lab, self._folder), section, measure)
@@ -1117,8 +1117,8 @@ class Bench:
 
     def rows(self, section: Section) -> dict[str, str]:
         """Their keys and labels."""
-        if section is NEIGHBOURS:
-            return THIRD
+        if section is ISOLATION:
+            return ISOLATION_ROWS
         if section is CLIENTS:
             return {str(count): f"{count:,}" for count in self.settings.clients}
         return {tunnel.key: tunnel.label for tunnel in self.tunnels}
@@ -1175,29 +1175,29 @@ def machine() -> dict[str, str]:
 
 def table(bench: Bench, where: str, section: Section) -> Iterator[str]:
     """The lines of one section's table."""
-    widths = [max(len(measure.title), 7 + 7 * measure.ratio) for measure in section.measures]
+    widths = [max(len(metric.title), 7 + 7 * metric.ratio) for metric in section.metrics]
     rows = bench.rows(section)
     left = max(map(len, rows.values()))
     yield section.title
-    yield "  ".join([" " * left, *(f"{measure.title:>{width}}" for measure, width in zip(section.measures, widths))])
+    yield "  ".join([" " * left, *(f"{metric.title:>{width}}" for metric, width in zip(section.metrics, widths))])
     for row, label in rows.items():
         fault = bench.faults[where].get(row)
         if row not in bench.samples[section.key]:
             if fault:
                 yield from textwrap.wrap(f"{label:<{left}}  {fault}", 118, subsequent_indent=" " * (left + 2), drop_whitespace=True)
             continue
-        cells = [cell(bench, section.key, row, measure, width) for measure, width in zip(section.measures, widths)]
+        cells = [cell(bench, section.key, row, metric, width) for metric, width in zip(section.metrics, widths)]
         yield "  ".join([f"{label:<{left}}", *cells]).rstrip()
         if fault:
             yield from textwrap.wrap(f"! {fault}", 118, initial_indent=" " * (left + 2), subsequent_indent=" " * (left + 4))
 
 
-def cell(bench: Bench, section: str, row: str, measure: Measure, width: int) -> str:
+def cell(bench: Bench, section: str, row: str, metric: Metric, width: int) -> str:
     """One figure, with its ratio to direct."""
-    value = bench.median(section, row, measure.key)
-    text = "-" if value is None else f"{value:,.{measure.decimals}f}"
-    if measure.ratio:
-        ratio = bench.ratio(section, row, measure.key)
+    value = bench.median(section, row, metric.key)
+    text = "-" if value is None else f"{value:,.{metric.decimals}f}"
+    if metric.ratio:
+        ratio = bench.ratio(section, row, metric.key)
         text += "       " if ratio is None else f" {ratio:6.{3 if ratio < 10 else 1}f}"
     return f"{text:>{width}}"
 
@@ -1206,7 +1206,7 @@ def report(bench: Bench) -> Iterator[str]:
     """All tables."""
     for section in bench.sections:
         yield ""
-        yield from table(bench, "machine" if section in MACHINE else section.key, section)
+        yield from table(bench, "machine" if section in MACHINE_SECTIONS else section.key, section)
 
 
 def as_json(bench: Bench, about: dict[str, str]) -> dict[str, Any]:
@@ -1300,9 +1300,9 @@ def plot(bench: Bench, path: str, about: dict[str, str]) -> None:
 def choose(names: str | None, quick: bool) -> Chosen:
     """What --only says: rows, sections or both; where it names none of a kind, the usual ones. Raises ValueError."""
     wanted = set(names.split(",")) if names else set()
-    for group in wanted & set(GROUPS):
-        wanted |= {section.key for section in GROUPS[group]}
-    unknown = wanted - {tunnel.key for tunnel in TUNNELS} - {section.key for section in SECTIONS} - set(GROUPS)
+    for group in wanted & set(SECTION_GROUPS):
+        wanted |= {section.key for section in SECTION_GROUPS[group]}
+    unknown = wanted - {tunnel.key for tunnel in TUNNELS} - {section.key for section in SECTIONS} - set(SECTION_GROUPS)
     if unknown:
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}; see --help for the names")
     named = [tunnel for tunnel in TUNNELS if tunnel.key in wanted]
@@ -1310,7 +1310,7 @@ def choose(names: str | None, quick: bool) -> Chosen:
         named or [tunnel for tunnel in TUNNELS if tunnel.quick or not quick],
         named or [tunnel for tunnel in TUNNELS if tunnel.quick_wan or not quick],
         [section for section in SECTIONS if section.key in wanted]
-        or [section for section in SECTIONS if not quick or section not in (*WANS, NEIGHBOURS) or section.key == "loss1"],
+        or [section for section in SECTIONS if not quick or section not in (*WAN_SECTIONS, ISOLATION) or section.key == "loss1"],
     )
 
 
@@ -1327,13 +1327,13 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measures tun6 beside direct routing, a C program and other tunnels, in network namespaces. Needs root.",
         epilog=f"rows:     {' '.join(tunnel.key for tunnel in TUNNELS)}\n"
-        f"sections: {' '.join(section.key for section in SECTIONS)}; {' '.join(GROUPS)} for several\n\n"
+        f"sections: {' '.join(section.key for section in SECTIONS)}; {' '.join(SECTION_GROUPS)} for several\n\n"
         "A tunnel that is not installed is left out and the table says so. On Debian this installs all of them:\n"
         f"  apt-get install --no-install-recommends \\\n    {PACKAGES}",
     )
     parser.add_argument("--quick", action="store_true", help="under 2 minutes: one repeat, short, fewer tunnels, one WAN")
     parser.add_argument("--only", metavar="NAME,...", help="these rows and sections only")
-    parser.add_argument("--repeats", type=int, metavar="N", help=f"default: {Settings.repeats}, with --quick {QUICK.repeats}")
+    parser.add_argument("--repeats", type=int, metavar="N", help=f"default: {Settings.repeats}, with --quick {QUICK_SETTINGS.repeats}")
     parser.add_argument("--clients", metavar="N,...", type=numbers, help="the rows of the section clients")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there, .png or .svg; needs matplotlib")
@@ -1343,7 +1343,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     os.environ["PATH"] += ":/usr/sbin:/sbin"
-    settings = QUICK if options.quick else Settings()
+    settings = QUICK_SETTINGS if options.quick else Settings()
     settings = dataclasses.replace(settings, repeats=options.repeats or settings.repeats, clients=options.clients or settings.clients)
     try:
         tun6.require_privilege()
