@@ -22,7 +22,7 @@ All hosts use CUBIC, as most in the world do; so does each tunnel's own connecti
 The file, top to bottom:
 
     what is measured     Metric, Link, the sections of the tables
-    the network          Net: hosts, programs that run on them, CPU time; the WAN emulator
+    the network          Testbed: hosts, programs that run on them, CPU time; the WAN emulator
     the tunnels          how each one is brought up
     measuring            iperf3, ping, the bisection
     neighbours           three clients, one of them stopped
@@ -78,7 +78,7 @@ CLIENT_ADDRESS = "2001:db8:1::1"  # also what tun6's server gives to its first c
 CLIENT_PREFIX = "2001:db8:1::/64"
 UDP_PAYLOAD = 64  # bytes
 UDP_LOSS_MAX = 0.01
-STOPPERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class BenchError(tun6.Tun6Error):
@@ -222,27 +222,27 @@ QUICK_SETTINGS = Settings(repeats=1, seconds=2, udp_seconds=1, udp_steps=3, ping
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
-class Net:
+class Testbed:
     """The hosts, and the programs of the tunnel that is up; these run in a folder for their files."""
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.lab, self.folder = lab, folder
         self.undo = ExitStack()  # of the tunnel that is up
-        self.running: dict[str, subprocess.Popen[str]] = {}  # by host
+        self.programs: dict[str, subprocess.Popen[str]] = {}  # by host
         for host in Lab.HOSTS:
             lab.set_sysctl(host, "net.ipv4.tcp_congestion_control", "cubic")
             lab.set_sysctl(host, "net.ipv4.tcp_no_metrics_save", "1")  # what one tunnel's connections learn must not guide the next
 
     @contextmanager
-    def up(self, tunnel: Tunnel) -> Iterator[None]:
+    def run_tunnel(self, tunnel: Tunnel) -> Iterator[None]:
         """The tunnel carries packets from client to internet meanwhile. Raises BenchError, which says why it does not."""
         with ExitStack() as self.undo:
-            self.undo.callback(self.running.clear)
+            self.undo.callback(self.programs.clear)
             tunnel.start(self)
-            self.wait("the first ping is answered", lambda: self.lab.pings("client"))
+            self.wait_for("the first ping is answered", lambda: self.lab.pings("client"))
             yield
 
-    def spawn(self, host: str, command: str, listens: str = "", ours: bool = False, **environment: str) -> None:
+    def start_program(self, host: str, command: str, listens: str = "", ours: bool = False, **environment: str) -> None:
         """Runs an end of the tunnel until the tunnel goes down, and waits until it listens on a port, such as "tcp 10000"."""
         with open(self.folder / f"{host}.log", "w") as log_file:
             process = self.lab.popen(
@@ -255,44 +255,44 @@ class Net:
                 env={**os.environ, **environment},
                 start_new_session=True,  # Ctrl-C is for us
             )
-        self.running[host] = process
-        self.undo.push(lambda failure, *_: end(process, ours and not failure))  # the first fault says more
+        self.programs[host] = process
+        self.undo.push(lambda failure, *_: end_program(process, ours and not failure))  # the first fault says more
         if listens:
-            self.wait(f"it listens on {listens}", lambda: self._listens(host, *listens.split()))
+            self.wait_for(f"it listens on {listens}", lambda: self._listens(host, *listens.split()))
 
-    def check(self, command: str, said: str = "") -> str:
+    def run_program(self, command: str, said: str = "") -> str:
         """Runs a program, that reads `said`, to its end; gives what it says. Raises BenchError when it fails."""
         done = subprocess.run(shlex.split(command), input=said, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             raise BenchError(f"`{command[:60]}` failed: {' '.join(done.stderr.split())[:200]}")
         return done.stdout
 
-    def wait(self, what: str, condition: Callable[[], object]) -> None:
+    def wait_for(self, what: str, condition: Callable[[], object]) -> None:
         """Until the condition holds. Raises BenchError when a program ends before, or when it takes longer than COME_UP_S."""
 
         def held() -> bool:
-            for host, process in self.running.items():
+            for host, process in self.programs.items():
                 if process.poll() is not None:
-                    raise BenchError(f"the {host}'s program ended with {process.returncode}: {self._last_words(host)}")
+                    raise BenchError(f"the {host}'s program ended with {process.returncode}: {self._last_log_line(host)}")
             return bool(condition())
 
         try:
             wait_until(what, held, COME_UP_S)
         except tun6.KernelError as error:
-            raise BenchError("; ".join([str(error), *(f"{host}: {self._last_words(host)}" for host in self.running)])) from None
+            raise BenchError("; ".join([str(error), *(f"{host}: {self._last_log_line(host)}" for host in self.programs)])) from None
 
-    def route(self, client_device: str, server_device: str) -> None:
+    def add_routes(self, client_device: str, server_device: str) -> None:
         """Carries the client's IPv6 over devices that the tunnel's programs make."""
         for host, device in (("server", server_device), ("client", client_device)):
-            self.wait(f"{device} is there", functools.partial(self._has_device, host, device))
+            self.wait_for(f"{device} is there", functools.partial(self._has_device, host, device))
             self.lab.ip(host, f"link set dev {device} up")
         self.lab.ip("server", f"-6 route replace {CLIENT_PREFIX} dev {server_device}")
         self.lab.ip("client", f"addr add {CLIENT_ADDRESS}/128 dev {client_device} nodad")
         self.lab.ip("client", f"-6 route replace default dev {client_device} metric 1")
 
-    def cpu(self, host: str) -> float:
+    def cpu_seconds(self, host: str) -> float:
         """Seconds of CPU that the tunnel's programs on the host took so far."""
-        return cpu_seconds(self.running[host].pid) if host in self.running else 0.0
+        return read_cpu_seconds(self.programs[host].pid) if host in self.programs else 0.0
 
     def _has_device(self, host: str, name: str) -> bool:
         return f": {name}: " in self.lab.ip(host, "link show")
@@ -301,14 +301,14 @@ class Net:
         state = "0A" if protocol == "tcp" else "07"  # TCP_LISTEN, TCP_CLOSE
         return f":{int(port):04X} 00000000:0000 {state} " in self.lab.run(host, "cat", f"/proc/net/{protocol}").stdout
 
-    def _last_words(self, host: str) -> str:
+    def _last_log_line(self, host: str) -> str:
         lines = (self.folder / f"{host}.log").read_text(errors="replace").split("\n")
         return tun6.to_printable(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"), 120)
 
 
-def end(process: subprocess.Popen[str], ours: bool = False, seconds: float = 10) -> None:
+def end_program(process: subprocess.Popen[str], ours: bool = False, seconds: float = 10) -> None:
     """Ends a program and its descendants with SIGTERM, after so long with SIGKILL. Ours must end by itself: raises BenchError."""
-    family = descendants(process.pid)
+    family = list_process_tree(process.pid)
     process.terminate()
     try:
         status = process.wait(seconds)
@@ -323,7 +323,7 @@ def end(process: subprocess.Popen[str], ours: bool = False, seconds: float = 10)
         raise BenchError(f"tun6 did not end within {seconds:.0f} s of SIGTERM" if status < 0 else f"tun6 ended with status {status}")
 
 
-def descendants(root: int) -> list[int]:
+def list_process_tree(root: int) -> list[int]:
     """The process and all that it started, as far as they live."""
     children = defaultdict(list)
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -335,17 +335,17 @@ def descendants(root: int) -> list[int]:
     return family
 
 
-def cpu_seconds(root: int) -> float:
+def read_cpu_seconds(root: int) -> float:
     """CPU time of the process and its descendants: utime + stime, proc_pid_stat(5)."""
     ticks = 0
-    for pid in descendants(root):
+    for pid in list_process_tree(root):
         with suppress(OSError):
             ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def cubic_allowed() -> Iterator[None]:
+def allow_cubic() -> Iterator[None]:
     """Namespaces may choose CUBIC only while this list, one for the machine, has it."""
     path = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
     before = path.read_text()
@@ -359,7 +359,7 @@ def cubic_allowed() -> Iterator[None]:
         path.write_text(before)
 
 
-class Way:
+class LinkDirection:
     """One direction of an emulated link: a rate, a drop-tail buffer in front of it, a delay and losses behind it."""
 
     PACKET = 2048  # bytes, more than the devices' MTU
@@ -368,10 +368,10 @@ class Way:
         self.source, self._sink = source, sink
         self._bytes_per_s = mbit * 1e6 / 8
         self._delay, self._buffer, self._loss = link.rtt / 2e3, link.buffer / 1e3, link.loss / 100
-        self._free = 0.0  # when the last byte taken so far has left
-        self._under_way: list[tuple[float, bytes]] = []  # a heap by time of arrival
+        self._idle_at = 0.0  # when the last byte taken so far has left
+        self._in_flight: list[tuple[float, bytes]] = []  # a heap by time of arrival
 
-    def take(self) -> None:
+    def accept_packets(self) -> None:
         """Takes what waits at the near end, at most 64 packets, so that the other direction gets its turn."""
         now = time.monotonic()
         for _ in range(64):
@@ -379,37 +379,37 @@ class Way:
                 packet = os.read(self.source, self.PACKET)
             except BlockingIOError:
                 return
-            begins = max(now, self._free)
+            begins = max(now, self._idle_at)
             if begins - now <= self._buffer and random.random() >= self._loss:
-                self._free = begins + len(packet) / self._bytes_per_s
-                heapq.heappush(self._under_way, (self._free + self._delay, packet))
+                self._idle_at = begins + len(packet) / self._bytes_per_s
+                heapq.heappush(self._in_flight, (self._idle_at + self._delay, packet))
 
-    def give(self) -> float:
+    def deliver_packets(self) -> float:
         """Hands over what has arrived; gives the time of the next arrival."""
-        now, under_way = time.monotonic(), self._under_way
-        while under_way and under_way[0][0] <= now:
+        now, in_flight = time.monotonic(), self._in_flight
+        while in_flight and in_flight[0][0] <= now:
             with suppress(OSError):  # the far end's queue is full: lost
-                os.write(self._sink, heapq.heappop(under_way)[1])
-        return under_way[0][0] if under_way else now + 1
+                os.write(self._sink, heapq.heappop(in_flight)[1])
+        return in_flight[0][0] if in_flight else now + 1
 
 
-def emulate(nat: int, server: int, link: Link) -> None:
+def emulate_link(nat: int, server: int, link: Link) -> None:
     """A process of its own: carries packets between two TUNs, in user space, so that no socket's limits reach through the link."""
-    for number in STOPPERS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # whoever made this process ends it
     parent = os.getppid()
-    ways = (Way(nat, server, link.up, link), Way(server, nat, link.down, link))
+    ways = (LinkDirection(nat, server, link.up, link), LinkDirection(server, nat, link.down, link))
     with selectors.DefaultSelector() as selector:
         for way in ways:
             selector.register(way.source, selectors.EVENT_READ, way)
         while os.getppid() == parent:
-            arrival = min(way.give() for way in ways)
+            arrival = min(way.deliver_packets() for way in ways)
             for key, _ in selector.select(max(0.0, arrival - time.monotonic())):
-                key.data.take()
+                key.data.accept_packets()
 
 
 @contextmanager
-def wan(lab: Lab, link: Link) -> Iterator[None]:
+def insert_link(lab: Lab, link: Link) -> Iterator[None]:
     """Between nat and server, in place of a cable, the link; their addresses, and the names eth0, stay."""
     lab.ip("nat", "link del eth0")
     ends = []
@@ -420,7 +420,7 @@ def wan(lab: Lab, link: Link) -> Iterator[None]:
                 fcntl.ioctl(ends[-1], 0x400454CA, struct.pack("16sH22x", b"eth0", 0x1001))  # TUNSETIFF: IFF_TUN, IFF_NO_PI
             lab.ip(host, f"addr add {address} dev eth0")
             lab.ip(host, "link set eth0 txqueuelen 5000 addrgenmode none up")
-        process = multiprocessing.get_context("fork").Process(target=emulate, args=(*ends, link), daemon=True)
+        process = multiprocessing.get_context("fork").Process(target=emulate_link, args=(*ends, link), daemon=True)
         process.start()
         try:
             yield
@@ -441,7 +441,7 @@ class Tunnel:
 
     key: str
     label: str
-    start: Callable[[Net], None]
+    start: Callable[[Testbed], None]
     needs: tuple[str, ...] = ()  # programs
     ours: bool = False  # what fails is our fault
     quick: bool = False  # --quick measures it
@@ -453,10 +453,10 @@ class Tunnel:
         return f"not installed: {', '.join(names)}" if names else None
 
 
-def start_direct(net: Net) -> None:
+def start_direct(testbed: Testbed) -> None:
     """No tunnel: nat routes IPv6 too. The addresses behind `via` are on all links, as TUNs have no link-local ones."""
-    ip, undo = net.lab.ip, net.undo
-    net.lab.set_sysctl("nat", "net.ipv6.conf.all.forwarding", "1")
+    ip, undo = testbed.lab.ip, testbed.undo
+    testbed.lab.set_sysctl("nat", "net.ipv6.conf.all.forwarding", "1")
     for host, kind, what in (
         ("client", "addr", f"{CLIENT_ADDRESS}/128 dev lo nodad"),
         ("client", "addr", "2001:db8:a::2/64 dev eth0 nodad"),
@@ -552,14 +552,14 @@ int main(int count, char **words)
 """
 
 
-def start_c(net: Net) -> None:
+def start_c(testbed: Testbed) -> None:
     """The embedded program, compiled once a run."""
-    if not (net.folder / "datapath").exists():
-        (net.folder / "datapath.c").write_text(C_SOURCE)
-        net.check("cc -O2 -pthread -o datapath datapath.c")
-    net.spawn("server", "./datapath server", listens="tcp 10000")
-    net.spawn("client", "./datapath client")
-    net.route("tun0", "tun0")
+    if not (testbed.folder / "datapath").exists():
+        (testbed.folder / "datapath.c").write_text(C_SOURCE)
+        testbed.run_program("cc -O2 -pthread -o datapath datapath.c")
+    testbed.start_program("server", "./datapath server", listens="tcp 10000")
+    testbed.start_program("client", "./datapath client")
+    testbed.add_routes("tun0", "tun0")
 
 
 # Each is the real client in which one thing is different.
@@ -594,33 +594,33 @@ TUN6_CONFIG = """
 """
 
 
-def start_tun6(client: str, encrypted: bool = False) -> Callable[[Net], None]:
+def start_tun6(client: str, encrypted: bool = False) -> Callable[[Testbed], None]:
     """The real server, and one of the clients above."""
 
-    def start(net: Net) -> None:
+    def start(testbed: Testbed) -> None:
         module = str(Path(tun6.__file__).resolve().parent)
         config = textwrap.dedent(TUN6_CONFIG)
-        (net.folder / "config.ini").write_text(config)
-        (net.folder / "assignments.json").unlink(missing_ok=True)  # so that the first client gets CLIENT_PREFIX
+        (testbed.folder / "config.ini").write_text(config)
+        (testbed.folder / "assignments.json").unlink(missing_ok=True)  # so that the first client gets CLIENT_PREFIX
         if encrypted:
-            (net.folder / "server.pem").unlink(missing_ok=True)
-            said = net.check(f"{sys.executable} {module}/tun6.py keygen -c config.ini")
+            (testbed.folder / "server.pem").unlink(missing_ok=True)
+            said = testbed.run_program(f"{sys.executable} {module}/tun6.py keygen -c config.ini")
             (fingerprint,) = re.findall("fingerprint = .*", said)
-            (net.folder / "config.ini").write_text(config.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
+            (testbed.folder / "config.ini").write_text(config.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
         for host, code, listens in (("server", TUN6_PLAIN, "tcp 10000"), ("client", client, "")):
             command = shlex.join([sys.executable, "-c", code, host, "-c", "config.ini"])
-            net.spawn(host, command, listens, ours=True, PYTHONPATH=module)
+            testbed.start_program(host, command, listens, ours=True, PYTHONPATH=module)
 
     return start
 
 
-def start_openvpn(protocol: str, encrypted: bool) -> Callable[[Net], None]:
+def start_openvpn(protocol: str, encrypted: bool) -> Callable[[Testbed], None]:
     """Point to point; without a cipher there are no keys at all, and OpenVPN sends clear text."""
 
-    def start(net: Net) -> None:
-        if encrypted and not (net.folder / "vpn.crt").exists():  # it signed itself and serves both ends, being its own authority
+    def start(testbed: Testbed) -> None:
+        if encrypted and not (testbed.folder / "vpn.crt").exists():  # it signed itself and serves both ends, being its own authority
             new = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout vpn.key -out vpn.crt"
-            net.check(f"openssl req -x509 -subj /CN=bench -days 2 {new}")
+            testbed.run_program(f"openssl req -x509 -subj /CN=bench -days 2 {new}")
         for role, listens, more in (
             ("server", f"{protocol} 1194", "--dh none" if encrypted else ""),
             ("client", "", f"--remote {Lab.SERVER}"),
@@ -629,71 +629,71 @@ def start_openvpn(protocol: str, encrypted: bool) -> Callable[[Net], None]:
             safety = "--cipher none --auth none"
             if encrypted:
                 safety = f"--tls-{role} --data-ciphers AES-128-GCM --cipher AES-128-GCM --ca vpn.crt --cert vpn.crt --key vpn.key"
-            net.spawn(role, f"openvpn --dev tun0 --dev-type tun --port 1194 {path} {safety} {more}", listens)
-        net.route("tun0", "tun0")
+            testbed.start_program(role, f"openvpn --dev tun0 --dev-type tun --port 1194 {path} {safety} {more}", listens)
+        testbed.add_routes("tun0", "tun0")
 
     return start
 
 
-def start_tinc(net: Net) -> None:
+def start_tinc(testbed: Testbed) -> None:
     """tinc over TCP, as tun6 is."""
     for host, more, where in (
         ("server", "", f"Address = {Lab.SERVER}\nSubnet = ::/0\n"),
         ("client", "ConnectTo = server\n", f"Subnet = {CLIENT_PREFIX}\n"),
     ):
-        hosts = net.folder / f"tinc-{host}" / "hosts"
+        hosts = testbed.folder / f"tinc-{host}" / "hosts"
         if not hosts.exists():
             hosts.mkdir(parents=True)
             (hosts.parent / "tinc.conf").write_text(f"Name = {host}\nInterface = tun0\nDeviceType = tun\nAddressFamily = ipv4\n{more}")
             (hosts / host).write_text(f"TCPOnly = yes\n{where}")
-            net.check(f"tincd -c tinc-{host} -K 2048")
+            testbed.run_program(f"tincd -c tinc-{host} -K 2048")
     for host, other in (("server", "client"), ("client", "server")):  # each gets the other's public key
-        shutil.copy(net.folder / f"tinc-{host}" / "hosts" / host, net.folder / f"tinc-{other}" / "hosts" / host)
+        shutil.copy(testbed.folder / f"tinc-{host}" / "hosts" / host, testbed.folder / f"tinc-{other}" / "hosts" / host)
     for host in ("server", "client"):
-        (net.folder / f"tinc-{host}.pid").unlink(missing_ok=True)
-        net.spawn(host, f"tincd -c tinc-{host} -D -d1 --pidfile={net.folder}/tinc-{host}.pid", listens="tcp 655")
-    net.route("tun0", "tun0")
+        (testbed.folder / f"tinc-{host}.pid").unlink(missing_ok=True)
+        testbed.start_program(host, f"tincd -c tinc-{host} -D -d1 --pidfile={testbed.folder}/tinc-{host}.pid", listens="tcp 655")
+    testbed.add_routes("tun0", "tun0")
 
 
-def start_wireguard_go(net: Net) -> None:
+def start_wireguard_go(testbed: Testbed) -> None:
     """Its control sockets are in one folder for the whole machine, so the devices' names are ours alone."""
     devices = {host: f"tun6{host[0]}{os.getpid()}" for host in ("server", "client")}
     keys = {}
     for host, device in devices.items():
-        private = net.check("wg genkey")
-        (net.folder / f"wg-{host}.key").write_text(private)
-        keys[host] = net.check("wg pubkey", private).strip()
+        private = testbed.run_program("wg genkey")
+        (testbed.folder / f"wg-{host}.key").write_text(private)
+        keys[host] = testbed.run_program("wg pubkey", private).strip()
         control = Path(f"/var/run/wireguard/{device}.sock")
-        net.undo.callback(control.unlink, missing_ok=True)
-        net.spawn(host, f"wireguard-go -f {device}", LOG_LEVEL="error")
-        net.wait("its control socket is there", control.exists)
+        testbed.undo.callback(control.unlink, missing_ok=True)
+        testbed.start_program(host, f"wireguard-go -f {device}", LOG_LEVEL="error")
+        testbed.wait_for("its control socket is there", control.exists)
     for host, settings, peer, more in (
         ("server", "listen-port 51820", "client", f"allowed-ips {CLIENT_PREFIX}"),
         ("client", "", "server", f"allowed-ips ::/0 endpoint {Lab.SERVER}:51820 persistent-keepalive 25"),
     ):
-        net.check(f"wg set {devices[host]} private-key wg-{host}.key {settings} peer {keys[peer]} {more}")
-        net.lab.ip(host, f"link set dev {devices[host]} mtu 1420")
-    net.route(devices["client"], devices["server"])
+        testbed.run_program(f"wg set {devices[host]} private-key wg-{host}.key {settings} peer {keys[peer]} {more}")
+        testbed.lab.ip(host, f"link set dev {devices[host]} mtu 1420")
+    testbed.add_routes(devices["client"], devices["server"])
 
 
-def start_ssh(net: Net) -> None:
+def start_ssh(testbed: Testbed) -> None:
     """`ssh -w` to an sshd of our own, with keys of our own; the machine's own sshd and ~/.ssh play no part."""
     for key in ("ssh_key", "ssh_host_key"):
-        if not (net.folder / key).exists():
-            net.check(f"ssh-keygen -q -t ed25519 -N '' -f {key}")
+        if not (testbed.folder / key).exists():
+            testbed.run_program(f"ssh-keygen -q -t ed25519 -N '' -f {key}")
     privileges = Path("/run/sshd")  # sshd wants it, empty; on most machines it is there
     if not privileges.exists():
         privileges.mkdir(0o755)
-        net.undo.callback(privileges.rmdir)
-    (net.folder / "sshd_config").write_text(
-        f"Port 2222\nListenAddress {Lab.SERVER}\nHostKey {net.folder}/ssh_host_key\nAuthorizedKeysFile {net.folder}/ssh_key.pub\n"
+        testbed.undo.callback(privileges.rmdir)
+    (testbed.folder / "sshd_config").write_text(
+        f"Port 2222\nListenAddress {Lab.SERVER}\nHostKey {testbed.folder}/ssh_host_key\nAuthorizedKeysFile {testbed.folder}/ssh_key.pub\n"
         "PidFile none\nStrictModes no\nPermitRootLogin prohibit-password\nPermitTunnel yes\nPasswordAuthentication no\nUsePAM no\n"
     )
-    net.spawn("server", f"{shutil.which('sshd')} -D -e -f {net.folder}/sshd_config", listens="tcp 2222")
+    testbed.start_program("server", f"{shutil.which('sshd')} -D -e -f {testbed.folder}/sshd_config", listens="tcp 2222")
     options = "-o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o IdentitiesOnly=yes -o LogLevel=ERROR"
     tunnel = "-o ExitOnForwardFailure=yes -o Tunnel=point-to-point -N -w 0:0"
-    net.spawn("client", f"ssh -F /dev/null {options} {tunnel} -i ssh_key -p 2222 root@{Lab.SERVER}")
-    net.route("tun0", "tun0")
+    testbed.start_program("client", f"ssh -F /dev/null {options} {tunnel} -i ssh_key -p 2222 root@{Lab.SERVER}")
+    testbed.add_routes("tun0", "tun0")
 
 
 TUNNELS = (
@@ -732,9 +732,9 @@ class Ping(NamedTuple):
     max: float
 
 
-def ping(net: Net, count: int, interval: float) -> Ping:
+def ping(testbed: Testbed, count: int, interval: float) -> Ping:
     """Round trips from client to internet. Raises BenchError when no ping is answered."""
-    return parse_ping(net.lab.run("client", "ping", "-6", "-c", str(count), "-i", str(interval), "-W", "3", Lab.INTERNET).stdout)
+    return parse_ping(testbed.lab.run("client", "ping", "-6", "-c", str(count), "-i", str(interval), "-W", "3", Lab.INTERNET).stdout)
 
 
 def parse_ping(said: str) -> Ping:
@@ -746,10 +746,10 @@ def parse_ping(said: str) -> Ping:
 
 
 @contextmanager
-def iperf3(net: Net, seconds: int, *options: str) -> Iterator[Callable[[], dict[str, Any]]]:
+def iperf3(testbed: Testbed, seconds: int, *options: str) -> Iterator[Callable[[], dict[str, Any]]]:
     """A measurement that begins now; the function given waits for its end, and returns what iperf3 found."""
     with ExitStack() as undo:
-        server = net.lab.popen("internet", "iperf3", "-s", "-1", "--forceflush", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        server = testbed.lab.popen("internet", "iperf3", "-s", "-1", "--forceflush", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         undo.enter_context(server)
         undo.callback(server.kill)
         assert server.stdout
@@ -757,7 +757,7 @@ def iperf3(net: Net, seconds: int, *options: str) -> Iterator[Callable[[], dict[
             if not line:
                 raise BenchError("iperf3's server ended")
         words = ("iperf3", "-6", "-J", "-c", Lab.INTERNET, "-t", str(seconds), *options)
-        client = net.lab.popen("client", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        client = testbed.lab.popen("client", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         undo.enter_context(client)
         undo.callback(client.kill)
 
@@ -777,38 +777,38 @@ def iperf3(net: Net, seconds: int, *options: str) -> Iterator[Callable[[], dict[
         yield result
 
 
-def tcp(net: Net, seconds: int, *options: str, skip: int = 0, pings: bool = False) -> Load:
+def tcp(testbed: Testbed, seconds: int, *options: str, skip: int = 0, pings: bool = False) -> Load:
     """TCP from client to internet, with -R back; `skip` seconds come before those that count, and before the pings."""
-    before = {host: net.cpu(host) for host in ("client", "server")}
+    before = {host: testbed.cpu_seconds(host) for host in ("client", "server")}
     round_trips = None
-    with iperf3(net, seconds, *(("-O", str(skip)) if skip else ()), *options) as result:
+    with iperf3(testbed, seconds, *(("-O", str(skip)) if skip else ()), *options) as result:
         if pings:
             time.sleep(skip + 0.4)
-            round_trips = ping(net, max(3, int((seconds - 0.8) / 0.1)), 0.1)
+            round_trips = ping(testbed, max(3, int((seconds - 0.8) / 0.1)), 0.1)
         received = result()["sum_received"]
     # iperf3 does not count the bytes of the seconds skipped, so cpu means something without them only
     return Load(
         received["bits_per_second"] / 1e6,
-        {host: (net.cpu(host) - before[host]) / (received["bytes"] / 1e9) for host in before} if received["bytes"] else {},
+        {host: (testbed.cpu_seconds(host) - before[host]) / (received["bytes"] / 1e9) for host in before} if received["bytes"] else {},
         round_trips,
     )
 
 
-def udp(net: Net, seconds: int, packets_per_s: float = 0) -> tuple[float, float]:
+def udp(testbed: Testbed, seconds: int, packets_per_s: float = 0) -> tuple[float, float]:
     """Small packets from client to internet, 0: as many as go. Gives packets/s sent and delivered."""
-    with iperf3(net, seconds, "-u", "-l", str(UDP_PAYLOAD), "-b", str(int(packets_per_s * UDP_PAYLOAD * 8))) as result:
+    with iperf3(testbed, seconds, "-u", "-l", str(UDP_PAYLOAD), "-b", str(int(packets_per_s * UDP_PAYLOAD * 8))) as result:
         total = result()["sum"]
     return total["bytes"] / UDP_PAYLOAD / total["seconds"], (total["packets"] - total["lost_packets"]) / total["seconds"]
 
 
-def udp_without_loss(net: Net, settings: Settings, flood: tuple[float, float]) -> float:
+def udp_without_loss(testbed: Testbed, settings: Settings, flood: tuple[float, float]) -> float:
     """The most packets/s that are delivered at UDP_LOSS_MAX or less, bisected from what a flood did."""
     sent, rate = flood
     if rate >= sent * (1 - UDP_LOSS_MAX):
         return rate
     low, high, best = 0.0, min(sent, 1.6 * rate), 0.0  # a flood takes CPU that delivers packets at lower rates
     for _ in range(settings.udp_steps):
-        sent, delivered = udp(net, settings.udp_seconds, rate)
+        sent, delivered = udp(testbed, settings.udp_seconds, rate)
         if delivered >= sent * (1 - UDP_LOSS_MAX):
             low, best = rate, max(best, delivered)
         else:
@@ -821,10 +821,10 @@ def udp_without_loss(net: Net, settings: Settings, flood: tuple[float, float]) -
 
 
 @contextmanager
-def datagrams(net: Net, address: str) -> Iterator[None]:
+def datagrams(testbed: Testbed, address: str) -> Iterator[None]:
     """From internet to this address meanwhile: 10,000 a second with 1,200 bytes, about 100 Mbit/s."""
     done = threading.Event()
-    with net.lab.inside("internet"):
+    with testbed.lab.inside("internet"):
         sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
 
     def send() -> None:
@@ -843,26 +843,26 @@ def datagrams(net: Net, address: str) -> Iterator[None]:
         sock.close()
 
 
-def measure_isolation(net: Net, settings: Settings, row: str) -> dict[str, float]:
+def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[str, float]:
     """All of ISOLATION, of a tun6 that is up with one client; `row` is one of ISOLATION_ROWS."""
     module = str(Path(tun6.__file__).resolve().parent)
     for name, more in (("third", "tun = tun7\ndefault_route = no"), ("second", "")):
-        (net.folder / f"{name}.ini").write_text(f"{textwrap.dedent(TUN6_CONFIG)}id = {name}\n{more}\n")
+        (testbed.folder / f"{name}.ini").write_text(f"{textwrap.dedent(TUN6_CONFIG)}id = {name}\n{more}\n")
         command = shlex.join([sys.executable, "-c", TUN6_PLAIN, "client", "-c", f"{name}.ini"])
-        net.spawn("second", command, ours=True, PYTHONPATH=module)
+        testbed.start_program("second", command, ours=True, PYTHONPATH=module)
         if name == "third":
-            third = net.running["second"]
-            net.wait("the third has its address", lambda: " 2001:db8:1" in net.lab.ip("second", "-6 addr show"))
-    address = re.findall(r"inet6 (2001:db8:1[0-9a-f:]+)/", net.lab.ip("second", "-6 addr show dev tun7"))[0]
-    net.wait("the second works", lambda: net.lab.pings("second"))
-    with datagrams(net, address):
+            third = testbed.programs["second"]
+            testbed.wait_for("the third has its address", lambda: " 2001:db8:1" in testbed.lab.ip("second", "-6 addr show"))
+    address = re.findall(r"inet6 (2001:db8:1[0-9a-f:]+)/", testbed.lab.ip("second", "-6 addr show dev tun7"))[0]
+    testbed.wait_for("the second works", lambda: testbed.lab.pings("second"))
+    with datagrams(testbed, address):
         if row == "stopped":
             third.send_signal(signal.SIGSTOP)
         try:
-            with net.lab.popen("second", "ping", "-6", "-i", "0.05", Lab.INTERNET, stdout=subprocess.PIPE) as pinging:
+            with testbed.lab.popen("second", "ping", "-6", "-i", "0.05", Lab.INTERNET, stdout=subprocess.PIPE) as pinging:
                 try:
-                    load = tcp(net, 3 * settings.seconds, "-R")  # long beside the rest of what `status` speaks of
-                    status = json.loads(net.check(f"{sys.executable} {module}/tun6.py status --json -c config.ini"))
+                    load = tcp(testbed, 3 * settings.seconds, "-R")  # long beside the rest of what `status` speaks of
+                    status = json.loads(testbed.run_program(f"{sys.executable} {module}/tun6.py status --json -c config.ini"))
                 finally:
                     pinging.send_signal(signal.SIGINT)
                     said, _ = pinging.communicate()
@@ -941,9 +941,9 @@ def echo_request(source: bytes) -> bytes:
     )
 
 
-def call(net: Net, numbers: range, undo: ExitStack, seconds: float = 60) -> list[float]:
+def call(testbed: Testbed, numbers: range, undo: ExitStack, seconds: float = 60) -> list[float]:
     """So many callers connect at once and stay until `undo`; gives the seconds until each worked. Raises BenchError."""
-    with net.lab.inside("second"):
+    with testbed.lab.inside("second"):
         sockets = [undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in numbers]
     with selectors.DefaultSelector() as selector:
         callers = [Caller(sock, number) for sock, number in zip(sockets, numbers)]
@@ -976,17 +976,17 @@ def resident(pid: int) -> int:
     return int(found[1]) if found else 0
 
 
-def measure_clients(net: Net, settings: Settings, row: str) -> dict[str, float]:
+def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str, float]:
     """All of CLIENTS for so many clients, of a tun6 that is up with one real client. Ends its server."""
-    server, count, found = net.running["server"], int(row), {}
+    server, count, found = testbed.programs["server"], int(row), {}
     with ExitStack() as undo:
         memory = resident(server.pid)
         words = ("ping", "-6", "-i", "0.01", Lab.INTERNET)
-        with net.lab.popen("client", *words, stdout=subprocess.PIPE) as pinging:
+        with testbed.lab.popen("client", *words, stdout=subprocess.PIPE) as pinging:
             try:
                 time.sleep(0.3)
                 began = time.monotonic()
-                each = [took for at in range(0, count, WAVE) for took in call(net, range(at, min(at + WAVE, count)), undo)]
+                each = [took for at in range(0, count, WAVE) for took in call(testbed, range(at, min(at + WAVE, count)), undo)]
                 found["all_s"], found["one_ms"] = time.monotonic() - began, statistics.median(each) * 1e3
                 time.sleep(0.3)
             finally:
@@ -995,15 +995,15 @@ def measure_clients(net: Net, settings: Settings, row: str) -> dict[str, float]:
         found["ping_max"] = parse_ping(said).max
         if count >= 100:  # with fewer, other memory weighs more than theirs
             found["kib"] = (resident(server.pid) - memory) / count
-        before, began = cpu_seconds(server.pid), time.monotonic()
+        before, began = read_cpu_seconds(server.pid), time.monotonic()
         time.sleep(2)
-        found["idle_cpu"] = (cpu_seconds(server.pid) - before) / (time.monotonic() - began) * 100
-        found["next_ms"] = statistics.median([call(net, range(count + n, count + n + 1), undo)[0] for n in range(5)]) * 1e3
-        found["rtt"] = ping(net, settings.pings, 0.02).median
-        load = tcp(net, settings.seconds)
+        found["idle_cpu"] = (read_cpu_seconds(server.pid) - before) / (time.monotonic() - began) * 100
+        found["next_ms"] = statistics.median([call(testbed, range(count + n, count + n + 1), undo)[0] for n in range(5)]) * 1e3
+        found["rtt"] = ping(testbed, settings.pings, 0.02).median
+        load = tcp(testbed, settings.seconds)
         found["tcp_up"], found["cpu_gb"] = load.mbit, load.cpu["server"]
         began = time.monotonic()
-        end(server, ours=True, seconds=120)
+        end_program(server, ours=True, seconds=120)
         found["shutdown_s"] = time.monotonic() - began
     return found
 
@@ -1034,17 +1034,17 @@ class Bench:
         """Everything, a fault in one tunnel aside, which is kept."""
         if any(section in MACHINE_SECTIONS for section in self.sections):
             with Lab() as lab:
-                self._each("machine", Net(lab, self._folder), self.tunnels, self._machine)
+                self._each("machine", Testbed(lab, self._folder), self.tunnels, self._machine)
         for link in LINKS:
             if any(section.key == link.key for section in self.sections):
-                with Lab() as lab, wan(lab, link):
-                    self._each(link.key, Net(lab, self._folder), self._wan_tunnels, functools.partial(self._wan, link))
+                with Lab() as lab, insert_link(lab, link):
+                    self._each(link.key, Testbed(lab, self._folder), self._wan_tunnels, functools.partial(self._wan, link))
         for section, measure in ((ISOLATION, measure_isolation), (CLIENTS, measure_clients)):
             if section in self.sections:
                 with Lab() as lab:
-                    self._several(Net(lab, self._folder), section, measure)
+                    self._several(Testbed(lab, self._folder), section, measure)
 
-    def _each(self, where: str, net: Net, tunnels: Sequence[Tunnel], measure: Callable[[Net, Tunnel], None]) -> None:
+    def _each(self, where: str, testbed: Testbed, tunnels: Sequence[Tunnel], measure: Callable[[Testbed, Tunnel], None]) -> None:
         for repeat in range(self.settings.repeats):
             for tunnel in tunnels:
                 missing = tunnel.missing()
@@ -1052,8 +1052,8 @@ class Bench:
                     self.faults[where][tunnel.key] = missing
                     continue
                 say(f"{where}, repeat {repeat + 1} of {self.settings.repeats}: {tunnel.label}")
-                with self._fault_kept(where, tunnel.key, tunnel.ours), net.up(tunnel):
-                    measure(net, tunnel)
+                with self._fault_kept(where, tunnel.key, tunnel.ours), testbed.run_tunnel(tunnel):
+                    measure(testbed, tunnel)
 
     @contextmanager
     def _fault_kept(self, where: str, row: str, ours: bool, what: str = "") -> Iterator[None]:
@@ -1066,7 +1066,7 @@ class Bench:
             self.failed |= ours
             say(f"{where}: {row}: {words}")
 
-    def _machine(self, net: Net, tunnel: Tunnel) -> None:
+    def _machine(self, testbed: Testbed, tunnel: Tunnel) -> None:
         settings, wanted = self.settings, {section.key for section in self.sections}
 
         def keep(section: Section, **figures: float) -> None:
@@ -1078,27 +1078,27 @@ class Bench:
 
         if "rtt" in wanted:
             with part("idle round trip"):
-                keep(RTT, rtt_idle=ping(net, settings.pings, 0.02).median)
+                keep(RTT, rtt_idle=ping(testbed, settings.pings, 0.02).median)
         for way, options in (("up", ()), ("down", ("-R",)), ("4", ("-P", "4"))):
             if "tcp" in wanted or ("rtt" in wanted and way == "up"):
                 with part(f"TCP {way}"):
-                    load = tcp(net, settings.seconds, *options, pings=way == "up")
+                    load = tcp(testbed, settings.seconds, *options, pings=way == "up")
                     keep(TCP, **{f"tcp_{way}": load.mbit})
-                    if net.running and way != "4":
+                    if testbed.programs and way != "4":
                         keep(TCP, **{f"{way}_cpu_{host}": seconds for host, seconds in load.cpu.items()})
                     if load.rtt:
                         keep(RTT, rtt_load=load.rtt.mean, rtt_load_max=load.rtt.max)
         if "udp" in wanted:
             with part("UDP"):
-                flood = udp(net, settings.udp_seconds)
-                keep(UDP, udp_flood=flood[1] / 1e3, udp_clean=udp_without_loss(net, settings, flood) / 1e3)
+                flood = udp(testbed, settings.udp_seconds)
+                keep(UDP, udp_flood=flood[1] / 1e3, udp_clean=udp_without_loss(testbed, settings, flood) / 1e3)
 
-    def _wan(self, link: Link, net: Net, tunnel: Tunnel) -> None:
+    def _wan(self, link: Link, testbed: Testbed, tunnel: Tunnel) -> None:
         samples, settings = self.samples[link.key][tunnel.key], self.settings
-        samples["rtt_idle"].append(ping(net, 10, 0.1).median)
+        samples["rtt_idle"].append(ping(testbed, 10, 0.1).median)
         for way, options in (("up", ()), ("down", ("-R",))):
             with self._fault_kept(link.key, tunnel.key, tunnel.ours, f"TCP {way}: "):
-                load = tcp(net, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
+                load = tcp(testbed, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
                 samples[way].append(load.mbit)
                 if load.rtt:
                     samples[f"{way}_rtt"].append(load.rtt.mean)
@@ -1106,13 +1106,13 @@ class Bench:
             if way == "up":
                 time.sleep(1)  # what still waits in the tunnel and in the link must not meet the next measurement
 
-    def _several(self, net: Net, section: Section, measure: Callable[[Net, Settings, str], dict[str, float]]) -> None:
+    def _several(self, testbed: Testbed, section: Section, measure: Callable[[Testbed, Settings, str], dict[str, float]]) -> None:
         """Clients of one tun6 server."""
         for repeat in range(self.settings.repeats):
             for row, label in self.rows(section).items():
                 say(f"{section.key}, repeat {repeat + 1} of {self.settings.repeats}: {label}")
-                with self._fault_kept(section.key, row, ours=True), net.up(TUN6):
-                    for key, value in measure(net, self.settings, row).items():
+                with self._fault_kept(section.key, row, ours=True), testbed.run_tunnel(TUN6):
+                    for key, value in measure(testbed, self.settings, row).items():
                         self.samples[section.key][row][key].append(value)
 
     def rows(self, section: Section) -> dict[str, str]:
@@ -1352,9 +1352,9 @@ def main() -> int:
         about = machine()
         print("\n".join(textwrap.wrap(", ".join(f"{name} {value}" for name, value in about.items()), 118)), flush=True)
         tun6.raise_descriptor_limit()
-        for number in STOPPERS:
+        for number in STOP_SIGNALS:
             signal.signal(number, stop)
-        with cubic_allowed(), tempfile.TemporaryDirectory(prefix="tun6-bench-") as folder:
+        with allow_cubic(), tempfile.TemporaryDirectory(prefix="tun6-bench-") as folder:
             bench = Bench(settings, chosen, Path(folder))
             bench.run()
     except KeyboardInterrupt:
@@ -1373,7 +1373,7 @@ def main() -> int:
 
 def stop(*_: object) -> NoReturn:
     """A signal's handler: undoes everything, and nothing disturbs that."""
-    for number in STOPPERS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
