@@ -447,7 +447,7 @@ class Tunnel:
     quick: bool = False  # --quick measures it
     quick_wan: bool = False
 
-    def missing(self) -> str | None:
+    def missing_programs(self) -> str | None:
         """The programs that it needs and that are not installed."""
         names = [name for name in self.needs if not shutil.which(name)]
         return f"not installed: {', '.join(names)}" if names else None
@@ -552,7 +552,7 @@ int main(int count, char **words)
 """
 
 
-def start_c(testbed: Testbed) -> None:
+def start_c_data_path(testbed: Testbed) -> None:
     """The embedded program, compiled once a run."""
     if not (testbed.folder / "datapath").exists():
         (testbed.folder / "datapath.c").write_text(C_SOURCE)
@@ -563,15 +563,15 @@ def start_c(testbed: Testbed) -> None:
 
 
 # Each is the real client in which one thing is different.
-TUN6_PLAIN = "import sys, tun6; sys.exit(tun6.main())"
+TUN6_UNCHANGED = "import sys, tun6; sys.exit(tun6.main())"
 TUN6_WITHOUT_OFFLOAD = """
 import fcntl, sys, tun6
 ioctl = fcntl.ioctl
-def old_kernel(fd, request, argument=0, *more):  # one whose TUNs have no offload
+def fail_to_set_offload(fd, request, argument=0, *more):  # one whose TUNs have no offload
     if request == tun6.Tun.TUNSETOFFLOAD and argument:
         raise OSError(22, "Invalid argument")
     return ioctl(fd, request, argument, *more)
-fcntl.ioctl = old_kernel
+fcntl.ioctl = fail_to_set_offload
 sys.exit(tun6.main())
 """
 TUN6_LEGACY = """
@@ -607,7 +607,7 @@ def start_tun6(client: str, encrypted: bool = False) -> Callable[[Testbed], None
             said = testbed.run_program(f"{sys.executable} {module}/tun6.py keygen -c config.ini")
             (fingerprint,) = re.findall("fingerprint = .*", said)
             (testbed.folder / "config.ini").write_text(config.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
-        for host, code, listens in (("server", TUN6_PLAIN, "tcp 10000"), ("client", client, "")):
+        for host, code, listens in (("server", TUN6_UNCHANGED, "tcp 10000"), ("client", client, "")):
             command = shlex.join([sys.executable, "-c", code, host, "-c", "config.ini"])
             testbed.start_program(host, command, listens, ours=True, PYTHONPATH=module)
 
@@ -698,9 +698,9 @@ def start_ssh(testbed: Testbed) -> None:
 
 TUNNELS = (
     Tunnel("direct", "direct routing, no tunnel", start_direct, ours=True, quick=True, quick_wan=True),
-    Tunnel("c", "C data path", start_c, ("cc",), ours=True, quick=True),
-    Tunnel("tun6", "tun6", start_tun6(TUN6_PLAIN), ours=True, quick=True, quick_wan=True),
-    Tunnel("tun6-tls", "tun6 inside TLS", start_tun6(TUN6_PLAIN, encrypted=True), ("openssl",), ours=True),
+    Tunnel("c", "C data path", start_c_data_path, ("cc",), ours=True, quick=True),
+    Tunnel("tun6", "tun6", start_tun6(TUN6_UNCHANGED), ours=True, quick=True, quick_wan=True),
+    Tunnel("tun6-tls", "tun6 inside TLS", start_tun6(TUN6_UNCHANGED, encrypted=True), ("openssl",), ours=True),
     Tunnel("tun6-bare", "tun6, peer without offload", start_tun6(TUN6_WITHOUT_OFFLOAD), ours=True, quick=True),
     Tunnel("tun6-legacy", "tun6, legacy peer", start_tun6(TUN6_LEGACY), ours=True, quick=True),
     Tunnel("openvpn", "OpenVPN TCP, no cipher", start_openvpn("tcp", False), ("openvpn",), quick=True, quick_wan=True),
@@ -716,15 +716,15 @@ TUN6 = next(tunnel for tunnel in TUNNELS if tunnel.key == "tun6")
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-class Load(NamedTuple):
+class TcpResult(NamedTuple):
     """What one TCP measurement gave."""
 
     mbit: float  # per second, of payload
     cpu: dict[str, float]  # by host, seconds for 10^9 bytes
-    rtt: Ping | None
+    rtt: RoundTrips | None
 
 
-class Ping(NamedTuple):
+class RoundTrips(NamedTuple):
     """Round trips, ms."""
 
     median: float
@@ -732,21 +732,21 @@ class Ping(NamedTuple):
     max: float
 
 
-def ping(testbed: Testbed, count: int, interval: float) -> Ping:
+def measure_round_trips(testbed: Testbed, count: int, interval: float) -> RoundTrips:
     """Round trips from client to internet. Raises BenchError when no ping is answered."""
-    return parse_ping(testbed.lab.run("client", "ping", "-6", "-c", str(count), "-i", str(interval), "-W", "3", Lab.INTERNET).stdout)
+    return parse_round_trips(testbed.lab.run("client", "ping", "-6", "-c", str(count), "-i", str(interval), "-W", "3", Lab.INTERNET).stdout)
 
 
-def parse_ping(said: str) -> Ping:
+def parse_round_trips(said: str) -> RoundTrips:
     """What ping's lines say."""
     found = [float(value) for value in re.findall(r" time=([\d.]+) ms", said)]
     if not found:
         raise BenchError("no ping was answered")
-    return Ping(statistics.median(found), statistics.mean(found), max(found))
+    return RoundTrips(statistics.median(found), statistics.mean(found), max(found))
 
 
 @contextmanager
-def iperf3(testbed: Testbed, seconds: int, *options: str) -> Iterator[Callable[[], dict[str, Any]]]:
+def run_iperf3(testbed: Testbed, seconds: int, *options: str) -> Iterator[Callable[[], dict[str, Any]]]:
     """A measurement that begins now; the function given waits for its end, and returns what iperf3 found."""
     with ExitStack() as undo:
         server = testbed.lab.popen("internet", "iperf3", "-s", "-1", "--forceflush", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -777,38 +777,38 @@ def iperf3(testbed: Testbed, seconds: int, *options: str) -> Iterator[Callable[[
         yield result
 
 
-def tcp(testbed: Testbed, seconds: int, *options: str, skip: int = 0, pings: bool = False) -> Load:
+def measure_tcp(testbed: Testbed, seconds: int, *options: str, skip: int = 0, pings: bool = False) -> TcpResult:
     """TCP from client to internet, with -R back; `skip` seconds come before those that count, and before the pings."""
     before = {host: testbed.cpu_seconds(host) for host in ("client", "server")}
     round_trips = None
-    with iperf3(testbed, seconds, *(("-O", str(skip)) if skip else ()), *options) as result:
+    with run_iperf3(testbed, seconds, *(("-O", str(skip)) if skip else ()), *options) as result:
         if pings:
             time.sleep(skip + 0.4)
-            round_trips = ping(testbed, max(3, int((seconds - 0.8) / 0.1)), 0.1)
+            round_trips = measure_round_trips(testbed, max(3, int((seconds - 0.8) / 0.1)), 0.1)
         received = result()["sum_received"]
     # iperf3 does not count the bytes of the seconds skipped, so cpu means something without them only
-    return Load(
+    return TcpResult(
         received["bits_per_second"] / 1e6,
         {host: (testbed.cpu_seconds(host) - before[host]) / (received["bytes"] / 1e9) for host in before} if received["bytes"] else {},
         round_trips,
     )
 
 
-def udp(testbed: Testbed, seconds: int, packets_per_s: float = 0) -> tuple[float, float]:
+def measure_udp(testbed: Testbed, seconds: int, packets_per_s: float = 0) -> tuple[float, float]:
     """Small packets from client to internet, 0: as many as go. Gives packets/s sent and delivered."""
-    with iperf3(testbed, seconds, "-u", "-l", str(UDP_PAYLOAD), "-b", str(int(packets_per_s * UDP_PAYLOAD * 8))) as result:
+    with run_iperf3(testbed, seconds, "-u", "-l", str(UDP_PAYLOAD), "-b", str(int(packets_per_s * UDP_PAYLOAD * 8))) as result:
         total = result()["sum"]
     return total["bytes"] / UDP_PAYLOAD / total["seconds"], (total["packets"] - total["lost_packets"]) / total["seconds"]
 
 
-def udp_without_loss(testbed: Testbed, settings: Settings, flood: tuple[float, float]) -> float:
+def find_udp_rate(testbed: Testbed, settings: Settings, flood: tuple[float, float]) -> float:
     """The most packets/s that are delivered at UDP_LOSS_MAX or less, bisected from what a flood did."""
     sent, rate = flood
     if rate >= sent * (1 - UDP_LOSS_MAX):
         return rate
     low, high, best = 0.0, min(sent, 1.6 * rate), 0.0  # a flood takes CPU that delivers packets at lower rates
     for _ in range(settings.udp_steps):
-        sent, delivered = udp(testbed, settings.udp_seconds, rate)
+        sent, delivered = measure_udp(testbed, settings.udp_seconds, rate)
         if delivered >= sent * (1 - UDP_LOSS_MAX):
             low, best = rate, max(best, delivered)
         else:
@@ -821,7 +821,7 @@ def udp_without_loss(testbed: Testbed, settings: Settings, flood: tuple[float, f
 
 
 @contextmanager
-def datagrams(testbed: Testbed, address: str) -> Iterator[None]:
+def send_datagrams(testbed: Testbed, address: str) -> Iterator[None]:
     """From internet to this address meanwhile: 10,000 a second with 1,200 bytes, about 100 Mbit/s."""
     done = threading.Event()
     with testbed.lab.inside("internet"):
@@ -848,27 +848,27 @@ def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[st
     module = str(Path(tun6.__file__).resolve().parent)
     for name, more in (("third", "tun = tun7\ndefault_route = no"), ("second", "")):
         (testbed.folder / f"{name}.ini").write_text(f"{textwrap.dedent(TUN6_CONFIG)}id = {name}\n{more}\n")
-        command = shlex.join([sys.executable, "-c", TUN6_PLAIN, "client", "-c", f"{name}.ini"])
+        command = shlex.join([sys.executable, "-c", TUN6_UNCHANGED, "client", "-c", f"{name}.ini"])
         testbed.start_program("second", command, ours=True, PYTHONPATH=module)
         if name == "third":
             third = testbed.programs["second"]
             testbed.wait_for("the third has its address", lambda: " 2001:db8:1" in testbed.lab.ip("second", "-6 addr show"))
     address = re.findall(r"inet6 (2001:db8:1[0-9a-f:]+)/", testbed.lab.ip("second", "-6 addr show dev tun7"))[0]
     testbed.wait_for("the second works", lambda: testbed.lab.pings("second"))
-    with datagrams(testbed, address):
+    with send_datagrams(testbed, address):
         if row == "stopped":
             third.send_signal(signal.SIGSTOP)
         try:
             with testbed.lab.popen("second", "ping", "-6", "-i", "0.05", Lab.INTERNET, stdout=subprocess.PIPE) as pinging:
                 try:
-                    load = tcp(testbed, 3 * settings.seconds, "-R")  # long beside the rest of what `status` speaks of
+                    load = measure_tcp(testbed, 3 * settings.seconds, "-R")  # long beside the rest of what `status` speaks of
                     status = json.loads(testbed.run_program(f"{sys.executable} {module}/tun6.py status --json -c config.ini"))
                 finally:
                     pinging.send_signal(signal.SIGINT)
                     said, _ = pinging.communicate()
         finally:
             third.send_signal(signal.SIGCONT)
-    round_trips, latency = parse_ping(said), status["latency"]
+    round_trips, latency = parse_round_trips(said), status["latency"]
     return {
         "tcp_down": load.mbit,
         "rtt": round_trips.median,
@@ -881,7 +881,7 @@ def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[st
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
 
-WAVE = 1000  # clients that say hello at once; the server lets 1,024 of an address wait
+CLIENTS_AT_ONCE = 1000  # clients that say hello at once; the server lets 1,024 of an address wait
 
 
 class Caller:
@@ -970,7 +970,7 @@ def call(testbed: Testbed, numbers: range, undo: ExitStack, seconds: float = 60)
     return [caller.seconds for caller in callers if caller.seconds is not None]
 
 
-def resident(pid: int) -> int:
+def read_resident_kib(pid: int) -> int:
     """KiB of memory of the process, proc_pid_status(5)."""
     found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
@@ -980,27 +980,31 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
     """All of CLIENTS for so many clients, of a tun6 that is up with one real client. Ends its server."""
     server, count, found = testbed.programs["server"], int(row), {}
     with ExitStack() as undo:
-        memory = resident(server.pid)
+        memory = read_resident_kib(server.pid)
         words = ("ping", "-6", "-i", "0.01", Lab.INTERNET)
         with testbed.lab.popen("client", *words, stdout=subprocess.PIPE) as pinging:
             try:
                 time.sleep(0.3)
                 began = time.monotonic()
-                each = [took for at in range(0, count, WAVE) for took in call(testbed, range(at, min(at + WAVE, count)), undo)]
+                each = [
+                    took
+                    for at in range(0, count, CLIENTS_AT_ONCE)
+                    for took in call(testbed, range(at, min(at + CLIENTS_AT_ONCE, count)), undo)
+                ]
                 found["all_s"], found["one_ms"] = time.monotonic() - began, statistics.median(each) * 1e3
                 time.sleep(0.3)
             finally:
                 pinging.send_signal(signal.SIGINT)
                 said, _ = pinging.communicate()
-        found["ping_max"] = parse_ping(said).max
+        found["ping_max"] = parse_round_trips(said).max
         if count >= 100:  # with fewer, other memory weighs more than theirs
-            found["kib"] = (resident(server.pid) - memory) / count
+            found["kib"] = (read_resident_kib(server.pid) - memory) / count
         before, began = read_cpu_seconds(server.pid), time.monotonic()
         time.sleep(2)
         found["idle_cpu"] = (read_cpu_seconds(server.pid) - before) / (time.monotonic() - began) * 100
         found["next_ms"] = statistics.median([call(testbed, range(count + n, count + n + 1), undo)[0] for n in range(5)]) * 1e3
-        found["rtt"] = ping(testbed, settings.pings, 0.02).median
-        load = tcp(testbed, settings.seconds)
+        found["rtt"] = measure_round_trips(testbed, settings.pings, 0.02).median
+        load = measure_tcp(testbed, settings.seconds)
         found["tcp_up"], found["cpu_gb"] = load.mbit, load.cpu["server"]
         began = time.monotonic()
         end_program(server, ours=True, seconds=120)
@@ -1047,7 +1051,7 @@ class Bench:
     def _each(self, where: str, testbed: Testbed, tunnels: Sequence[Tunnel], measure: Callable[[Testbed, Tunnel], None]) -> None:
         for repeat in range(self.settings.repeats):
             for tunnel in tunnels:
-                missing = tunnel.missing()
+                missing = tunnel.missing_programs()
                 if missing:
                     self.faults[where][tunnel.key] = missing
                     continue
@@ -1078,11 +1082,11 @@ class Bench:
 
         if "rtt" in wanted:
             with part("idle round trip"):
-                keep(RTT, rtt_idle=ping(testbed, settings.pings, 0.02).median)
+                keep(RTT, rtt_idle=measure_round_trips(testbed, settings.pings, 0.02).median)
         for way, options in (("up", ()), ("down", ("-R",)), ("4", ("-P", "4"))):
             if "tcp" in wanted or ("rtt" in wanted and way == "up"):
                 with part(f"TCP {way}"):
-                    load = tcp(testbed, settings.seconds, *options, pings=way == "up")
+                    load = measure_tcp(testbed, settings.seconds, *options, pings=way == "up")
                     keep(TCP, **{f"tcp_{way}": load.mbit})
                     if testbed.programs and way != "4":
                         keep(TCP, **{f"{way}_cpu_{host}": seconds for host, seconds in load.cpu.items()})
@@ -1090,15 +1094,15 @@ class Bench:
                         keep(RTT, rtt_load=load.rtt.mean, rtt_load_max=load.rtt.max)
         if "udp" in wanted:
             with part("UDP"):
-                flood = udp(testbed, settings.udp_seconds)
-                keep(UDP, udp_flood=flood[1] / 1e3, udp_clean=udp_without_loss(testbed, settings, flood) / 1e3)
+                flood = measure_udp(testbed, settings.udp_seconds)
+                keep(UDP, udp_flood=flood[1] / 1e3, udp_clean=find_udp_rate(testbed, settings, flood) / 1e3)
 
     def _wan(self, link: Link, testbed: Testbed, tunnel: Tunnel) -> None:
         samples, settings = self.samples[link.key][tunnel.key], self.settings
-        samples["rtt_idle"].append(ping(testbed, 10, 0.1).median)
+        samples["rtt_idle"].append(measure_round_trips(testbed, 10, 0.1).median)
         for way, options in (("up", ()), ("down", ("-R",))):
             with self._fault_kept(link.key, tunnel.key, tunnel.ours, f"TCP {way}: "):
-                load = tcp(testbed, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
+                load = measure_tcp(testbed, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
                 samples[way].append(load.mbit)
                 if load.rtt:
                     samples[f"{way}_rtt"].append(load.rtt.mean)
