@@ -26,7 +26,7 @@ The file, top to bottom:
     the tunnels          how each one is brought up
     measuring            iperf3, ping, the bisection
     neighbours           three clients, one of them stopped
-    clients              Caller, a tun6 client of one socket
+    clients              TunnelSocket, a tun6 client of one socket
     the run              order of measurements, what failed
     reports              machine line, tables, JSON, plot
     command line
@@ -42,6 +42,7 @@ import heapq
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -72,6 +73,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tun6.py o
 import tun6
 from tun6 import Lab, wait_until
 
+log = logging.getLogger("bench_tun6")
 PACKAGES = "iproute2 nftables iputils-ping iperf3 gcc libc6-dev openssl openvpn tinc wireguard-go wireguard-tools openssh-server"
 COME_UP_S = 15.0  # for a tunnel, from its start to the first ping through it
 CLIENT_ADDRESS = "2001:db8:1::1"  # also what tun6's server gives to its first client
@@ -884,11 +886,11 @@ def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[st
 CLIENTS_AT_ONCE = 1000  # clients that say hello at once; the server lets 1,024 of an address wait
 
 
-class Caller:
+class TunnelSocket:
     """A client of one socket: connects, says hello, sends an echo request in a frame, and works when the reply is there."""
 
     def __init__(self, sock: socket.socket, number: int) -> None:
-        self.sock, self._id = sock, f"caller {number}"
+        self.sock, self._id = sock, f"client {number}"
         self.began = time.monotonic()
         self.seconds: float | None = None  # until it worked
         self._handshake: tun6.MessageParser | None = None
@@ -941,33 +943,33 @@ def echo_request(source: bytes) -> bytes:
     )
 
 
-def call(testbed: Testbed, numbers: range, undo: ExitStack, seconds: float = 60) -> list[float]:
-    """So many callers connect at once and stay until `undo`; gives the seconds until each worked. Raises BenchError."""
+def open_tunnels(testbed: Testbed, numbers: range, undo: ExitStack, seconds: float = 60) -> list[float]:
+    """So many clients connect at once and stay until `undo`; gives the seconds until each worked. Raises BenchError."""
     with testbed.lab.inside("second"):
         sockets = [undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in numbers]
     with selectors.DefaultSelector() as selector:
-        callers = [Caller(sock, number) for sock, number in zip(sockets, numbers)]
-        for caller in callers:
-            selector.register(caller.sock, selectors.EVENT_WRITE, caller)
-        waiting, deadline = len(callers), time.monotonic() + seconds
+        clients = [TunnelSocket(sock, number) for sock, number in zip(sockets, numbers)]
+        for client in clients:
+            selector.register(client.sock, selectors.EVENT_WRITE, client)
+        waiting, deadline = len(clients), time.monotonic() + seconds
         while waiting:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise BenchError(f"{waiting} of {len(callers)} clients have no working tunnel after {seconds:.0f} s")
+                raise BenchError(f"{waiting} of {len(clients)} clients have no working tunnel after {seconds:.0f} s")
             for key, events in ready:
-                caller = key.data
+                client = key.data
                 try:
                     if events & selectors.EVENT_WRITE:
-                        caller.writable()
-                        selector.modify(caller.sock, selectors.EVENT_READ, caller)
+                        client.writable()
+                        selector.modify(client.sock, selectors.EVENT_READ, client)
                     else:
-                        caller.readable()
-                        if caller.seconds is not None:
-                            selector.unregister(caller.sock)
+                        client.readable()
+                        if client.seconds is not None:
+                            selector.unregister(client.sock)
                             waiting -= 1
                 except (OSError, EOFError, tun6.SessionError) as error:
                     raise BenchError(f"a client failed: {tun6.describe_end(error)}") from None
-    return [caller.seconds for caller in callers if caller.seconds is not None]
+    return [client.seconds for client in clients if client.seconds is not None]
 
 
 def read_resident_kib(pid: int) -> int:
@@ -989,7 +991,7 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
                 each = [
                     took
                     for at in range(0, count, CLIENTS_AT_ONCE)
-                    for took in call(testbed, range(at, min(at + CLIENTS_AT_ONCE, count)), undo)
+                    for took in open_tunnels(testbed, range(at, min(at + CLIENTS_AT_ONCE, count)), undo)
                 ]
                 found["all_s"], found["one_ms"] = time.monotonic() - began, statistics.median(each) * 1e3
                 time.sleep(0.3)
@@ -1002,7 +1004,7 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
         before, began = read_cpu_seconds(server.pid), time.monotonic()
         time.sleep(2)
         found["idle_cpu"] = (read_cpu_seconds(server.pid) - before) / (time.monotonic() - began) * 100
-        found["next_ms"] = statistics.median([call(testbed, range(count + n, count + n + 1), undo)[0] for n in range(5)]) * 1e3
+        found["next_ms"] = statistics.median([open_tunnels(testbed, range(count + n, count + n + 1), undo)[0] for n in range(5)]) * 1e3
         found["rtt"] = measure_round_trips(testbed, settings.pings, 0.02).median
         load = measure_tcp(testbed, settings.seconds)
         found["tcp_up"], found["cpu_gb"] = load.mbit, load.cpu["server"]
@@ -1015,7 +1017,7 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-class Chosen(NamedTuple):
+class Selection(NamedTuple):
     """What is measured."""
 
     tunnels: Sequence[Tunnel]
@@ -1023,12 +1025,12 @@ class Chosen(NamedTuple):
     sections: Sequence[Section]
 
 
-class Bench:
-    """Measures what was chosen, and keeps all figures."""
+class Benchmark:
+    """Measures what was selected, and keeps all figures."""
 
-    def __init__(self, settings: Settings, chosen: Chosen, folder: Path) -> None:
+    def __init__(self, settings: Settings, selection: Selection, folder: Path) -> None:
         self.settings, self._folder = settings, folder
-        self.tunnels, self._wan_tunnels, self.sections = chosen
+        self.tunnels, self._wan_tunnels, self.sections = selection
         self.samples: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         #              by section, row and measure; the rows of CLIENTS are numbers of clients
         self.faults: dict[str, dict[str, str]] = defaultdict(dict)  # by section and row: the first that went wrong
@@ -1038,29 +1040,31 @@ class Bench:
         """Everything, a fault in one tunnel aside, which is kept."""
         if any(section in MACHINE_SECTIONS for section in self.sections):
             with Lab() as lab:
-                self._each("machine", Testbed(lab, self._folder), self.tunnels, self._machine)
+                self._measure_tunnels("machine", Testbed(lab, self._folder), self.tunnels, self._measure_machine)
         for link in LINKS:
             if any(section.key == link.key for section in self.sections):
                 with Lab() as lab, insert_link(lab, link):
-                    self._each(link.key, Testbed(lab, self._folder), self._wan_tunnels, functools.partial(self._wan, link))
+                    self._measure_tunnels(
+                        link.key, Testbed(lab, self._folder), self._wan_tunnels, functools.partial(self._measure_wan, link)
+                    )
         for section, measure in ((ISOLATION, measure_isolation), (CLIENTS, measure_clients)):
             if section in self.sections:
                 with Lab() as lab:
-                    self._several(Testbed(lab, self._folder), section, measure)
+                    self._measure_clients(Testbed(lab, self._folder), section, measure)
 
-    def _each(self, where: str, testbed: Testbed, tunnels: Sequence[Tunnel], measure: Callable[[Testbed, Tunnel], None]) -> None:
+    def _measure_tunnels(self, where: str, testbed: Testbed, tunnels: Sequence[Tunnel], measure: Callable[[Testbed, Tunnel], None]) -> None:
         for repeat in range(self.settings.repeats):
             for tunnel in tunnels:
                 missing = tunnel.missing_programs()
                 if missing:
                     self.faults[where][tunnel.key] = missing
                     continue
-                say(f"{where}, repeat {repeat + 1} of {self.settings.repeats}: {tunnel.label}")
-                with self._fault_kept(where, tunnel.key, tunnel.ours), testbed.run_tunnel(tunnel):
+                log.info("%s, repeat %d of %d: %s", where, repeat + 1, self.settings.repeats, tunnel.label)
+                with self._record_fault(where, tunnel.key, tunnel.ours), testbed.run_tunnel(tunnel):
                     measure(testbed, tunnel)
 
     @contextmanager
-    def _fault_kept(self, where: str, row: str, ours: bool, what: str = "") -> Iterator[None]:
+    def _record_fault(self, where: str, row: str, ours: bool, what: str = "") -> Iterator[None]:
         """What goes wrong inside ends only that."""
         try:
             yield
@@ -1068,40 +1072,40 @@ class Bench:
             words = f"{what}{tun6.describe_end(error)}"
             self.faults[where].setdefault(row, words)
             self.failed |= ours
-            say(f"{where}: {row}: {words}")
+            log.info("%s: %s: %s", where, row, words)
 
-    def _machine(self, testbed: Testbed, tunnel: Tunnel) -> None:
+    def _measure_machine(self, testbed: Testbed, tunnel: Tunnel) -> None:
         settings, wanted = self.settings, {section.key for section in self.sections}
 
-        def keep(section: Section, **figures: float) -> None:
+        def record(section: Section, **figures: float) -> None:
             for key, value in figures.items():
                 self.samples[section.key][tunnel.key][key].append(value)
 
-        def part(name: str) -> AbstractContextManager[None]:
-            return self._fault_kept("machine", tunnel.key, tunnel.ours, f"{name}: ")
+        def record_fault(name: str) -> AbstractContextManager[None]:
+            return self._record_fault("machine", tunnel.key, tunnel.ours, f"{name}: ")
 
         if "rtt" in wanted:
-            with part("idle round trip"):
-                keep(RTT, rtt_idle=measure_round_trips(testbed, settings.pings, 0.02).median)
+            with record_fault("idle round trip"):
+                record(RTT, rtt_idle=measure_round_trips(testbed, settings.pings, 0.02).median)
         for way, options in (("up", ()), ("down", ("-R",)), ("4", ("-P", "4"))):
             if "tcp" in wanted or ("rtt" in wanted and way == "up"):
-                with part(f"TCP {way}"):
+                with record_fault(f"TCP {way}"):
                     load = measure_tcp(testbed, settings.seconds, *options, pings=way == "up")
-                    keep(TCP, **{f"tcp_{way}": load.mbit})
+                    record(TCP, **{f"tcp_{way}": load.mbit})
                     if testbed.programs and way != "4":
-                        keep(TCP, **{f"{way}_cpu_{host}": seconds for host, seconds in load.cpu.items()})
+                        record(TCP, **{f"{way}_cpu_{host}": seconds for host, seconds in load.cpu.items()})
                     if load.rtt:
-                        keep(RTT, rtt_load=load.rtt.mean, rtt_load_max=load.rtt.max)
+                        record(RTT, rtt_load=load.rtt.mean, rtt_load_max=load.rtt.max)
         if "udp" in wanted:
-            with part("UDP"):
+            with record_fault("UDP"):
                 flood = measure_udp(testbed, settings.udp_seconds)
-                keep(UDP, udp_flood=flood[1] / 1e3, udp_clean=find_udp_rate(testbed, settings, flood) / 1e3)
+                record(UDP, udp_flood=flood[1] / 1e3, udp_clean=find_udp_rate(testbed, settings, flood) / 1e3)
 
-    def _wan(self, link: Link, testbed: Testbed, tunnel: Tunnel) -> None:
+    def _measure_wan(self, link: Link, testbed: Testbed, tunnel: Tunnel) -> None:
         samples, settings = self.samples[link.key][tunnel.key], self.settings
         samples["rtt_idle"].append(measure_round_trips(testbed, 10, 0.1).median)
         for way, options in (("up", ()), ("down", ("-R",))):
-            with self._fault_kept(link.key, tunnel.key, tunnel.ours, f"TCP {way}: "):
+            with self._record_fault(link.key, tunnel.key, tunnel.ours, f"TCP {way}: "):
                 load = measure_tcp(testbed, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
                 samples[way].append(load.mbit)
                 if load.rtt:
@@ -1110,12 +1114,12 @@ class Bench:
             if way == "up":
                 time.sleep(1)  # what still waits in the tunnel and in the link must not meet the next measurement
 
-    def _several(self, testbed: Testbed, section: Section, measure: Callable[[Testbed, Settings, str], dict[str, float]]) -> None:
+    def _measure_clients(self, testbed: Testbed, section: Section, measure: Callable[[Testbed, Settings, str], dict[str, float]]) -> None:
         """Clients of one tun6 server."""
         for repeat in range(self.settings.repeats):
             for row, label in self.rows(section).items():
-                say(f"{section.key}, repeat {repeat + 1} of {self.settings.repeats}: {label}")
-                with self._fault_kept(section.key, row, ours=True), testbed.run_tunnel(TUN6):
+                log.info("%s, repeat %d of %d: %s", section.key, repeat + 1, self.settings.repeats, label)
+                with self._record_fault(section.key, row, ours=True), testbed.run_tunnel(TUN6):
                     for key, value in measure(testbed, self.settings, row).items():
                         self.samples[section.key][row][key].append(value)
 
@@ -1141,15 +1145,10 @@ class Bench:
         return None if mine is None or not direct else mine / direct
 
 
-def say(text: str) -> None:
-    """Progress, beside the tables."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """What the figures were measured on."""
     model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     found = {
@@ -1177,74 +1176,78 @@ def machine() -> dict[str, str]:
     return found
 
 
-def table(bench: Bench, where: str, section: Section) -> Iterator[str]:
+def format_table(benchmark: Benchmark, where: str, section: Section) -> Iterator[str]:
     """The lines of one section's table."""
     widths = [max(len(metric.title), 7 + 7 * metric.ratio) for metric in section.metrics]
-    rows = bench.rows(section)
+    rows = benchmark.rows(section)
     left = max(map(len, rows.values()))
     yield section.title
     yield "  ".join([" " * left, *(f"{metric.title:>{width}}" for metric, width in zip(section.metrics, widths))])
     for row, label in rows.items():
-        fault = bench.faults[where].get(row)
-        if row not in bench.samples[section.key]:
+        fault = benchmark.faults[where].get(row)
+        if row not in benchmark.samples[section.key]:
             if fault:
                 yield from textwrap.wrap(f"{label:<{left}}  {fault}", 118, subsequent_indent=" " * (left + 2), drop_whitespace=True)
             continue
-        cells = [cell(bench, section.key, row, metric, width) for metric, width in zip(section.metrics, widths)]
+        cells = [format_figure(benchmark, section.key, row, metric, width) for metric, width in zip(section.metrics, widths)]
         yield "  ".join([f"{label:<{left}}", *cells]).rstrip()
         if fault:
             yield from textwrap.wrap(f"! {fault}", 118, initial_indent=" " * (left + 2), subsequent_indent=" " * (left + 4))
 
 
-def cell(bench: Bench, section: str, row: str, metric: Metric, width: int) -> str:
+def format_figure(benchmark: Benchmark, section: str, row: str, metric: Metric, width: int) -> str:
     """One figure, with its ratio to direct."""
-    value = bench.median(section, row, metric.key)
+    value = benchmark.median(section, row, metric.key)
     text = "-" if value is None else f"{value:,.{metric.decimals}f}"
     if metric.ratio:
-        ratio = bench.ratio(section, row, metric.key)
+        ratio = benchmark.ratio(section, row, metric.key)
         text += "       " if ratio is None else f" {ratio:6.{3 if ratio < 10 else 1}f}"
     return f"{text:>{width}}"
 
 
-def report(bench: Bench) -> Iterator[str]:
+def format_tables(benchmark: Benchmark) -> Iterator[str]:
     """All tables."""
-    for section in bench.sections:
+    for section in benchmark.sections:
         yield ""
-        yield from table(bench, "machine" if section in MACHINE_SECTIONS else section.key, section)
+        yield from format_table(benchmark, "machine" if section in MACHINE_SECTIONS else section.key, section)
 
 
-def as_json(bench: Bench, about: dict[str, str]) -> dict[str, Any]:
+def to_json(benchmark: Benchmark, about: dict[str, str]) -> dict[str, Any]:
     """All samples, their medians, and the medians' ratios to direct."""
     return {
         "machine": about,
-        "settings": dataclasses.asdict(bench.settings),
+        "settings": dataclasses.asdict(benchmark.settings),
         "links": [dataclasses.asdict(link) for link in LINKS],
-        "faults": bench.faults,
+        "faults": benchmark.faults,
         "sections": {
             section.key: {
                 row: {
-                    key: {"median": bench.median(section.key, row, key), "ratio": bench.ratio(section.key, row, key), "samples": values}
+                    key: {
+                        "median": benchmark.median(section.key, row, key),
+                        "ratio": benchmark.ratio(section.key, row, key),
+                        "samples": values,
+                    }
                     for key, values in measures.items()
                 }
-                for row, measures in bench.samples[section.key].items()
+                for row, measures in benchmark.samples[section.key].items()
             }
-            for section in bench.sections
+            for section in benchmark.sections
         },
     }
 
 
-def plot(bench: Bench, path: str, about: dict[str, str]) -> None:
-    """A picture: bars for this machine, and for each WAN goodput against delay."""
+def draw_plot(benchmark: Benchmark, path: str, about: dict[str, str]) -> None:
+    """A picture: bars for this machine, and for each WAN goodput over delay."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    def bars(axes: Any, title: str, section: Section, keys: dict[str, str], scale: str = "log") -> None:
-        rows = [tunnel for tunnel in reversed(bench.tunnels) if tunnel.key in bench.samples[section.key]]
+    def draw_bars(axes: Any, title: str, section: Section, keys: dict[str, str], scale: str = "log") -> None:
+        rows = [tunnel for tunnel in reversed(benchmark.tunnels) if tunnel.key in benchmark.samples[section.key]]
         for number, (key, label) in enumerate(keys.items()):
             places = [at + 0.4 - 0.8 * (number + 0.5) / len(keys) for at in range(len(rows))]
-            axes.barh(places, [bench.median(section.key, tunnel.key, key) or 0 for tunnel in rows], 0.8 / len(keys), label=label)
+            axes.barh(places, [benchmark.median(section.key, tunnel.key, key) or 0 for tunnel in rows], 0.8 / len(keys), label=label)
         axes.set_yticks(range(len(rows)), [tunnel.label for tunnel in rows])
         axes.set_xscale(scale)
         axes.set_title(title, fontsize=10)
@@ -1252,11 +1255,11 @@ def plot(bench: Bench, path: str, about: dict[str, str]) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_major_formatter("{x:,g}")
 
-    def against(axes: Any, link: Link) -> None:
+    def draw_goodput_over_delay(axes: Any, link: Link) -> None:
         colours = {tunnel.key: f"C{number}" if number < 10 else "black" for number, tunnel in enumerate(TUNNELS)}
-        for tunnel in bench.tunnels:
+        for tunnel in benchmark.tunnels:
             for way, marker in (("up", "^"), ("down", "v")):
-                goodput, delay = (bench.median(link.key, tunnel.key, key) for key in (way, f"{way}_rtt"))
+                goodput, delay = (benchmark.median(link.key, tunnel.key, key) for key in (way, f"{way}_rtt"))
                 if goodput is not None and delay is not None:
                     axes.plot(delay, goodput, marker, color=colours[tunnel.key], label=tunnel.label if way == "up" else None, alpha=0.8)
         axes.set_xscale("log")
@@ -1269,19 +1272,19 @@ def plot(bench: Bench, path: str, about: dict[str, str]) -> None:
         axes.xaxis.set_major_formatter("{x:,g}")
 
     panels: list[Callable[[Any], None]] = []
-    if bench.samples["tcp"]:
-        panels.append(lambda axes: bars(axes, "TCP, Mbit/s", TCP, {"tcp_up": "up", "tcp_down": "down", "tcp_4": "4 streams"}))
-    if bench.samples["udp"]:
+    if benchmark.samples["tcp"]:
+        panels.append(lambda axes: draw_bars(axes, "TCP, Mbit/s", TCP, {"tcp_up": "up", "tcp_down": "down", "tcp_4": "4 streams"}))
+    if benchmark.samples["udp"]:
         panels.append(
-            lambda axes: bars(axes, "64-byte UDP, 1,000 packets/s", UDP, {"udp_clean": "<= 1 % loss", "udp_flood": "flood"}, "linear")
+            lambda axes: draw_bars(axes, "64-byte UDP, 1,000 packets/s", UDP, {"udp_clean": "<= 1 % loss", "udp_flood": "flood"}, "linear")
         )
-    if bench.samples["rtt"]:
-        panels.append(lambda axes: bars(axes, "round trip, ms", RTT, {"rtt_idle": "idle", "rtt_load": "during an upload"}))
+    if benchmark.samples["rtt"]:
+        panels.append(lambda axes: draw_bars(axes, "round trip, ms", RTT, {"rtt_idle": "idle", "rtt_load": "during an upload"}))
     for link in LINKS:
-        if bench.samples[link.key]:
-            panels.append(functools.partial(against, link=link))
+        if benchmark.samples[link.key]:
+            panels.append(functools.partial(draw_goodput_over_delay, link=link))
     if not panels:
-        say("nothing to plot")
+        log.info("nothing to plot")
         return
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
@@ -1301,7 +1304,7 @@ def plot(bench: Bench, path: str, about: dict[str, str]) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def choose(names: str | None, quick: bool) -> Chosen:
+def parse_selection(names: str | None, quick: bool) -> Selection:
     """What --only says: rows, sections or both; where it names none of a kind, the usual ones. Raises ValueError."""
     wanted = set(names.split(",")) if names else set()
     for group in wanted & set(SECTION_GROUPS):
@@ -1310,7 +1313,7 @@ def choose(names: str | None, quick: bool) -> Chosen:
     if unknown:
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}; see --help for the names")
     named = [tunnel for tunnel in TUNNELS if tunnel.key in wanted]
-    return Chosen(
+    return Selection(
         named or [tunnel for tunnel in TUNNELS if tunnel.quick or not quick],
         named or [tunnel for tunnel in TUNNELS if tunnel.quick_wan or not quick],
         [section for section in SECTIONS if section.key in wanted]
@@ -1318,7 +1321,7 @@ def choose(names: str | None, quick: bool) -> Chosen:
     )
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def parse_counts(text: str) -> tuple[int, ...]:
     """Of clients, as --clients says them. Raises argparse.ArgumentTypeError."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not one number or more, such as 100,4000")
@@ -1338,44 +1341,46 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="under 2 minutes: one repeat, short, fewer tunnels, one WAN")
     parser.add_argument("--only", metavar="NAME,...", help="these rows and sections only")
     parser.add_argument("--repeats", type=int, metavar="N", help=f"default: {Settings.repeats}, with --quick {QUICK_SETTINGS.repeats}")
-    parser.add_argument("--clients", metavar="N,...", type=numbers, help="the rows of the section clients")
+    parser.add_argument("--clients", metavar="N,...", type=parse_counts, help="the rows of the section clients")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there, .png or .svg; needs matplotlib")
     options = parser.parse_args()
     try:
-        chosen = choose(options.only, options.quick)
+        selection = parse_selection(options.only, options.quick)
     except ValueError as error:
         parser.error(str(error))
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     settings = QUICK_SETTINGS if options.quick else Settings()
     settings = dataclasses.replace(settings, repeats=options.repeats or settings.repeats, clients=options.clients or settings.clients)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
     try:
         tun6.require_privilege()
         if options.plot and not importlib.util.find_spec("matplotlib"):
             raise BenchError("--plot needs matplotlib; install it with: pip install matplotlib")
-        about = machine()
+        about = describe_machine()
         print("\n".join(textwrap.wrap(", ".join(f"{name} {value}" for name, value in about.items()), 118)), flush=True)
         tun6.raise_descriptor_limit()
         for number in STOP_SIGNALS:
-            signal.signal(number, stop)
+            signal.signal(number, interrupt)
         with allow_cubic(), tempfile.TemporaryDirectory(prefix="tun6-bench-") as folder:
-            bench = Bench(settings, chosen, Path(folder))
-            bench.run()
+            benchmark = Benchmark(settings, selection, Path(folder))
+            benchmark.run()
     except KeyboardInterrupt:
-        say("stopped; all that was made is removed")
+        log.info("stopped; all that was made is removed")
         return 130
     except tun6.Tun6Error as error:
         print(f"bench_tun6: {error}", file=sys.stderr)
         return 1
-    print("\n".join(report(bench)), flush=True)
+    print("\n".join(format_tables(benchmark)), flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps(as_json(bench, about), indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(to_json(benchmark, about), indent=1) + "\n")
     if options.plot:
-        plot(bench, options.plot, about)
-    return int(bench.failed)
+        draw_plot(benchmark, options.plot, about)
+    return int(benchmark.failed)
 
 
-def stop(*_: object) -> NoReturn:
+def interrupt(*_: object) -> NoReturn:
     """A signal's handler: undoes everything, and nothing disturbs that."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
