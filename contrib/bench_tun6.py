@@ -70,8 +70,12 @@ from typing import Any, Callable, NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tun6.py of this checkout, installed or not
 
-import tun6
+import tun6  # before gevent, as it tells how to install that
 from tun6 import Lab, wait_until
+
+# isort: split
+import gevent
+import gevent.socket
 
 log = logging.getLogger("bench_tun6")
 PACKAGES = "iproute2 nftables iputils-ping iperf3 gcc libc6-dev openssl openvpn tinc wireguard-go wireguard-tools openssh-server"
@@ -883,93 +887,51 @@ def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[st
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
 
-CLIENTS_AT_ONCE = 1000  # clients that say hello at once; the server lets 1,024 of an address wait
-
-
-class TunnelSocket:
-    """A client of one socket: connects, says hello, sends an echo request in a frame, and works when the reply is there."""
-
-    def __init__(self, sock: socket.socket, number: int) -> None:
-        self.sock, self._id = sock, f"client {number}"
-        self.began = time.monotonic()
-        self.seconds: float | None = None  # until it worked
-        self._handshake: tun6.MessageParser | None = None
-        self._asked = False
-        self._received = bytearray()  # frames
-        sock.setblocking(False)
-        sock.connect_ex((Lab.SERVER, 10_000))
-
-    def writable(self) -> None:
-        """Connected, or failed to: raises OSError then."""
-        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            raise OSError(error, os.strerror(error))
-        self._handshake = tun6.MessageParser()
-        self.sock.send(tun6.encode_message({"Id": self._id, "Offload": []}))
-
-    def readable(self) -> None:
-        """Takes what came. Raises OSError, EOFError, and SessionError when the server does what it must not."""
-        data = self.sock.recv(1 << 16)
-        if not data:
-            raise EOFError
-        if not self._asked:
-            assert self._handshake
-            found = self._handshake.feed(data)
-            if not found:
-                return
-            prefix, _ = tun6.parse_answer(found[0])
-            self.sock.send(bytes(tun6.OFFLOAD_HEADER.size) + echo_request(prefix[1].packed))
-            self._asked, data = True, found[1]
-        self._received += data
-        while len(self._received) >= 50:
-            length = 50 + int.from_bytes(self._received[14:16], "big")
-            if len(self._received) < length:
-                return
-            if self._received[16] == 58 and self._received[50] == 129 and self.seconds is None:  # ICMPv6, echo reply
-                self.seconds = time.monotonic() - self.began
-            del self._received[:length]
-
-
-def echo_request(source: bytes) -> bytes:
-    """An IPv6 packet to the host internet, RFC 8200 section 3 and RFC 4443 section 4.1."""
-    sink = socket.inet_pton(socket.AF_INET6, Lab.INTERNET)
-    message = struct.pack(">BBHHH", 128, 0, 0, 1, 1)
-    total = sum(struct.unpack(">22H", source + sink + struct.pack(">II", len(message), 58) + message[:4]))
-    total += 2  # identifier and sequence number
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return (
-        struct.pack(">IHBB", 6 << 28, len(message), 58, 64) + source + sink + message[:2] + struct.pack(">H", total ^ 0xFFFF) + message[4:]
-    )
+CLIENTS_AT_ONCE = 1000  # clients that say hello at once; tun6.BACKLOG of one address may wait for admission
+_frame_buffer = bytearray(2 * (tun6.OFFLOAD_HEADER.size + tun6.PACKET_MAX))
 
 
 def open_tunnels(testbed: Testbed, numbers: range, undo: ExitStack, seconds: float = 60) -> list[float]:
-    """So many clients connect at once and stay until `undo`; gives the seconds until each worked. Raises BenchError."""
+    """Opens the tunnels of clients with these numbers at once, until `undo`. Returns the seconds of each one. Raises BenchError."""
     with testbed.lab.inside("second"):
-        sockets = [undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in numbers]
-    with selectors.DefaultSelector() as selector:
-        clients = [TunnelSocket(sock, number) for sock, number in zip(sockets, numbers)]
-        for client in clients:
-            selector.register(client.sock, selectors.EVENT_WRITE, client)
-        waiting, deadline = len(clients), time.monotonic() + seconds
-        while waiting:
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise BenchError(f"{waiting} of {len(clients)} clients have no working tunnel after {seconds:.0f} s")
-            for key, events in ready:
-                client = key.data
-                try:
-                    if events & selectors.EVENT_WRITE:
-                        client.writable()
-                        selector.modify(client.sock, selectors.EVENT_READ, client)
-                    else:
-                        client.readable()
-                        if client.seconds is not None:
-                            selector.unregister(client.sock)
-                            waiting -= 1
-                except (OSError, EOFError, tun6.SessionError) as error:
-                    raise BenchError(f"a client failed: {tun6.describe_end(error)}") from None
-    return [client.seconds for client in clients if client.seconds is not None]
+        sockets = [undo.enter_context(gevent.socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in numbers]
+    greenlets = [gevent.spawn(open_tunnel, sock, number) for sock, number in zip(sockets, numbers)]
+    try:
+        waiting = len(greenlets) - len(gevent.joinall(greenlets, timeout=seconds, raise_error=True))
+    except (OSError, EOFError, tun6.SessionError) as error:
+        raise BenchError(f"a client failed: {tun6.describe_end(error)}") from None
+    finally:
+        gevent.killall(greenlets)
+    if waiting:
+        raise BenchError(f"{waiting} of {len(greenlets)} clients have no working tunnel after {seconds:.0f} s")
+    return [greenlet.value for greenlet in greenlets]
+
+
+def open_tunnel(sock: gevent.socket.socket, number: int) -> float:
+    """Makes the socket a client of tun6. Returns the seconds until its echo request, sent as a frame, is answered.
+
+    Raises OSError, EOFError, and SessionError when the server does what it must not.
+    """
+    began = time.monotonic()
+    sock.connect((Lab.SERVER, 10_000))
+    stream = tun6.Stream(sock)
+    stream.send(tun6.encode_message({"Id": f"client {number}", "Offload": []}))
+    message, data = tun6.receive_message(stream)
+    prefix, _ = tun6.parse_answer(message)
+    stream.send(bytes(tun6.OFFLOAD_HEADER.size) + echo_request(prefix[1].packed))
+    deframer = tun6.Deframer(_frame_buffer, frozenset(), tun6.IngressFilter(prefix, from_client=False))
+    while not any(frame[16] == 58 and frame[50] == 129 for frame in deframer.push(data)):  # ICMPv6, echo reply
+        data = stream.receive()
+    return time.monotonic() - began
+
+
+def echo_request(source: bytes) -> bytes:
+    """Returns an IPv6 packet from this packed address to the host internet: RFC 8200 sections 3 and 8.1, RFC 4443 section 4.1."""
+    addresses = source + socket.inet_pton(socket.AF_INET6, Lab.INTERNET)
+    echo = struct.Struct(">BBHHH")  # type, code, checksum, identifier, sequence number
+    summed = addresses + struct.pack(">II", echo.size, 58) + echo.pack(128, 0, 0, 1, 1)
+    checksum = -int.from_bytes(summed, "big") % 0xFFFF  # 2**16 is 1, modulo 0xFFFF
+    return struct.pack(">IHBB", 6 << 28, echo.size, 58, 64) + addresses + echo.pack(128, 0, checksum, 1, 1)
 
 
 def read_resident_kib(pid: int) -> int:
@@ -1361,6 +1323,7 @@ def main() -> int:
         about = describe_machine()
         print("\n".join(textwrap.wrap(", ".join(f"{name} {value}" for name, value in about.items()), 118)), flush=True)
         tun6.raise_descriptor_limit()
+        gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what open_tunnels raises
         for number in STOP_SIGNALS:
             signal.signal(number, interrupt)
         with allow_cubic(), tempfile.TemporaryDirectory(prefix="tun6-bench-") as folder:
