@@ -1,42 +1,41 @@
 #!/usr/bin/env python3
-"""bench_tun6: measures tun6 beside direct routing, the same data path in C, and every other tunnel that is installed.
+"""bench_tun6: measures tun6 beside direct routing, the same data path in C, and other tunnels where they are installed.
 
-Usage, as root: `contrib/bench_tun6.py [--quick] [--only NAME,...] [--json FILE] [--plot FILE]`; `--help` has the names.
+Usage, as root: `contrib/bench_tun6.py [--quick] [--only NAME,...] [--json FILE] [--plot FILE]`; `--help` lists the names.
 
-Each tunnel carries IPv6 between the hosts `client` and `internet` of a tun6.Lab, so its packets cross the NAT over IPv4;
-`direct` routes IPv6 over the same links. Machines drift, therefore each repeat measures all tunnels, one after the other,
-and a figure means something beside `direct` of the same run only. Reported are medians over the repeats.
+Each tunnel carries IPv6 between the hosts `client` and `internet` of a tun6.Lab, over IPv4 and through its NAT. `direct` routes
+IPv6 over the same links. The speed of a machine changes with time. Therefore each repeat measures all tunnels, one after the
+other, and figures of different runs are comparable only by their ratios to `direct`. The tables show medians over the repeats.
 
-    machine     iperf3 TCP up, down and 4 streams up, with the CPU time that each end of the tunnel took for a GB;
-                64-byte UDP up: the most that arrives at <= 1 % loss, found by bisection, and in a flood;
-                round trip when idle and during the TCP upload
-    WANs        the same hosts with a Link, rate, delay, buffer and loss, between nat and server: TCP up and down
-                and the round trip meanwhile
-    neighbours  three tun6 clients of one server: one downloads, one pings, and to the third datagrams flow, while it
-                works and while it is stopped (SIGSTOP); how late the server's event loop was meanwhile, by `status`
-    clients     1, 100, 1,000 and 4,000 plain sockets say hello to one tun6 server, at most 1,000 at once; each has a working
-                tunnel when its echo request, sent as a frame, is answered. Then the cost with so many clients, and the shutdown
+    machine     tcp: iperf3 up, down and 4 streams up, and the CPU time that both ends of the tunnel take for a GB
+                udp: 64-byte datagrams up, the most that arrive at <= 1 % loss, found by bisection, and those of a flood
+                rtt: the round trip when idle, and during the TCP upload
+    wan         home, loss0.1, loss1, slow: an emulated link, with rate, delay, buffer and loss, between nat and server;
+                TCP up and down, and the round trip meanwhile
+    neighbours  three tun6 clients of one server: one downloads, one pings, and the third gets datagrams, while it runs and
+                while it is stopped (SIGSTOP); the server's event-loop latency meanwhile, as `tun6.py status` reports it
+    clients     1, 100, 1,000 and 4,000 plain sockets become clients of one tun6 server, at most 1,000 at once, and each has
+                a working tunnel when its echo request is answered; then the costs of one more client, and of the shutdown
 
-All hosts use CUBIC, as most in the world do; so does each tunnel's own connection, unless the tunnel chooses.
+All hosts use the congestion control CUBIC, as most in the world do; a tunnel may choose another one for its own connection.
 
 The file, top to bottom:
 
-    what is measured     Metric, Link, the sections of the tables
-    the network          Testbed: hosts, programs that run on them, CPU time; the WAN emulator
-    the tunnels          how each one is brought up
-    measuring            iperf3, ping, the bisection
-    neighbours           three clients, one of them stopped
-    clients              TunnelSocket, a tun6 client of one socket
-    the run              order of measurements, what failed
-    reports              machine line, tables, JSON, plot
-    command line
+    what is measured     Metric, Section, Link, Settings: the tables and their columns, the emulated links
+    the testbed          Testbed: hosts, programs that run on them, CPU time; LinkDirection: the emulated links at work
+    the tunnels          Tunnel: the rows, and how each tunnel is started
+    measuring            ping, iperf3, the bisection
+    isolation            the section neighbours
+    clients              the section clients
+    the run              Benchmark: the order of the measurements, figures and faults
+    reports              machine, tables, JSON, plot
+    command line         options, signals, exit status
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import functools
 import heapq
 import importlib.metadata
@@ -68,30 +67,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tun6.py of this checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tun6.py of this checkout, even where another one is installed
 
-import tun6  # before gevent, as it tells how to install that
+import tun6  # before the next ones, as it tells how to install them
 from tun6 import Lab, wait_until
 
 # isort: split
 import gevent
 import gevent.socket
+import pytun
 
 log = logging.getLogger("bench_tun6")
-PACKAGES = "iproute2 nftables iputils-ping iperf3 gcc libc6-dev openssl openvpn tinc wireguard-go wireguard-tools openssh-server"
-COME_UP_S = 15.0  # for a tunnel, from its start to the first ping through it
-CLIENT_ADDRESS = "2001:db8:1::1"  # also what tun6's server gives to its first client
-CLIENT_PREFIX = "2001:db8:1::/64"
-UDP_PAYLOAD = 64  # bytes
-UDP_LOSS_MAX = 0.01
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class BenchError(tun6.Tun6Error):
-    """Ends one measurement, or one tunnel's turn."""
+    """Something could not be measured. Ends the measurement, or all those of a tunnel that does not start."""
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
+
+UDP_PAYLOAD = 64  # bytes of each datagram in the section udp
 
 
 class Metric(NamedTuple):
@@ -100,7 +95,7 @@ class Metric(NamedTuple):
     key: str
     title: str
     decimals: int
-    ratio: bool = False  # to direct is shown beside it
+    ratio: bool = False  # whether the ratio to direct is shown beside it
 
 
 class Section(NamedTuple):
@@ -113,15 +108,15 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Link:
-    """A real-world path between nat and server."""
+    """An emulated path between nat and server."""
 
     key: str
     label: str
-    up: float  # Mbit/s, of IP packets
-    down: float  # Mbit/s
-    rtt: float  # ms, half of it each way
-    buffer: float  # ms that a packet waits at most before it is dropped, each way
-    loss: float  # per cent, each way
+    up: float  # Mbit/s of IP packets
+    down: float  # Mbit/s of IP packets
+    rtt: float  # ms, half of it in each direction
+    buffer: float  # ms in each direction: a packet that would wait longer for its turn is dropped
+    loss: float  # per cent in each direction
 
 
 LINKS = (
@@ -192,7 +187,7 @@ CLIENTS = Section(
 )
 ISOLATION = Section(
     "neighbours",
-    "tun6 with three clients: one downloads, one pings, the third gets datagrams; the server's event loop meanwhile",
+    "tun6 with three clients: one downloads, one pings, the third gets datagrams; the server's event-loop latency meanwhile",
     (
         Metric("tcp_down", "TCP, Mbit/s", 0),
         Metric("rtt", "RTT, ms", 2),
@@ -202,10 +197,10 @@ ISOLATION = Section(
         Metric("mib", "server MiB", 1),
     ),
 )
+ISOLATION_ROWS = {"runs": "the third runs", "stopped": "the third is stopped"}  # keys and labels
 MACHINE_SECTIONS = (TCP, UDP, RTT)
 SECTIONS = (*MACHINE_SECTIONS, *WAN_SECTIONS, ISOLATION, CLIENTS)
-ISOLATION_ROWS = {"runs": "the third runs", "stopped": "the third is stopped"}  # the rows of ISOLATION
-SECTION_GROUPS = {"machine": MACHINE_SECTIONS, "wan": WAN_SECTIONS}  # names that --only takes for several sections
+SECTION_GROUPS = {"machine": MACHINE_SECTIONS, "wan": WAN_SECTIONS}  # --only takes these names for several sections
 
 
 @dataclass(frozen=True)
@@ -213,43 +208,53 @@ class Settings:
     """How much is measured."""
 
     repeats: int = 3
-    seconds: int = 4  # of one TCP measurement; iperf3 takes whole ones only
-    udp_seconds: int = 2  # of one UDP rate
-    udp_steps: int = 6  # of the bisection, each halves what is unknown
-    pings: int = 100  # idle, 20 ms apart
-    wan_seconds: int = 8
-    wan_skip: int = 2  # seconds of these before the goodput counts
-    clients: tuple[int, ...] = (1, 100, 1000, 4000)
+    seconds: int = 4  # of one TCP measurement; iperf3 takes whole seconds only
+    udp_seconds: int = 2  # of each UDP rate
+    udp_steps: int = 6  # of the bisection; each one halves the range of rates
+    pings: int = 100  # for the idle round trip
+    wan_seconds: int = 8  # of one TCP measurement over an emulated link
+    wan_skip: int = 2  # of those seconds, before the goodput counts
+    clients: tuple[int, ...] = (1, 100, 1000, 4000)  # the rows of the section clients
 
 
 QUICK_SETTINGS = Settings(repeats=1, seconds=2, udp_seconds=1, udp_steps=3, pings=20, wan_seconds=4, wan_skip=1, clients=(100,))
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
+# ---- the testbed -----------------------------------------------------------------------------------------------------
+
+REPOSITORY = Path(tun6.__file__).parent
+START_S = 15.0  # seconds from the start of a tunnel until the first ping through it is answered, at most
+CLIENT_ADDRESS = "2001:db8:1::1"  # tun6's server gives it to its first client, too
+CLIENT_PREFIX = "2001:db8:1::/64"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they end the benchmark
 
 
 class Testbed:
-    """The hosts, and the programs of the tunnel that is up; these run in a folder for their files."""
+    """The hosts of a Lab, and the programs of the tunnel that runs between them. They run in a folder that has their files."""
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.lab, self.folder = lab, folder
-        self.undo = ExitStack()  # of the tunnel that is up
+        self.undo = ExitStack()  # what is undone when the tunnel ends
         self.programs: dict[str, subprocess.Popen[str]] = {}  # by host
         for host in Lab.HOSTS:
             lab.set_sysctl(host, "net.ipv4.tcp_congestion_control", "cubic")
-            lab.set_sysctl(host, "net.ipv4.tcp_no_metrics_save", "1")  # what one tunnel's connections learn must not guide the next
+            lab.set_sysctl(host, "net.ipv4.tcp_no_metrics_save", "1")  # the next tunnel must not use what this one's connections learned
 
     @contextmanager
     def run_tunnel(self, tunnel: Tunnel) -> Iterator[None]:
-        """The tunnel carries packets from client to internet meanwhile. Raises BenchError, which says why it does not."""
+        """Runs the tunnel from client to internet meanwhile. Raises BenchError, which tells why it does not start."""
         with ExitStack() as self.undo:
             self.undo.callback(self.programs.clear)
             tunnel.start(self)
             self.wait_for("the first ping is answered", lambda: self.lab.pings("client"))
             yield
 
-    def start_program(self, host: str, command: str, listens: str = "", ours: bool = False, **environment: str) -> None:
-        """Runs an end of the tunnel until the tunnel goes down, and waits until it listens on a port, such as "tcp 10000"."""
+    def start_program(self, host: str, command: str, listens: str = "", clean_exit: bool = False) -> None:
+        """Starts a program of the tunnel, which runs until the tunnel ends.
+
+        `listens` is the protocol and port on which it soon listens, such as "tcp 10000". With `clean_exit`, SIGTERM must end it
+        with status 0. Raises BenchError.
+        """
         with open(self.folder / f"{host}.log", "w") as log_file:
             process = self.lab.popen(
                 host,
@@ -258,37 +263,37 @@ class Testbed:
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
-                env={**os.environ, **environment},
-                start_new_session=True,  # Ctrl-C is for us
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                start_new_session=True,  # Ctrl-C does not reach it
             )
         self.programs[host] = process
-        self.undo.push(lambda failure, *_: end_program(process, ours and not failure))  # the first fault says more
+        self.undo.push(lambda failure, *_: end_program(process, clean_exit and not failure))  # the first fault tells more
         if listens:
             self.wait_for(f"it listens on {listens}", lambda: self._listens(host, *listens.split()))
 
-    def run_program(self, command: str, said: str = "") -> str:
-        """Runs a program, that reads `said`, to its end; gives what it says. Raises BenchError when it fails."""
-        done = subprocess.run(shlex.split(command), input=said, cwd=self.folder, capture_output=True, text=True)
+    def run_program(self, command: str, stdin: str = "") -> str:
+        """Runs a program to its end and returns what it prints. Raises BenchError when it fails."""
+        done = subprocess.run(shlex.split(command), input=stdin, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             raise BenchError(f"`{command[:60]}` failed: {' '.join(done.stderr.split())[:200]}")
         return done.stdout
 
     def wait_for(self, what: str, condition: Callable[[], object]) -> None:
-        """Until the condition holds. Raises BenchError when a program ends before, or when it takes longer than COME_UP_S."""
+        """Waits until the condition holds. Raises BenchError after START_S, or as soon as a program of the tunnel has ended."""
 
-        def held() -> bool:
+        def holds() -> bool:
             for host, process in self.programs.items():
                 if process.poll() is not None:
                     raise BenchError(f"the {host}'s program ended with {process.returncode}: {self._last_log_line(host)}")
             return bool(condition())
 
         try:
-            wait_until(what, held, COME_UP_S)
+            wait_until(what, holds, START_S)
         except tun6.KernelError as error:
             raise BenchError("; ".join([str(error), *(f"{host}: {self._last_log_line(host)}" for host in self.programs)])) from None
 
     def add_routes(self, client_device: str, server_device: str) -> None:
-        """Carries the client's IPv6 over devices that the tunnel's programs make."""
+        """Waits for the devices that the tunnel's programs make, and routes the client's IPv6 through them."""
         for host, device in (("server", server_device), ("client", client_device)):
             self.wait_for(f"{device} is there", functools.partial(self._has_device, host, device))
             self.lab.ip(host, f"link set dev {device} up")
@@ -297,52 +302,55 @@ class Testbed:
         self.lab.ip("client", f"-6 route replace default dev {client_device} metric 1")
 
     def cpu_seconds(self, host: str) -> float:
-        """Seconds of CPU that the tunnel's programs on the host took so far."""
+        """Returns the CPU time that the tunnel's program on the host has taken so far, 0 where there is none."""
         return read_cpu_seconds(self.programs[host].pid) if host in self.programs else 0.0
 
     def _has_device(self, host: str, name: str) -> bool:
         return f": {name}: " in self.lab.ip(host, "link show")
 
     def _listens(self, host: str, protocol: str, port: str) -> bool:
-        state = "0A" if protocol == "tcp" else "07"  # TCP_LISTEN, TCP_CLOSE
+        state = "0A" if protocol == "tcp" else "07"  # TCP_LISTEN and TCP_CLOSE, include/net/tcp_states.h
         return f":{int(port):04X} 00000000:0000 {state} " in self.lab.run(host, "cat", f"/proc/net/{protocol}").stdout
 
     def _last_log_line(self, host: str) -> str:
-        lines = (self.folder / f"{host}.log").read_text(errors="replace").split("\n")
-        return tun6.to_printable(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"), 120)
+        lines = (self.folder / f"{host}.log").read_text(errors="replace").strip().splitlines()
+        return tun6.to_printable(lines[-1].strip() if lines else "its log is empty", 120)
 
 
-def end_program(process: subprocess.Popen[str], ours: bool = False, seconds: float = 10) -> None:
-    """Ends a program and its descendants with SIGTERM, after so long with SIGKILL. Ours must end by itself: raises BenchError."""
-    family = list_process_tree(process.pid)
+def end_program(process: subprocess.Popen[str], clean_exit: bool = False, seconds: float = 10) -> None:
+    """Ends a program with SIGTERM, or after so many seconds with SIGKILL, and kills what is left of the programs that it started.
+
+    Raises BenchError with `clean_exit` when it did not end by itself with status 0.
+    """
+    pids = list_process_tree(process.pid)
     process.terminate()
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         status = -signal.SIGKILL
-    for pid in family:
+    for pid in pids:
         if pid != process.pid or process.poll() is None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     process.wait()
-    if ours and status:
+    if clean_exit and status:
         raise BenchError(f"tun6 did not end within {seconds:.0f} s of SIGTERM" if status < 0 else f"tun6 ended with status {status}")
 
 
 def list_process_tree(root: int) -> list[int]:
-    """The process and all that it started, as far as they live."""
+    """Returns the ids of a process and of all that it started, directly or not, and that still live."""
     children = defaultdict(list)
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             children[int(path.read_text().rpartition(")")[2].split()[1])].append(int(path.parent.name))
-    family = [root]
-    for pid in family:
-        family += children[pid]
-    return family
+    pids = [root]
+    for pid in pids:
+        pids += children[pid]
+    return pids
 
 
 def read_cpu_seconds(root: int) -> float:
-    """CPU time of the process and its descendants: utime + stime, proc_pid_stat(5)."""
+    """Returns the CPU time of a process and of those that it started: utime + stime, proc_pid_stat(5)."""
     ticks = 0
     for pid in list_process_tree(root):
         with suppress(OSError):
@@ -352,7 +360,7 @@ def read_cpu_seconds(root: int) -> float:
 
 @contextmanager
 def allow_cubic() -> Iterator[None]:
-    """Namespaces may choose CUBIC only while this list, one for the machine, has it."""
+    """Allows all network namespaces to use CUBIC meanwhile. The machine has one list of what is allowed."""
     path = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
     before = path.read_text()
     if "cubic" in before.split():
@@ -366,76 +374,78 @@ def allow_cubic() -> Iterator[None]:
 
 
 class LinkDirection:
-    """One direction of an emulated link: a rate, a drop-tail buffer in front of it, a delay and losses behind it."""
+    """One direction of an emulated link: a rate with a drop-tail buffer before it, and a delay and losses behind it."""
 
-    PACKET = 2048  # bytes, more than the devices' MTU
+    PACKET_MAX = 2048  # bytes, more than the MTU of the devices
+    BATCH = 64  # packets that one direction accepts before the other one does
 
     def __init__(self, source: int, sink: int, mbit: float, link: Link) -> None:
+        """`source` and `sink` are the descriptors of two TUNs, `mbit` is the rate in Mbit/s."""
         self.source, self._sink = source, sink
         self._bytes_per_s = mbit * 1e6 / 8
-        self._delay, self._buffer, self._loss = link.rtt / 2e3, link.buffer / 1e3, link.loss / 100
-        self._idle_at = 0.0  # when the last byte taken so far has left
-        self._in_flight: list[tuple[float, bytes]] = []  # a heap by time of arrival
+        self._delay_s, self._buffer_s, self._loss = link.rtt / 2e3, link.buffer / 1e3, link.loss / 100
+        self._free_at = 0.0  # when all packets accepted so far have been sent
+        self._in_flight: list[tuple[float, bytes]] = []  # a heap of times of arrival and packets
 
     def accept_packets(self) -> None:
-        """Takes what waits at the near end, at most 64 packets, so that the other direction gets its turn."""
+        """Reads the packets that wait at the source, at most BATCH. Drops those that are lost or exceed the buffer."""
         now = time.monotonic()
-        for _ in range(64):
+        for _ in range(self.BATCH):
             try:
-                packet = os.read(self.source, self.PACKET)
+                packet = os.read(self.source, self.PACKET_MAX)
             except BlockingIOError:
                 return
-            begins = max(now, self._idle_at)
-            if begins - now <= self._buffer and random.random() >= self._loss:
-                self._idle_at = begins + len(packet) / self._bytes_per_s
-                heapq.heappush(self._in_flight, (self._idle_at + self._delay, packet))
+            begins = max(now, self._free_at)
+            if begins - now <= self._buffer_s and random.random() >= self._loss:
+                self._free_at = begins + len(packet) / self._bytes_per_s
+                heapq.heappush(self._in_flight, (self._free_at + self._delay_s, packet))
 
     def deliver_packets(self) -> float:
-        """Hands over what has arrived; gives the time of the next arrival."""
+        """Writes the packets that have arrived to the sink, and returns when the next one arrives."""
         now, in_flight = time.monotonic(), self._in_flight
         while in_flight and in_flight[0][0] <= now:
-            with suppress(OSError):  # the far end's queue is full: lost
+            with suppress(OSError):  # the queue of the device is full, so the packet is lost
                 os.write(self._sink, heapq.heappop(in_flight)[1])
         return in_flight[0][0] if in_flight else now + 1
 
 
 def emulate_link(nat: int, server: int, link: Link) -> None:
-    """A process of its own: carries packets between two TUNs, in user space, so that no socket's limits reach through the link."""
+    """Carries packets between two TUNs, in a process of its own, until its parent kills it or has ended.
+
+    It works in user space, as the kernel would count a packet on the link against the limits of the socket that sent it.
+    """
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # whoever made this process ends it
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
-    ways = (LinkDirection(nat, server, link.up, link), LinkDirection(server, nat, link.down, link))
+    directions = (LinkDirection(nat, server, link.up, link), LinkDirection(server, nat, link.down, link))
     with selectors.DefaultSelector() as selector:
-        for way in ways:
-            selector.register(way.source, selectors.EVENT_READ, way)
+        for direction in directions:
+            selector.register(direction.source, selectors.EVENT_READ, direction)
         while os.getppid() == parent:
-            arrival = min(way.deliver_packets() for way in ways)
+            arrival = min(direction.deliver_packets() for direction in directions)
             for key, _ in selector.select(max(0.0, arrival - time.monotonic())):
                 key.data.accept_packets()
 
 
 @contextmanager
 def insert_link(lab: Lab, link: Link) -> Iterator[None]:
-    """Between nat and server, in place of a cable, the link; their addresses, and the names eth0, stay."""
+    """Replaces the link between nat and server by an emulated one, whose ends have the same name and addresses."""
     lab.ip("nat", "link del eth0")
-    ends = []
-    try:
+    with ExitStack() as undo:
+        descriptors = []
         for host, address in (("nat", "10.9.0.2/24"), ("server", f"{Lab.SERVER}/24")):
             with lab.inside(host):
-                ends.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-                fcntl.ioctl(ends[-1], 0x400454CA, struct.pack("16sH22x", b"eth0", 0x1001))  # TUNSETIFF: IFF_TUN, IFF_NO_PI
+                device = pytun.TunTapDevice(name="eth0", flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
+            undo.callback(device.close)
+            descriptors.append(device.fileno())
+            os.set_blocking(device.fileno(), False)
             lab.ip(host, f"addr add {address} dev eth0")
             lab.ip(host, "link set eth0 txqueuelen 5000 addrgenmode none up")
-        process = multiprocessing.get_context("fork").Process(target=emulate_link, args=(*ends, link), daemon=True)
+        process = multiprocessing.get_context("fork").Process(target=emulate_link, args=(*descriptors, link), daemon=True)
         process.start()
-        try:
-            yield
-        finally:
-            process.kill()
-            process.join()
-    finally:
-        for descriptor in ends:
-            os.close(descriptor)
+        undo.callback(process.join)
+        undo.callback(process.kill)
+        yield
 
 
 # ---- the tunnels -----------------------------------------------------------------------------------------------------
@@ -443,24 +453,23 @@ def insert_link(lab: Lab, link: Link) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tunnel:
-    """One row of the tables."""
+    """A row of the tables: a way to carry IPv6 from client to internet."""
 
     key: str
     label: str
     start: Callable[[Testbed], None]
     needs: tuple[str, ...] = ()  # programs
-    ours: bool = False  # what fails is our fault
-    quick: bool = False  # --quick measures it
-    quick_wan: bool = False
+    must_work: bool = False  # whether the benchmark fails when it fails
+    quick: bool = False  # whether --quick measures it on this machine
+    quick_wan: bool = False  # whether --quick measures it over an emulated link
 
-    def missing_programs(self) -> str | None:
-        """The programs that it needs and that are not installed."""
-        names = [name for name in self.needs if not shutil.which(name)]
-        return f"not installed: {', '.join(names)}" if names else None
+    def missing_programs(self) -> list[str]:
+        """Returns the programs that it needs and that are not installed."""
+        return [name for name in self.needs if not shutil.which(name)]
 
 
 def start_direct(testbed: Testbed) -> None:
-    """No tunnel: nat routes IPv6 too. The addresses behind `via` are on all links, as TUNs have no link-local ones."""
+    """Lets nat route IPv6, too, without a tunnel. The routers have global addresses, as a TUN has no link-local one."""
     ip, undo = testbed.lab.ip, testbed.undo
     testbed.lab.set_sysctl("nat", "net.ipv6.conf.all.forwarding", "1")
     for host, kind, what in (
@@ -475,14 +484,11 @@ def start_direct(testbed: Testbed) -> None:
         ("server", "route", f"{CLIENT_PREFIX} via 2001:db8:b::2"),
     ):
         ip(host, f"-6 {kind} add {what}")
-        if kind == "addr":  # its routes go with it
-            undo.callback(ip, host, f"-6 addr del {what.removesuffix(' nodad')}")
-        else:
-            undo.callback(ip, host, f"-6 route del {what}")
+        undo.callback(ip, host, f"-6 {kind} del {what.removesuffix(' nodad')}")
 
 
 C_SOURCE = r"""
-/* The data path of tun6 in C: two blocking threads, offload, no handshake, no checks. datapath server|client, device tun0 */
+/* The data path of tun6 in C: two blocking threads with offload, without handshake and checks. Usage: datapath server|client */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -559,7 +565,7 @@ int main(int count, char **words)
 
 
 def start_c_data_path(testbed: Testbed) -> None:
-    """The embedded program, compiled once a run."""
+    """Starts the C program above on both hosts. Compiles it when that has not been done yet."""
     if not (testbed.folder / "datapath").exists():
         (testbed.folder / "datapath.c").write_text(C_SOURCE)
         testbed.run_program("cc -O2 -pthread -o datapath datapath.c")
@@ -568,16 +574,16 @@ def start_c_data_path(testbed: Testbed) -> None:
     testbed.add_routes("tun0", "tun0")
 
 
-# Each is the real client in which one thing is different.
+# Python code of the tun6 programs. All run the real tun6; two change one thing in it first.
 TUN6_UNCHANGED = "import sys, tun6; sys.exit(tun6.main())"
 TUN6_WITHOUT_OFFLOAD = """
 import fcntl, sys, tun6
 ioctl = fcntl.ioctl
-def fail_to_set_offload(fd, request, argument=0, *more):  # one whose TUNs have no offload
+def refuse_offload(fd, request, argument=0, *more):  # as an old kernel does
     if request == tun6.Tun.TUNSETOFFLOAD and argument:
         raise OSError(22, "Invalid argument")
     return ioctl(fd, request, argument, *more)
-fcntl.ioctl = fail_to_set_offload
+fcntl.ioctl = refuse_offload
 sys.exit(tun6.main())
 """
 TUN6_LEGACY = """
@@ -587,44 +593,49 @@ tun6.encode_message = lambda message: encode_message({key: value for key, value 
 sys.exit(tun6.main())
 """
 TUN6_CONFIG = """
-    [server]
-    localhost = 0.0.0.0
-    listenport = 10000
-    prefixrange = 2001:db8:1::/48
-    assignments = assignments.json
-    max_clients = 60000
-    control = /run/tun6-bench.sock
-    [client]
-    remotehost = 10.9.0.1
-    remoteport = 10000
+[server]
+localhost = 0.0.0.0
+listenport = 10000
+prefixrange = 2001:db8:1::/48
+assignments = assignments.json
+max_clients = 60000
+control = /run/tun6-bench.sock
+[client]
+remotehost = 10.9.0.1
+remoteport = 10000
 """
 
 
-def start_tun6(client: str, encrypted: bool = False) -> Callable[[Testbed], None]:
-    """The real server, and one of the clients above."""
+def start_tun6(client_code: str, encrypted: bool = False) -> Callable[[Testbed], None]:
+    """Returns a function that starts tun6's server, and a client which runs this code."""
 
     def start(testbed: Testbed) -> None:
-        module = str(Path(tun6.__file__).resolve().parent)
-        config = textwrap.dedent(TUN6_CONFIG)
-        (testbed.folder / "config.ini").write_text(config)
+        config = testbed.folder / "config.ini"
+        config.write_text(TUN6_CONFIG)
         (testbed.folder / "assignments.json").unlink(missing_ok=True)  # so that the first client gets CLIENT_PREFIX
         if encrypted:
             (testbed.folder / "server.pem").unlink(missing_ok=True)
-            said = testbed.run_program(f"{sys.executable} {module}/tun6.py keygen -c config.ini")
-            (fingerprint,) = re.findall("fingerprint = .*", said)
-            (testbed.folder / "config.ini").write_text(config.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
-        for host, code, listens in (("server", TUN6_UNCHANGED, "tcp 10000"), ("client", client, "")):
-            command = shlex.join([sys.executable, "-c", code, host, "-c", "config.ini"])
-            testbed.start_program(host, command, listens, ours=True, PYTHONPATH=module)
+            output = testbed.run_program(f"{sys.executable} {REPOSITORY}/tun6.py keygen -c config.ini")
+            (fingerprint,) = re.findall("fingerprint = .*", output)
+            config.write_text(TUN6_CONFIG.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
+        start_tun6_program(testbed, "server", "server", listens="tcp 10000")
+        start_tun6_program(testbed, "client", "client", client_code)
 
     return start
 
 
+def start_tun6_program(
+    testbed: Testbed, host: str, role: str, code: str = TUN6_UNCHANGED, config: str = "config.ini", listens: str = ""
+) -> None:
+    """Starts tun6 on a host as a server or client, which is its role."""
+    testbed.start_program(host, shlex.join([sys.executable, "-c", code, role, "-c", config]), listens, clean_exit=True)
+
+
 def start_openvpn(protocol: str, encrypted: bool) -> Callable[[Testbed], None]:
-    """Point to point; without a cipher there are no keys at all, and OpenVPN sends clear text."""
+    """Returns a function that starts OpenVPN from point to point over "tcp" or "udp". Without encryption it sends plain text."""
 
     def start(testbed: Testbed) -> None:
-        if encrypted and not (testbed.folder / "vpn.crt").exists():  # it signed itself and serves both ends, being its own authority
+        if encrypted and not (testbed.folder / "vpn.crt").exists():  # one self-signed certificate for both ends
             new = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout vpn.key -out vpn.crt"
             testbed.run_program(f"openssl req -x509 -subj /CN=bench -days 2 {new}")
         for role, listens, more in (
@@ -642,7 +653,7 @@ def start_openvpn(protocol: str, encrypted: bool) -> Callable[[Testbed], None]:
 
 
 def start_tinc(testbed: Testbed) -> None:
-    """tinc over TCP, as tun6 is."""
+    """Starts tinc, over TCP as tun6 is."""
     for host, more, where in (
         ("server", "", f"Address = {Lab.SERVER}\nSubnet = ::/0\n"),
         ("client", "ConnectTo = server\n", f"Subnet = {CLIENT_PREFIX}\n"),
@@ -662,7 +673,7 @@ def start_tinc(testbed: Testbed) -> None:
 
 
 def start_wireguard_go(testbed: Testbed) -> None:
-    """Its control sockets are in one folder for the whole machine, so the devices' names are ours alone."""
+    """Starts wireguard-go. The names of its devices are unique on this machine, as all control sockets are in one folder."""
     devices = {host: f"tun6{host[0]}{os.getpid()}" for host in ("server", "client")}
     keys = {}
     for host, device in devices.items():
@@ -671,7 +682,7 @@ def start_wireguard_go(testbed: Testbed) -> None:
         keys[host] = testbed.run_program("wg pubkey", private).strip()
         control = Path(f"/var/run/wireguard/{device}.sock")
         testbed.undo.callback(control.unlink, missing_ok=True)
-        testbed.start_program(host, f"wireguard-go -f {device}", LOG_LEVEL="error")
+        testbed.start_program(host, f"env LOG_LEVEL=error wireguard-go -f {device}")
         testbed.wait_for("its control socket is there", control.exists)
     for host, settings, peer, more in (
         ("server", "listen-port 51820", "client", f"allowed-ips {CLIENT_PREFIX}"),
@@ -683,14 +694,14 @@ def start_wireguard_go(testbed: Testbed) -> None:
 
 
 def start_ssh(testbed: Testbed) -> None:
-    """`ssh -w` to an sshd of our own, with keys of our own; the machine's own sshd and ~/.ssh play no part."""
+    """Starts `ssh -w` and an sshd for it, with keys of their own. The sshd and the ~/.ssh of this machine are not used."""
     for key in ("ssh_key", "ssh_host_key"):
         if not (testbed.folder / key).exists():
             testbed.run_program(f"ssh-keygen -q -t ed25519 -N '' -f {key}")
-    privileges = Path("/run/sshd")  # sshd wants it, empty; on most machines it is there
-    if not privileges.exists():
-        privileges.mkdir(0o755)
-        testbed.undo.callback(privileges.rmdir)
+    privilege_separation = Path("/run/sshd")  # sshd needs this empty folder, which most machines have
+    if not privilege_separation.exists():
+        privilege_separation.mkdir(0o755)
+        testbed.undo.callback(privilege_separation.rmdir)
     (testbed.folder / "sshd_config").write_text(
         f"Port 2222\nListenAddress {Lab.SERVER}\nHostKey {testbed.folder}/ssh_host_key\nAuthorizedKeysFile {testbed.folder}/ssh_key.pub\n"
         "PidFile none\nStrictModes no\nPermitRootLogin prohibit-password\nPermitTunnel yes\nPasswordAuthentication no\nUsePAM no\n"
@@ -703,12 +714,12 @@ def start_ssh(testbed: Testbed) -> None:
 
 
 TUNNELS = (
-    Tunnel("direct", "direct routing, no tunnel", start_direct, ours=True, quick=True, quick_wan=True),
-    Tunnel("c", "C data path", start_c_data_path, ("cc",), ours=True, quick=True),
-    Tunnel("tun6", "tun6", start_tun6(TUN6_UNCHANGED), ours=True, quick=True, quick_wan=True),
-    Tunnel("tun6-tls", "tun6 inside TLS", start_tun6(TUN6_UNCHANGED, encrypted=True), ("openssl",), ours=True),
-    Tunnel("tun6-bare", "tun6, peer without offload", start_tun6(TUN6_WITHOUT_OFFLOAD), ours=True, quick=True),
-    Tunnel("tun6-legacy", "tun6, legacy peer", start_tun6(TUN6_LEGACY), ours=True, quick=True),
+    Tunnel("direct", "direct routing, no tunnel", start_direct, must_work=True, quick=True, quick_wan=True),
+    Tunnel("c", "C data path", start_c_data_path, ("cc",), must_work=True, quick=True),
+    Tunnel("tun6", "tun6", start_tun6(TUN6_UNCHANGED), must_work=True, quick=True, quick_wan=True),
+    Tunnel("tun6-tls", "tun6 inside TLS", start_tun6(TUN6_UNCHANGED, encrypted=True), ("openssl",), must_work=True),
+    Tunnel("tun6-bare", "tun6, peer without offload", start_tun6(TUN6_WITHOUT_OFFLOAD), must_work=True, quick=True),
+    Tunnel("tun6-legacy", "tun6, legacy peer", start_tun6(TUN6_LEGACY), must_work=True, quick=True),
     Tunnel("openvpn", "OpenVPN TCP, no cipher", start_openvpn("tcp", False), ("openvpn",), quick=True, quick_wan=True),
     Tunnel("openvpn-aes", "OpenVPN TCP, AES-128-GCM", start_openvpn("tcp", True), ("openvpn", "openssl")),
     Tunnel("openvpn-udp", "OpenVPN UDP, no cipher", start_openvpn("udp", False), ("openvpn",)),
@@ -720,6 +731,8 @@ TUN6 = next(tunnel for tunnel in TUNNELS if tunnel.key == "tun6")
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
+
+UDP_LOSS_MAX = 0.01  # of the datagrams that are sent, for the metric udp_clean
 
 
 class TcpResult(NamedTuple):
@@ -851,11 +864,9 @@ def send_datagrams(testbed: Testbed, address: str) -> Iterator[None]:
 
 def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[str, float]:
     """All of ISOLATION, of a tun6 that is up with one client; `row` is one of ISOLATION_ROWS."""
-    module = str(Path(tun6.__file__).resolve().parent)
     for name, more in (("third", "tun = tun7\ndefault_route = no"), ("second", "")):
-        (testbed.folder / f"{name}.ini").write_text(f"{textwrap.dedent(TUN6_CONFIG)}id = {name}\n{more}\n")
-        command = shlex.join([sys.executable, "-c", TUN6_UNCHANGED, "client", "-c", f"{name}.ini"])
-        testbed.start_program("second", command, ours=True, PYTHONPATH=module)
+        (testbed.folder / f"{name}.ini").write_text(f"{TUN6_CONFIG}id = {name}\n{more}\n")
+        start_tun6_program(testbed, "second", "client", config=f"{name}.ini")
         if name == "third":
             third = testbed.programs["second"]
             testbed.wait_for("the third has its address", lambda: " 2001:db8:1" in testbed.lab.ip("second", "-6 addr show"))
@@ -868,7 +879,7 @@ def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[st
             with testbed.lab.popen("second", "ping", "-6", "-i", "0.05", Lab.INTERNET, stdout=subprocess.PIPE) as pinging:
                 try:
                     load = measure_tcp(testbed, 3 * settings.seconds, "-R")  # long beside the rest of what `status` speaks of
-                    status = json.loads(testbed.run_program(f"{sys.executable} {module}/tun6.py status --json -c config.ini"))
+                    status = json.loads(testbed.run_program(f"{sys.executable} {REPOSITORY}/tun6.py status --json -c config.ini"))
                 finally:
                     pinging.send_signal(signal.SIGINT)
                     said, _ = pinging.communicate()
@@ -971,7 +982,7 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
         load = measure_tcp(testbed, settings.seconds)
         found["tcp_up"], found["cpu_gb"] = load.mbit, load.cpu["server"]
         began = time.monotonic()
-        end_program(server, ours=True, seconds=120)
+        end_program(server, clean_exit=True, seconds=120)
         found["shutdown_s"] = time.monotonic() - began
     return found
 
@@ -1019,21 +1030,21 @@ class Benchmark:
             for tunnel in tunnels:
                 missing = tunnel.missing_programs()
                 if missing:
-                    self.faults[where][tunnel.key] = missing
+                    self.faults[where][tunnel.key] = f"not installed: {', '.join(missing)}"
                     continue
                 log.info("%s, repeat %d of %d: %s", where, repeat + 1, self.settings.repeats, tunnel.label)
-                with self._record_fault(where, tunnel.key, tunnel.ours), testbed.run_tunnel(tunnel):
+                with self._record_fault(where, tunnel.key, tunnel.must_work), testbed.run_tunnel(tunnel):
                     measure(testbed, tunnel)
 
     @contextmanager
-    def _record_fault(self, where: str, row: str, ours: bool, what: str = "") -> Iterator[None]:
+    def _record_fault(self, where: str, row: str, must_work: bool, what: str = "") -> Iterator[None]:
         """What goes wrong inside ends only that."""
         try:
             yield
         except (tun6.Tun6Error, OSError) as error:
             words = f"{what}{tun6.describe_end(error)}"
             self.faults[where].setdefault(row, words)
-            self.failed |= ours
+            self.failed |= must_work
             log.info("%s: %s: %s", where, row, words)
 
     def _measure_machine(self, testbed: Testbed, tunnel: Tunnel) -> None:
@@ -1044,7 +1055,7 @@ class Benchmark:
                 self.samples[section.key][tunnel.key][key].append(value)
 
         def record_fault(name: str) -> AbstractContextManager[None]:
-            return self._record_fault("machine", tunnel.key, tunnel.ours, f"{name}: ")
+            return self._record_fault("machine", tunnel.key, tunnel.must_work, f"{name}: ")
 
         if "rtt" in wanted:
             with record_fault("idle round trip"):
@@ -1067,7 +1078,7 @@ class Benchmark:
         samples, settings = self.samples[link.key][tunnel.key], self.settings
         samples["rtt_idle"].append(measure_round_trips(testbed, 10, 0.1).median)
         for way, options in (("up", ()), ("down", ("-R",))):
-            with self._record_fault(link.key, tunnel.key, tunnel.ours, f"TCP {way}: "):
+            with self._record_fault(link.key, tunnel.key, tunnel.must_work, f"TCP {way}: "):
                 load = measure_tcp(testbed, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
                 samples[way].append(load.mbit)
                 if load.rtt:
@@ -1081,7 +1092,7 @@ class Benchmark:
         for repeat in range(self.settings.repeats):
             for row, label in self.rows(section).items():
                 log.info("%s, repeat %d of %d: %s", section.key, repeat + 1, self.settings.repeats, label)
-                with self._record_fault(section.key, row, ours=True), testbed.run_tunnel(TUN6):
+                with self._record_fault(section.key, row, must_work=True), testbed.run_tunnel(TUN6):
                     for key, value in measure(testbed, self.settings, row).items():
                         self.samples[section.key][row][key].append(value)
 
@@ -1298,7 +1309,8 @@ def main() -> int:
         epilog=f"rows:     {' '.join(tunnel.key for tunnel in TUNNELS)}\n"
         f"sections: {' '.join(section.key for section in SECTIONS)}; {' '.join(SECTION_GROUPS)} for several\n\n"
         "A tunnel that is not installed is left out and the table says so. On Debian this installs all of them:\n"
-        f"  apt-get install --no-install-recommends \\\n    {PACKAGES}",
+        "  apt-get install --no-install-recommends \\\n"
+        "    iproute2 nftables iputils-ping iperf3 gcc libc6-dev openssl openvpn tinc wireguard-go wireguard-tools openssh-server",
     )
     parser.add_argument("--quick", action="store_true", help="under 2 minutes: one repeat, short, fewer tunnels, one WAN")
     parser.add_argument("--only", metavar="NAME,...", help="these rows and sections only")
