@@ -732,41 +732,47 @@ TUN6 = next(tunnel for tunnel in TUNNELS if tunnel.key == "tun6")
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
+
 UDP_LOSS_MAX = 0.01  # of the datagrams that are sent, for the metric udp_clean
 
 
 class TcpResult(NamedTuple):
-    """What one TCP measurement gave."""
+    """The figures of one TCP measurement."""
 
-    mbit: float  # per second, of payload
-    cpu: dict[str, float]  # by host, seconds for 10^9 bytes
-    rtt: RoundTrips | None
-
-
-class RoundTrips(NamedTuple):
-    """Round trips, ms."""
-
-    median: float
-    mean: float
-    max: float
+    mbit: float  # Mbit/s of payload
+    cpu: dict[str, float]  # seconds of CPU for 10^9 bytes, by host
+    round_trips: list[float]  # ms, of the pings meanwhile
 
 
-def measure_round_trips(testbed: Testbed, count: int, interval: float) -> RoundTrips:
-    """Round trips from client to internet. Raises BenchError when no ping is answered."""
+def measure_round_trips(testbed: Testbed, count: int, interval: float) -> list[float]:
+    """Pings internet from client. Returns the round trips in ms. Raises BenchError when no ping is answered."""
     return parse_round_trips(testbed.lab.run("client", "ping", "-6", "-c", str(count), "-i", str(interval), "-W", "3", Lab.INTERNET).stdout)
 
 
-def parse_round_trips(said: str) -> RoundTrips:
-    """What ping's lines say."""
-    found = [float(value) for value in re.findall(r" time=([\d.]+) ms", said)]
-    if not found:
+@contextmanager
+def ping_meanwhile(testbed: Testbed, host: str, interval: float) -> Iterator[list[float]]:
+    """Pings internet from a host meanwhile. Afterwards the list that is yielded has the round trips in ms. Raises BenchError likewise."""
+    round_trips: list[float] = []
+    with testbed.lab.popen(host, "ping", "-6", "-i", str(interval), Lab.INTERNET, stdout=subprocess.PIPE) as process:
+        try:
+            yield round_trips
+        finally:
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate()
+    round_trips += parse_round_trips(output)
+
+
+def parse_round_trips(output: str) -> list[float]:
+    """Returns the round trips in ms that ping printed. Raises BenchError when there is none."""
+    round_trips = [float(value) for value in re.findall(r" time=([\d.]+) ms", output)]
+    if not round_trips:
         raise BenchError("no ping was answered")
-    return RoundTrips(statistics.median(found), statistics.mean(found), max(found))
+    return round_trips
 
 
 @contextmanager
-def run_iperf3(testbed: Testbed, seconds: int, *options: str) -> Iterator[Callable[[], dict[str, Any]]]:
-    """A measurement that begins now; the function given waits for its end, and returns what iperf3 found."""
+def run_iperf3(testbed: Testbed, seconds: int, *options: str) -> Iterator[Callable[[], Any]]:
+    """Starts iperf3 from client to internet. Yields a function that waits for its end and returns its figures, or raises BenchError."""
     with ExitStack() as undo:
         server = testbed.lab.popen("internet", "iperf3", "-s", "-1", "--forceflush", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         undo.enter_context(server)
@@ -775,37 +781,39 @@ def run_iperf3(testbed: Testbed, seconds: int, *options: str) -> Iterator[Callab
         while "listening" not in (line := server.stdout.readline()):
             if not line:
                 raise BenchError("iperf3's server ended")
-        words = ("iperf3", "-6", "-J", "-c", Lab.INTERNET, "-t", str(seconds), *options)
-        client = testbed.lab.popen("client", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        command = ("iperf3", "-6", "-J", "-c", Lab.INTERNET, "-t", str(seconds), *options)
+        client = testbed.lab.popen("client", *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         undo.enter_context(client)
         undo.callback(client.kill)
 
-        def result() -> dict[str, Any]:
+        def wait_for_figures() -> Any:
             try:
-                said, _ = client.communicate(timeout=seconds + 20)
-                found: dict[str, Any] = json.loads(said)
+                output, _ = client.communicate(timeout=seconds + 20)
+                report = json.loads(output)
             except subprocess.TimeoutExpired:
                 raise BenchError("iperf3 did not end") from None
             except ValueError:
-                raise BenchError(f"iperf3 failed: {tun6.to_printable(said)}") from None
-            if "error" in found:
-                raise BenchError(f"iperf3: {tun6.to_printable(found['error'])}")
-            end_: dict[str, Any] = found["end"]
-            return end_
+                raise BenchError(f"iperf3 failed: {tun6.to_printable(output)}") from None
+            if "error" in report:
+                raise BenchError(f"iperf3: {tun6.to_printable(report['error'])}")
+            return report["end"]
 
-        yield result
+        yield wait_for_figures
 
 
 def measure_tcp(testbed: Testbed, seconds: int, *options: str, skip: int = 0, pings: bool = False) -> TcpResult:
-    """TCP from client to internet, with -R back; `skip` seconds come before those that count, and before the pings."""
+    """Measures TCP from client to internet, or back with the option -R, for `seconds` after `skip` seconds that do not count.
+
+    With `pings`, it pings meanwhile. Raises BenchError.
+    """
     before = {host: testbed.cpu_seconds(host) for host in ("client", "server")}
-    round_trips = None
-    with run_iperf3(testbed, seconds, *(("-O", str(skip)) if skip else ()), *options) as result:
+    round_trips = []
+    with run_iperf3(testbed, seconds, *(("-O", str(skip)) if skip else ()), *options) as wait_for_figures:
         if pings:
             time.sleep(skip + 0.4)
             round_trips = measure_round_trips(testbed, max(3, int((seconds - 0.8) / 0.1)), 0.1)
-        received = result()["sum_received"]
-    # iperf3 does not count the bytes of the seconds skipped, so cpu means something without them only
+        received = wait_for_figures()["sum_received"]
+    # the CPU time includes the skipped seconds and iperf3's bytes do not, so `cpu` is right only without any
     return TcpResult(
         received["bits_per_second"] / 1e6,
         {host: (testbed.cpu_seconds(host) - before[host]) / (received["bytes"] / 1e9) for host in before} if received["bytes"] else {},
@@ -814,18 +822,19 @@ def measure_tcp(testbed: Testbed, seconds: int, *options: str, skip: int = 0, pi
 
 
 def measure_udp(testbed: Testbed, seconds: int, packets_per_s: float = 0) -> tuple[float, float]:
-    """Small packets from client to internet, 0: as many as go. Gives packets/s sent and delivered."""
-    with run_iperf3(testbed, seconds, "-u", "-l", str(UDP_PAYLOAD), "-b", str(int(packets_per_s * UDP_PAYLOAD * 8))) as result:
-        total = result()["sum"]
+    """Sends datagrams from client to internet, with 0 as many as it can. Returns packets/s sent and delivered. Raises BenchError."""
+    options = ("-u", "-l", str(UDP_PAYLOAD), "-b", str(int(packets_per_s * UDP_PAYLOAD * 8)))
+    with run_iperf3(testbed, seconds, *options) as wait_for_figures:
+        total = wait_for_figures()["sum"]
     return total["bytes"] / UDP_PAYLOAD / total["seconds"], (total["packets"] - total["lost_packets"]) / total["seconds"]
 
 
 def find_udp_rate(testbed: Testbed, settings: Settings, flood: tuple[float, float]) -> float:
-    """The most packets/s that are delivered at UDP_LOSS_MAX or less, bisected from what a flood did."""
+    """Returns the most packets/s that are delivered with a loss of at most UDP_LOSS_MAX. Bisects from the figures of a flood."""
     sent, rate = flood
     if rate >= sent * (1 - UDP_LOSS_MAX):
         return rate
-    low, high, best = 0.0, min(sent, 1.6 * rate), 0.0  # a flood takes CPU that delivers packets at lower rates
+    low, high, best = 0.0, min(sent, 1.6 * rate), 0.0  # at a lower rate than a flood's, more CPU is left to deliver packets
     for _ in range(settings.udp_steps):
         sent, delivered = measure_udp(testbed, settings.udp_seconds, rate)
         if delivered >= sent * (1 - UDP_LOSS_MAX):
@@ -841,7 +850,7 @@ def find_udp_rate(testbed: Testbed, settings: Settings, flood: tuple[float, floa
 
 @contextmanager
 def send_datagrams(testbed: Testbed, address: str) -> Iterator[None]:
-    """From internet to this address meanwhile: 10,000 a second with 1,200 bytes, about 100 Mbit/s."""
+    """Sends datagrams of 1,200 bytes from internet to this address meanwhile: 10,000 a second, about 100 Mbit/s."""
     done = threading.Event()
     with testbed.lab.inside("internet"):
         sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
@@ -849,7 +858,7 @@ def send_datagrams(testbed: Testbed, address: str) -> Iterator[None]:
     def send() -> None:
         while not done.wait(0.002):
             for _ in range(20):
-                with suppress(OSError):  # the port is closed there, and sometimes says so
+                with suppress(OSError):  # no program has this port, and an ICMPv6 error may tell so
                     sock.sendto(bytes(1200), (address, 9))
 
     thread = threading.Thread(target=send)
@@ -863,47 +872,45 @@ def send_datagrams(testbed: Testbed, address: str) -> Iterator[None]:
 
 
 def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[str, float]:
-    """All of ISOLATION, of a tun6 that is up with one client; `row` is one of ISOLATION_ROWS."""
+    """Returns the figures of one row of ISOLATION. Adds the second and the third client to a tunnel of tun6 that runs."""
     for name, more in (("third", "tun = tun7\ndefault_route = no"), ("second", "")):
         (testbed.folder / f"{name}.ini").write_text(f"{TUN6_CONFIG}id = {name}\n{more}\n")
         start_tun6_program(testbed, "second", "client", config=f"{name}.ini")
         if name == "third":
             third = testbed.programs["second"]
-            testbed.wait_for("the third has its address", lambda: " 2001:db8:1" in testbed.lab.ip("second", "-6 addr show"))
+            testbed.wait_for("the third client has its address", lambda: " 2001:db8:1" in testbed.lab.ip("second", "-6 addr show"))
     address = re.findall(r"inet6 (2001:db8:1[0-9a-f:]+)/", testbed.lab.ip("second", "-6 addr show dev tun7"))[0]
-    testbed.wait_for("the second works", lambda: testbed.lab.pings("second"))
+    testbed.wait_for("the second client reaches internet", lambda: testbed.lab.pings("second"))
     with send_datagrams(testbed, address):
         if row == "stopped":
             third.send_signal(signal.SIGSTOP)
         try:
-            with testbed.lab.popen("second", "ping", "-6", "-i", "0.05", Lab.INTERNET, stdout=subprocess.PIPE) as pinging:
-                try:
-                    load = measure_tcp(testbed, 3 * settings.seconds, "-R")  # long beside the rest of what `status` speaks of
-                    status = json.loads(testbed.run_program(f"{sys.executable} {REPOSITORY}/tun6.py status --json -c config.ini"))
-                finally:
-                    pinging.send_signal(signal.SIGINT)
-                    said, _ = pinging.communicate()
+            with ping_meanwhile(testbed, "second", 0.05) as round_trips:
+                tcp = measure_tcp(testbed, 3 * settings.seconds, "-R")  # most of the time that `status` reports on
+                status = json.loads(testbed.run_program(f"{sys.executable} {REPOSITORY}/tun6.py status --json -c config.ini"))
         finally:
             third.send_signal(signal.SIGCONT)
-    round_trips, latency = parse_round_trips(said), status["latency"]
     return {
-        "tcp_down": load.mbit,
-        "rtt": round_trips.median,
-        "rtt_max": round_trips.max,
-        "loop_p99": latency["p99"] * 1e3,
-        "loop_max": latency["max"] * 1e3,
+        "tcp_down": tcp.mbit,
+        "rtt": statistics.median(round_trips),
+        "rtt_max": max(round_trips),
+        "loop_p99": status["latency"]["p99"] * 1e3,
+        "loop_max": status["latency"]["max"] * 1e3,
         "mib": status["memory"] / 2**20,
     }
 
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
 
-CLIENTS_AT_ONCE = 1000  # clients that say hello at once; tun6.BACKLOG of one address may wait for admission
-_frame_buffer = bytearray(2 * (tun6.OFFLOAD_HEADER.size + tun6.PACKET_MAX))
+CLIENTS_AT_ONCE = 1000  # clients that connect at once; tun6.BACKLOG bounds how many of one address may wait for admission
+_frame_buffer = bytearray(2 * (tun6.OFFLOAD_HEADER.size + tun6.PACKET_MAX))  # of all deframers
 
 
 def open_tunnels(testbed: Testbed, numbers: range, undo: ExitStack, seconds: float = 60) -> list[float]:
-    """Opens the tunnels of clients with these numbers at once, until `undo`. Returns the seconds of each one. Raises BenchError."""
+    """Opens the tunnels of clients with these numbers at once. Returns the seconds that each took. Raises BenchError.
+
+    `undo` closes them. All must work within `seconds`.
+    """
     with testbed.lab.inside("second"):
         sockets = [undo.enter_context(gevent.socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in numbers]
     greenlets = [gevent.spawn(open_tunnel, sock, number) for sock, number in zip(sockets, numbers)]
@@ -919,9 +926,9 @@ def open_tunnels(testbed: Testbed, numbers: range, undo: ExitStack, seconds: flo
 
 
 def open_tunnel(sock: gevent.socket.socket, number: int) -> float:
-    """Makes the socket a client of tun6. Returns the seconds until its echo request, sent as a frame, is answered.
+    """Makes the socket a client of tun6. Returns the seconds until its echo request, which it sends as a frame, is answered.
 
-    Raises OSError, EOFError, and SessionError when the server does what it must not.
+    Raises EOFError, OSError, and SessionError when the server refuses it or breaks a rule of the wire.
     """
     began = time.monotonic()
     sock.connect((Lab.SERVER, 10_000))
@@ -946,45 +953,38 @@ def echo_request(source: bytes) -> bytes:
 
 
 def read_resident_kib(pid: int) -> int:
-    """KiB of memory of the process, proc_pid_status(5)."""
+    """Returns the KiB of memory of a process, proc_pid_status(5)."""
     found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str, float]:
-    """All of CLIENTS for so many clients, of a tun6 that is up with one real client. Ends its server."""
-    server, count, found = testbed.programs["server"], int(row), {}
+    """Returns the figures of one row of CLIENTS. Adds so many clients to a tunnel of tun6 that runs, and ends its server."""
+    server, count, figures = testbed.programs["server"], int(row), {}
     with ExitStack() as undo:
         memory = read_resident_kib(server.pid)
-        words = ("ping", "-6", "-i", "0.01", Lab.INTERNET)
-        with testbed.lab.popen("client", *words, stdout=subprocess.PIPE) as pinging:
-            try:
-                time.sleep(0.3)
-                began = time.monotonic()
-                each = [
-                    took
-                    for at in range(0, count, CLIENTS_AT_ONCE)
-                    for took in open_tunnels(testbed, range(at, min(at + CLIENTS_AT_ONCE, count)), undo)
-                ]
-                found["all_s"], found["one_ms"] = time.monotonic() - began, statistics.median(each) * 1e3
-                time.sleep(0.3)
-            finally:
-                pinging.send_signal(signal.SIGINT)
-                said, _ = pinging.communicate()
-        found["ping_max"] = parse_round_trips(said).max
-        if count >= 100:  # with fewer, other memory weighs more than theirs
-            found["kib"] = (read_resident_kib(server.pid) - memory) / count
+        with ping_meanwhile(testbed, "client", 0.01) as round_trips:
+            time.sleep(0.3)
+            began = time.monotonic()
+            each = []
+            for first in range(0, count, CLIENTS_AT_ONCE):
+                each += open_tunnels(testbed, range(first, min(first + CLIENTS_AT_ONCE, count)), undo)
+            figures["all_s"], figures["one_ms"] = time.monotonic() - began, statistics.median(each) * 1e3
+            time.sleep(0.3)
+        figures["ping_max"] = max(round_trips)
+        if count >= 100:  # with fewer, the server's other memory changes by more than they take
+            figures["kib"] = (read_resident_kib(server.pid) - memory) / count
         before, began = read_cpu_seconds(server.pid), time.monotonic()
         time.sleep(2)
-        found["idle_cpu"] = (read_cpu_seconds(server.pid) - before) / (time.monotonic() - began) * 100
-        found["next_ms"] = statistics.median([open_tunnels(testbed, range(count + n, count + n + 1), undo)[0] for n in range(5)]) * 1e3
-        found["rtt"] = measure_round_trips(testbed, settings.pings, 0.02).median
-        load = measure_tcp(testbed, settings.seconds)
-        found["tcp_up"], found["cpu_gb"] = load.mbit, load.cpu["server"]
+        figures["idle_cpu"] = (read_cpu_seconds(server.pid) - before) / (time.monotonic() - began) * 100
+        figures["next_ms"] = statistics.median(open_tunnels(testbed, range(count + n, count + n + 1), undo)[0] for n in range(5)) * 1e3
+        figures["rtt"] = statistics.median(measure_round_trips(testbed, settings.pings, 0.02))
+        tcp = measure_tcp(testbed, settings.seconds)
+        figures["tcp_up"], figures["cpu_gb"] = tcp.mbit, tcp.cpu["server"]
         began = time.monotonic()
         end_program(server, clean_exit=True, seconds=120)
-        found["shutdown_s"] = time.monotonic() - began
-    return found
+        figures["shutdown_s"] = time.monotonic() - began
+    return figures
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -1059,7 +1059,7 @@ class Benchmark:
 
         if "rtt" in wanted:
             with record_fault("idle round trip"):
-                record(RTT, rtt_idle=measure_round_trips(testbed, settings.pings, 0.02).median)
+                record(RTT, rtt_idle=statistics.median(measure_round_trips(testbed, settings.pings, 0.02)))
         for way, options in (("up", ()), ("down", ("-R",)), ("4", ("-P", "4"))):
             if "tcp" in wanted or ("rtt" in wanted and way == "up"):
                 with record_fault(f"TCP {way}"):
@@ -1067,8 +1067,8 @@ class Benchmark:
                     record(TCP, **{f"tcp_{way}": load.mbit})
                     if testbed.programs and way != "4":
                         record(TCP, **{f"{way}_cpu_{host}": seconds for host, seconds in load.cpu.items()})
-                    if load.rtt:
-                        record(RTT, rtt_load=load.rtt.mean, rtt_load_max=load.rtt.max)
+                    if load.round_trips:
+                        record(RTT, rtt_load=statistics.mean(load.round_trips), rtt_load_max=max(load.round_trips))
         if "udp" in wanted:
             with record_fault("UDP"):
                 flood = measure_udp(testbed, settings.udp_seconds)
@@ -1076,14 +1076,14 @@ class Benchmark:
 
     def _measure_wan(self, link: Link, testbed: Testbed, tunnel: Tunnel) -> None:
         samples, settings = self.samples[link.key][tunnel.key], self.settings
-        samples["rtt_idle"].append(measure_round_trips(testbed, 10, 0.1).median)
+        samples["rtt_idle"].append(statistics.median(measure_round_trips(testbed, 10, 0.1)))
         for way, options in (("up", ()), ("down", ("-R",))):
             with self._record_fault(link.key, tunnel.key, tunnel.must_work, f"TCP {way}: "):
                 load = measure_tcp(testbed, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
                 samples[way].append(load.mbit)
-                if load.rtt:
-                    samples[f"{way}_rtt"].append(load.rtt.mean)
-                    samples[f"{way}_rtt_max"].append(load.rtt.max)
+                if load.round_trips:
+                    samples[f"{way}_rtt"].append(statistics.mean(load.round_trips))
+                    samples[f"{way}_rtt_max"].append(max(load.round_trips))
             if way == "up":
                 time.sleep(1)  # what still waits in the tunnel and in the link must not meet the next measurement
 
