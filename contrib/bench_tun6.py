@@ -62,7 +62,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
@@ -991,39 +991,38 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
 
 
 class Selection(NamedTuple):
-    """What is measured."""
+    """The rows and sections that are measured."""
 
     tunnels: Sequence[Tunnel]
-    wan_tunnels: Sequence[Tunnel]
+    wan_tunnels: Sequence[Tunnel]  # over the emulated links
     sections: Sequence[Section]
 
 
 class Benchmark:
-    """Measures what was selected, and keeps all figures."""
+    """Measures what was selected, and keeps all figures and faults."""
 
     def __init__(self, settings: Settings, selection: Selection, folder: Path) -> None:
         self.settings, self._folder = settings, folder
         self.tunnels, self._wan_tunnels, self.sections = selection
         self.samples: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-        #              by section, row and measure; the rows of CLIENTS are numbers of clients
-        self.faults: dict[str, dict[str, str]] = defaultdict(dict)  # by section and row: the first that went wrong
-        self.failed = False  # something of ours
+        #              by section, row and metric
+        self.faults: dict[str, dict[str, str]] = defaultdict(dict)  # the first one by section and row; "machine" is one section here
+        self.failed = False  # whether something failed that must work
 
     def run(self) -> None:
-        """Everything, a fault in one tunnel aside, which is kept."""
+        """Measures everything. A fault ends only its measurement, or all those of a tunnel that does not start."""
         if any(section in MACHINE_SECTIONS for section in self.sections):
             with Lab() as lab:
                 self._measure_tunnels("machine", Testbed(lab, self._folder), self.tunnels, self._measure_machine)
         for link in LINKS:
             if any(section.key == link.key for section in self.sections):
                 with Lab() as lab, insert_link(lab, link):
-                    self._measure_tunnels(
-                        link.key, Testbed(lab, self._folder), self._wan_tunnels, functools.partial(self._measure_wan, link)
-                    )
-        for section, measure in ((ISOLATION, measure_isolation), (CLIENTS, measure_clients)):
+                    measure = functools.partial(self._measure_wan, link)
+                    self._measure_tunnels(link.key, Testbed(lab, self._folder), self._wan_tunnels, measure)
+        for section, measure_row in ((ISOLATION, measure_isolation), (CLIENTS, measure_clients)):
             if section in self.sections:
                 with Lab() as lab:
-                    self._measure_clients(Testbed(lab, self._folder), section, measure)
+                    self._measure_tun6(Testbed(lab, self._folder), section, measure_row)
 
     def _measure_tunnels(self, where: str, testbed: Testbed, tunnels: Sequence[Tunnel], measure: Callable[[Testbed, Tunnel], None]) -> None:
         for repeat in range(self.settings.repeats):
@@ -1036,68 +1035,63 @@ class Benchmark:
                 with self._record_fault(where, tunnel.key, tunnel.must_work), testbed.run_tunnel(tunnel):
                     measure(testbed, tunnel)
 
-    @contextmanager
-    def _record_fault(self, where: str, row: str, must_work: bool, what: str = "") -> Iterator[None]:
-        """What goes wrong inside ends only that."""
-        try:
-            yield
-        except (tun6.Tun6Error, OSError) as error:
-            words = f"{what}{tun6.describe_end(error)}"
-            self.faults[where].setdefault(row, words)
-            self.failed |= must_work
-            log.info("%s: %s: %s", where, row, words)
-
-    def _measure_machine(self, testbed: Testbed, tunnel: Tunnel) -> None:
-        settings, wanted = self.settings, {section.key for section in self.sections}
-
-        def record(section: Section, **figures: float) -> None:
-            for key, value in figures.items():
-                self.samples[section.key][tunnel.key][key].append(value)
-
-        def record_fault(name: str) -> AbstractContextManager[None]:
-            return self._record_fault("machine", tunnel.key, tunnel.must_work, f"{name}: ")
-
-        if "rtt" in wanted:
-            with record_fault("idle round trip"):
-                record(RTT, rtt_idle=statistics.median(measure_round_trips(testbed, settings.pings, 0.02)))
-        for way, options in (("up", ()), ("down", ("-R",)), ("4", ("-P", "4"))):
-            if "tcp" in wanted or ("rtt" in wanted and way == "up"):
-                with record_fault(f"TCP {way}"):
-                    load = measure_tcp(testbed, settings.seconds, *options, pings=way == "up")
-                    record(TCP, **{f"tcp_{way}": load.mbit})
-                    if testbed.programs and way != "4":
-                        record(TCP, **{f"{way}_cpu_{host}": seconds for host, seconds in load.cpu.items()})
-                    if load.round_trips:
-                        record(RTT, rtt_load=statistics.mean(load.round_trips), rtt_load_max=max(load.round_trips))
-        if "udp" in wanted:
-            with record_fault("UDP"):
-                flood = measure_udp(testbed, settings.udp_seconds)
-                record(UDP, udp_flood=flood[1] / 1e3, udp_clean=find_udp_rate(testbed, settings, flood) / 1e3)
-
-    def _measure_wan(self, link: Link, testbed: Testbed, tunnel: Tunnel) -> None:
-        samples, settings = self.samples[link.key][tunnel.key], self.settings
-        samples["rtt_idle"].append(statistics.median(measure_round_trips(testbed, 10, 0.1)))
-        for way, options in (("up", ()), ("down", ("-R",))):
-            with self._record_fault(link.key, tunnel.key, tunnel.must_work, f"TCP {way}: "):
-                load = measure_tcp(testbed, settings.wan_seconds - settings.wan_skip, *options, skip=settings.wan_skip, pings=True)
-                samples[way].append(load.mbit)
-                if load.round_trips:
-                    samples[f"{way}_rtt"].append(statistics.mean(load.round_trips))
-                    samples[f"{way}_rtt_max"].append(max(load.round_trips))
-            if way == "up":
-                time.sleep(1)  # what still waits in the tunnel and in the link must not meet the next measurement
-
-    def _measure_clients(self, testbed: Testbed, section: Section, measure: Callable[[Testbed, Settings, str], dict[str, float]]) -> None:
-        """Clients of one tun6 server."""
+    def _measure_tun6(self, testbed: Testbed, section: Section, measure: Callable[[Testbed, Settings, str], dict[str, float]]) -> None:
         for repeat in range(self.settings.repeats):
             for row, label in self.rows(section).items():
                 log.info("%s, repeat %d of %d: %s", section.key, repeat + 1, self.settings.repeats, label)
                 with self._record_fault(section.key, row, must_work=True), testbed.run_tunnel(TUN6):
-                    for key, value in measure(testbed, self.settings, row).items():
-                        self.samples[section.key][row][key].append(value)
+                    self._record(section.key, row, **measure(testbed, self.settings, row))
+
+    def _measure_machine(self, testbed: Testbed, tunnel: Tunnel) -> None:
+        settings, wanted = self.settings, {section.key for section in self.sections}
+        record_fault = functools.partial(self._record_fault, "machine", tunnel.key, tunnel.must_work)
+        if "rtt" in wanted:
+            with record_fault("idle round trip: "):
+                round_trips = measure_round_trips(testbed, settings.pings, 0.02)
+                self._record("rtt", tunnel.key, rtt_idle=statistics.median(round_trips))
+        for name, options in (("up", ()), ("down", ("-R",)), ("4", ("-P", "4"))):
+            if "tcp" in wanted or ("rtt" in wanted and name == "up"):
+                with record_fault(f"TCP {name}: "):
+                    tcp = measure_tcp(testbed, settings.seconds, *options, pings=name == "up")
+                    self._record("tcp", tunnel.key, **{f"tcp_{name}": tcp.mbit})
+                    if testbed.programs and name != "4":
+                        self._record("tcp", tunnel.key, **{f"{name}_cpu_{host}": seconds for host, seconds in tcp.cpu.items()})
+                    if tcp.round_trips:
+                        self._record("rtt", tunnel.key, rtt_load=statistics.mean(tcp.round_trips), rtt_load_max=max(tcp.round_trips))
+        if "udp" in wanted:
+            with record_fault("UDP: "):
+                flood = measure_udp(testbed, settings.udp_seconds)
+                udp_clean = find_udp_rate(testbed, settings, flood)
+                self._record("udp", tunnel.key, udp_flood=flood[1] / 1e3, udp_clean=udp_clean / 1e3)
+
+    def _measure_wan(self, link: Link, testbed: Testbed, tunnel: Tunnel) -> None:
+        seconds, skip = self.settings.wan_seconds, self.settings.wan_skip
+        self._record(link.key, tunnel.key, rtt_idle=statistics.median(measure_round_trips(testbed, 10, 0.1)))
+        for name, options in (("up", ()), ("down", ("-R",))):
+            with self._record_fault(link.key, tunnel.key, tunnel.must_work, f"TCP {name}: "):
+                tcp = measure_tcp(testbed, seconds - skip, *options, skip=skip, pings=True)
+                figures = {name: tcp.mbit, f"{name}_rtt": statistics.mean(tcp.round_trips), f"{name}_rtt_max": max(tcp.round_trips)}
+                self._record(link.key, tunnel.key, **figures)
+            if name == "up":
+                time.sleep(1)  # the next measurement must not meet what still waits in the tunnel and in the link
+
+    def _record(self, section: str, row: str, **figures: float) -> None:
+        for key, value in figures.items():
+            self.samples[section][row][key].append(value)
+
+    @contextmanager
+    def _record_fault(self, where: str, row: str, must_work: bool, what: str = "") -> Iterator[None]:
+        """Records an error that ends the `with` block, with `what` before its text."""
+        try:
+            yield
+        except (tun6.Tun6Error, OSError) as error:
+            fault = f"{what}{tun6.describe_end(error)}"
+            self.faults[where].setdefault(row, fault)
+            self.failed |= must_work
+            log.info("%s: %s: %s", where, row, fault)
 
     def rows(self, section: Section) -> dict[str, str]:
-        """Their keys and labels."""
+        """Returns the labels of the section's rows by their keys."""
         if section is ISOLATION:
             return ISOLATION_ROWS
         if section is CLIENTS:
@@ -1105,7 +1099,7 @@ class Benchmark:
         return {tunnel.key: tunnel.label for tunnel in self.tunnels}
 
     def median(self, section: str, row: str, key: str) -> float | None:
-        """Of all repeats; None when there is none."""
+        """Returns the median of all repeats, None when there are no figures."""
         if key == "rtt_extra":
             mine, direct = self.median(section, row, "rtt_idle"), self.median(section, "direct", "rtt_idle")
             return None if mine is None or direct is None else mine - direct
@@ -1113,7 +1107,7 @@ class Benchmark:
         return statistics.median(values) if values else None
 
     def ratio(self, section: str, row: str, key: str) -> float | None:
-        """To direct: the median of the repeats' ratios would need equal numbers of them, so that of the medians."""
+        """Returns the ratio of the median to that of direct, None when one of them has no figures."""
         mine, direct = self.median(section, row, key), self.median(section, "direct", key)
         return None if mine is None or not direct else mine / direct
 
@@ -1122,9 +1116,9 @@ class Benchmark:
 
 
 def describe_machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """Returns what the figures depend on: the machine, and the versions of all programs."""
     model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    found = {
+    machine = {
         "cores": str(os.cpu_count()),
         "CPU": model[1] if model else platform.machine(),
         "Linux": platform.release(),
@@ -1132,35 +1126,29 @@ def describe_machine() -> dict[str, str]:
         "gevent": importlib.metadata.version("gevent"),
         "tun6": tun6.__version__,
     }
-    for program, option in (
-        ("iperf3", "--version"),
-        ("cc", "--version"),
-        ("openvpn", "--version"),
-        ("tincd", "--version"),
-        ("wireguard-go", "--version"),
-        ("ssh", "-V"),
-    ):
+    for program in ("iperf3", "cc", "openvpn", "tincd", "wireguard-go", "ssh"):
+        machine[program] = "not installed"
         if shutil.which(program):
-            done = subprocess.run([program, option], capture_output=True, text=True)
+            done = subprocess.run([program, "-V" if program == "ssh" else "--version"], capture_output=True, text=True)
             version = re.search(r"\d+(\.\w+)+", done.stdout + done.stderr)
-            found[program] = version[0] if version else "unknown"
-        else:
-            found[program] = "not installed"
-    return found
+            machine[program] = version[0] if version else "unknown"
+    return machine
 
 
-def format_table(benchmark: Benchmark, where: str, section: Section) -> Iterator[str]:
-    """The lines of one section's table."""
+def format_table(benchmark: Benchmark, section: Section) -> Iterator[str]:
+    """Yields the lines of one section's table."""
+    faults = benchmark.faults["machine" if section in MACHINE_SECTIONS else section.key]
     widths = [max(len(metric.title), 7 + 7 * metric.ratio) for metric in section.metrics]
     rows = benchmark.rows(section)
     left = max(map(len, rows.values()))
+    yield ""
     yield section.title
     yield "  ".join([" " * left, *(f"{metric.title:>{width}}" for metric, width in zip(section.metrics, widths))])
     for row, label in rows.items():
-        fault = benchmark.faults[where].get(row)
+        fault = faults.get(row)
         if row not in benchmark.samples[section.key]:
             if fault:
-                yield from textwrap.wrap(f"{label:<{left}}  {fault}", 118, subsequent_indent=" " * (left + 2), drop_whitespace=True)
+                yield from textwrap.wrap(f"{label:<{left}}  {fault}", 118, subsequent_indent=" " * (left + 2))
             continue
         cells = [format_figure(benchmark, section.key, row, metric, width) for metric, width in zip(section.metrics, widths)]
         yield "  ".join([f"{label:<{left}}", *cells]).rstrip()
@@ -1169,7 +1157,7 @@ def format_table(benchmark: Benchmark, where: str, section: Section) -> Iterator
 
 
 def format_figure(benchmark: Benchmark, section: str, row: str, metric: Metric, width: int) -> str:
-    """One figure, with its ratio to direct."""
+    """Returns the text of one figure, with its ratio to direct where the metric wants that."""
     value = benchmark.median(section, row, metric.key)
     text = "-" if value is None else f"{value:,.{metric.decimals}f}"
     if metric.ratio:
@@ -1178,17 +1166,10 @@ def format_figure(benchmark: Benchmark, section: str, row: str, metric: Metric, 
     return f"{text:>{width}}"
 
 
-def format_tables(benchmark: Benchmark) -> Iterator[str]:
-    """All tables."""
-    for section in benchmark.sections:
-        yield ""
-        yield from format_table(benchmark, "machine" if section in MACHINE_SECTIONS else section.key, section)
-
-
-def to_json(benchmark: Benchmark, about: dict[str, str]) -> dict[str, Any]:
-    """All samples, their medians, and the medians' ratios to direct."""
+def to_json(benchmark: Benchmark, machine: dict[str, str]) -> dict[str, Any]:
+    """Returns all samples with their medians, the ratios of these to direct, and how they were measured."""
     return {
-        "machine": about,
+        "machine": machine,
         "settings": dataclasses.asdict(benchmark.settings),
         "links": [dataclasses.asdict(link) for link in LINKS],
         "faults": benchmark.faults,
@@ -1200,23 +1181,20 @@ def to_json(benchmark: Benchmark, about: dict[str, str]) -> dict[str, Any]:
                         "ratio": benchmark.ratio(section.key, row, key),
                         "samples": values,
                     }
-                    for key, values in measures.items()
+                    for key, values in metrics.items()
                 }
-                for row, measures in benchmark.samples[section.key].items()
+                for row, metrics in benchmark.samples[section.key].items()
             }
             for section in benchmark.sections
         },
     }
 
 
-def draw_plot(benchmark: Benchmark, path: str, about: dict[str, str]) -> None:
-    """A picture: bars for this machine, and for each WAN goodput over delay."""
-    import matplotlib
+def draw_plot(benchmark: Benchmark, path: str, machine: dict[str, str]) -> None:
+    """Draws bars for the sections of this machine, and the goodput over the delay for each emulated link."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def draw_bars(axes: Any, title: str, section: Section, keys: dict[str, str], scale: str = "log") -> None:
+    def draw_bars(section: Section, title: str, keys: dict[str, str], scale: str, axes: Any) -> None:
         rows = [tunnel for tunnel in reversed(benchmark.tunnels) if tunnel.key in benchmark.samples[section.key]]
         for number, (key, label) in enumerate(keys.items()):
             places = [at + 0.4 - 0.8 * (number + 0.5) / len(keys) for at in range(len(rows))]
@@ -1228,13 +1206,13 @@ def draw_plot(benchmark: Benchmark, path: str, about: dict[str, str]) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_major_formatter("{x:,g}")
 
-    def draw_goodput_over_delay(axes: Any, link: Link) -> None:
+    def draw_goodput_over_delay(link: Link, axes: Any) -> None:
         colours = {tunnel.key: f"C{number}" if number < 10 else "black" for number, tunnel in enumerate(TUNNELS)}
         for tunnel in benchmark.tunnels:
-            for way, marker in (("up", "^"), ("down", "v")):
-                goodput, delay = (benchmark.median(link.key, tunnel.key, key) for key in (way, f"{way}_rtt"))
+            for name, marker in (("up", "^"), ("down", "v")):
+                goodput, delay = (benchmark.median(link.key, tunnel.key, key) for key in (name, f"{name}_rtt"))
                 if goodput is not None and delay is not None:
-                    axes.plot(delay, goodput, marker, color=colours[tunnel.key], label=tunnel.label if way == "up" else None, alpha=0.8)
+                    axes.plot(delay, goodput, marker, color=colours[tunnel.key], label=tunnel.label if name == "up" else None, alpha=0.8)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("{x:,g}")
         axes.set_ylim(0, 1.1 * axes.dataLim.y1)
@@ -1244,24 +1222,22 @@ def draw_plot(benchmark: Benchmark, path: str, about: dict[str, str]) -> None:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter("{x:,g}")
 
-    panels: list[Callable[[Any], None]] = []
-    if benchmark.samples["tcp"]:
-        panels.append(lambda axes: draw_bars(axes, "TCP, Mbit/s", TCP, {"tcp_up": "up", "tcp_down": "down", "tcp_4": "4 streams"}))
-    if benchmark.samples["udp"]:
-        panels.append(
-            lambda axes: draw_bars(axes, "64-byte UDP, 1,000 packets/s", UDP, {"udp_clean": "<= 1 % loss", "udp_flood": "flood"}, "linear")
-        )
-    if benchmark.samples["rtt"]:
-        panels.append(lambda axes: draw_bars(axes, "round trip, ms", RTT, {"rtt_idle": "idle", "rtt_load": "during an upload"}))
-    for link in LINKS:
-        if benchmark.samples[link.key]:
-            panels.append(functools.partial(draw_goodput_over_delay, link=link))
+    panels: list[Callable[[Any], None]] = []  # each draws into axes of its own
+    for section, title, keys, scale in (
+        (TCP, "TCP, Mbit/s", {"tcp_up": "up", "tcp_down": "down", "tcp_4": "4 streams"}, "log"),
+        (UDP, "64-byte UDP, 1,000 packets/s", {"udp_clean": "<= 1 % loss", "udp_flood": "flood"}, "linear"),
+        (RTT, "round trip, ms", {"rtt_idle": "idle", "rtt_load": "during an upload"}, "log"),
+    ):
+        if benchmark.samples[section.key]:
+            panels.append(functools.partial(draw_bars, section, title, keys, scale))
+    panels += [functools.partial(draw_goodput_over_delay, link) for link in LINKS if benchmark.samples[link.key]]
     if not panels:
         log.info("nothing to plot")
         return
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure, grid = pyplot.subplots(lines, columns, figsize=(7 * columns, 3.8 * lines), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(7 * columns, 3.8 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
     for axes, panel in zip(grid.flat, panels):
         panel(axes)
     for axes in grid.flat[len(panels) :]:
@@ -1269,16 +1245,15 @@ def draw_plot(benchmark: Benchmark, path: str, about: dict[str, str]) -> None:
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels()) if axes.get_xlabel()}
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(", ".join(f"{name} {value}" for name, value in list(about.items())[:6]), fontsize=9)
+    figure.suptitle(", ".join(f"{name} {value}" for name, value in list(machine.items())[:6]), fontsize=9)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def parse_selection(names: str | None, quick: bool) -> Selection:
-    """What --only says: rows, sections or both; where it names none of a kind, the usual ones. Raises ValueError."""
+    """Returns the rows and sections that --only names, and where it names no row or no section the default. Raises ValueError."""
     wanted = set(names.split(",")) if names else set()
     for group in wanted & set(SECTION_GROUPS):
         wanted |= {section.key for section in SECTION_GROUPS[group]}
@@ -1295,14 +1270,14 @@ def parse_selection(names: str | None, quick: bool) -> Selection:
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
-    """Of clients, as --clients says them. Raises argparse.ArgumentTypeError."""
+    """Returns the numbers of clients in the value of --clients. Raises argparse.ArgumentTypeError."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not one number or more, such as 100,4000")
     return tuple(map(int, text.split(",")))
 
 
 def main() -> int:
-    """The program; gives its exit status: 1 when something of ours failed, 2 for usage."""
+    """Runs the program and returns its exit status: 1 when something failed that must work, 2 for usage, 130 for a stop signal."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measures tun6 beside direct routing, a C program and other tunnels, in network namespaces. Needs root.",
@@ -1332,31 +1307,32 @@ def main() -> int:
         tun6.require_privilege()
         if options.plot and not importlib.util.find_spec("matplotlib"):
             raise BenchError("--plot needs matplotlib; install it with: pip install matplotlib")
-        about = describe_machine()
-        print("\n".join(textwrap.wrap(", ".join(f"{name} {value}" for name, value in about.items()), 118)), flush=True)
+        machine = describe_machine()
+        print(textwrap.fill(", ".join(f"{name} {value}" for name, value in machine.items()), 118), flush=True)
         tun6.raise_descriptor_limit()
-        gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what open_tunnels raises
+        gevent.get_hub().NOT_ERROR += (BaseException,)  # open_tunnels raises it, so gevent need not print it
         for number in STOP_SIGNALS:
             signal.signal(number, interrupt)
         with allow_cubic(), tempfile.TemporaryDirectory(prefix="tun6-bench-") as folder:
             benchmark = Benchmark(settings, selection, Path(folder))
             benchmark.run()
     except KeyboardInterrupt:
-        log.info("stopped; all that was made is removed")
+        log.info("stopped; all namespaces, devices and files are removed")
         return 130
     except tun6.Tun6Error as error:
         print(f"bench_tun6: {error}", file=sys.stderr)
         return 1
-    print("\n".join(format_tables(benchmark)), flush=True)
+    for section in benchmark.sections:
+        print(*format_table(benchmark, section), sep="\n", flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps(to_json(benchmark, about), indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(to_json(benchmark, machine), indent=1) + "\n")
     if options.plot:
-        draw_plot(benchmark, options.plot, about)
+        draw_plot(benchmark, options.plot, machine)
     return int(benchmark.failed)
 
 
 def interrupt(*_: object) -> NoReturn:
-    """A signal's handler: undoes everything, and nothing disturbs that."""
+    """Handles a stop signal: raises KeyboardInterrupt, so that everything is undone, and ignores further signals meanwhile."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
