@@ -82,7 +82,7 @@ import time
 import tracemalloc
 import warnings
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import IPv6Address, IPv6Network
@@ -123,13 +123,18 @@ def subnet(number: int) -> IPv6Network:
 
 
 def packet(payload: bytes = b"", next_header: int = NOTHING) -> bytes:
-    """An IPv6 packet."""
     return struct.pack(">IHBB", 6 << 28, len(payload), next_header, 64) + bytes(15) + b"\1" + bytes(15) + b"\2" + payload
 
 
 def packet_length(data: bytes) -> int:
     """Of the IPv6 packet that begins here."""
     return 40 + int.from_bytes(data[4:6], "big")
+
+
+def first_frame(stream: bytes, header: int) -> bytes:
+    """The frame that the stream begins with, whose offload header has so many bytes; b"" when it is not there as a whole."""
+    end = header + packet_length(stream[header:])
+    return stream[:end] if len(stream) >= end else b""
 
 
 def offload(flags: int = 1, gso_type: int = 0, hdr_len: int = 0, gso_size: int = 0, csum_start: int = 40, csum_offset: int = 16) -> bytes:
@@ -144,7 +149,6 @@ ABROAD = IPv6Address(Lab.INTERNET)
 
 
 def between(source: IPv6Address, destination: IPv6Address, payload: bytes = b"", next_header: int = NOTHING) -> bytes:
-    """An IPv6 packet from one address to another."""
     made = packet(payload, next_header)
     return made[:8] + source.packed + destination.packed + made[40:]
 
@@ -210,9 +214,9 @@ def cut_apart(frame: bytes) -> list[bytes]:
     ]
 
 
-def hello(id_: object) -> bytes:
-    """A client's message."""
-    return json.dumps({"Id": id_}).encode()
+def hello(id_: object, key: str | None = None, offload: list[str] | None = None) -> bytes:
+    optional = {"Key": key, "Offload": offload}
+    return json.dumps({"Id": id_, **{name: value for name, value in optional.items() if value is not None}}).encode()
 
 
 # ---- kit: fakes and stores -------------------------------------------------------------------------------------------
@@ -231,8 +235,6 @@ Segments = list[Optional[bytes]]  # as a connection brings them; at a None there
 
 
 class Wire:
-    """The receiving end of a connection."""
-
     def __init__(self, segments: Segments) -> None:
         self.segments = segments
 
@@ -337,12 +339,9 @@ def children() -> set[int]:
     """The processes that this one has started and not waited for."""
     found = set()
     for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = status.read_text().rpartition(")")[2].split()[1]
-        except OSError:  # it has ended
-            continue
-        if int(parent) == os.getpid():
-            found.add(int(status.parent.name))
+        with suppress(OSError):  # it has ended
+            if int(status.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(status.parent.name))
     return found
 
 
@@ -371,21 +370,17 @@ VOLATILE = {"expires", "valid_life_time", "preferred_life_time"}  # fields of `i
 WATCHED_SYSCTLS = ("forwarding", "accept_ra", "disable_ipv6", "addr_gen_mode", "mtu")
 
 
-def _without_volatile(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_volatile(inner) for key, inner in value.items() if key not in VOLATILE}
-    if isinstance(value, list):
-        return [_without_volatile(inner) for inner in value]
-    return value
+def without_volatile(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in VOLATILE}
 
 
 def state_of(lab: Lab, host: str) -> dict[str, Any]:
     """Links, addresses, routes and sysctls of a host, comparable."""
     state: dict[str, Any] = {}
     for what in ("addr", "-4 route show table all", "-6 route show table all"):
-        for entry in json.loads(lab.ip(host, f"-j {what}") or "[]"):
+        for entry in json.loads(lab.ip(host, f"-j {what}") or "[]", object_hook=without_volatile):
             name = f"{what} {entry.get('ifname') or entry.get('dst')} {entry.get('dev', '')} {entry.get('metric', '')}"
-            state[name] = _without_volatile(entry)
+            state[name] = entry
     with lab.inside(host):
         for conf in Path("/proc/sys/net/ipv6/conf").iterdir():
             for key in WATCHED_SYSCTLS:
@@ -477,60 +472,70 @@ def ping(lab: Lab, host: str, address: str = Lab.INTERNET, size: int = 56, count
         assert comes_back(), f"ping {number} of {size} bytes from {host} to {address} was lost"
 
 
-class Echo:
+class SocketOwner:
+    """The end of a `with` block closes its socket."""
+
+    sock: socket.socket
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+
+class Echo(SocketOwner):
     """Pings the Internet host from a host's own socket: what `send` has returned from is in the TUN's queue."""
 
     def __init__(self, lab: Lab, host: str = "client") -> None:
         with lab.inside(host):
-            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
-
-    def __enter__(self) -> Echo:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
+            self.sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+        self.sock.settimeout(5)
 
     def send(self, number: int) -> None:
-        self._sock.sendto(struct.pack(">BBHHH", 128, 0, 0, number, number), (Lab.INTERNET, 0))  # the kernel fills the checksum
+        self.sock.sendto(struct.pack(">BBHHH", 128, 0, 0, number, number), (Lab.INTERNET, 0))  # the kernel fills the checksum
 
-    def expect_replies(self, numbers: set[int], seconds: float = 5) -> None:
-        deadline = time.monotonic() + seconds
+    def expect_replies(self, numbers: set[int]) -> None:
+        deadline = time.monotonic() + 5
         while numbers:
-            self._sock.settimeout(max(0.001, deadline - time.monotonic()))
-            packet = self._sock.recv(65_536)
+            assert time.monotonic() < deadline, f"no replies to the pings {numbers}"
+            packet = self.sock.recv(65_536)
             if packet[0] == 129:
                 numbers = numbers - {int.from_bytes(packet[4:6], "big")}
+
+
+@contextmanager
+def tcp_between(lab: Lab, source: str, sink: str, address: str) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """One TCP connection to this address of the sink: its end on the source, and that on the sink."""
+    with lab.inside(sink):
+        listener = socket.create_server((address, 0), family=socket.AF_INET6)
+    with lab.inside(source):
+        sender = socket.socket(socket.AF_INET6)
+    with listener, sender:
+        for sock in (listener, sender):
+            sock.settimeout(20)
+        sender.connect(listener.getsockname()[:2])
+        receiver, _ = listener.accept()
+        with receiver:
+            receiver.settimeout(20)
+            yield sender, receiver
 
 
 def transfer(lab: Lab, source: str, sink: str, address: str, size: int, rate: int = 0) -> None:
     """Moves random bytes over one TCP connection, at most `rate` a second; what arrives at `address` of the sink must have their hash."""
     data = os.urandom(size)
-    with lab.inside(sink):
-        listener = socket.create_server((address, 0), family=socket.AF_INET6)
-    with lab.inside(source):
-        sender = socket.socket(socket.AF_INET6)
-    if rate:
-        sender.setsockopt(socket.SOL_SOCKET, 47, rate)  # SO_MAX_PACING_RATE, asm-generic/socket.h
-    with listener, sender:
-        for one in (listener, sender):
-            one.settimeout(20)
-        sender.connect(listener.getsockname()[:2])
-        receiver, _ = listener.accept()
-        with receiver:
-            receiver.settimeout(20)
+    with tcp_between(lab, source, sink, address) as (sender, receiver), ThreadPoolExecutor() as threads:
+        if rate:
+            sender.setsockopt(socket.SOL_SOCKET, 47, rate)  # SO_MAX_PACING_RATE, asm-generic/socket.h
 
-            def send() -> None:
-                sender.sendall(data)
-                sender.shutdown(socket.SHUT_WR)
+        def send() -> None:
+            sender.sendall(data)
+            sender.shutdown(socket.SHUT_WR)
 
-            thread = threading.Thread(target=send, daemon=True)
-            thread.start()
-            digest, got = hashlib.sha256(), 0
-            while chunk := receiver.recv(1 << 20):
-                digest.update(chunk)
-                got += len(chunk)
-            thread.join(20)
-    assert (got, digest.digest()) == (size, hashlib.sha256(data).digest())
+        sent = threads.submit(send)
+        arrived = receiver.makefile("rb").read()
+        sent.result()
+    assert (len(arrived), hashlib.sha256(arrived).digest()) == (size, hashlib.sha256(data).digest())
 
 
 # ---- kit: programs ---------------------------------------------------------------------------------------------------
@@ -539,13 +544,27 @@ TUN6 = str(Path(tun6.__file__).resolve())
 SERVER_ENDS_S = 2.0  # the issue: SIGTERM and SIGINT undo everything in under 2 s
 
 
+def write_ini(path: Path, **sections: Mapping[str, object]) -> Path:
+    """A config.ini of these sections, without the keys whose value is None; gives its path."""
+    lines = []
+    for name, keys in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {value}" for key, value in keys.items() if value is not None), ""]
+    path.write_text("\n".join(lines))
+    return path
+
+
 class Program:
     """A tun6 that runs on a host of the lab."""
 
     def __init__(self, lab: Lab, host: str, role: str, config: Path, log: Path) -> None:
-        self.host, self.role, self._log = host, role, log
-        with open(log, "w") as stderr:
-            self.process = lab.popen(host, sys.executable, TUN6, role, "-v", "-c", str(config), stderr=stderr, stdin=subprocess.DEVNULL)
+        self.lab, self.host, self.role, self.config, self._log = lab, host, role, config, log
+        self.start()
+
+    def start(self) -> None:
+        """Also starts it again when it has ended, with the same log."""
+        command = (sys.executable, TUN6, self.role, "-v", "-c", str(self.config))
+        with open(self._log, "a") as stderr:
+            self.process = self.lab.popen(self.host, *command, stderr=stderr, stdin=subprocess.DEVNULL)
 
     def log(self) -> str:
         return self._log.read_text()
@@ -633,10 +652,7 @@ class Tunnel:
             },
             "client": {"remotehost": Lab.SERVER, "remoteport": self.port},
         }[role]
-        lines = [f"{key} = {value}" for key, value in {**usual, **settings}.items() if value is not None]
-        path = self._folder / f"{len(self._programs)}-{role}.ini"
-        path.write_text("\n".join([f"[{role}]", *lines, ""]))
-        return path
+        return write_ini(self._folder / f"{len(self._programs)}-{role}.ini", **{role: {**usual, **settings}})
 
     def fails(self, role: str, host: str, **settings: object) -> str:
         """Starts a tun6 that can't begin: it must exit with 1 and say why in one sentence, which this gives."""
@@ -683,14 +699,12 @@ class Tunnel:
         slow = [p.role for p in reversed(self._programs) if p.process.poll() is None and p.stop() > SERVER_ENDS_S]
         assert not slow, f"took more than {SERVER_ENDS_S} s to end: {slow}"
         for program in self._programs:
-            assert "Traceback" not in program.log(), program.log()
-            assert "internal error" not in program.log(), program.log()
+            assert not re.search("Traceback|internal error", program.log()), program.log()
 
     def kill(self) -> None:
         self._undo.close()
         for program in self._programs:
-            if program.process.poll() is None:
-                program.kill()
+            program.kill()
 
 
 @pytest.fixture
@@ -720,15 +734,18 @@ def only_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 
 
 def config_of(program: Program) -> str:
-    return str(program._log.with_suffix(".ini"))
+    return str(program.config)
+
+
+def asked(config: Path, command: str, *words: str) -> Any:
+    """What a command of tun6.py answers in JSON."""
+    done = run_tun6(command, "-c", str(config), "--json", *words)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return json.loads(done.stdout)
 
 
 def status_of(server: Program) -> dict[str, Any]:
-    """What `tun6.py status` says."""
-    done = run_tun6("status", "--json", "-c", config_of(server))
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    status: dict[str, Any] = json.loads(done.stdout)
-    return status
+    return dict(asked(server.config, "status"))
 
 
 def memory(program: Program) -> int:
@@ -751,10 +768,8 @@ def pending(program: Program, sessions: int = 0) -> int:
     """The server's connections that have no session."""
     links = []
     for path in Path(f"/proc/{program.process.pid}/fd").iterdir():
-        try:
+        with suppress(OSError):  # closed meanwhile
             links.append(os.readlink(path))
-        except OSError:  # closed meanwhile
-            continue
     return sum(link.startswith("socket:") for link in links) - sessions
 
 
@@ -772,7 +787,7 @@ class Disk:
     """What a server does to its disk: each fsync is counted, and waits while the disk is stuck."""
 
     def __init__(self, folder: Path) -> None:
-        self._stuck, self._count = folder / "stuck", folder / "fsyncs"
+        self._folder, self._stuck, self._count = folder, folder / "stuck", folder / "fsyncs"
         self._count.touch()
         self.lines = f"""
 fsync = os.fsync
@@ -784,10 +799,8 @@ def slow_fsync(fd):
     fsync(fd)
 os.fsync = slow_fsync
 """
-        self._folder = folder
 
     def server(self, tunnel: Tunnel, **settings: object) -> Program:
-        """A server with this disk."""
         with tun6_with(self._folder, self.lines):
             return tunnel.server("server", **settings)
 
@@ -805,7 +818,6 @@ os.fsync = slow_fsync
             self.answer()
 
     def answer(self) -> None:
-        """From now on."""
         self._stuck.unlink(missing_ok=True)
 
 
@@ -827,22 +839,27 @@ def untouched(path: Path) -> tuple[bytes, int, int]:
 
 def echo_request(source: IPv6Address, number: int, size: int = 16) -> bytes:
     """An IPv6 packet: an ICMPv6 echo request (RFC 4443) to the Internet host; the number is its id and sequence number."""
-    target = IPv6Address(Lab.INTERNET)
-    body = struct.pack(">HH", number, number) + bytes(size)
-    pseudo = source.packed + target.packed + struct.pack(">IxxxB", 4 + len(body), 58)
-    words = pseudo + struct.pack(">BBH", 128, 0, 0) + body
-    total = sum(struct.unpack(f">{len(words) // 2}H", words))
-    while total >> 16:
-        total = (total >> 16) + (total & 0xFFFF)
-    icmp = struct.pack(">BBH", 128, 0, ~total & 0xFFFF) + body
-    return struct.pack(">IHBB", 6 << 28, len(icmp), 58, 64) + source.packed + target.packed + icmp
+    return icmp_between(source, ABROAD, 128, struct.pack(">HH", number, number) + bytes(size))
 
 
 def is_reply(packet: bytes, number: int) -> bool:
     return packet[6] == 58 and packet[40] == 129 and packet[44:48] == struct.pack(">HH", number, number)
 
 
-class Peer:
+def send_segments(sock: socket.socket, segments: Iterable[bytes]) -> None:
+    """Sends them so that each is a segment of its own: the one before has arrived."""
+    unacknowledged = bytearray(4)
+
+    def arrived() -> bool:
+        fcntl.ioctl(sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
+        return not any(unacknowledged)
+
+    for segment in segments:
+        wait_until("the segment is acknowledged", arrived)
+        sock.sendall(segment)
+
+
+class Peer(SocketOwner):
     """A connection to the server, spoken by hand from a host of the lab."""
 
     def __init__(self, lab: Lab, port: int, host: str = "client", source: str = "") -> None:
@@ -857,17 +874,9 @@ class Peer:
         self._numbers = itertools.count(1)
         self.prefix = IPv6Network("::/64")
 
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
-    def hello(self, id_: str, offload: list[str] | None = None) -> None:
-        hello: dict[str, object] = {"Id": id_}
-        if offload is not None:
-            hello["Offload"], self._header = offload, bytes(10)
-        self.sock.sendall(json.dumps(hello).encode())
+    def hello(self, id_: str, offload: list[str] | None = None, key: str | None = None) -> None:
+        self._header = b"" if offload is None else bytes(10)
+        self.sock.sendall(hello(id_, key, offload))
 
     def answer(self) -> dict[str, Any]:
         """The server's message, and the prefix that it brings is kept."""
@@ -885,12 +894,11 @@ class Peer:
 
     def frame(self) -> tuple[bytes, bytes]:
         """The next frame: offload header (empty when there is none) and packet."""
-        skip = len(self._header)
-        while len(self._buffer) < skip + 40 or len(self._buffer) < skip + packet_length(self._buffer[skip:]):
+        header = len(self._header)
+        while not (frame := first_frame(self._buffer, header)):
             self._more()
-        end = skip + packet_length(self._buffer[skip:])
-        frame, self._buffer = self._buffer[:end], self._buffer[end:]
-        return frame[:skip], frame[skip:]
+        self._buffer = self._buffer[len(frame) :]
+        return frame[:header], frame[header:]
 
     def send_echo(self) -> int:
         number = next(self._numbers)
@@ -921,15 +929,7 @@ class Peer:
         self.sock.close()
 
     def send_segment(self, data: bytes) -> None:
-        """Sends, and waits until the server's kernel has it: what is sent next is another segment."""
-        self.sock.sendall(data)
-        unacknowledged = bytearray(4)
-
-        def arrived() -> bool:
-            fcntl.ioctl(self.sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
-            return not any(unacknowledged)
-
-        wait_until("the segment is acknowledged", arrived)
+        send_segments(self.sock, [data])
 
     def _more(self) -> None:
         data = self.sock.recv(65_536)
@@ -946,24 +946,18 @@ def send_garbage(peer: Peer) -> None:
     peer.sock.sendall(b"\x45" + bytes(100))
 
 
-class ServerByHand:
+class ServerByHand(SocketOwner):
     """A server that a test speaks for, a connection at a time."""
 
     def __init__(self, lab: Lab, tunnel: Tunnel) -> None:
         self._prefix = IPv6Network(f"{tunnel.pool[0]}/64")
         with lab.inside("server"):
-            self._listener = socket.create_server((Lab.SERVER, tunnel.port))
-        self._listener.settimeout(10)
-
-    def __enter__(self) -> ServerByHand:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
+            self.sock = socket.create_server((Lab.SERVER, tunnel.port))
+        self.sock.settimeout(10)
 
     def accept(self, offload: list[str] | None) -> socket.socket:
         """The client's next connection, its hello answered."""
-        sock, _ = self._listener.accept()
+        sock, _ = self.sock.accept()
         sock.settimeout(10)
         json.loads(sock.recv(4096))
         sock.sendall(json.dumps({"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload})}).encode())
@@ -981,10 +975,8 @@ def all_of(sock: socket.socket) -> bytes:
 
 def certificate(folder: Path) -> Path:
     """A new certificate with its key, in one PEM file."""
-    path, key = folder / "server.pem", folder / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=tun6"
-    subprocess.run([*command.split(), "-keyout", str(key), "-out", str(path)], check=True, capture_output=True)
-    path.write_text(path.read_text() + key.read_text())
+    path = folder / "server.pem"
+    make_certificate(path)
     return path
 
 
@@ -1008,19 +1000,6 @@ def trusting() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
-
-
-def send_segments(sock: socket.socket, segments: Iterable[bytes]) -> None:
-    """Sends them so that each is a segment of its own: the one before has arrived."""
-    unacknowledged = bytearray(4)
-
-    def arrived() -> bool:
-        fcntl.ioctl(sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
-        return not any(unacknowledged)
-
-    for segment in segments:
-        wait_until("the segment is acknowledged", arrived)
-        sock.sendall(segment)
 
 
 class TlsSocket:
@@ -1082,7 +1061,7 @@ class TlsSocket:
 
 
 def hello_of(id_: str, key: str | None = None, bare: bool = False) -> bytes:
-    return json.dumps({"Id": id_, **({} if key is None else {"Key": key}), **({} if bare else {"Offload": []})}).encode()
+    return hello(id_, key, None if bare else [])
 
 
 class TlsPeer(Peer):
@@ -1094,18 +1073,13 @@ class TlsPeer(Peer):
         self.tls = TlsSocket(self.sock, **options)
         self.sock = cast(socket.socket, self.tls)
 
-    def __enter__(self) -> TlsPeer:
-        return self
-
     def say(self, id_: str, key: str | None = None, bare: bool = False) -> TlsPeer:
         """Says its hello; bare: as a legacy client does, that takes no offload headers."""
-        self._header = b"" if bare else bytes(10)
-        self.sock.sendall(hello_of(id_, key, bare))
+        self.hello(id_, None if bare else [], key)
         return self
 
     def ends_at_once(self) -> bool:
         """Whether the server ends the connection by itself."""
-        self.sock.settimeout(5)
         return self.ended() in ("closed", "reset")
 
 
@@ -1120,7 +1094,6 @@ class Site:
         self.config = Path()
 
     def serve(self, **settings: object) -> Program:
-        """Starts the server."""
         self.config = self.folder / f"{len(self.tunnel._programs)}-server.ini"
         return self.tunnel.server("server", **{**self.settings, **settings})
 
@@ -1134,9 +1107,7 @@ class Site:
 
     def clients(self, *arguments: str) -> Any:
         """What `tun6.py clients` answers in JSON."""
-        done = run_tun6("clients", "-c", str(self.config), "--json", *arguments)
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        return json.loads(done.stdout)
+        return asked(self.config, "clients", *arguments)
 
     def complaint(self, *arguments: str) -> str:
         """What `tun6.py clients` says to a request that can't be done."""
@@ -1151,7 +1122,6 @@ class Site:
         return TlsPeer(self.tunnel.lab, self.tunnel.port, host).say(id_, key, bare)
 
     def answer(self, id_: str, key: str | None) -> dict[str, Any]:
-        """What the server answers to such a client."""
         with self.peer(id_, key) as peer:
             return peer.answer()
 
