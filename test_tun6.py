@@ -82,7 +82,7 @@ import time
 import tracemalloc
 import warnings
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import IPv6Address, IPv6Network
@@ -123,13 +123,18 @@ def subnet(number: int) -> IPv6Network:
 
 
 def packet(payload: bytes = b"", next_header: int = NOTHING) -> bytes:
-    """An IPv6 packet."""
     return struct.pack(">IHBB", 6 << 28, len(payload), next_header, 64) + bytes(15) + b"\1" + bytes(15) + b"\2" + payload
 
 
 def packet_length(data: bytes) -> int:
     """Of the IPv6 packet that begins here."""
     return 40 + int.from_bytes(data[4:6], "big")
+
+
+def first_frame(stream: bytes, header: int) -> bytes:
+    """The frame that the stream begins with, whose offload header has so many bytes; b"" when it is not there as a whole."""
+    end = header + packet_length(stream[header:])
+    return stream[:end] if len(stream) >= end else b""
 
 
 def offload(flags: int = 1, gso_type: int = 0, hdr_len: int = 0, gso_size: int = 0, csum_start: int = 40, csum_offset: int = 16) -> bytes:
@@ -144,7 +149,6 @@ ABROAD = IPv6Address(Lab.INTERNET)
 
 
 def between(source: IPv6Address, destination: IPv6Address, payload: bytes = b"", next_header: int = NOTHING) -> bytes:
-    """An IPv6 packet from one address to another."""
     made = packet(payload, next_header)
     return made[:8] + source.packed + destination.packed + made[40:]
 
@@ -210,9 +214,9 @@ def cut_apart(frame: bytes) -> list[bytes]:
     ]
 
 
-def hello(id_: object) -> bytes:
-    """A client's message."""
-    return json.dumps({"Id": id_}).encode()
+def hello(id_: object, key: str | None = None, offload: list[str] | None = None) -> bytes:
+    optional = {"Key": key, "Offload": offload}
+    return json.dumps({"Id": id_, **{name: value for name, value in optional.items() if value is not None}}).encode()
 
 
 # ---- kit: fakes and stores -------------------------------------------------------------------------------------------
@@ -231,8 +235,6 @@ Segments = list[Optional[bytes]]  # as a connection brings them; at a None there
 
 
 class Wire:
-    """The receiving end of a connection."""
-
     def __init__(self, segments: Segments) -> None:
         self.segments = segments
 
@@ -337,12 +339,9 @@ def children() -> set[int]:
     """The processes that this one has started and not waited for."""
     found = set()
     for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = status.read_text().rpartition(")")[2].split()[1]
-        except OSError:  # it has ended
-            continue
-        if int(parent) == os.getpid():
-            found.add(int(status.parent.name))
+        with suppress(OSError):  # it has ended
+            if int(status.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(status.parent.name))
     return found
 
 
@@ -371,21 +370,17 @@ VOLATILE = {"expires", "valid_life_time", "preferred_life_time"}  # fields of `i
 WATCHED_SYSCTLS = ("forwarding", "accept_ra", "disable_ipv6", "addr_gen_mode", "mtu")
 
 
-def _without_volatile(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_volatile(inner) for key, inner in value.items() if key not in VOLATILE}
-    if isinstance(value, list):
-        return [_without_volatile(inner) for inner in value]
-    return value
+def without_volatile(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in VOLATILE}
 
 
 def state_of(lab: Lab, host: str) -> dict[str, Any]:
     """Links, addresses, routes and sysctls of a host, comparable."""
     state: dict[str, Any] = {}
     for what in ("addr", "-4 route show table all", "-6 route show table all"):
-        for entry in json.loads(lab.ip(host, f"-j {what}") or "[]"):
+        for entry in json.loads(lab.ip(host, f"-j {what}") or "[]", object_hook=without_volatile):
             name = f"{what} {entry.get('ifname') or entry.get('dst')} {entry.get('dev', '')} {entry.get('metric', '')}"
-            state[name] = _without_volatile(entry)
+            state[name] = entry
     with lab.inside(host):
         for conf in Path("/proc/sys/net/ipv6/conf").iterdir():
             for key in WATCHED_SYSCTLS:
@@ -477,60 +472,70 @@ def ping(lab: Lab, host: str, address: str = Lab.INTERNET, size: int = 56, count
         assert comes_back(), f"ping {number} of {size} bytes from {host} to {address} was lost"
 
 
-class Echo:
+class SocketOwner:
+    """The end of a `with` block closes its socket."""
+
+    sock: socket.socket
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+
+class Echo(SocketOwner):
     """Pings the Internet host from a host's own socket: what `send` has returned from is in the TUN's queue."""
 
     def __init__(self, lab: Lab, host: str = "client") -> None:
         with lab.inside(host):
-            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
-
-    def __enter__(self) -> Echo:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
+            self.sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+        self.sock.settimeout(5)
 
     def send(self, number: int) -> None:
-        self._sock.sendto(struct.pack(">BBHHH", 128, 0, 0, number, number), (Lab.INTERNET, 0))  # the kernel fills the checksum
+        self.sock.sendto(struct.pack(">BBHHH", 128, 0, 0, number, number), (Lab.INTERNET, 0))  # the kernel fills the checksum
 
-    def expect_replies(self, numbers: set[int], seconds: float = 5) -> None:
-        deadline = time.monotonic() + seconds
+    def expect_replies(self, numbers: set[int]) -> None:
+        deadline = time.monotonic() + 5
         while numbers:
-            self._sock.settimeout(max(0.001, deadline - time.monotonic()))
-            packet = self._sock.recv(65_536)
+            assert time.monotonic() < deadline, f"no replies to the pings {numbers}"
+            packet = self.sock.recv(65_536)
             if packet[0] == 129:
                 numbers = numbers - {int.from_bytes(packet[4:6], "big")}
+
+
+@contextmanager
+def tcp_between(lab: Lab, source: str, sink: str, address: str) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """One TCP connection to this address of the sink: its end on the source, and that on the sink."""
+    with lab.inside(sink):
+        listener = socket.create_server((address, 0), family=socket.AF_INET6)
+    with lab.inside(source):
+        sender = socket.socket(socket.AF_INET6)
+    with listener, sender:
+        for sock in (listener, sender):
+            sock.settimeout(20)
+        sender.connect(listener.getsockname()[:2])
+        receiver, _ = listener.accept()
+        with receiver:
+            receiver.settimeout(20)
+            yield sender, receiver
 
 
 def transfer(lab: Lab, source: str, sink: str, address: str, size: int, rate: int = 0) -> None:
     """Moves random bytes over one TCP connection, at most `rate` a second; what arrives at `address` of the sink must have their hash."""
     data = os.urandom(size)
-    with lab.inside(sink):
-        listener = socket.create_server((address, 0), family=socket.AF_INET6)
-    with lab.inside(source):
-        sender = socket.socket(socket.AF_INET6)
-    if rate:
-        sender.setsockopt(socket.SOL_SOCKET, 47, rate)  # SO_MAX_PACING_RATE, asm-generic/socket.h
-    with listener, sender:
-        for one in (listener, sender):
-            one.settimeout(20)
-        sender.connect(listener.getsockname()[:2])
-        receiver, _ = listener.accept()
-        with receiver:
-            receiver.settimeout(20)
+    with tcp_between(lab, source, sink, address) as (sender, receiver), ThreadPoolExecutor() as threads:
+        if rate:
+            sender.setsockopt(socket.SOL_SOCKET, 47, rate)  # SO_MAX_PACING_RATE, asm-generic/socket.h
 
-            def send() -> None:
-                sender.sendall(data)
-                sender.shutdown(socket.SHUT_WR)
+        def send() -> None:
+            sender.sendall(data)
+            sender.shutdown(socket.SHUT_WR)
 
-            thread = threading.Thread(target=send, daemon=True)
-            thread.start()
-            digest, got = hashlib.sha256(), 0
-            while chunk := receiver.recv(1 << 20):
-                digest.update(chunk)
-                got += len(chunk)
-            thread.join(20)
-    assert (got, digest.digest()) == (size, hashlib.sha256(data).digest())
+        sent = threads.submit(send)
+        arrived = receiver.makefile("rb").read()
+        sent.result()
+    assert (len(arrived), hashlib.sha256(arrived).digest()) == (size, hashlib.sha256(data).digest())
 
 
 # ---- kit: programs ---------------------------------------------------------------------------------------------------
@@ -539,13 +544,27 @@ TUN6 = str(Path(tun6.__file__).resolve())
 SERVER_ENDS_S = 2.0  # the issue: SIGTERM and SIGINT undo everything in under 2 s
 
 
+def write_ini(path: Path, **sections: Mapping[str, object]) -> Path:
+    """A config.ini of these sections, without the keys whose value is None; gives its path."""
+    lines = []
+    for name, keys in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {value}" for key, value in keys.items() if value is not None), ""]
+    path.write_text("\n".join(lines))
+    return path
+
+
 class Program:
     """A tun6 that runs on a host of the lab."""
 
     def __init__(self, lab: Lab, host: str, role: str, config: Path, log: Path) -> None:
-        self.host, self.role, self._log = host, role, log
-        with open(log, "w") as stderr:
-            self.process = lab.popen(host, sys.executable, TUN6, role, "-v", "-c", str(config), stderr=stderr, stdin=subprocess.DEVNULL)
+        self.lab, self.host, self.role, self.config, self._log = lab, host, role, config, log
+        self.start()
+
+    def start(self) -> None:
+        """Also starts it again when it has ended, with the same log."""
+        command = (sys.executable, TUN6, self.role, "-v", "-c", str(self.config))
+        with open(self._log, "a") as stderr:
+            self.process = self.lab.popen(self.host, *command, stderr=stderr, stdin=subprocess.DEVNULL)
 
     def log(self) -> str:
         return self._log.read_text()
@@ -633,10 +652,7 @@ class Tunnel:
             },
             "client": {"remotehost": Lab.SERVER, "remoteport": self.port},
         }[role]
-        lines = [f"{key} = {value}" for key, value in {**usual, **settings}.items() if value is not None]
-        path = self._folder / f"{len(self._programs)}-{role}.ini"
-        path.write_text("\n".join([f"[{role}]", *lines, ""]))
-        return path
+        return write_ini(self._folder / f"{len(self._programs)}-{role}.ini", **{role: {**usual, **settings}})
 
     def fails(self, role: str, host: str, **settings: object) -> str:
         """Starts a tun6 that can't begin: it must exit with 1 and say why in one sentence, which this gives."""
@@ -683,14 +699,12 @@ class Tunnel:
         slow = [p.role for p in reversed(self._programs) if p.process.poll() is None and p.stop() > SERVER_ENDS_S]
         assert not slow, f"took more than {SERVER_ENDS_S} s to end: {slow}"
         for program in self._programs:
-            assert "Traceback" not in program.log(), program.log()
-            assert "internal error" not in program.log(), program.log()
+            assert not re.search("Traceback|internal error", program.log()), program.log()
 
     def kill(self) -> None:
         self._undo.close()
         for program in self._programs:
-            if program.process.poll() is None:
-                program.kill()
+            program.kill()
 
 
 @pytest.fixture
@@ -720,15 +734,18 @@ def only_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 
 
 def config_of(program: Program) -> str:
-    return str(program._log.with_suffix(".ini"))
+    return str(program.config)
+
+
+def asked(config: Path, command: str, *words: str) -> Any:
+    """What a command of tun6.py answers in JSON."""
+    done = run_tun6(command, "-c", str(config), "--json", *words)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return json.loads(done.stdout)
 
 
 def status_of(server: Program) -> dict[str, Any]:
-    """What `tun6.py status` says."""
-    done = run_tun6("status", "--json", "-c", config_of(server))
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    status: dict[str, Any] = json.loads(done.stdout)
-    return status
+    return dict(asked(server.config, "status"))
 
 
 def memory(program: Program) -> int:
@@ -751,10 +768,8 @@ def pending(program: Program, sessions: int = 0) -> int:
     """The server's connections that have no session."""
     links = []
     for path in Path(f"/proc/{program.process.pid}/fd").iterdir():
-        try:
+        with suppress(OSError):  # closed meanwhile
             links.append(os.readlink(path))
-        except OSError:  # closed meanwhile
-            continue
     return sum(link.startswith("socket:") for link in links) - sessions
 
 
@@ -772,7 +787,7 @@ class Disk:
     """What a server does to its disk: each fsync is counted, and waits while the disk is stuck."""
 
     def __init__(self, folder: Path) -> None:
-        self._stuck, self._count = folder / "stuck", folder / "fsyncs"
+        self._folder, self._stuck, self._count = folder, folder / "stuck", folder / "fsyncs"
         self._count.touch()
         self.lines = f"""
 fsync = os.fsync
@@ -784,10 +799,8 @@ def slow_fsync(fd):
     fsync(fd)
 os.fsync = slow_fsync
 """
-        self._folder = folder
 
     def server(self, tunnel: Tunnel, **settings: object) -> Program:
-        """A server with this disk."""
         with tun6_with(self._folder, self.lines):
             return tunnel.server("server", **settings)
 
@@ -805,7 +818,6 @@ os.fsync = slow_fsync
             self.answer()
 
     def answer(self) -> None:
-        """From now on."""
         self._stuck.unlink(missing_ok=True)
 
 
@@ -827,22 +839,27 @@ def untouched(path: Path) -> tuple[bytes, int, int]:
 
 def echo_request(source: IPv6Address, number: int, size: int = 16) -> bytes:
     """An IPv6 packet: an ICMPv6 echo request (RFC 4443) to the Internet host; the number is its id and sequence number."""
-    target = IPv6Address(Lab.INTERNET)
-    body = struct.pack(">HH", number, number) + bytes(size)
-    pseudo = source.packed + target.packed + struct.pack(">IxxxB", 4 + len(body), 58)
-    words = pseudo + struct.pack(">BBH", 128, 0, 0) + body
-    total = sum(struct.unpack(f">{len(words) // 2}H", words))
-    while total >> 16:
-        total = (total >> 16) + (total & 0xFFFF)
-    icmp = struct.pack(">BBH", 128, 0, ~total & 0xFFFF) + body
-    return struct.pack(">IHBB", 6 << 28, len(icmp), 58, 64) + source.packed + target.packed + icmp
+    return icmp_between(source, ABROAD, 128, struct.pack(">HH", number, number) + bytes(size))
 
 
 def is_reply(packet: bytes, number: int) -> bool:
     return packet[6] == 58 and packet[40] == 129 and packet[44:48] == struct.pack(">HH", number, number)
 
 
-class Peer:
+def send_segments(sock: socket.socket, segments: Iterable[bytes]) -> None:
+    """Sends them so that each is a segment of its own: the one before has arrived."""
+    unacknowledged = bytearray(4)
+
+    def arrived() -> bool:
+        fcntl.ioctl(sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
+        return not any(unacknowledged)
+
+    for segment in segments:
+        wait_until("the segment is acknowledged", arrived)
+        sock.sendall(segment)
+
+
+class Peer(SocketOwner):
     """A connection to the server, spoken by hand from a host of the lab."""
 
     def __init__(self, lab: Lab, port: int, host: str = "client", source: str = "") -> None:
@@ -857,17 +874,9 @@ class Peer:
         self._numbers = itertools.count(1)
         self.prefix = IPv6Network("::/64")
 
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
-    def hello(self, id_: str, offload: list[str] | None = None) -> None:
-        hello: dict[str, object] = {"Id": id_}
-        if offload is not None:
-            hello["Offload"], self._header = offload, bytes(10)
-        self.sock.sendall(json.dumps(hello).encode())
+    def hello(self, id_: str, offload: list[str] | None = None, key: str | None = None) -> None:
+        self._header = b"" if offload is None else bytes(10)
+        self.sock.sendall(hello(id_, key, offload))
 
     def answer(self) -> dict[str, Any]:
         """The server's message, and the prefix that it brings is kept."""
@@ -885,12 +894,11 @@ class Peer:
 
     def frame(self) -> tuple[bytes, bytes]:
         """The next frame: offload header (empty when there is none) and packet."""
-        skip = len(self._header)
-        while len(self._buffer) < skip + 40 or len(self._buffer) < skip + packet_length(self._buffer[skip:]):
+        header = len(self._header)
+        while not (frame := first_frame(self._buffer, header)):
             self._more()
-        end = skip + packet_length(self._buffer[skip:])
-        frame, self._buffer = self._buffer[:end], self._buffer[end:]
-        return frame[:skip], frame[skip:]
+        self._buffer = self._buffer[len(frame) :]
+        return frame[:header], frame[header:]
 
     def send_echo(self) -> int:
         number = next(self._numbers)
@@ -921,15 +929,7 @@ class Peer:
         self.sock.close()
 
     def send_segment(self, data: bytes) -> None:
-        """Sends, and waits until the server's kernel has it: what is sent next is another segment."""
-        self.sock.sendall(data)
-        unacknowledged = bytearray(4)
-
-        def arrived() -> bool:
-            fcntl.ioctl(self.sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
-            return not any(unacknowledged)
-
-        wait_until("the segment is acknowledged", arrived)
+        send_segments(self.sock, [data])
 
     def _more(self) -> None:
         data = self.sock.recv(65_536)
@@ -946,24 +946,18 @@ def send_garbage(peer: Peer) -> None:
     peer.sock.sendall(b"\x45" + bytes(100))
 
 
-class ServerByHand:
+class ServerByHand(SocketOwner):
     """A server that a test speaks for, a connection at a time."""
 
     def __init__(self, lab: Lab, tunnel: Tunnel) -> None:
         self._prefix = IPv6Network(f"{tunnel.pool[0]}/64")
         with lab.inside("server"):
-            self._listener = socket.create_server((Lab.SERVER, tunnel.port))
-        self._listener.settimeout(10)
-
-    def __enter__(self) -> ServerByHand:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
+            self.sock = socket.create_server((Lab.SERVER, tunnel.port))
+        self.sock.settimeout(10)
 
     def accept(self, offload: list[str] | None) -> socket.socket:
         """The client's next connection, its hello answered."""
-        sock, _ = self._listener.accept()
+        sock, _ = self.sock.accept()
         sock.settimeout(10)
         json.loads(sock.recv(4096))
         sock.sendall(json.dumps({"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload})}).encode())
@@ -981,10 +975,8 @@ def all_of(sock: socket.socket) -> bytes:
 
 def certificate(folder: Path) -> Path:
     """A new certificate with its key, in one PEM file."""
-    path, key = folder / "server.pem", folder / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=tun6"
-    subprocess.run([*command.split(), "-keyout", str(key), "-out", str(path)], check=True, capture_output=True)
-    path.write_text(path.read_text() + key.read_text())
+    path = folder / "server.pem"
+    make_certificate(path)
     return path
 
 
@@ -1008,19 +1000,6 @@ def trusting() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
-
-
-def send_segments(sock: socket.socket, segments: Iterable[bytes]) -> None:
-    """Sends them so that each is a segment of its own: the one before has arrived."""
-    unacknowledged = bytearray(4)
-
-    def arrived() -> bool:
-        fcntl.ioctl(sock.fileno(), 0x5411, unacknowledged)  # SIOCOUTQ, tcp(7)
-        return not any(unacknowledged)
-
-    for segment in segments:
-        wait_until("the segment is acknowledged", arrived)
-        sock.sendall(segment)
 
 
 class TlsSocket:
@@ -1082,7 +1061,7 @@ class TlsSocket:
 
 
 def hello_of(id_: str, key: str | None = None, bare: bool = False) -> bytes:
-    return json.dumps({"Id": id_, **({} if key is None else {"Key": key}), **({} if bare else {"Offload": []})}).encode()
+    return hello(id_, key, None if bare else [])
 
 
 class TlsPeer(Peer):
@@ -1094,18 +1073,13 @@ class TlsPeer(Peer):
         self.tls = TlsSocket(self.sock, **options)
         self.sock = cast(socket.socket, self.tls)
 
-    def __enter__(self) -> TlsPeer:
-        return self
-
     def say(self, id_: str, key: str | None = None, bare: bool = False) -> TlsPeer:
         """Says its hello; bare: as a legacy client does, that takes no offload headers."""
-        self._header = b"" if bare else bytes(10)
-        self.sock.sendall(hello_of(id_, key, bare))
+        self.hello(id_, None if bare else [], key)
         return self
 
     def ends_at_once(self) -> bool:
         """Whether the server ends the connection by itself."""
-        self.sock.settimeout(5)
         return self.ended() in ("closed", "reset")
 
 
@@ -1120,7 +1094,6 @@ class Site:
         self.config = Path()
 
     def serve(self, **settings: object) -> Program:
-        """Starts the server."""
         self.config = self.folder / f"{len(self.tunnel._programs)}-server.ini"
         return self.tunnel.server("server", **{**self.settings, **settings})
 
@@ -1134,9 +1107,7 @@ class Site:
 
     def clients(self, *arguments: str) -> Any:
         """What `tun6.py clients` answers in JSON."""
-        done = run_tun6("clients", "-c", str(self.config), "--json", *arguments)
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        return json.loads(done.stdout)
+        return asked(self.config, "clients", *arguments)
 
     def complaint(self, *arguments: str) -> str:
         """What `tun6.py clients` says to a request that can't be done."""
@@ -1151,7 +1122,6 @@ class Site:
         return TlsPeer(self.tunnel.lab, self.tunnel.port, host).say(id_, key, bare)
 
     def answer(self, id_: str, key: str | None) -> dict[str, Any]:
-        """What the server answers to such a client."""
         with self.peer(id_, key) as peer:
             return peer.answer()
 
@@ -8139,18 +8109,18 @@ def fuzz_command(arguments: list[str]) -> int:
 
 SOAK_PORT = 10_000  # of the server, and of the echo services on the Internet host
 SOAK_POOL = IPv6Network("2001:db8:5000::/48")
-CALM_S = 1.0  # that a client's fault window is longer than the outage, on both sides
-SILENCE_S = 5.0  # without an echo and without a fault: an outage that nobody caused
+MARGIN_S = 1.0  # a client's fault window is so much longer than the outage, on both sides
+OUTAGE_S = 5.0  # so long without an echo and without a fault: an outage that nobody caused
 LOST_S = 90.0  # a probe that has no echo by then is lost
-AHEAD = 32  # blocks of a stream that may be unanswered
+UNANSWERED_MAX = 32  # blocks of a stream
 BLOCK = struct.Struct(">IQII")  # client, sequence number, bytes of the payload, bytes that the answer's is to have
 PROBE = struct.Struct(">IQ")  # client, sequence number
 DIGEST = 16  # bytes of BLAKE2b behind both
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15
-GREENLETS = 3  # of a session: the connection's and two pumps
+SESSION_GREENLETS = 3  # of a session: the connection's and two pumps
 
 
-def signed(data: bytes) -> bytes:
+def with_digest(data: bytes) -> bytes:
     return data + hashlib.blake2b(data, digest_size=DIGEST).digest()
 
 
@@ -8165,11 +8135,11 @@ def receive_blocks(sock: Any) -> Iterator[tuple[int, int, int, int]]:
             assert number == expected, f"block {number} came instead of {expected}"
             assert length <= 1 << 20, f"block {number} says that it has {length} bytes"
             data = head + file.read(length + DIGEST)
-            assert signed(data[:-DIGEST]) == data, f"block {number} has other bytes than were sent"
+            assert with_digest(data[:-DIGEST]) == data, f"block {number} has other bytes than were sent"
             yield client, number, length, wanted
 
 
-def outlast(sock: Any) -> None:
+def set_long_timeout(sock: Any) -> None:
     """The connection itself endures an outage of minutes, and goes on soon after it."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 86_400_000)
@@ -8177,15 +8147,17 @@ def outlast(sock: Any) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 2000)
 
 
-def eventually(what: str, condition: Callable[[], object], seconds: float) -> None:
-    """As wait_until, while other greenlets go on. Raises AssertionError."""
+def becomes_true(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether it does within so many seconds, in which other greenlets go on."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
+        if time.monotonic() > deadline:
+            return False
         gevent.sleep(0.02)
+    return True
 
 
-class Crowd(Lab):
+class SoakLab(Lab):
     """A Lab with many more clients, c0, c1 and so on, each a host on one bridge at nat; every fourth is far away, at lan.
 
     nat ---------- c0, c1, c2, c4 ...      10.7.0.0/16
@@ -8193,12 +8165,12 @@ class Crowd(Lab):
      +--- 10 ms --- lan ---- c3, c7 ...    10.6.0.0/16; what tun6 does on a real link happens here
     """
 
-    FAR_S = 0.01  # one way
+    DELAY_S = 0.01  # one way
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.crowd = [f"c{number}" for number in range(size)]
-        self._names.update({host: f"tun6-{os.getpid()}-{host}" for host in self.crowd})
+        self.client_hosts = [f"c{number}" for number in range(size)]
+        self._names.update({host: f"tun6-{os.getpid()}-{host}" for host in self.client_hosts})
 
     @staticmethod
     def router(number: int) -> tuple[str, str]:
@@ -8206,7 +8178,7 @@ class Crowd(Lab):
         return ("lan", "10.6") if number % 4 == 3 else ("nat", "10.7")
 
     @contextmanager
-    def distance(self) -> Iterator[None]:
+    def delayed_link(self) -> Iterator[None]:
         """Meanwhile this process carries packets between nat and lan, and takes its time for it."""
         with ExitStack() as undo:
             ends: list[int] = []
@@ -8219,32 +8191,32 @@ class Crowd(Lab):
                 self.ip(host, "link set far txqueuelen 5000 addrgenmode none up")
                 self.ip(host, f"-4 route add {route} dev far")
                 ends.append(tun.fileno())
-            undo.callback(gevent.killall, [gevent.spawn(self._carry, *ends), gevent.spawn(self._carry, *reversed(ends))])
+            undo.callback(gevent.killall, [gevent.spawn(self._forward, *ends), gevent.spawn(self._forward, *reversed(ends))])
             yield
 
-    def _carry(self, source: int, sink: int) -> None:
-        under_way: deque[list[bytes]] = deque()
+    def _forward(self, source: int, sink: int) -> None:
+        delayed: deque[list[bytes]] = deque()
 
-        def arrive() -> None:
-            for packet in under_way.popleft():
+        def deliver() -> None:
+            for packet in delayed.popleft():
                 with suppress(OSError):  # the queue is full
                     os.write(sink, packet)
 
         while True:
             gevent.socket.wait_read(source)
-            under_way.append([])
+            delayed.append([])
             with suppress(BlockingIOError):
-                while len(under_way[-1]) < 100:
-                    under_way[-1].append(os.read(source, 2048))
-            gevent.spawn_later(self.FAR_S, arrive)
+                while len(delayed[-1]) < 100:
+                    delayed[-1].append(os.read(source, 2048))
+            gevent.spawn_later(self.DELAY_S, deliver)
 
-    def address(self, number: int, move: int = 0) -> str:
-        """A client's IPv4 address, after so many moves."""
+    def address(self, number: int, changes: int = 0) -> str:
+        """A client's IPv4 address, when it has changed so many times."""
         net = ipaddress.IPv4Address(f"{self.router(number)[1]}.1.0")
-        return str(net + number + move % (60_000 // len(self.crowd)) * len(self.crowd))
+        return str(net + number + changes % (60_000 // len(self.client_hosts)) * len(self.client_hosts))
 
-    def within(self, host: str, *command: str, lines: str = "") -> str:
-        """What a program on a host says. Raises KernelError."""
+    def output_of(self, host: str, *command: str, lines: str = "") -> str:
+        """What a program on a host says to these lines. Raises KernelError."""
         done = self.run(host, *command, input=lines)
         if done.returncode:
             raise tun6.KernelError(f"{' '.join(command)} {lines[:200]}: {done.stderr.strip()}")
@@ -8252,217 +8224,214 @@ class Crowd(Lab):
 
     def _build(self) -> None:
         super()._build()
-        for host in self.crowd:
+        for host in self.client_hosts:
             self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
         self.set_sysctl("lan", "net.ipv4.ip_forward", "1")
-        links: dict[str, list[str]] = {}
-        for number, host in enumerate(self.crowd):
-            router, net = self.router(number)
-            bridge = f"link add br0 address 02:00:00:00:00:01 type bridge\naddr add {net}.0.1/16 dev br0\nlink set br0 up\n"
-            link = f"link add {host} type veth peer name eth0 netns {self._names[host]}\nlink set {host} master br0 up\n"
-            links.setdefault(router, [bridge]).append(link)
-        for router, lines in links.items():
-            self.within(router, "ip", "-batch", "-", lines="".join(lines))
-        for number, host in enumerate(self.crowd):
-            net = self.router(number)[1]
-            ways = f"addr add {self.address(number)}/16 dev eth0\nroute add default via {net}.0.1\n"
-            self.within(host, "ip", "-batch", "-", lines=f"link set lo up\nlink set eth0 up\n{ways}")
+        for router, net in self.router(0), self.router(3):
+            lines = f"link add br0 address 02:00:00:00:00:01 type bridge\naddr add {net}.0.1/16 dev br0\nlink set br0 up\n"
+            for number, host in enumerate(self.client_hosts):
+                if self.router(number)[0] == router:
+                    lines += f"link add {host} type veth peer name eth0 netns {self._names[host]}\nlink set {host} master br0 up\n"
+            self.output_of(router, "ip", "-batch", "-", lines=lines)
+        for number, host in enumerate(self.client_hosts):
+            routes = f"addr add {self.address(number)}/16 dev eth0\nroute add default via {self.router(number)[1]}.0.1\n"
+            self.output_of(host, "ip", "-batch", "-", lines=f"link set lo up\nlink set eth0 up\n{routes}")
         ruleset = """table ip soak {
             set cut { type ipv4_addr; }
             set forgotten { type ipv4_addr . inet_service; }
             chain up { type filter hook prerouting priority -300; ip saddr @cut drop; ip saddr . tcp sport @forgotten drop; }
             chain down { type filter hook forward priority 0; ip daddr @cut drop; ip daddr . tcp dport @forgotten drop; }
         }"""
-        self.within("nat", "nft", "-f", "-", lines=ruleset)
+        self.output_of("nat", "nft", "-f", "-", lines=ruleset)
 
 
-def median(samples: list[dict[str, float]], key: str) -> float:
-    return statistics.median(each[key] for each in samples)
+class SoakProgram(Program):
+    """A tun6 that is ended and started again, and measured meanwhile."""
 
+    WARM_UP_S, WINDOW_S = 20.0, 15.0  # it has all clients and its caches by then; figures are medians of so long
+    GROWTH_MAX: ClassVar = {"memory": 16 << 20, "files": 4, "greenlets": 6, "threads": tun6.TUN_CLOSERS}  # from one start to the end
 
-class Daemon:
-    """A tun6 that is ended and started again; all its lives write one log."""
-
-    WARM_S, WINDOW_S = 20.0, 15.0  # it has all clients and its caches by then; figures are medians of so long
-    MOST: ClassVar = {"memory": 16 << 20, "files": 4, "greenlets": 6, "threads": tun6.TUN_CLOSERS}  # that they may grow in a life
-
-    def __init__(self, lab: Crowd, host: str, role: str, folder: Path, settings: dict[str, object]) -> None:
-        self.host, self._lab, self._role = host, lab, role
-        self._config, self._log, self._read = folder / f"{host}.ini", folder / f"{host}.log", 0
-        self._config.write_text(f"[{role}]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
-        self.process: subprocess.Popen[str] | None = None
-        self._samples: list[dict[str, float]] = []  # of this life
+    def __init__(self, lab: Lab, host: str, role: str, folder: Path, settings: dict[str, object]) -> None:
+        self._bytes_read = 0  # of the log
+        super().__init__(lab, host, role, write_ini(folder / f"{host}.ini", **{role: settings}), folder / f"{host}.log")
 
     def start(self) -> None:
-        command = (sys.executable, TUN6, self._role, "-v", "-c", str(self._config))
-        with open(self._log, "a") as stderr:
-            self.process = self._lab.popen(self.host, *command, stderr=stderr, stdin=subprocess.DEVNULL)
-        self._began, self._samples = time.monotonic(), []
+        super().start()
+        self.ending, self._started, self._samples = False, time.monotonic(), list[dict[str, float]]()
 
     def end(self, number: int) -> tuple[int, float]:
-        """By a signal; gives its exit status and the seconds that it took. From here to `start` there is no process."""
-        process, self.process, began = self.process, None, time.monotonic()
-        assert process
-        process.send_signal(number)
-        eventually(f"the end of the {self._role} on {self.host}", lambda: process.poll() is not None, 30)
-        return int(process.returncode), time.monotonic() - began
+        """By a signal; gives its exit status and the seconds that it took."""
+        self.ending, began = True, time.monotonic()
+        self.process.send_signal(number)
+        assert becomes_true(lambda: self.process.poll() is not None, 30), f"the {self.role} on {self.host} did not end within 30 s"
+        return int(self.process.returncode), time.monotonic() - began
 
-    def kill(self) -> None:
-        """In whatever state it is."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
+    def pause(self, seconds: float) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        gevent.sleep(seconds)
+        self.process.send_signal(signal.SIGCONT)
 
-    def news(self) -> str:
+    def new_lines(self) -> str:
         """The whole lines that are new in the log."""
-        with suppress(FileNotFoundError), open(self._log, "rb") as file:
-            file.seek(self._read)
+        with open(self._log, "rb") as file:
+            file.seek(self._bytes_read)
             text = file.read().rpartition(b"\n")[0]
-            self._read += len(text)
-            return text.decode(errors="replace")
-        return ""
+        self._bytes_read += len(text)
+        return text.decode(errors="replace")
 
-    def measure(self, more: dict[str, float]) -> None:
-        """Notes its descriptors, threads, bytes of memory, and what it says itself; without what each session takes."""
-        assert self.process
-        proc, sessions = Path(f"/proc/{self.process.pid}"), more.get("sessions", 0)
+    def measure(self, told: dict[str, float]) -> None:
+        """Notes its descriptors, threads, bytes of memory, and what it told itself; without what each session takes."""
+        if self.ending:
+            return
+        proc, sessions = Path(f"/proc/{self.process.pid}"), told.get("sessions", 0)
         sample = {
             "memory": int((proc / "statm").read_text().split()[1]) * resource.getpagesize(),
             "files": len(os.listdir(proc / "fd")) - 2 * sessions,
             "threads": len(os.listdir(proc / "task")),
-            "age": time.monotonic() - self._began,
+            "age": time.monotonic() - self._started,
         }
-        if "greenlets" in more:
-            sample["greenlets"] = more["greenlets"] - GREENLETS * sessions
+        if "greenlets" in told:
+            sample["greenlets"] = told["greenlets"] - SESSION_GREENLETS * sessions
         self._samples.append(sample)
 
     def growth(self) -> tuple[float, dict[str, tuple[float, float]]]:
         """Its age, and of each figure what it was soon after the start and is now; {} when that is too short a time."""
         age = self._samples[-1]["age"] if self._samples else 0.0
-        first = [each for each in self._samples if 0 <= each["age"] - self.WARM_S <= self.WINDOW_S]
-        last = [each for each in self._samples if each["age"] >= max(age - self.WINDOW_S, self.WARM_S + self.WINDOW_S)]
-        if not first or age < self.WARM_S + 2 * self.WINDOW_S:
+        first = [each for each in self._samples if 0 <= each["age"] - self.WARM_UP_S <= self.WINDOW_S]
+        last = [each for each in self._samples if each["age"] >= max(age - self.WINDOW_S, self.WARM_UP_S + self.WINDOW_S)]
+        if not first or age < self.WARM_UP_S + 2 * self.WINDOW_S:
             return age, {}
-        return age, {key: (median(first, key), median(last, key)) for key in self.MOST if key in last[0]}
+
+        def median(samples: list[dict[str, float]], figure: str) -> float:
+            return statistics.median(each[figure] for each in samples)
+
+        return age, {figure: (median(first, figure), median(last, figure)) for figure in self.GROWTH_MAX if figure in last[0]}
 
 
 @dataclasses.dataclass(eq=False)
 class Fault:
     """One that is in effect, or that not all whom it affects have recovered from."""
 
-    kind: Kind
+    kind: FaultKind
     end: float = math.inf
 
 
-class Machine:
-    """A client, its host, and its traffic with the Internet host: probes, and a stream of blocks that outlives all faults."""
+class SoakClient(SoakProgram):
+    """A client on a host of its own, and its traffic with the Internet host: probes, and a stream of blocks that outlives all faults."""
 
     def __init__(self, soak: Soak, number: int, settings: dict[str, object]) -> None:
-        self.number, self.host, self._soak = number, f"c{number}", soak
-        self.id, self.address, self.moves = f"client {number}", soak.lab.address(number), 0
-        self.router, self.net = Crowd.router(number)
-        settings = {"remotehost": Lab.SERVER, "remoteport": SOAK_PORT, "id": self.id, **settings}
-        self.daemon = Daemon(soak.lab, self.host, "client", soak.folder, settings)
-        self.prefix: IPv6Network | None = None
+        self.number, self.id, self._soak = number, f"client {number}", soak
+        self.address, self.address_changes = soak.lab.address(number), 0
+        self.router, self.net = soak.lab.router(number)
+        self.network: IPv6Network | None = None
         self.faults: list[Fault] = []
-        self.last = "no fault"
+        self.last_fault = "no fault"
         self.windows: deque[list[float]] = deque([[0.0, math.inf]], 100)  # when there was a fault; the start is one
-        self._waiting: dict[int, float] = {}  # probes by number, when each was sent
+        self._probes: dict[int, float] = {}  # without an echo yet: number, and when it was sent
         self.echoed = 0.0  # when the last probe was sent that has its echo
         self.delays: list[float] = []  # of echoes outside the windows, s
-        self.silent = False  # and that has been said
+        self.outage_reported = False
         self.bulk: deque[tuple[int, int]] = deque()  # blocks to be sent without a pause: bytes, bytes of the answer
         self._wanted: deque[int] = deque()  # bytes of the answers that are due
         self.answered = self.moved = 0  # blocks, bytes
+        settings = {"remotehost": Lab.SERVER, "remoteport": SOAK_PORT, "id": self.id, **settings}
+        super().__init__(soak.lab, f"c{number}", "client", soak.folder, settings)
 
     @property
     def ip(self) -> str:
-        return str(self.prefix[1]) if self.prefix else ""
+        return str(self.network[1]) if self.network else ""
 
     def begin_traffic(self) -> None:
-        with self._soak.lab.inside(self.host):
+        with self.lab.inside(self.host):
             probes, stream = (gevent.socket.socket(socket.AF_INET6, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
         for sock in probes, stream:
             sock.bind((self.ip, 0))
-        outlast(stream)
+        set_long_timeout(stream)
         stream.connect((Lab.INTERNET, SOAK_PORT))
-        self.windows[0][1] = time.monotonic() + CALM_S
-        for work, sock in ((self._send_probes, probes), (self._hear, probes), (self._send_blocks, stream), (self._receive, stream)):
+        self.windows[0][1] = time.monotonic() + MARGIN_S
+        for work, sock in (
+            (self._send_probes, probes),
+            (self._receive_echoes, probes),
+            (self._send_blocks, stream),
+            (self._receive_answers, stream),
+        ):
             self._soak.spawn(self, work, sock)
 
-    def disturb(self, fault: Fault) -> None:
+    def begin_fault(self, fault: Fault) -> None:
         if not self.faults:
-            self.windows.append([time.monotonic() - CALM_S, math.inf])
+            self.windows.append([time.monotonic() - MARGIN_S, math.inf])
         self.faults.append(fault)
 
     def lost(self, age: float) -> list[float]:
         """When probes older than this were sent that have no echo; they are forgotten."""
-        old = [number for number, sent in self._waiting.items() if time.monotonic() - sent > age]
-        return [self._waiting.pop(number) for number in old]
+        old = [number for number, sent in self._probes.items() if time.monotonic() - sent > age]
+        return [self._probes.pop(number) for number in old]
 
-    def disturbed(self, when: float) -> bool:
+    def had_fault(self, when: float) -> bool:
         return any(begin <= when <= end for begin, end in self.windows)
 
     def _send_probes(self, sock: Any) -> None:
         for number in count():
-            self._waiting[number] = time.monotonic()
+            self._probes[number] = time.monotonic()
             with suppress(OSError):  # no route, for example
-                sock.sendto(signed(PROBE.pack(self.number, number) + os.urandom(random.randrange(20, 1100))), (Lab.INTERNET, SOAK_PORT))
+                data = PROBE.pack(self.number, number) + os.urandom(random.randrange(20, 1100))
+                sock.sendto(with_digest(data), (Lab.INTERNET, SOAK_PORT))
             gevent.sleep(0.1 if self.faults else 0.25)
 
-    def _hear(self, sock: Any) -> None:
+    def _receive_echoes(self, sock: Any) -> None:
         while True:
             data, now = sock.recv(2048), time.monotonic()
             client, number = PROBE.unpack_from(data)
-            assert signed(data[:-DIGEST]) == data and client == self.number, f"probe {number} of client {client} came back altered"
-            sent = self._waiting.pop(number, None)
+            intact = with_digest(data[:-DIGEST]) == data and client == self.number
+            assert intact, f"probe {number} of client {client} came back altered"
+            sent = self._probes.pop(number, None)
             assert sent, f"probe {number} came back twice or after more than {LOST_S:.0f} s"
-            self.echoed, self.silent = max(self.echoed, sent), False
-            if not self.disturbed(sent):
+            self.echoed, self.outage_reported = max(self.echoed, sent), False
+            if not self.had_fault(sent):
                 self.delays.append(now - sent)
             end = max((fault.end for fault in self.faults), default=math.inf)
             if sent >= end:
                 self._soak.recovered(max((fault.kind for fault in self.faults), key=lambda kind: kind.within), now - end, self)
                 self.faults.clear()
-                self.windows[-1][1] = now + CALM_S
+                self.windows[-1][1] = now + MARGIN_S
 
     def _send_blocks(self, sock: Any) -> None:
         for number in count():
-            while number - self.answered >= AHEAD:
+            while number - self.answered >= UNANSWERED_MAX:
                 gevent.sleep(0.05)
             length, wanted = self.bulk.popleft() if self.bulk else (random.randrange(3000), random.randrange(3000))
             self._wanted.append(wanted)
-            sock.sendall(signed(BLOCK.pack(self.number, number, length, wanted) + os.urandom(length)))
+            sock.sendall(with_digest(BLOCK.pack(self.number, number, length, wanted) + os.urandom(length)))
             self.moved += length + wanted
             if not self.bulk:
                 gevent.sleep(random.uniform(0.3, 1.5))
 
-    def _receive(self, sock: Any) -> None:
+    def _receive_answers(self, sock: Any) -> None:
         for client, number, length, _ in receive_blocks(sock):
             assert (client, length) == (self.number, self._wanted.popleft()), f"block {number} is client {client}'s or has another length"
             self.answered += 1
 
 
-class NotNow(Exception):
-    """The fault has no object at the moment."""
-
-
 class Soak:
-    """A server, a crowd of clients, their traffic, and faults at random."""
+    """A server, many clients, their traffic, and faults at random."""
 
-    def __init__(self, minutes: float, clients: int, seed: int, kinds: list[Kind]) -> None:
-        self.random, self.lab = random.Random(seed), Crowd(clients)
-        self._minutes, self._clients, self._kinds = minutes, clients, kinds
-        self.machines: list[Machine] = []
+    def __init__(self, minutes: float, size: int, seed: int, kinds: list[FaultKind]) -> None:
+        self.random, self.lab = random.Random(seed), SoakLab(size)
+        self._minutes, self._size, self._kinds = minutes, size, kinds
+        self.clients: list[SoakClient] = []
         self.violations: list[str] = []
         self.finished = False
         self._told: dict[str, IPv6Network] = {}  # prefixes that Ids heard of
-        self._strangers = itertools.count()
+        self._numbers = itertools.count()  # of new Ids
         self._times: dict[str, list[float]] = {kind.name: [] for kind in kinds}  # to recovery, s
-        self._done: Counter[str] = Counter()  # faults by kind
-        self._busy, self._last = False, "no fault"  # whether a fault is in effect that is not one client's
-        self._lost_inside, self._lost_outside, self._lives = 0, list[str](), list[str]()
+        self._injected: Counter[str] = Counter()  # faults by kind
+        self._busy, self._last_fault = False, "no fault"  # whether a fault is in effect that is not one client's
+        self._lost_inside, self._lost_outside, self._growths = 0, list[str](), list[str]()
         self._began, self._group = time.monotonic(), gevent.pool.Group()
+
+    @property
+    def _programs(self) -> list[SoakProgram]:
+        return [self.server, *self.clients]
 
     def run(self) -> None:
         """All of it; removes what it made however it ends."""
@@ -8473,14 +8442,23 @@ class Soak:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(self.disk)], check=True)
             undo.callback(subprocess.run, ["umount", "-l", str(self.disk)])
             undo.enter_context(self.lab)
-            undo.enter_context(self.lab.distance())
-            self._start_server()
+            undo.enter_context(self.lab.delayed_link())
+            settings: dict[str, object] = {
+                "localhost": "0.0.0.0",
+                "listenport": SOAK_PORT,
+                "prefixrange": SOAK_POOL,
+                "assignments": self.disk / "assignments.json",
+                "control": self.folder / "control",
+                "cert": self.folder / "server.pem",
+            }
+            fingerprint = make_certificate(self.folder / "server.pem")
+            self.server = SoakProgram(self.lab, "server", "server", self.folder, settings)
             undo.callback(self._kill)
             undo.callback(self._group.kill)
-            self._start_clients()
-            self._say(f"{self._clients} clients are up; faults for {self._minutes:g} minutes")
-            self._deal_faults()
-            self._settle()
+            self._start_clients(fingerprint)
+            self._say(f"{self._size} clients are up; faults for {self._minutes:g} minutes")
+            self._inject_faults()
+            self._check_recovery()
             self._group.kill()
             self._end()
             self.finished = True
@@ -8489,89 +8467,87 @@ class Soak:
                 shutil.copytree(self.folder, kept, dirs_exist_ok=True)
                 self._say(f"the logs are in {kept}")
 
-    def spawn(self, machine: Machine | None, function: Callable[..., None], *args: object) -> None:
+    def _kill(self) -> None:
+        for program in self._programs:
+            program.kill()
+
+    def spawn(self, client: SoakClient | None, function: Callable[..., None], *args: object) -> None:
         """In a greenlet, whose failure is a violation."""
 
         def guarded() -> None:
             try:
                 function(*args)
             except Exception as error:
-                self._violation(f"{function.__name__}: {error!r}", machine)
+                self._violation(f"{function.__name__}: {error!r}", client)
 
         self._group.spawn(guarded)
 
-    def recovered(self, kind: Kind, seconds: float, machine: Machine | None) -> None:
+    def recovered(self, kind: FaultKind, seconds: float, client: SoakClient | None) -> None:
         self._times[kind.name].append(seconds)
         if seconds > kind.within:
-            self._violation(f"back only {seconds:.1f} s after {kind.name}", machine)
+            self._violation(f"back only {seconds:.1f} s after {kind.name}", client)
 
-    def _violation(self, what: str, machine: Machine | None = None) -> None:
-        who, last = (f"{machine.id}: ", machine.last) if machine else ("", self._last)
+    def _violation(self, what: str, program: SoakProgram | None = None) -> None:
+        who, last = (f"{program.id}: ", program.last_fault) if isinstance(program, SoakClient) else ("", self._last_fault)
         self.violations.append(what)
         self._say(f"VIOLATION {who}{what}; after {last}")
 
     def _say(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:7.1f} s  {text}", flush=True)
 
-    # faults: what KINDS names; each returns at its end
+    # faults: what FAULT_KINDS names; each returns at its end, or raises KernelError when it is not possible at the moment
 
-    def commands(self, machine: Machine, where: str, do: str, undo: str) -> None:
+    def run_commands(self, client: SoakClient, where: str, do: str, undo: str) -> None:
         """Done on a host, and undone some seconds later; in long runs sometimes later than TCP_USER_TIMEOUT."""
-        route = json.loads(self.lab.ip("server", f"-6 -j route show {machine.prefix}") or "[]") if "{device}" in do else ()
-        if "{device}" in do and not route:
-            raise NotNow
-        names = {"m": machine, "device": route[0]["dev"] if route else ""}
-        for command in (do, undo) if undo else (do,):
-            self.lab.within(where.format(**names), *command.format(**names).split())
-            if undo and command is do:
-                gevent.sleep(45 if self._minutes >= 10 and self.random.random() < 0.1 else self.random.uniform(1, 10))
+        names: dict[str, Any] = {"client": client, "device": ""}
+        if "{device}" in do:
+            names["device"] = json.loads(self.lab.ip("server", f"-6 -j route get {client.ip}"))[0]["dev"]
+        self.lab.output_of(where.format(**names), *do.format(**names).split())
+        if undo:
+            gevent.sleep(45 if self._minutes >= 10 and self.random.random() < 0.1 else self.random.uniform(1, 10))
+            self.lab.output_of(where.format(**names), *undo.format(**names).split())
 
-    def kill_client(self, machine: Machine) -> None:
-        self._restart(machine.daemon, signal.SIGKILL, machine)
+    def restart(self, program: SoakProgram, number: int) -> None:
+        self._check_growth(program)
+        self._end_program(program, number, 3)
+        gevent.sleep(self.random.uniform(0, 3))
+        program.start()
 
-    def end_client(self, machine: Machine) -> None:
-        self._restart(machine.daemon, signal.SIGTERM, machine)
-
-    def stop_client(self, machine: Machine) -> None:
-        machine.bulk += [(0, 256 << 10)] * 64
+    def pause_client(self, client: SoakClient) -> None:
+        client.bulk += [(0, 256 << 10)] * 64
         gevent.sleep(0.1)
-        self._stop(machine.daemon, 10)
+        client.pause(self.random.uniform(1, 10))
 
-    def forget_mapping(self, machine: Machine) -> None:
+    def drop_nat_mapping(self, client: SoakClient) -> None:
         """The NAT lets nothing of the client's connections pass any more."""
-        assert machine.daemon.process
-        lines = Path(f"/proc/{machine.daemon.process.pid}/net/tcp").read_text().splitlines()[1:]
+        lines = Path(f"/proc/{client.process.pid}/net/tcp").read_text().splitlines()[1:]
         ports = [int(line.split()[1].partition(":")[2], 16) for line in lines if line.split()[2].endswith(f":{SOAK_PORT:04X}")]
         if not ports:
-            raise NotNow
-        flows = ", ".join(f"{machine.address} . {port}" for port in ports)
-        self.lab.within("nat", "nft", f"add element ip soak forgotten {{ {flows} }}")
+            raise tun6.KernelError("the client has no connection")
+        flows = ", ".join(f"{client.address} . {port}" for port in ports)
+        self.lab.output_of("nat", "nft", f"add element ip soak forgotten {{ {flows} }}")
 
-    def change_address(self, machine: Machine) -> None:
-        old, machine.moves = machine.address, machine.moves + 1
-        machine.address = self.lab.address(machine.number, machine.moves)
-        lines = f"addr del {old}/16 dev eth0\naddr add {machine.address}/16 dev eth0\nroute add default via {machine.net}.0.1\n"
-        self.lab.within(machine.host, "ip", "-batch", "-", lines=lines)
+    def change_address(self, client: SoakClient) -> None:
+        old, client.address_changes = client.address, client.address_changes + 1
+        client.address = self.lab.address(client.number, client.address_changes)
+        lines = f"addr del {old}/16 dev eth0\naddr add {client.address}/16 dev eth0\nroute add default via {client.net}.0.1\n"
+        self.lab.output_of(client.host, "ip", "-batch", "-", lines=lines)
 
-    def kill_server(self, _: Machine) -> None:
-        self._restart(self.server, signal.SIGKILL)
+    def restart_server(self, _: SoakClient, number: int) -> None:
+        self.restart(self.server, number)
 
-    def end_server(self, _: Machine) -> None:
-        self._restart(self.server, signal.SIGTERM)
+    def pause_server(self, _: SoakClient) -> None:
+        self.server.pause(self.random.uniform(1, 5))
 
-    def stop_server(self, _: Machine) -> None:
-        self._stop(self.server, 5)
-
-    def reload_server(self, _: Machine) -> None:
+    def reload_server(self, _: SoakClient) -> None:
         for _number in range(10):
-            assert self.server.process
             self.server.process.send_signal(signal.SIGHUP)
             gevent.sleep(0.01)
 
-    def new_ids(self, _: Machine) -> None:
-        self._all_knock([*(self._new_id() for _number in range(20)), *self._known_ids(5)])
+    def connect_new_ids(self, _: SoakClient) -> None:
+        self._connect_all([*(self._new_id() for _number in range(20)), *self._known_ids(5)])
 
-    def fill_disk(self, _: Machine) -> None:
+    def fill_disk(self, _: SoakClient) -> None:
         """New Ids are refused or get what lasts; those that have a prefix get it."""
         filler, deadline = self.disk / "filler", time.monotonic() + self.random.uniform(1, 6)
         try:
@@ -8579,103 +8555,90 @@ class Soak:
                 while True:
                     file.write(bytes(4096))
             while time.monotonic() < deadline:
-                self._all_knock([self._new_id() for _number in range(5)], "server-error")
-                self._all_knock(self._known_ids(3))
+                self._connect_all([self._new_id() for _number in range(5)], "server-error")
+                self._connect_all(self._known_ids(3))
                 gevent.sleep(0.3)
         finally:
             filler.unlink()
 
-    def talk_garbage(self, _: Machine) -> None:
+    def connect_with_garbage(self, _: SoakClient) -> None:
         """Connections that say nothing, half or what they shouldn't, and leave with FIN or RST; and one whose frames are none."""
-        said = [b"", b"{", b'{"Id": "half', os.urandom(500), b'{"Id": 7}', b"{" * 5000, b"GET / HTTP/1.1\r\n\r\n"]
-        said += [b"\x16\x03\x01\x02\x00\x01" + os.urandom(90), b"\x16\x03\x01\x02"]
+        garbage = [b"", b"{", b'{"Id": "half', os.urandom(500), b'{"Id": 7}', b"{" * 5000, b"GET / HTTP/1.1\r\n\r\n"]
+        garbage += [b"\x16\x03\x01\x02\x00\x01" + os.urandom(90), b"\x16\x03\x01\x02"]
 
-        def say(data: bytes) -> None:
-            with self._stranger() as sock, suppress(OSError), gevent.Timeout(15, False):
+        def send(data: bytes) -> None:
+            with self._new_socket() as sock, suppress(OSError), gevent.Timeout(15, False):
                 sock.connect((Lab.SERVER, SOAK_PORT))
                 sock.sendall(data)
                 gevent.sleep(self.random.uniform(0, 3))
                 if self.random.random() < 0.5:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-        talk = [hello(id_) + os.urandom(2000) for id_ in self._known_ids(1)]
-        gevent.joinall([gevent.spawn(say, data) for data in talk + self.random.choices(said, k=20)])
+        sent = [hello(id_) + os.urandom(2000) for id_ in self._known_ids(1)] + self.random.choices(garbage, k=20)
+        gevent.joinall([gevent.spawn(send, data) for data in sent])
 
-    def flood_deaf(self, _: Machine) -> None:
+    def flood_without_reader(self, _: SoakClient) -> None:
         """A client by hand that a flood is for, and that reads none of it."""
         with self.lab.inside("internet"):
             flood = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        with flood, self._stranger() as sock:
+        with flood, self._new_socket() as sock:
             prefix, deadline = self._say_hello(self._new_id(), sock), time.monotonic() + self.random.uniform(1, 5)
             while prefix and time.monotonic() < deadline:
                 for _number in range(20):
                     flood.sendto(bytes(1200), (str(prefix[1]), 9))
                 gevent.sleep(0.01)
 
-    def _restart(self, daemon: Daemon, number: int, machine: Machine | None = None) -> None:
-        self._judge(daemon, machine)
-        self._expect_end(daemon, number, 3, machine)
-        gevent.sleep(self.random.uniform(0, 3))
-        daemon.start()
-
-    def _stop(self, daemon: Daemon, most: float) -> None:
-        assert daemon.process
-        daemon.process.send_signal(signal.SIGSTOP)
-        gevent.sleep(self.random.uniform(1, most))
-        daemon.process.send_signal(signal.SIGCONT)
-
-    def _expect_end(self, daemon: Daemon, number: int, seconds: float, machine: Machine | None) -> None:
-        status, took = daemon.end(number)
+    def _end_program(self, program: SoakProgram, number: int, seconds: float) -> None:
+        status, took = program.end(number)
         if number != signal.SIGKILL and (status or took > seconds):
-            self._violation(f"exit status {status}, {took:.1f} s after signal {number}", machine)
+            self._violation(f"exit status {status}, {took:.1f} s after signal {number}", program)
 
-    def _judge(self, daemon: Daemon, machine: Machine | None) -> None:
-        """It did not grow while it lived."""
-        age, growth = daemon.growth()
-        if daemon is self.server:
-            figures = [f"{key} {before:.0f} -> {after:.0f}" for key, (before, after) in growth.items()]
-            self._lives.append(f"{age:.0f} s: {', '.join(figures) or 'too short to be judged'}")
-        for key, (before, after) in growth.items():
-            if after - before > daemon.MOST[key]:
-                self._violation(f"{key} of {daemon.host} grew from {before:.0f} to {after:.0f} in {age:.0f} s", machine)
+    def _check_growth(self, program: SoakProgram) -> None:
+        """It did not grow since it was started."""
+        age, growth = program.growth()
+        if program is self.server:
+            figures = [f"{figure} {before:.0f} -> {after:.0f}" for figure, (before, after) in growth.items()]
+            self._growths.append(f"{age:.0f} s: {', '.join(figures) or 'too short to be judged'}")
+        for figure, (before, after) in growth.items():
+            if after - before > program.GROWTH_MAX[figure]:
+                self._violation(f"{figure} of {program.host} grew from {before:.0f} to {after:.0f} in {age:.0f} s", program)
 
     # clients by hand
 
-    def _stranger(self) -> Any:
-        """A socket for one."""
+    def _new_socket(self) -> Any:
         with self.lab.inside("second"):
             return gevent.socket.socket()
 
     def _new_id(self) -> str:
-        return f"stranger {next(self._strangers)}"
+        return f"by hand {next(self._numbers)}"
 
     def _known_ids(self, most: int) -> list[str]:
-        known = [id_ for id_ in self._told if id_.startswith("stranger")]
+        known = [id_ for id_ in self._told if id_.startswith("by hand")]
         return self.random.sample(known, min(most, len(known)))
 
     def _say_hello(self, id_: str, sock: Any, refusal: str = "") -> IPv6Network | None:
         """The prefix that the server gives; whatever else it says, but this refusal, is a violation."""
         text = b""
-        with suppress(OSError), gevent.Timeout(SILENCE_S, False):
+        with suppress(OSError), gevent.Timeout(OUTAGE_S, False):
             sock.connect((Lab.SERVER, SOAK_PORT))
             sock.sendall(hello(id_))
             while b"}" not in text and (data := sock.recv(4096)):
                 text += data
         answer = json.loads(text[: text.find(b"}") + 1] or b"{}")
         if "Prefix" in answer:
-            return self._tell(id_, IPv6Network(answer["Prefix"]))
+            return self._check_prefix(id_, IPv6Network(answer["Prefix"]))
         if answer.get("Error", " ") != refusal:
             self._violation(f"{id_!r} got the answer {text[:200]!r}")
         return None
 
-    def _all_knock(self, ids: list[str], refusal: str = "") -> None:
-        def knock(id_: str) -> None:
-            with self._stranger() as sock:
+    def _connect_all(self, ids: list[str], refusal: str = "") -> None:
+        def connect(id_: str) -> None:
+            with self._new_socket() as sock:
                 self._say_hello(id_, sock, refusal)
 
-        gevent.joinall([gevent.spawn(knock, id_) for id_ in ids])
+        gevent.joinall([gevent.spawn(connect, id_) for id_ in ids])
 
-    def _tell(self, id_: str, prefix: IPv6Network) -> IPv6Network:
+    def _check_prefix(self, id_: str, prefix: IPv6Network) -> IPv6Network:
         """An Id has heard of its prefix: the same as ever."""
         if self._told.setdefault(id_, prefix) != prefix:
             self._violation(f"{id_!r} had {self._told[id_]} and now has {prefix}")
@@ -8683,49 +8646,32 @@ class Soak:
 
     # start and end
 
-    def _start_server(self) -> None:
-        settings: dict[str, object] = {
-            "localhost": "0.0.0.0",
-            "listenport": SOAK_PORT,
-            "prefixrange": SOAK_POOL,
-            "assignments": self.disk / "assignments.json",
-            "control": self.folder / "control",
-            "cert": self.folder / "server.pem",
-        }
-        self.server = Daemon(self.lab, "server", "server", self.folder, settings)
-        keygen = [sys.executable, TUN6, "keygen", "-c", str(self.folder / "server.ini")]
-        found = re.findall(r"fingerprint = (\S+)", subprocess.run(keygen, capture_output=True, text=True, check=True).stdout)
-        trust: list[dict[str, object]] = [{}, {"fingerprint": found[0]}]
-        self.machines = [Machine(self, number, trust[number % 2]) for number in range(self._clients)]
-        self.server.start()
-
-    def _start_clients(self) -> None:
+    def _start_clients(self, fingerprint: str) -> None:
+        """Eight at a time, every second of them inside TLS."""
         for work in (self._watch, self._measure, self._serve_echoes):
             self.spawn(None, work)
-        for at in range(0, self._clients, 8):
-            wave = self.machines[at : at + 8]
-            for machine in wave:
-                machine.daemon.start()
-            for machine in wave:
-                eventually(f"the prefix of {machine.id}", lambda machine=machine: machine.prefix, 30)  # type: ignore[misc]
-                machine.begin_traffic()
-        self.spawn(None, self._burst)
+        for at in range(0, self._size, 8):
+            numbers = range(at, min(at + 8, self._size))
+            started = [SoakClient(self, number, {"fingerprint": fingerprint} if number % 2 else {}) for number in numbers]
+            self.clients += started
+            for client in started:
+                assert becomes_true(lambda client=client: client.network, 30), f"{client.id} has no prefix after 30 s"  # type: ignore[misc]
+                client.begin_traffic()
+        self.spawn(None, self._request_bulk)
 
-    def _settle(self) -> None:
+    def _check_recovery(self) -> None:
         """The last faults are over: all must be up and all streams advance; nobody's prefix is another one, or another's."""
-        with suppress(AssertionError):  # whoever still has one does not work, as is found now
-            eventually("calm", lambda: not self._busy and not any(machine.faults for machine in self.machines), 60)
-        now, before = time.monotonic(), {machine: machine.answered for machine in self.machines}
+        becomes_true(lambda: not self._busy and not any(client.faults for client in self.clients), 60)  # if not, that is found now
+        now, before = time.monotonic(), {client: client.answered for client in self.clients}
 
-        def dead() -> list[Machine]:
-            return [machine for machine in self.machines if machine.echoed < now or machine.answered == before[machine]]
+        def failed() -> list[SoakClient]:
+            return [client for client in self.clients if client.echoed < now or client.answered == before[client]]
 
-        with suppress(AssertionError):
-            eventually("all are up", lambda: not dead(), 60)
-        for machine in dead():
-            self._violation(f"at the end {machine.answered - before[machine]} blocks and {machine.echoed > now} probes pass", machine)
-        gevent.sleep(Daemon.WINDOW_S)  # calm
-        self._count_lost(SILENCE_S)
+        becomes_true(lambda: not failed(), 60)
+        for client in failed():
+            self._violation(f"at the end {client.answered - before[client]} blocks and {client.echoed > now} probes pass", client)
+        gevent.sleep(SoakProgram.WINDOW_S)  # without faults
+        self._count_lost(OUTAGE_S)
         owners = Counter(self._told.values())
         kept = json.loads((self.disk / "assignments.json").read_text())
         for id_, prefix in self._told.items():
@@ -8734,21 +8680,17 @@ class Soak:
 
     def _end(self) -> None:
         """Ends server and clients, who leave nothing."""
-        for machine in [None, *self.machines]:
-            self._judge(machine.daemon if machine else self.server, machine)
-        self._expect_end(self.server, signal.SIGTERM, 3, None)
-        gevent.joinall([gevent.spawn(self._expect_end, each.daemon, signal.SIGTERM, 25, each) for each in self.machines])  # all at once
+        for program in self._programs:
+            self._check_growth(program)
+        self._end_program(self.server, signal.SIGTERM, 3)
+        gevent.joinall([gevent.spawn(self._end_program, client, signal.SIGTERM, 25) for client in self.clients])  # all at once
         self._read_logs()
-        for host in ("server", *self.lab.crowd):
+        for host in ("server", *self.lab.client_hosts):
             links = {link["ifname"] for link in json.loads(self.lab.ip(host, "-j link"))} - {"lo", "eth0", "eth1"}
             routes = self.lab.ip(host, f"-6 route show table all proto {tun6.ROUTE_PROTOCOL}").splitlines()
-            processes = self.lab.within(host, "ip", "netns", "pids", self.lab._names[host]).split()[1:]  # the first is this `ip`
+            processes = self.lab.output_of(host, "ip", "netns", "pids", self.lab._names[host]).split()[1:]  # the first is this `ip`
             if links or routes or processes:
                 self._violation(f"left on {host}: {links} {routes} {processes}")
-
-    def _kill(self) -> None:
-        for daemon in [self.server, *(machine.daemon for machine in self.machines)]:
-            daemon.kill()
 
     # what goes on meanwhile
 
@@ -8757,31 +8699,31 @@ class Soak:
             probes, listener = (gevent.socket.socket(socket.AF_INET6, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
         for sock in probes, listener:
             sock.bind((Lab.INTERNET, SOAK_PORT))
-        listener.listen(self._clients)
+        listener.listen(self._size)
 
         def echo() -> None:
             while True:
                 data, sender = probes.recvfrom(2048)
                 client, number = PROBE.unpack_from(data)
-                if sender[0] != self.machines[client].ip or signed(data[:-DIGEST]) != data:
+                if sender[0] != self.clients[client].ip or with_digest(data[:-DIGEST]) != data:
                     self._violation(f"probe {number} of client {client} came from {sender[0]}, or altered")
                 probes.sendto(data, sender)
 
         def answer(sock: Any, sender: str) -> None:
-            outlast(sock)
+            set_long_timeout(sock)
             for client, number, _, wanted in receive_blocks(sock):
-                assert self.machines[client].ip == sender, f"block {number} of client {client} came from {sender}"
-                sock.sendall(signed(BLOCK.pack(client, number, wanted, 0) + os.urandom(wanted)))
+                assert self.clients[client].ip == sender, f"block {number} of client {client} came from {sender}"
+                sock.sendall(with_digest(BLOCK.pack(client, number, wanted, 0) + os.urandom(wanted)))
 
         self.spawn(None, echo)
         while True:
             sock, sender = listener.accept()
-            self.spawn(next(machine for machine in self.machines if machine.ip == sender[0]), answer, sock, sender[0])
+            self.spawn(next(client for client in self.clients if client.ip == sender[0]), answer, sock, sender[0])
 
-    def _burst(self) -> None:
+    def _request_bulk(self) -> None:
         """Bulk transfers of random clients, up and down in turn."""
         for block in itertools.cycle(((128 << 10, 0), (0, 128 << 10))):
-            self.random.choice(self.machines).bulk += [block] * 16
+            self.random.choice(self.clients).bulk += [block] * 16
             gevent.sleep(0.7)
 
     def _watch(self) -> None:
@@ -8789,48 +8731,47 @@ class Soak:
         while True:
             self._read_logs()
             now = time.monotonic()
-            for machine in [None, *self.machines]:
-                daemon = machine.daemon if machine else self.server
-                if daemon.process and daemon.process.poll() is not None:
-                    self._violation(f"the process ended by itself with {daemon.process.poll()}", machine)
-                    daemon.start()
-            for machine in self.machines:
-                ends = [fault.end + fault.kind.within for fault in machine.faults]
-                due = max(ends) if ends else max(machine.echoed, machine.windows[-1][1]) + SILENCE_S
-                if now > due and not machine.silent:
-                    machine.silent = True
-                    self._violation("no echo, and " + ("the fault is long over" if ends else "no fault"), machine)
+            for program in self._programs:
+                if not program.ending and program.process.poll() is not None:
+                    self._violation(f"the process ended by itself with {program.process.poll()}", program)
+                    program.start()
+            for client in self.clients:
+                ends = [fault.end + fault.kind.within for fault in client.faults]
+                due = max(ends) if ends else max(client.echoed, client.windows[-1][1]) + OUTAGE_S
+                if now > due and not client.outage_reported:
+                    client.outage_reported = True
+                    self._violation("no echo, and " + ("the fault is long over" if ends else "no fault"), client)
             self._count_lost(LOST_S)
             gevent.sleep(0.5)
 
     def _read_logs(self) -> None:
-        for machine in [None, *self.machines]:
-            news = (machine.daemon if machine else self.server).news()
-            for line in re.findall(r".*(?:Traceback|internal error).*", news):
-                self._violation(f"in the log: {line}", machine)
-            for prefix in re.findall(r": has (\S+) on", news) if machine else ():
-                assert machine
-                machine.prefix = self._tell(machine.id, IPv6Network(prefix))
+        for program in self._programs:
+            lines = program.new_lines()
+            for line in re.findall(r".*(?:Traceback|internal error).*", lines):
+                self._violation(f"in the log: {line}", program)
+            if isinstance(program, SoakClient):
+                for prefix in re.findall(r": has (\S+) on", lines):
+                    program.network = self._check_prefix(program.id, IPv6Network(prefix))
 
     def _count_lost(self, age: float) -> None:
-        for machine in self.machines:
-            for sent in machine.lost(age):
-                if machine.disturbed(sent):
+        for client in self.clients:
+            for sent in client.lost(age):
+                if client.had_fault(sent):
                     self._lost_inside += 1
                 else:
-                    self._lost_outside.append(f"{machine.id} at {sent - self._began:.1f} s")
+                    self._lost_outside.append(f"{client.id} at {sent - self._began:.1f} s")
 
     def _measure(self) -> None:
         control, request = str(self.folder / "control"), {"do": "status", "files": [str(self.disk / "assignments.json"), None]}
         while True:
-            with suppress(OSError, AssertionError, tun6.RequestError):  # there is no server at the moment
+            with suppress(OSError, tun6.RequestError):  # there is no server at the moment
                 self.server.measure(tun6.run_in_thread(tun6.ask_server, control, request))
-            for machine in self.machines:
-                with suppress(OSError, AssertionError):
-                    machine.daemon.measure({})
+            for client in self.clients:
+                with suppress(OSError):  # it has just ended
+                    client.measure({})
             gevent.sleep(3)
 
-    def _deal_faults(self) -> None:
+    def _inject_faults(self) -> None:
         """All kinds in random order, again and again; the rare ones every sixth time, and early: the server lives long after them."""
         deadline = time.monotonic() + self._minutes * 60
         for number in count():
@@ -8838,39 +8779,38 @@ class Soak:
             self.random.shuffle(usual)
             half = len(usual) // 2
             early = usual[:half] + [kind for kind in self._kinds if kind.rare and number % 6 == 0]
-            deck = self.random.sample(early, len(early)) + usual[half:]
-            while deck:
+            due = self.random.sample(early, len(early)) + usual[half:]
+            while due:
                 gevent.sleep(self.random.uniform(2, 6))
                 if time.monotonic() > deadline:
                     return
-                kind = next((kind for kind in deck if kind.whom == "client" or not self._busy), None)
-                free = [machine for machine in self.machines if not machine.faults]
+                kind = next((kind for kind in due if kind.whom == "client" or not self._busy), None)
+                free = [client for client in self.clients if not client.faults]
                 if kind and free:
-                    deck.remove(kind)
-                    self._group.spawn(self._fault, kind, self.random.choice(free))
+                    due.remove(kind)
+                    self._group.spawn(self._inject, kind, self.random.choice(free))
 
-    def _fault(self, kind: Kind, machine: Machine) -> None:
-        """One, from its beginning until all have recovered."""
-        fault, own = Fault(kind), machine if kind.whom == "client" else None
-        affected = {"client": [machine], "all": self.machines, "none": []}[kind.whom]
-        self._last = f"{kind.name}{f' of {own.id}' if own else ''} at {time.monotonic() - self._began:.1f} s"
+    def _inject(self, kind: FaultKind, client: SoakClient) -> None:
+        """One fault, from its beginning until all have recovered."""
+        fault, own = Fault(kind), client if kind.whom == "client" else None
+        affected = {"client": [client], "all": self.clients, "none": []}[kind.whom]
+        self._last_fault = f"{kind.name}{f' of {own.id}' if own else ''} at {time.monotonic() - self._began:.1f} s"
         self._busy |= own is None
         for each in affected:
-            each.disturb(fault)
-            each.last = self._last
+            each.begin_fault(fault)
+            each.last_fault = self._last_fault
         try:
-            kind.does(self, machine, *kind.arguments)
-            self._done[kind.name] += 1
-        except (NotNow, tun6.KernelError) as error:
-            self._say(f"{self._last} was not possible: {error!r}")
+            kind.inject(self, client, *kind.arguments)
+            self._injected[kind.name] += 1
+        except tun6.KernelError as error:
+            self._say(f"{self._last_fault} was not possible: {error!r}")
         except Exception as error:
             self._violation(f"{kind.name}: {error!r}", own)
         fault.end = time.monotonic()
         if kind.whom == "none":
-            self._all_knock([self._new_id()])
+            self._connect_all([self._new_id()])
             self.recovered(kind, time.monotonic() - fault.end, None)
-        with suppress(AssertionError):  # it has been said then
-            eventually("recovery", lambda: not any(fault in each.faults for each in affected), 60)
+        becomes_true(lambda: not any(fault in each.faults for each in affected), 60)  # if not, `_watch` has said it
         self._busy &= own is not None
 
     def report(self) -> None:
@@ -8881,63 +8821,61 @@ class Soak:
         for kind in self._kinds:
             times = sorted(self._times[kind.name]) or [math.nan]
             figures = f"{statistics.median(times):11.2f}{rank(times, 0.99):8.2f}{times[-1]:8.2f}{kind.within:8.0f}"
-            print(f"{kind.name:24}{self._done[kind.name]:6}{len(self._times[kind.name]):11}{figures}")
-        delays = sorted(chain.from_iterable(machine.delays for machine in self.machines)) or [math.nan]
-        blocks, moved = sum(machine.answered for machine in self.machines), sum(machine.moved for machine in self.machines)
-        lost = self._lost_outside
-        print(f"TCP: {blocks} blocks with {moved >> 20} MiB in {self._clients} streams, each checked at both ends")
-        print(
-            f"UDP: {len(delays)} echoes outside fault windows, {len(lost)} lost there and {self._lost_inside} inside", *lost[:9], sep="; "
-        )
+            print(f"{kind.name:24}{self._injected[kind.name]:6}{len(self._times[kind.name]):11}{figures}")
+        delays = sorted(chain.from_iterable(client.delays for client in self.clients)) or [math.nan]
+        blocks, moved = sum(client.answered for client in self.clients), sum(client.moved for client in self.clients)
+        lost = [f"{len(self._lost_outside)} lost there and {self._lost_inside} inside", *self._lost_outside[:9]]
+        print(f"TCP: {blocks} blocks with {moved >> 20} MiB in {self._size} streams, each checked at both ends")
+        print(f"UDP: {len(delays)} echoes outside fault windows", "; ".join(lost), sep=", ")
         middle, high = 1000 * rank(delays, 0.5), 1000 * rank(delays, 0.99)
         print(f"round trip outside: median {middle:.1f} ms, p99 {high:.1f} ms, max {delays[-1]:.2f} s")
-        for number, life in enumerate(self._lives):
-            print(f"server life {number + 1}, {life}")
+        for number, growth in enumerate(self._growths):
+            print(f"server, start {number + 1}, {growth}")
         used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         seconds = time.monotonic() - self._began
         print(f"{len(self.violations)} violations; {seconds:.0f} s in all, in which {used / seconds:.2f} processors were busy on average")
 
 
-class Kind(NamedTuple):
-    """A kind of fault."""
-
+class FaultKind(NamedTuple):
     name: str
     whom: str  # it affects: a "client", "all" of them, "none"
     within: float  # seconds after its end an echo must come back; where TCP has to notice, TCP_USER_TIMEOUT and a little
-    does: Callable[..., None]
-    arguments: tuple[str, ...] = ()
+    inject: Callable[..., None]
+    arguments: tuple[object, ...] = ()
     rare: bool = False
 
 
-def commands(name: str, within: float, where: str, do: str, undo: str = "") -> Kind:
+def by_commands(name: str, within: float, where: str, do: str, undo: str = "") -> FaultKind:
     """A kind that is commands on a host."""
-    return Kind(name, "client", within, Soak.commands, (where, do, undo))
+    return FaultKind(name, "client", within, Soak.run_commands, (where, do, undo))
 
 
-KINDS = (
-    Kind("client-killed", "client", 5, Soak.kill_client),
-    Kind("client-ended", "client", 5, Soak.end_client),
-    Kind("client-stopped", "client", 5, Soak.stop_client),
-    Kind("mapping-forgotten", "client", 40, Soak.forget_mapping),
-    Kind("address-changed", "client", 40, Soak.change_address),
-    commands("link-cut", 40, "nat", "nft add element ip soak cut {{{m.address}}}", "nft delete element ip soak cut {{{m.address}}}"),
-    commands("link-down", 40, "{m.router}", "ip link set {m.host} down", "ip link set {m.host} up"),
-    commands("way-removed", 40, "{m.host}", "ip route del default", "ip route add default via {m.net}.0.1"),
-    commands("tun-removed", 5, "{m.host}", "ip link del tun6"),
-    commands("tun-down", 5, "{m.host}", "ip link set tun6 down"),
-    commands("tun-address-removed", 5, "{m.host}", "ip addr del {m.ip}/128 dev tun6"),
-    commands("tun-route-removed", 5, "{m.host}", "ip -6 route del default dev tun6"),
-    commands("session-tun-removed", 5, "server", "ip link del {device}"),
-    commands("session-tun-down", 5, "server", "ip link set {device} down"),
-    commands("session-route-removed", 5, "server", "ip -6 route del {m.prefix} dev {device}"),
-    Kind("server-killed", "all", 8, Soak.kill_server, rare=True),  # the last of all clients counts
-    Kind("server-ended", "all", 8, Soak.end_server, rare=True),
-    Kind("server-stopped", "all", 5, Soak.stop_server, rare=True),
-    Kind("server-reloaded", "none", 5, Soak.reload_server),
-    Kind("new-ids", "none", 5, Soak.new_ids),
-    Kind("disk-full", "none", 5, Soak.fill_disk),
-    Kind("garbage", "none", 5, Soak.talk_garbage),
-    Kind("deaf-client", "none", 5, Soak.flood_deaf),
+FAULT_KINDS = (
+    FaultKind("client-killed", "client", 5, Soak.restart, (signal.SIGKILL,)),
+    FaultKind("client-ended", "client", 5, Soak.restart, (signal.SIGTERM,)),
+    FaultKind("client-stopped", "client", 5, Soak.pause_client),
+    FaultKind("nat-mapping-lost", "client", 40, Soak.drop_nat_mapping),
+    FaultKind("address-changed", "client", 40, Soak.change_address),
+    by_commands(
+        "link-cut", 40, "nat", "nft add element ip soak cut {{{client.address}}}", "nft delete element ip soak cut {{{client.address}}}"
+    ),
+    by_commands("link-down", 40, "{client.router}", "ip link set {client.host} down", "ip link set {client.host} up"),
+    by_commands("route-removed", 40, "{client.host}", "ip route del default", "ip route add default via {client.net}.0.1"),
+    by_commands("tun-removed", 5, "{client.host}", "ip link del tun6"),
+    by_commands("tun-down", 5, "{client.host}", "ip link set tun6 down"),
+    by_commands("tun-address-removed", 5, "{client.host}", "ip addr del {client.ip}/128 dev tun6"),
+    by_commands("tun-route-removed", 5, "{client.host}", "ip -6 route del default dev tun6"),
+    by_commands("session-tun-removed", 5, "server", "ip link del {device}"),
+    by_commands("session-tun-down", 5, "server", "ip link set {device} down"),
+    by_commands("session-route-removed", 5, "server", "ip -6 route del {client.network} dev {device}"),
+    FaultKind("server-killed", "all", 8, Soak.restart_server, (signal.SIGKILL,), rare=True),  # the last of all clients counts
+    FaultKind("server-ended", "all", 8, Soak.restart_server, (signal.SIGTERM,), rare=True),
+    FaultKind("server-stopped", "all", 5, Soak.pause_server, rare=True),
+    FaultKind("server-reloaded", "none", 5, Soak.reload_server),
+    FaultKind("new-ids", "none", 5, Soak.connect_new_ids),
+    FaultKind("disk-full", "none", 5, Soak.fill_disk),
+    FaultKind("garbage", "none", 5, Soak.connect_with_garbage),
+    FaultKind("client-not-reading", "none", 5, Soak.flood_without_reader),
 )
 
 
@@ -8947,7 +8885,7 @@ def soak_command(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 48), help="of the faults, whose times depend on the machine too")
-    known = {kind.name: kind for kind in KINDS}
+    known = {kind.name: kind for kind in FAULT_KINDS}
     parser.add_argument("--faults", nargs="+", choices=known, default=known, metavar="KIND", help=f"only these, of {', '.join(known)}")
     options = parser.parse_args(arguments)
     print(f"{options.clients} clients, {options.minutes:g} minutes, seed {options.seed}", flush=True)
