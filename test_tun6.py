@@ -4671,20 +4671,6 @@ def test_told_to_stop_while_bulk_moves_both_ways_it_stops_in_time(lab: Lab, tunn
 # ---- end to end: legacy peers ----------------------------------------------------------------------------------------
 
 
-def test_clients_of_all_kinds_share_a_server(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
-    with (
-        tunnel.peer("plain") as plain,
-        tunnel.peer("none", offload=[]) as none,
-        tunnel.peer("all", offload=["tso6", "uso6", "new"]) as both,
-    ):
-        assert set(plain.answer()) == {"Prefix"}  # a legacy client hears nothing else
-        for peer in (none, both):
-            assert "tso6" in peer.answer()["Offload"]
-        for peer in (plain, none, both):
-            peer.echo()
-
-
 class Legacy:
     """Half of a program of the original's kind: a TUN without offload header, one connection, and a thread for both.
 
@@ -4692,62 +4678,56 @@ class Legacy:
     """
 
     def __init__(self, lab: Lab, host: str) -> None:
-        self._lab, self._host = lab, host
         with lab.inside(host):
             self._tun = pytun.TunTapDevice("legacy", flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
         os.set_blocking(self._tun.fileno(), False)
         lab.ip(host, "link set legacy addrgenmode none")
         lab.ip(host, "link set legacy up")
         self.sock: socket.socket | None = None
-        self._wake, self._waker = os.pipe()
-        self._thread = threading.Thread(target=self._run)
-        self._failure: BaseException | None = None
+        self._stop = threading.Event()
+        self._threads = ThreadPoolExecutor(1)
+        self._work: Future[None] | None = None
 
-    def close(self) -> None:
-        os.close(self._waker)
-        if self._thread.ident:
-            self._thread.join(10)
-        os.close(self._wake)
-        if self.sock:
-            self.sock.close()
-        self._tun.close()
-        if self._failure:
-            raise self._failure
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        try:
+            if self._work:
+                self._work.result(10)
+        finally:
+            self._threads.shutdown()
+            self._drop()
+            self._tun.close()
+
+    def _start(self) -> None:
+        self._work = self._threads.submit(self._run)
 
     def _sources(self) -> list[Any]:
-        return [self._wake, self._tun, *([self.sock] if self.sock else [])]
+        return [self._tun, *([self.sock] if self.sock else [])]
 
     def _run(self) -> None:
-        try:
-            while True:
-                ready, _, _ = select.select(self._sources(), [], [])
-                if self._wake in ready:
-                    return
-                self._serve(ready)
-        except BaseException as failure:
-            self._failure = failure
+        while not self._stop.is_set():
+            for source in select.select(self._sources(), [], [], 0.1)[0]:
+                self._serve(source)
 
-    def _serve(self, ready: list[Any]) -> None:
-        if self._tun in ready:
+    def _serve(self, source: Any) -> None:
+        if source is self._tun:
             packet = os.read(self._tun.fileno(), 65_536)
             if self.sock:
                 try:
                     self.sock.sendall(packet)
                 except OSError:
                     self._drop()
-        if self.sock in ready:
-            self._receive()
-
-    def _receive(self) -> None:
-        assert self.sock
-        try:
-            data = self.sock.recv(65_536)
-        except OSError:
+        elif self.sock and source is self.sock:
             data = b""
-        if data:
-            self._received(data)
-        else:
-            self._drop()
+            with suppress(OSError):
+                data = self.sock.recv(65_536)
+            if data:
+                self._received(data)
+            else:
+                self._drop()
 
     def _received(self, data: bytes) -> None:
         raise NotImplementedError
@@ -4761,43 +4741,37 @@ class Legacy:
 class LegacyClient(Legacy):
     """The original client: its first recv is the whole answer."""
 
-    def __init__(self, lab: Lab, tunnel: Tunnel, host: str = "client", dawdle: float = 0) -> None:
-        """`dawdle` seconds pass before the first recv, as on a small machine that is busy."""
+    def __init__(self, lab: Lab, tunnel: Tunnel, host: str = "client", delay: float = 0) -> None:
+        """`delay` seconds pass before the first recv, as on a small machine that is busy."""
         super().__init__(lab, host)
         self._stream = b""
         try:
             with lab.inside(host):
                 self.sock = socket.create_connection((Lab.SERVER, tunnel.port), timeout=5)
             self.sock.sendall(b'{"Id": "legacy"}')
-            time.sleep(dawdle)
+            time.sleep(delay)
             self.first = self.sock.recv(4096)
             self.prefix = IPv6Network(json.loads(self.first)["Prefix"])
             lab.ip(host, f"addr add {self.prefix[1]}/128 dev legacy nodad")
             lab.ip(host, "-6 route add default dev legacy metric 5")
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
-        self._thread.start()
-
-    def __enter__(self) -> LegacyClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._start()
 
     def _received(self, data: bytes) -> None:
         self._stream += data
-        while len(self._stream) >= 40 and len(self._stream) >= packet_length(self._stream):
-            end = packet_length(self._stream)
-            os.write(self._tun.fileno(), self._stream[:end])
-            self._stream = self._stream[end:]
+        while frame := first_frame(self._stream, 0):
+            os.write(self._tun.fileno(), frame)
+            self._stream = self._stream[len(frame) :]
 
 
-def test_a_legacy_client_pings_and_moves_bulk_both_ways(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
+def test_a_legacy_client_pings_and_moves_bulk_both_ways(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     tunnel.client("second").prefix()
     with LegacyClient(lab, tunnel) as client:
         assert set(json.loads(client.first)) == {"Prefix"}
+        for kinds in ([], ["tso6", "uso6", "new"]):
+            assert "tso6" in tunnel.peer("modern", offload=kinds).answer()["Offload"]
         for size in (64, 1440, 3000):
             ping(lab, "client", size=size)
         transfer(lab, "client", "internet", Lab.INTERNET, 2 << 20)
@@ -4810,14 +4784,13 @@ def test_traffic_for_a_legacy_client_does_not_spoil_its_first_recv(lab: Lab, tun
     assert tun6.LEGACY_READ_TIME_S >= 0.2
     with tun6_with(tmp_path, "tun6.LEGACY_READ_TIME_S = 1.0"):  # so that it tells a busy machine from a frame that came too early
         tunnel.server()
-    with LegacyClient(lab, tunnel) as client:
-        prefix = client.prefix
+    prefix = tunnel.visit("legacy")
     command = ("ping", "-6", "-q", "-i", "0.002", str(prefix[1]))
     with lab.popen("internet", *command, stdout=subprocess.DEVNULL) as pings:
         try:
-            for dawdle in (0, 0, 0, 0.25, 0.5):
+            for delay in (0, 0, 0, 0.25, 0.5):
                 wait_until_no_sessions(lab)
-                with LegacyClient(lab, tunnel, dawdle=dawdle) as client:
+                with LegacyClient(lab, tunnel, delay=delay) as client:
                     assert json.loads(client.first) == {"Prefix": str(prefix)}
                     ping(lab, "client")
         finally:
@@ -4825,40 +4798,35 @@ def test_traffic_for_a_legacy_client_does_not_spoil_its_first_recv(lab: Lab, tun
 
 
 class LegacyServer(Legacy):
-    """The original server, with one prefix to give: every recv is one packet for it."""
+    """The original server, with one prefix to give, the first of the pool: every recv is one packet for it."""
 
-    def __init__(self, lab: Lab, tunnel: Tunnel, prefix: IPv6Network) -> None:
+    def __init__(self, lab: Lab, tunnel: Tunnel) -> None:
         super().__init__(lab, "server")
         self.hellos: list[dict[str, Any]] = []
         self.recvs: list[bytes] = []  # since the last hello
-        self._prefix = prefix
-        lab.ip("server", f"-6 route add {prefix} dev legacy")
+        self.prefix = IPv6Network(f"{tunnel.pool[0]}/64")
+        lab.ip("server", f"-6 route add {self.prefix} dev legacy")
         with lab.inside("server"):
             self._listener = socket.create_server((Lab.SERVER, tunnel.port))
-        self._thread.start()
-
-    def __enter__(self) -> LegacyServer:
-        return self
+        self._start()
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self.close()
-        finally:
-            self._listener.close()
+        with self._listener:
+            super().__exit__()
 
     def _sources(self) -> list[Any]:
         return [self._listener, *super()._sources()]
 
-    def _serve(self, ready: list[Any]) -> None:
-        if self._listener in ready:
-            self._drop()
-            self.sock, _ = self._listener.accept()
-            self.sock.settimeout(5)
-            self.hellos.append(json.loads(self.sock.recv(4096)))
-            self.recvs = []
-            self.sock.sendall(json.dumps({"Prefix": str(self._prefix)}).encode())
+    def _serve(self, source: Any) -> None:
+        if source is not self._listener:
+            super()._serve(source)
             return
-        super()._serve(ready)
+        self._drop()
+        self.sock, _ = self._listener.accept()
+        self.sock.settimeout(5)
+        self.hellos.append(json.loads(self.sock.recv(4096)))
+        self.recvs = []
+        self.sock.sendall(json.dumps({"Prefix": str(self.prefix)}).encode())
 
     def _received(self, data: bytes) -> None:
         self.recvs.append(data)
@@ -4870,10 +4838,8 @@ def is_one_packet(data: bytes) -> bool:
 
 
 def test_a_legacy_server_gets_one_packet_a_recv_and_traffic_works_both_ways(lab: Lab, tunnel: Tunnel) -> None:
-    prefix = IPv6Network(f"{tunnel.pool[0]}/64")
-    with LegacyServer(lab, tunnel, prefix) as server:
-        client = tunnel.client()
-        assert client.prefix() == prefix
+    with LegacyServer(lab, tunnel) as server:
+        assert tunnel.client().prefix() == server.prefix
         assert "Id" in server.hellos[0]
         time.sleep(1.5)  # as long as the kernel reports its multicast groups, RFC 3810 section 9.11: not into the recv of a ping
         for size in (64, 1440):  # not 3000, nor several: the original loses what comes together, as fragments do
@@ -4887,16 +4853,15 @@ def test_a_legacy_server_gets_one_packet_a_recv_and_traffic_works_both_ways(lab:
         sent = [got for got in server.recvs if len(got) == 48 and got[6] == 58 and got[40] == 128]  # what else comes is of the kernel
         assert [int.from_bytes(got[44:46], "big") for got in sent] == list(range(50))
         transfer(lab, "client", "internet", Lab.INTERNET, 256 << 10)
-        transfer(lab, "internet", "client", str(prefix[1]), 256 << 10)
+        transfer(lab, "internet", "client", str(server.prefix[1]), 256 << 10)
 
 
 def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunnel: Tunnel) -> None:
-    prefix = IPv6Network(f"{tunnel.pool[0]}/64")
     with lab.inside("client"):
         autocorking = tun6.read_sysctl("net.ipv4.tcp_autocorking")
     lab.set_sysctl("client", "net.ipv4.tcp_autocorking", "0")  # so that each send is a segment, and can be told on the way
     try:
-        with LegacyServer(lab, tunnel, prefix):
+        with LegacyServer(lab, tunnel):
             client = tunnel.client()
             client.prefix()
         client.wait_for("WARNING no connection")
@@ -4905,11 +4870,11 @@ def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunn
                 echo.send(number)
             sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
             sniffer.bind(("eth0", 0x0800))
-        with sniffer, LegacyServer(lab, tunnel, prefix), Echo(lab) as echo:
+        with sniffer, LegacyServer(lab, tunnel):
             client.prefix(times=2)
             sniffer.settimeout(5)
             segments: dict[int, bytes] = {}  # by sequence number: a retransmission is no send
-            request = IPv6Address(Lab.INTERNET).packed + b"\x80\0"  # the end of an IPv6 header and the beginning of an echo request
+            request = ABROAD.packed + b"\x80\0"  # the end of an IPv6 header and the beginning of an echo request
             while b"".join(segments.values()).count(request) < 8:
                 packet = sniffer.recv(65_536)
                 tcp = packet[(packet[0] & 15) * 4 : int.from_bytes(packet[2:4], "big")]
@@ -4923,23 +4888,22 @@ def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunn
         lab.set_sysctl("client", "net.ipv4.tcp_autocorking", autocorking)
 
 
-def test_a_client_keeps_its_tun_from_a_modern_server_to_a_legacy_one_and_back(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_a_client_keeps_its_tun_from_a_modern_server_to_a_legacy_one_and_back(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client()
-    prefix = client.prefix()
+    client.prefix()
     index = tun_of(lab)["ifindex"]
     transfer(lab, "client", "internet", Lab.INTERNET, 4 << 20)
     server.stop()
-    with LegacyServer(lab, tunnel, prefix):
-        client.prefix(times=2)
+    with LegacyServer(lab, tunnel) as legacy:
+        assert client.prefix(times=2) == legacy.prefix
         ping(lab, "client", size=1440)
         transfer(lab, "client", "internet", Lab.INTERNET, 256 << 10)
-        transfer(lab, "internet", "client", str(prefix[1]), 256 << 10)
+        transfer(lab, "internet", "client", str(legacy.prefix[1]), 256 << 10)
     tunnel.server()
-    client.prefix(times=3)
+    assert client.prefix(times=3) == legacy.prefix
     assert tun_of(lab)["ifindex"] == index
-    for source, sink, address in (("client", "internet", Lab.INTERNET), ("internet", "client", str(prefix[1]))):
-        transfer(lab, source, sink, address, 4 << 20)
+    transfer(lab, "client", "internet", Lab.INTERNET, 4 << 20)
+    transfer(lab, "internet", "client", str(legacy.prefix[1]), 4 << 20)
 
 
 # ---- end to end: offload ---------------------------------------------------------------------------------------------
