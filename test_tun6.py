@@ -4909,8 +4909,8 @@ def test_a_client_keeps_its_tun_from_a_modern_server_to_a_legacy_one_and_back(la
 # ---- end to end: offload ---------------------------------------------------------------------------------------------
 
 
-def segments_offloaded(lab: Lab, size: int) -> None:
-    """Sends one UDP datagram train from the client, which the kernel hands on as one packet while the TUN may have it."""
+def send_datagrams_at_once(lab: Lab, size: int) -> None:
+    """The client's host sends four UDP datagrams, which the kernel hands on as one packet while the TUN may have it."""
     with lab.inside("client"):
         sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     with sender:
@@ -4926,12 +4926,10 @@ def datagrams(sock: socket.socket, header: int) -> Iterator[tuple[bytes, bytes]]
     stream = b""
     while data := sock.recv(65_536):
         stream += data
-        while len(stream) >= header + 40 and len(stream) >= header + packet_length(stream[header:]):
-            end = header + packet_length(stream[header:])
-            packet = stream[header:end]
-            if packet[6] == 17 or (packet[6] == 58 and packet[40] == 128):
-                yield stream[:header], packet
-            stream = stream[end:]
+        while frame := first_frame(stream, header):
+            stream, packet = stream[len(frame) :], frame[header:]
+            if packet[6] == UDP or (packet[6] == 58 and packet[40] == 128):
+                yield frame[:header], packet
     raise EOFError("the client closed the connection")
 
 
@@ -4939,33 +4937,28 @@ def datagrams(sock: socket.socket, header: int) -> Iterator[tuple[bytes, bytes]]
 def test_a_server_gets_only_the_kinds_of_offloaded_packets_that_it_can_take(lab: Lab, tunnel: Tunnel, offload: list[str]) -> None:
     with ServerByHand(lab, tunnel) as server:
         client = tunnel.client()
-        sock = server.accept(offload)
-    with sock:
-        client.prefix()
-        segments_offloaded(lab, 4000)
-        kinds = frozenset(offload)
-        header, packet = next(datagrams(sock, 10))
-        tun6.check_offload(memoryview(header), len(packet), kinds)
-        assert (header[1] == tun6.GSO_UDP_L4) == ("uso6" in kinds)
+        with server.accept(offload) as sock:
+            client.prefix()
+            send_datagrams_at_once(lab, 4000)
+            header, packet = next(datagrams(sock, 10))
+    tun6.check_offload(memoryview(header), len(packet), frozenset(offload))
+    assert (header[1] == tun6.GSO_UDP_L4) == ("uso6" in offload)
 
 
 @pytest.mark.parametrize("offload", [["tso6"], [], None], ids=["tcp", "none", "legacy"])
-def test_what_waited_for_a_server_with_offload_is_nothing_that_the_next_one_can_not_take(
-    lab: Lab, tunnel: Tunnel, offload: list[str] | None
-) -> None:
+def test_what_waited_for_a_server_with_offload_suits_one_with_less(lab: Lab, tunnel: Tunnel, offload: list[str] | None) -> None:
     with ServerByHand(lab, tunnel) as server:
         client = tunnel.client()
         with server.accept(["tso6", "uso6"]):
             client.prefix()
         client.wait_for("WARNING no connection")
-        segments_offloaded(lab, 4000)  # waits in the TUN, as one packet
+        send_datagrams_at_once(lab, 4000)  # waits in the TUN, as one packet
         with server.accept(offload) as sock, Echo(lab) as echo:
             client.prefix(times=2)
             echo.send(77)  # behind it
-            kinds = frozenset(offload or [])
             for header, packet in datagrams(sock, 0 if offload is None else 10):
                 if header:
-                    tun6.check_offload(memoryview(header), len(packet), kinds)
+                    tun6.check_offload(memoryview(header), len(packet), frozenset(offload or []))
                 if packet[6] == 58:  # the echo request
                     break
                 assert len(packet) <= 1500
@@ -4973,7 +4966,6 @@ def test_what_waited_for_a_server_with_offload_is_nothing_that_the_next_one_can_
 
 @contextmanager
 def paused(program: Program) -> Iterator[None]:
-    """Stops a program meanwhile."""
     program.process.send_signal(signal.SIGSTOP)
     try:
         yield
@@ -4983,14 +4975,13 @@ def paused(program: Program) -> Iterator[None]:
 
 def send_datagrams(lab: Lab, payloads: list[bytes], finished: bool) -> None:
     """Sends them from the client; finished: with their checksums, which the kernel else leaves to the TUN's other end."""
-    source = next(address.split("/")[0] for address in addresses(lab) if address.startswith("2001:db8:1"))
+    source = IPv6Address(next(address.split("/")[0] for address in addresses(lab) if address.startswith("2001:db8:1")))
     with lab.inside("client"):
         sock = socket.socket(socket.AF_INET6, *((socket.SOCK_RAW, UDP) if finished else (socket.SOCK_DGRAM, 0)))
     with sock:
-        sock.bind((source, 0 if finished else 1000))
+        sock.bind((str(source), 0 if finished else 1000))
         for payload in payloads:
-            made = packet(struct.pack(">HHHH", 1000, 4000, 8 + len(payload), 0) + payload, UDP)
-            made = made[:8] + IPv6Address(source).packed + IPv6Address(Lab.INTERNET).packed + made[40:]
+            made = between(source, ABROAD, struct.pack(">HHHH", 1000, 4000, 8 + len(payload), 0) + payload, UDP)
             sock.sendto(with_checksum(made)[40:] if finished else payload, (Lab.INTERNET, 0 if finished else 4000))
 
 
@@ -5053,8 +5044,8 @@ def random_header(rng: random.Random, length: int) -> bytes:
     )
 
 
-def takes(header: bytes, length: int) -> bool:
-    """Whether check_offload does."""
+def is_good_header(header: bytes, length: int) -> bool:
+    """Whether check_offload takes it."""
     try:
         tun6.check_offload(memoryview(header), length, BOTH)
     except tun6.ProtocolError:
@@ -5062,28 +5053,29 @@ def takes(header: bytes, length: int) -> bool:
     return True
 
 
-def test_whatever_offload_header_a_peer_sends_ends_at_most_its_own_session_and_the_kernel_stays_well(lab: Lab, tunnel: Tunnel) -> None:
+def test_any_offload_header_ends_at_most_its_own_session_and_the_kernel_stays_well(tunnel: Tunnel, server: Program) -> None:
     rng = random.Random(20_241_123)
-    server = tunnel.server()
     ended, passed = 0, 0
-    with no_kernel_faults(), tunnel.peer("by-stander") as other, ExitStack() as undo:
-        other.connected().echo()
+    with no_kernel_faults():
+        other = tunnel.peer("by-stander").connected()
+        other.echo()
         peer: Peer | None = None
         while ended < 40 or passed < 400:
             if peer is None:
-                peer = undo.enter_context(tunnel.peer(f"hostile {ended}", offload=["tso6", "uso6"])).connected()
+                peer = tunnel.peer(f"hostile {ended}", offload=["tso6", "uso6"]).connected()
             following = rng.choice((TCP, UDP, 58, NOTHING))
             made = between(peer.prefix[1], ABROAD, rng.randbytes(rng.choice((8, 20, 60, 400, 5000, 60_000))), following)
             header = random_header(rng, len(made))
-            if takes(header, len(made)):
+            good = is_good_header(header, len(made))
+            if good:
                 passed += 1
             elif rng.random() > 0.05 or ended > 60:  # few of those, as each takes a session
                 continue
             try:
                 peer.sock.sendall(header + made)
-                if not takes(header, len(made)) or passed % 10 == 0:
+                if not good or passed % 10 == 0:
                     peer.echo()
-                    assert takes(header, len(made))
+                    assert good
             except (OSError, EOFError):
                 peer, ended = None, ended + 1
                 other.echo()
@@ -5096,19 +5088,16 @@ def test_whatever_offload_header_a_peer_sends_ends_at_most_its_own_session_and_t
 
 
 @pytest.mark.parametrize(
-    ("header", "body", "most"),
-    [(offload(gso_type=4, gso_size=100), 32, 128), (offload(gso_type=5, gso_size=100, csum_offset=6), 8, 128)],
+    ("header", "following", "body"),
+    [(offload(gso_type=4, gso_size=100), TCP, 32), (offload(gso_type=5, gso_size=100, csum_offset=6), UDP, 8)],
     ids=["tcp", "udp"],
 )
-def test_a_frame_of_more_segments_than_a_kernel_makes_ends_the_session(tunnel: Tunnel, header: bytes, body: int, most: int) -> None:
-    server = tunnel.server()
-    with tunnel.peer("greedy", offload=["tso6", "uso6"]) as peer:
-        peer.connected()
-        following = TCP if header[1] == 4 else UDP
-        peer.sock.sendall(header + between(peer.prefix[1], ABROAD, bytes(body + 100 * most), following))
-        peer.echo()
-        peer.sock.sendall(header + between(peer.prefix[1], ABROAD, bytes(60 + 100 * most + 1), following))
-        peer.ended()
+def test_a_frame_of_too_many_segments_ends_the_session(tunnel: Tunnel, server: Program, header: bytes, following: int, body: int) -> None:
+    peer = tunnel.peer("greedy", offload=["tso6", "uso6"]).connected()
+    peer.sock.sendall(header + between(peer.prefix[1], ABROAD, bytes(body + 100 * 128), following))
+    peer.echo()
+    peer.sock.sendall(header + between(peer.prefix[1], ABROAD, bytes(60 + 100 * 128 + 1), following))
+    peer.ended()
     server.wait_for("'greedy' from .*: gone, offload header with gso_size 100 for .* bytes: over 128 segments")
 
 
