@@ -4164,7 +4164,7 @@ def test_the_id_is_the_mac_of_the_interface_with_the_default_route_unless_it_is_
 
 
 def expect_answer(lab: Lab, address: IPv6Address, text: str) -> None:
-    """This is what the Internet host hears when it pings the address."""
+    """Waits until the Internet host gets this answer to a ping of the address."""
     ping_once = ("ping", "-6", "-c", "1", "-W", "1", str(address))
     wait_until(f"{address} answers {text}", lambda: text in lab.run("internet", *ping_once).stdout)
 
@@ -4236,13 +4236,13 @@ def test_a_start_that_fails_says_why_and_leaves_the_others_alone(lab: Lab, tunne
     files[2].write_text('{"a": "2001:db8:1::/64", "b": "2001:db8:1:1')
     before = [untouched(file) for file in files]
     keygen = "`tun6.py keygen` makes"
-    other = {"assignments": "other.json", "prefixrange": "2001:db8:fffe::/56"}
-    elsewhere = {"listenport": tunnel.port + 5000}
-    keyed = {"keys": "keys.json", **elsewhere}
+    other_pool = {"assignments": "other.json", "prefixrange": "2001:db8:fffe::/56"}
+    other_port = {"listenport": tunnel.port + 5000}
+    keyed = {"keys": "keys.json", **other_port}
     starts: list[tuple[str, int, Mapping[str, object], str]] = [
-        ("server", 1, other, f"can't listen on 0.0.0.0 port {tunnel.port}: Address already in use"),
-        ("server", 2, elsewhere, f"{files[0]} is in use by another tun6 server.*"),
-        ("server", 2, {"assignments": "corrupt.json", **elsewhere}, f"{files[2]} is not a file of assignments.*"),
+        ("server", 1, other_pool, f"can't listen on 0.0.0.0 port {tunnel.port}: Address already in use"),
+        ("server", 2, other_port, f"{files[0]} is in use by another tun6 server.*"),
+        ("server", 2, {"assignments": "corrupt.json", **other_port}, f"{files[2]} is not a file of assignments.*"),
         ("server", 2, keyed, rf".*\[server\] has keys but no cert, and keys go only through TLS; {keygen} a certificate"),
         ("server", 2, {"cert": "missing.pem", **keyed}, f".*missing.pem: No such file or directory; {keygen} one"),
         ("server", 2, {"cert": "keys.json", **keyed}, f".*keys.json is not a certificate with its key: .*; {keygen} one"),
