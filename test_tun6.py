@@ -5274,42 +5274,41 @@ def test_a_frame_of_more_segments_than_a_kernel_makes_ends_the_session(tunnel: T
 
 # ---- end to end: ingress filter --------------------------------------------------------------------------------------
 
+
 MARK, LAST = b"injected, must not pass", b"sentinel, must pass"
 
 
 class Capture:
-    """The IPv6 packets that cross a device of a host from now on, in both directions."""
+    """The IPv6 packets that cross a device of a host from now on, in both directions, until the tunnel ends."""
 
-    def __init__(self, lab: Lab, host: str, device: str) -> None:
-        with lab.inside(host):
+    def __init__(self, tunnel: Tunnel, host: str, device: str) -> None:
+        with tunnel.lab.inside(host):
             self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x86DD))
-        self._sock.settimeout(5)
-        with lab.inside(host):
+            tunnel._undo.callback(self._sock.close)
             self._sock.bind((device, 0x86DD))
+        self._sock.settimeout(5)
 
-    def __enter__(self) -> Capture:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-
-    def up_to(self, last: bytes) -> list[bytes]:
+    def up_to(self, last: bytes) -> Iterator[bytes]:
         """The packets before the one that has these bytes in it."""
-        found: list[bytes] = []
-        while True:
-            found.append(self._sock.recv(70_000))
-            if last in found[-1]:
-                return found[:-1]
+        while last not in (found := self._sock.recv(70_000)):
+            yield found
 
-    def so_far(self) -> list[bytes]:
+    def so_far(self) -> Iterator[bytes]:
         """Those that are there already."""
         self._sock.setblocking(False)
-        found: list[bytes] = []
-        try:
+        with suppress(BlockingIOError):
             while True:
-                found.append(self._sock.recv(70_000))
-        except BlockingIOError:
-            return found
+                yield self._sock.recv(70_000)
+
+
+def received_up_to(sock: socket.socket, last: bytes) -> bytes:
+    """What comes, until these bytes have come."""
+    stream = b""
+    while last not in stream:
+        data = sock.recv(1 << 16)
+        assert data, "the other side closed the connection"
+        stream += data
+    return stream
 
 
 def udp_between(source: IPv6Address, destination: IPv6Address, payload: bytes) -> bytes:
@@ -5330,9 +5329,9 @@ def router_advertisement(source: IPv6Address, destination: IPv6Address) -> bytes
     return icmp_between(source, destination, 134, struct.pack(">BBHII", 64, 0, 1800, 0, 0) + prefix + MARK + b"\0")
 
 
-def redirect(source: IPv6Address, destination: IPv6Address, target: IPv6Address, of: IPv6Address) -> bytes:
-    """RFC 4861 section 4.5: packets for `of` are to go to `target`."""
-    return icmp_between(source, destination, 137, bytes(4) + target.packed + of.packed + MARK)
+def redirect(source: IPv6Address, destination: IPv6Address) -> bytes:
+    """RFC 4861 section 4.5: packets for the Internet host are to go to the source."""
+    return icmp_between(source, destination, 137, bytes(4) + source.packed + ABROAD.packed + MARK)
 
 
 def behind(header: int, packet_: bytes) -> bytes:
@@ -5341,27 +5340,30 @@ def behind(header: int, packet_: bytes) -> bytes:
     return packet_[:4] + struct.pack(">HB", len(packet_) - 40 + len(extension), header) + packet_[7:40] + extension + packet_[40:]
 
 
-LINK_LOCAL, ALL_NODES = IPv6Address("fe80::bad"), IPv6Address("ff02::1")
+STRANGER, LINK_LOCAL, ALL_NODES, LOOPBACK, NOBODY = map(IPv6Address, ("2001:db8:bad::1", "fe80::bad", "ff02::1", "::1", "::"))
 
 
-def wrong_from_a_client(own: IPv6Network, other: IPv6Network) -> list[bytes]:
-    """Packets, all with MARK in them, that no client may send whose /64 is `own`."""
-    me, neighbour, stranger = own[1], other[1], IPv6Address("2001:db8:bad::1")
-    spoofed = [udp_between(source, ABROAD, MARK) for source in (neighbour, stranger, LINK_LOCAL, ALL_NODES, IPv6Address("::1"))]
-    return [
-        *spoofed,
-        *(behind(header, spoofed[0]) for header in (44, HOP_BY_HOP, 43, 60)),
-        *(udp_between(source, neighbour, MARK) for source in (stranger, ABROAD, LINK_LOCAL)),
-        *(udp_between(me, IPv6Address(to), MARK) for to in ("ff02::1", "ff05::2", "ff0e::1", "fe80::1", "::1", "::", "::ffff:10.9.0.1")),
-        udp_between(me, own[2], MARK),
-        udp_between(IPv6Address("::"), ABROAD, MARK),
-        router_advertisement(LINK_LOCAL, ALL_NODES),
-        router_advertisement(me, ALL_NODES),
-        router_advertisement(LINK_LOCAL, neighbour),
-        redirect(LINK_LOCAL, neighbour, LINK_LOCAL, ABROAD),
-        redirect(me, ALL_NODES, me, ABROAD),
-        behind(44, router_advertisement(LINK_LOCAL, ALL_NODES)),
-    ]
+def wrong_from_a_client(own: IPv6Network, other: IPv6Network) -> dict[str, list[bytes]]:
+    """Packets, all with MARK in them, that no client may send whose /64 is `own`, by what the log says of them."""
+    me, neighbour = own[1], other[1]
+    return {
+        "outside its /64": [
+            *(udp_between(source, ABROAD, MARK) for source in (neighbour, STRANGER, LINK_LOCAL, ALL_NODES, LOOPBACK, NOBODY)),
+            *(udp_between(source, neighbour, MARK) for source in (STRANGER, ABROAD, LINK_LOCAL)),
+            *(behind(header, udp_between(neighbour, ABROAD, MARK)) for header in (44, HOP_BY_HOP, 43, 60)),
+            *(router_advertisement(LINK_LOCAL, to) for to in (ALL_NODES, neighbour)),
+            behind(44, router_advertisement(LINK_LOCAL, ALL_NODES)),
+            redirect(LINK_LOCAL, neighbour),
+        ],
+        "within its /64": [udp_between(me, own[2], MARK)],
+        "multicast": [
+            *(udp_between(me, IPv6Address(to), MARK) for to in ("ff02::1", "ff05::2", "ff0e::1")),
+            router_advertisement(me, ALL_NODES),
+            redirect(me, ALL_NODES),
+        ],
+        "link-local": [udp_between(me, IPv6Address("fe80::1"), MARK)],
+        "loopback": [udp_between(me, to, MARK) for to in (LOOPBACK, NOBODY, IPv6Address("::ffff:10.9.0.1"))],
+    }
 
 
 def refusals(log: str, id_: str) -> Counter[str]:
@@ -5370,131 +5372,89 @@ def refusals(log: str, id_: str) -> Counter[str]:
     return Counter({reason: int(times) for times, reason in re.findall(r"(\d+) refused as ([^,\n]+)", line)})
 
 
-@pytest.mark.parametrize("offload_", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
-def test_what_a_client_may_not_send_reaches_neither_the_internet_nor_another_client_and_is_counted(
-    lab: Lab, tunnel: Tunnel, offload_: list[str] | None
-) -> None:
-    server = tunnel.server()
+@pytest.mark.parametrize("kinds", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
+def test_what_no_client_may_send_reaches_nobody_and_is_counted(lab: Lab, tunnel: Tunnel, server: Program, kinds: list[str] | None) -> None:
     before = state_of(lab, "internet")
-    with (
-        Capture(lab, "internet", "eth0") as internet,
-        Capture(lab, "server", "lo") as loopback,
-        tunnel.peer("culprit", offload=offload_) as culprit,
-        tunnel.peer("victim", offload=offload_) as victim,
-    ):
-        own, other = culprit.connected().prefix, victim.connected().prefix
-        culprit.echo()
-        routes = lab.ip("server", "-6 route show table all")
-        wrong = wrong_from_a_client(own, other)
-        header = culprit._header
-        last = [udp_between(own[1], destination, LAST) for destination in (ABROAD, other[1])]
-        culprit.sock.sendall(b"".join(header + each for each in [*wrong, *last]))
-        assert not [each for each in internet.up_to(LAST) if MARK in each]
-        while LAST not in (got := victim.frame()[1]):
-            assert MARK not in got
-        culprit.echo()
-        victim.echo()
-        assert not [each for each in loopback.so_far() if MARK in each]
-        assert lab.ip("server", "-6 route show table all") == routes
-        assert state_of(lab, "internet") == before
-        culprit.sock.close()
-        server.wait_for("'culprit' from .*: gone")
-    reasons: Counter[str] = Counter()
-    for each in wrong:
-        source, destination = IPv6Address(each[8:24]), IPv6Address(each[24:40])
-        near_home = source in own, destination in own
-        reasons[
-            "outside its /64"
-            if not near_home[0]
-            else "within its /64"
-            if near_home[1]
-            else "multicast"
-            if destination.is_multicast
-            else "link-local"
-            if destination.is_link_local
-            else "loopback"
-        ] += 1
-    assert set(reasons) == {"outside its /64", "within its /64", "multicast", "link-local", "loopback"}
-    assert refusals(server.log(), "culprit") == reasons
+    internet, loopback = Capture(tunnel, "internet", "eth0"), Capture(tunnel, "server", "lo")
+    culprit, victim = tunnel.crowd(2, kinds)
+    culprit.echo()
+    routes = lab.ip("server", "-6 route show table all")
+    wrong = wrong_from_a_client(culprit.prefix, victim.prefix)
+    last = [udp_between(culprit.prefix[1], destination, LAST) for destination in (ABROAD, victim.prefix[1])]
+    culprit.sock.sendall(b"".join(culprit._header + each for each in [*chain(*wrong.values()), *last]))
+    assert not [each for each in internet.up_to(LAST) if MARK in each]
+    while LAST not in (got := victim.frame()[1]):
+        assert MARK not in got
+    culprit.echo()
+    victim.echo()
+    assert not [each for each in loopback.so_far() if MARK in each]
+    assert lab.ip("server", "-6 route show table all") == routes
+    assert state_of(lab, "internet") == before
+    culprit.sock.close()
+    server.wait_for("'client 0' from .*: gone")
+    assert refusals(server.log(), "client 0") == {reason: len(packets) for reason, packets in wrong.items()}
 
 
 def wrong_from_a_server(prefix: IPv6Network, behind_it: IPv6Address) -> list[bytes]:
     """Packets, all with MARK in them, that no server may send to the client that has this /64."""
     me = prefix[1]
     return [
-        *(udp_between(ABROAD, to, MARK) for to in (behind_it, IPv6Address("::1"), ALL_NODES, LINK_LOCAL, IPv6Address("2001:db8:bad::1"))),
+        *(udp_between(ABROAD, to, MARK) for to in (behind_it, LOOPBACK, ALL_NODES, LINK_LOCAL, STRANGER)),
         *(udp_between(IPv6Address(source), me, MARK) for source in ("::1", "::", "fe80::1", "ff02::1", "::ffff:10.8.0.2")),
         udp_between(prefix[16], me, MARK),
-        behind(44, udp_between(ABROAD, behind_it, MARK)),
-        behind(HOP_BY_HOP, udp_between(ABROAD, behind_it, MARK)),
-        router_advertisement(LINK_LOCAL, ALL_NODES),
-        router_advertisement(LINK_LOCAL, me),
+        *(behind(header, udp_between(ABROAD, behind_it, MARK)) for header in (44, HOP_BY_HOP)),
+        *(router_advertisement(LINK_LOCAL, to) for to in (ALL_NODES, me)),
         router_advertisement(ABROAD, ALL_NODES),
-        redirect(LINK_LOCAL, me, LINK_LOCAL, ABROAD),
-        behind(44, redirect(LINK_LOCAL, me, LINK_LOCAL, ABROAD)),
+        redirect(LINK_LOCAL, me),
+        behind(44, redirect(LINK_LOCAL, me)),
     ]
 
 
-def echo_from_abroad(destination: IPv6Address) -> bytes:
-    """An echo request of the Internet host, RFC 4443 section 4.1."""
-    return icmp_between(ABROAD, destination, 128, struct.pack(">HH", 7, 7))
-
-
-@pytest.mark.parametrize("offload_", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
-def test_what_a_server_may_not_send_changes_nothing_on_the_client_and_reaches_neither_its_lan_nor_itself(
-    lab: Lab, tunnel: Tunnel, offload_: list[str] | None
-) -> None:
+@pytest.mark.parametrize("kinds", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
+def test_what_a_server_may_not_send_reaches_neither_the_client_nor_its_lan(lab: Lab, tunnel: Tunnel, kinds: list[str] | None) -> None:
     lan_network = IPv6Network("fd00:77::/64")
     with ServerByHand(lab, tunnel) as server, ExitStack() as undo:
         client = tunnel.client()
-        sock = undo.enter_context(server.accept(offload_))
+        sock = undo.enter_context(server.accept(kinds))
         prefix = client.prefix()
-        for host, number in (("client", 1), ("lan", 2)):
-            lab.ip(host, f"addr add {lan_network[number]}/64 dev {'eth1' if host == 'client' else 'eth0'} nodad")
-            undo.callback(lab.ip, host, f"addr del {lan_network[number]}/64 dev {'eth1' if host == 'client' else 'eth0'}")
+        for host, address in (("client", f"{lan_network[1]}/64 dev eth1"), ("lan", f"{lan_network[2]}/64 dev eth0")):
+            lab.ip(host, f"addr add {address} nodad")
+            undo.callback(lab.ip, host, f"addr del {address}")
         undo.enter_context(lan_behind(lab, prefix))
         wait_until("client and LAN reach each other", lambda: lab.pings("client", str(lan_network[2])))
-        before = {host: state_of(lab, host) for host in ("client", "lan")}
-        header = b"" if offload_ is None else PLAIN
-        wrong = wrong_from_a_server(prefix, lan_network[2])
-        last = [udp_between(ABROAD, prefix[16], LAST), echo_from_abroad(prefix[1])]
-        lan, loopback = (undo.enter_context(Capture(lab, host, device)) for host, device in (("lan", "eth0"), ("client", "lo")))
-        sock.sendall(b"".join(header + each for each in [*wrong, *last]))
+        before = [state_of(lab, host) for host in ("client", "lan")]
+        lan, loopback = Capture(tunnel, "lan", "eth0"), Capture(tunnel, "client", "lo")
+        header = b"" if kinds is None else PLAIN
+        last = [udp_between(ABROAD, prefix[16], LAST), icmp_between(ABROAD, prefix[1], 128, struct.pack(">HH", 7, 7))]
+        sock.sendall(b"".join(header + each for each in [*wrong_from_a_server(prefix, lan_network[2]), *last]))
         assert not [each for each in lan.up_to(LAST) if MARK in each]
-        stream = b""
-        while prefix[1].packed + ABROAD.packed + b"\x81" not in stream:  # the echo reply
-            data = sock.recv(65_536)
-            assert data, client.log()
-            stream += data
-        assert MARK not in stream  # as an ICMP error would have it
+        assert MARK not in received_up_to(sock, prefix[1].packed + ABROAD.packed + b"\x81")  # the echo reply; an ICMP error would have it
         assert not [each for each in loopback.so_far() if MARK in each]
-        assert {host: state_of(lab, host) for host in ("client", "lan")} == before
+        assert [state_of(lab, host) for host in ("client", "lan")] == before
         sock.close()
-        wait_until("the client knows", lambda: "no connection to" in client.log())
+        client.wait_for("no connection to")
 
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_clients_reach_each_other_only_if_they_may_and_the_internet_anyway(lab: Lab, tunnel: Tunnel, allowed: bool) -> None:
     server = tunnel.server(client_to_client="yes" if allowed else "no")
-    one, other = tunnel.client("client", id="one"), tunnel.client("second", id="other")
-    prefixes = one.prefix(), other.prefix()
-    for host in ("client", "second"):
-        ping(lab, host)
-    for host, prefix in (("client", prefixes[1]), ("second", prefixes[0])):
+    clients = [tunnel.client(host, id=host) for host in ("client", "second")]
+    prefixes = [client.prefix() for client in clients]
+    for client, other in zip(clients, reversed(prefixes)):
+        ping(lab, client.host)
         if allowed:
-            ping(lab, host, str(prefix[1]))
+            ping(lab, client.host, str(other[1]))
         else:
-            assert not lab.pings(host, str(prefix[1]))
-        ping(lab, host)
-    for client in one, other:
+            assert not lab.pings(client.host, str(other[1]))
+        ping(lab, client.host)
+    for client in clients:
         client.stop()
     server.wait_for(": gone", 2)
-    for id_ in "one", "other":
-        assert (refusals(server.log(), id_)["to another client"] > 0) is (not allowed)
+    for client in clients:
+        assert (refusals(server.log(), client.host)["to another client"] > 0) is (not allowed)
 
 
-def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
+def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     tunnel.client().prefix()
     for host, device in (("server", "tun6-0"), ("client", "tun6")):
         with lab.inside(host):
