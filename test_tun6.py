@@ -5464,15 +5464,55 @@ def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(
 # ---- end to end: TLS and keys ----------------------------------------------------------------------------------------
 
 
+SECRET = "s" * 43
+
+
+def tls_connect(site: Site, host: str = "client", **options: Any) -> TlsPeer:
+    """A client spoken by hand inside TLS that has said nothing; it is closed at the end. The options are those of TlsSocket."""
+    peer = TlsPeer(site.tunnel.lab, site.tunnel.port, host, **options)
+    peer._header = bytes(10)
+    site.tunnel._undo.callback(peer.sock.close)
+    return peer
+
+
+def tls_peer(site: Site, id_: str, key: str | None = None, host: str = "client", bare: bool = False) -> TlsPeer:
+    """One that has said its hello."""
+    return tls_connect(site, host).say(id_, key, bare)
+
+
+def tls_visit(site: Site, id_: str, key: str | None = None) -> IPv6Network:
+    """One that comes, pings and leaves; gives its prefix."""
+    with tls_peer(site, id_, key) as peer:
+        peer.connected().echo()
+        return peer.prefix
+
+
+@pytest.fixture
+def open_server(site: Site) -> Program:
+    """A server with a certificate that serves everybody."""
+    return site.serve(keys=None)
+
+
+@pytest.fixture
+def key(site: Site) -> str:
+    """The key of the Id "a"."""
+    return site.issue("a")
+
+
+@pytest.fixture
+def keyed_server(site: Site, key: str) -> Program:
+    """A server that serves "a" alone, with its key."""
+    return site.serve()
+
+
 @pytest.mark.parametrize("mtu", [1280, 1500, 65_500])
-def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab, site: Site, mtu: int) -> None:
-    key = site.issue("with key")
+def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab, site: Site, key: str, mtu: int) -> None:
     server = site.serve(mtu=mtu)
-    client = site.client("with key", key, mtu=mtu)
+    client = site.client("a", key, mtu=mtu)
     prefix = client.prefix()
     assert prefix == IPv6Network(f"{site.tunnel.pool[0]}/64")
-    server.wait_for(f"'with key' from .*: has {prefix} on .*, over TLS")
-    client.said(f"'with key' at .*: has {prefix} on tun6, over TLS", 1)
+    server.wait_for(f"'a' from .*: has {prefix} on .*, over TLS")
+    client.said(f"'a' at .*: has {prefix} on tun6, over TLS", 1)
     for size in (0, 56, 1440, 3000, 60_000):
         ping(lab, "client", size=size)
         ping(lab, "internet", str(prefix[1]), size=size)
@@ -5483,153 +5523,101 @@ def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab,
         assert key not in program.log()
 
 
-def test_a_client_over_tls_comes_back_to_a_server_that_was_killed(lab: Lab, site: Site) -> None:
-    key = site.issue("a")
-    server = site.serve()
+def test_a_client_over_tls_comes_back_to_a_server_that_was_killed(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     client = site.client("a", key)
     prefix = client.prefix()
-    server.kill()
+    keyed_server.kill()
     site.serve()
     assert client.prefix(times=2) == prefix
     ping(lab, "client")
 
 
-def test_a_client_inside_tls_that_knows_no_offload_gets_its_packets_inside_tls_too(tunnel: Tunnel, tmp_path: Path) -> None:
-    tunnel.server(cert=certificate(tmp_path))
-    with Peer(tunnel.lab, tunnel.port) as peer:
-        peer.sock = tun6.client_tls_context(pinned=True).wrap_socket(peer.sock)
-        peer.hello("legacy")
-        peer.connected().echo()
-
-
-def test_a_bare_client_inside_tls_gets_its_packets_inside_tls_too(lab: Lab, site: Site) -> None:
-    key = site.issue("bare")
-    site.serve()
-    with site.peer("bare", key, bare=True) as peer:
-        peer.connected()
-        for _ in range(3):
-            peer.echo()
-        with lab.inside("internet"):
-            sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        with sender:
-            for number in range(200):
-                sender.sendto(struct.pack(">I", number) + bytes(1000), (str(peer.prefix[1]), 9))
-        came: list[int] = []
-        while len(came) < 200:
-            _, packet = peer.frame()
-            if packet[6] == UDP:
-                came += struct.unpack(">I", packet[48:52])
-        assert came == list(range(200))
+def test_a_legacy_client_inside_tls_gets_its_packets_inside_tls_too(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
+    peer = tls_peer(site, "a", key, bare=True).connected()
+    for _ in range(3):
         peer.echo()
+    with lab.inside("internet"):
+        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    with sender:
+        for number in range(200):
+            sender.sendto(struct.pack(">I", number) + bytes(1000), (str(peer.prefix[1]), 9))
+    came: list[int] = []
+    while len(came) < 200:
+        _, packet = peer.frame()
+        if packet[6] == UDP:
+            came += struct.unpack(">I", packet[48:52])
+    assert came == list(range(200))
+    peer.echo()
 
 
-@pytest.fixture
-def tls_server(site: Site) -> Site:
-    site.serve(keys=None)
-    return site
+HELLO = hello("cut } { anyhow", None, [])
+CUTS = st.sets(st.integers(1, 600) | st.integers(1, 16_000), max_size=6)
+
+
+def parts_of(stream: bytes, at: set[int]) -> list[bytes]:
+    """The parts of the stream between these places."""
+    ends = [*sorted(at & set(range(len(stream)))), len(stream)]
+    return [stream[start:end] for start, end in zip([0, *ends], ends)]
 
 
 @settings(
     max_examples=8,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example takes seconds: no shrinking
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(data=st.data())
-def test_however_tls_is_cut_into_records_and_segments_the_session_works(tls_server: Site, data: st.DataObject) -> None:
-    def cut(stream: bytes) -> list[bytes]:
-        at = sorted(data.draw(st.sets(st.integers(1, max(1, len(stream) - 1)), max_size=6)))
-        return [stream[start:end] for start, end in zip([0, *at], [*at, len(stream)]) if start < end]
-
-    header = bytes(10)
-    with tls_server.peer("cut } { anyhow") as before:
-        prefix = before.connected().prefix
-    stream = hello_of("cut } { anyhow")
-    stream += b"".join(header + echo_request(prefix[1], number, 200) for number in (1, 2))
-    with TlsPeer(tls_server.tunnel.lab, tls_server.tunnel.port, cut=cut, hold_last=data.draw(st.booleans())) as peer:
-        peer._header = header
-        send_segments(peer.tls.raw, cut(b"".join(map(peer.tls.encrypt, cut(stream)))))
+@example(flights=set(range(20, 2000, 20)), records=set(range(1, 50)), segments=set(range(23, 1150, 23)), hold_last=False)  # a record a byte
+@example(flights=set(), records=set(), segments=set(), hold_last=True)  # all in one record, in the flight that ends the handshake
+@example(flights=set(), records=set(range(len(HELLO), 16_000, 1458)), segments=set(), hold_last=True)  # there, but each has its own
+@given(flights=CUTS, records=CUTS, segments=CUTS, hold_last=st.booleans())
+def test_however_tls_is_cut_into_records_and_segments_the_session_works(
+    site: Site, open_server: Program, flights: set[int], records: set[int], segments: set[int], hold_last: bool
+) -> None:
+    prefix = tls_visit(site, "cut } { anyhow")
+    stream = HELLO + b"".join(bytes(10) + echo_request(prefix[1], number, 1400) for number in range(50, 60))
+    with tls_connect(site, cut=lambda flight: parts_of(flight, flights), hold_last=hold_last) as peer:
+        send_segments(peer.tls.raw, parts_of(b"".join(map(peer.tls.encrypt, parts_of(stream, records))), segments))
         assert peer.connected().prefix == prefix
-        peer.expect_reply(1)
-        peer.expect_reply(2)
-        peer.echo()
-
-
-def test_a_hello_in_one_byte_records_is_a_hello(site: Site) -> None:
-    key = site.issue("a")
-    site.serve()
-    with TlsPeer(site.tunnel.lab, site.tunnel.port, cut=lambda flight: [flight[at : at + 20] for at in range(0, len(flight), 20)]) as peer:
-        peer._header = bytes(10)
-        send_segments(peer.tls.raw, [peer.tls.encrypt(bytes([byte])) for byte in hello_of("a", key)])
-        peer.connected().echo()
-
-
-@pytest.mark.parametrize("records", ["one record", "a record each"])
-def test_packets_in_the_flight_that_ends_the_tls_handshake_are_delivered(site: Site, records: str) -> None:
-    key = site.issue("hasty")
-    site.serve()
-    with site.peer("hasty", key) as peer:
-        prefix = peer.connected().prefix
-    with TlsPeer(site.tunnel.lab, site.tunnel.port, hold_last=True) as peer:
-        peer._header = bytes(10)
-        parts = [hello_of("hasty", key), *(bytes(10) + echo_request(prefix[1], number, 1400) for number in range(50, 60))]
-        if records == "one record":
-            parts = [b"".join(parts)]
-        peer.tls.raw.sendall(b"".join(map(peer.tls.encrypt, parts)))
-        peer.connected()
         for number in range(50, 60):
             peer.expect_reply(number)
+        peer.echo()
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_packets_directly_behind_the_servers_answer_are_delivered(lab: Lab, site: Site, together: bool) -> None:
-    prefix = site.tunnel.pool[0]
-    request = echo_request(prefix + 1, 7)
-    request = request[:8] + request[24:40] + request[8:24] + request[40:]  # from the Internet; the checksum is the same
-    answer = json.dumps({"Prefix": f"{prefix}/64", "Offload": []}).encode()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(site.cert)
-    with lab.inside("server"):
-        listener = socket.create_server((Lab.SERVER, site.tunnel.port))
-    with listener:
-        listener.settimeout(10)
-        key = "k" * 43
-        site.client("a", key)
-        raw, _ = listener.accept()
+    own, body = site.tunnel.pool[1], struct.pack(">HH", 7, 7) + bytes(16)
+    answer = json.dumps({"Prefix": f"{site.tunnel.pool[0]}/64", "Offload": []}).encode()
+    request = icmp_between(ABROAD, own, 128, body)
+    with ServerByHand(lab, site.tunnel) as server:
+        site.client("a", SECRET)
+        raw, _ = server.sock.accept()
         raw.settimeout(10)
-        with context.wrap_socket(raw, server_side=True) as sock:
+        with tun6.server_tls_context(str(site.cert)).wrap_socket(raw, server_side=True) as sock:
             hello = json.loads(sock.recv(4096))
-            assert (hello["Id"], hello["Key"], sorted(hello)) == ("a", key, ["Id", "Key", "Offload"])
+            assert (hello["Id"], hello["Key"], sorted(hello)) == ("a", SECRET, ["Id", "Key", "Offload"])
             for part in [answer + bytes(10) + request] if together else [answer, bytes(10), request[:50], request[50:]]:
                 sock.sendall(part)
-            stream, wanted = b"", struct.pack(">BB", 129, 0)
-            deadline = time.monotonic() + 10
-            while wanted not in stream or request[44:] not in stream:
-                assert time.monotonic() < deadline
-                stream += sock.recv(1 << 16)
+            received_up_to(sock, icmp_between(own, ABROAD, 129, body)[8:])  # all of the reply behind the hop limit
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_tls_1_2_and_1_3_are_spoken(lab: Lab, site: Site, version: ssl.TLSVersion) -> None:
-    site.serve(keys=None)
+def test_tls_1_2_and_1_3_are_spoken(site: Site, open_server: Program, version: ssl.TLSVersion) -> None:
     context = trusting()
     context.minimum_version = context.maximum_version = version
-    with Peer(lab, site.tunnel.port) as peer:
-        peer.sock = context.wrap_socket(peer.sock)
-        peer.hello("a", [])
-        peer.connected().echo()
+    peer = site.tunnel.connect()
+    peer.sock = context.wrap_socket(peer.sock)
+    peer.hello("a", [])
+    peer.connected().echo()
 
 
-def test_older_tls_is_not_spoken(lab: Lab, site: Site) -> None:
-    site.serve(keys=None)
+def test_older_tls_is_not_spoken(site: Site, open_server: Program) -> None:
     context = trusting()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
-    with Peer(lab, site.tunnel.port) as peer, pytest.raises(ssl.SSLError, match=r"(?i)version"):
-        context.wrap_socket(peer.sock)
+    with pytest.raises(ssl.SSLError, match=r"(?i)version"):
+        context.wrap_socket(site.tunnel.connect().sock)
 
 
 def client_hello() -> bytes:
@@ -5643,8 +5631,6 @@ def client_hello() -> bytes:
 def garbage_behind_0x16() -> list[bytes]:
     """What begins as TLS does and is none."""
     hello = client_hello()
-    old = bytearray(hello)
-    old[1:3] = b"\0\0"
     return [
         b"\x16",
         b"\x16\x03\x01",
@@ -5653,7 +5639,7 @@ def garbage_behind_0x16() -> list[bytes]:
         b"\x16\x03\x01\x00\x00" * 100,
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + os.urandom(5000),
         b'\x16{"Id": "a"}',
-        bytes(old),
+        b"\x16\0\0" + hello[3:],  # another version
         hello[:-1],
         hello[:43] + os.urandom(len(hello) - 43),
         hello + hello,
@@ -5662,96 +5648,75 @@ def garbage_behind_0x16() -> list[bytes]:
     ]
 
 
-def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site) -> None:
-    site.serve(keys=None)
-    with site.peer("live") as live:
-        live.connected()
-        for garbage in garbage_behind_0x16():
-            with Peer(lab, site.tunnel.port) as peer:
-                peer.sock.sendall(garbage)
-                with suppress(OSError):
-                    peer.sock.shutdown(socket.SHUT_WR)
-                peer.ended()
-            live.echo()
-        with TlsPeer(lab, site.tunnel.port) as no_hello, site.peer("a") as live_before:
-            no_hello.tls.raw.sendall(os.urandom(100))
-            no_hello.tls.raw.shutdown(socket.SHUT_WR)
-            with suppress(ssl.SSLError):
-                no_hello.ended()
-            live_before.connected().echo()
-            live_before.tls.raw.sendall(b"\x17\x03\x03\x00\x20" + os.urandom(32))
-            wait_until("its session ends", lambda: len(server_routes(lab)) == 1)
+def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site, open_server: Program) -> None:
+    live = tls_peer(site, "live").connected()
+    for garbage in garbage_behind_0x16():
+        with site.tunnel.connect() as peer:
+            peer.sock.sendall(garbage)
+            with suppress(OSError):
+                half_close(peer)
+            peer.ended()
         live.echo()
-        assert server_routes(lab) == {str(live.prefix)}
+    no_hello = tls_connect(site)
+    no_hello.tls.raw.sendall(os.urandom(100))
+    half_close(no_hello)
+    with suppress(ssl.SSLError):
+        no_hello.ended()
+    session = tls_peer(site, "a")
+    session.connected().echo()
+    session.tls.raw.sendall(b"\x17\x03\x03\x00\x20" + os.urandom(32))
+    wait_until("its session ends", lambda: server_routes(lab) == {str(live.prefix)})
+    live.echo()
 
 
 @pytest.mark.waits
-def test_a_peer_that_stops_in_the_tls_handshake_is_dropped_after_ten_seconds_and_disturbs_nobody(lab: Lab, site: Site) -> None:
-    server = site.serve(keys=None)
-    hello = client_hello()
-    with Peer(lab, site.tunnel.port) as half, Peer(lab, site.tunnel.port) as whole, site.peer("live") as live:
-        live.connected()
-        began = time.monotonic()
-        half.sock.sendall(hello[:100])
-        whole.sock.sendall(hello)
-        assert whole.sock.recv(1 << 16)[0] == 0x16  # and now it would be its turn
-        waiting = [half.sock, whole.sock]
-        while waiting and time.monotonic() < began + 15:
-            for sock in select.select(waiting, [], [], 1)[0]:
-                if not sock.recv(1 << 16):
-                    assert 9 < time.monotonic() - began < 13
-                    waiting.remove(sock)
-            live.echo()
-        assert not waiting
-    server.said("left during the handshake: no answer within 10 s", 2)
-
-
-def test_peers_that_stop_in_the_tls_handshake_do_not_keep_others_of_their_host_out(lab: Lab, site: Site) -> None:
-    site.serve(keys=None)
-    hello = client_hello()
-    with ExitStack() as undo:
-        stopped = [undo.enter_context(Peer(lab, site.tunnel.port)) for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
-        for number, peer in enumerate(stopped):
-            peer.sock.sendall(hello[: 1 if number % 2 else 200])
-
-        def comes_in() -> bool:  # those that said something have a second before one has to go
-            with suppress(OSError, EOFError), Peer(lab, site.tunnel.port) as raw:
-                raw.sock = cast(socket.socket, TlsSocket(raw.sock))
-                raw.hello("late", [])
-                raw.connected().echo()
-                return True
-            return False
-
-        began = time.monotonic()
-        wait_until("a newcomer comes in", comes_in)
-        assert time.monotonic() - began < 5
-        assert stopped[0].ended() in ("closed", "reset")
-
-
-def test_who_talks_tls_without_end_instead_of_saying_hello_is_refused_and_holds_nobody_up(lab: Lab, site: Site) -> None:
-    server = site.serve(keys=None)
-    with site.tunnel.peer("live", host="second") as live, TlsPeer(lab, site.tunnel.port) as hostile:
-        live.connected().echo()
-        with suppress(ConnectionError):
-            hostile.tls.raw.sendall(hostile.tls.new_keys(100_000))
-        server.wait_for("refused, bad hello: more than 32768 bytes of TLS", seconds=5)
+def test_a_peer_that_stops_in_the_tls_handshake_is_dropped_after_ten_seconds(site: Site, open_server: Program) -> None:
+    half, whole, live = site.tunnel.connect(), site.tunnel.connect(), tls_peer(site, "live").connected()
+    began = time.monotonic()
+    half.sock.sendall(client_hello()[:100])
+    whole.sock.sendall(client_hello())
+    assert whole.sock.recv(1 << 16)[0] == 0x16  # and now it would be its turn
+    waiting = [half.sock, whole.sock]
+    while waiting and time.monotonic() < began + 15:
+        for sock in select.select(waiting, [], [], 1)[0]:
+            if not sock.recv(1 << 16):
+                assert 9 < time.monotonic() - began < 13
+                waiting.remove(sock)
         live.echo()
+    assert not waiting
+    open_server.said("left during the handshake: no answer within 10 s", 2)
 
 
-KINDS_OF_SERVER: dict[str, tuple[dict[str, None], dict[str, str]]] = {  # settings left out, what each client gets
-    "open, plain only": (
-        {"cert": None, "keys": None},
-        {"plain": "served", "tls": "no TLS", "key": "no TLS", "legacy by hand": "served", "tls by hand": "no TLS"},
-    ),
-    "open, with cert": (
-        {"keys": None},
-        {"plain": "served", "tls": "served", "key": "served", "legacy by hand": "served", "tls by hand": "served"},
-    ),
-    "keyed": (
-        {},
-        {"plain": "tls-required", "tls": "denied", "key": "served", "legacy by hand": "tls-required", "tls by hand": "served"},
-    ),
-}
+@pytest.mark.parametrize("over_tls", [False, True], ids=["plain", "TLS"])
+def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site: Site, open_server: Program, over_tls: bool) -> None:
+    stopped = [site.tunnel.connect() for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
+    for peer, said in zip(stopped, itertools.cycle([client_hello()[:200], b"\x16"] if over_tls else [b"{"])):
+        peer.sock.sendall(said)
+    site.tunnel.visit("elsewhere", "server")
+
+    def comes_in() -> bool:  # those that said something have a second before one has to go
+        with suppress(OSError, EOFError):
+            if over_tls:
+                tls_visit(site, "late")
+            else:
+                site.tunnel.visit("late", "second")
+            return True
+        return False
+
+    wait_until("a newcomer comes in", comes_in, 3)
+    assert stopped[0].ended() in ("closed", "reset")
+
+
+def test_who_talks_tls_without_end_instead_of_hello_is_refused_and_holds_nobody_up(site: Site, open_server: Program) -> None:
+    live = site.tunnel.peer("live", host="second").connected()
+    live.echo()
+    hostile = tls_connect(site)
+    with suppress(ConnectionError):
+        hostile.tls.raw.sendall(hostile.tls.new_keys(100_000))
+    open_server.wait_for("refused, bad hello: more than 32768 bytes of TLS", seconds=5)
+    live.echo()
+
+
 GETS = {
     "served": r": has \S+ on",
     "no TLS": "no connection to .*TLS failed: the other side does not speak TLS; trying again every 2 s",
@@ -5760,72 +5725,70 @@ GETS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_SERVER)
-def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(lab: Lab, site: Site, kind: str) -> None:
-    without, expected = KINDS_OF_SERVER[kind]
+@pytest.mark.parametrize(
+    ("without", "gets"),
+    [
+        pytest.param(["cert", "keys"], ["served", "no TLS", "no TLS", "served", "no TLS"], id="open, plain only"),
+        pytest.param(["keys"], ["served", "served", "served", "served", "served"], id="open, with cert"),
+        pytest.param([], ["tls-required", "denied", "served", "tls-required", "served"], id="keyed"),
+    ],
+)
+def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(site: Site, without: list[str], gets: list[str]) -> None:
+    expected = dict(zip(["plain", "tls", "key", "legacy by hand", "tls by hand"], gets))
     keys = {id_: site.issue(id_) for id_ in ("key", "tls by hand")}
-    server = site.serve(**without)
+    server = site.serve(**dict.fromkeys(without))
     programs = {}
     for id_, known in {"plain": (None, None), "tls": (site.fingerprint, None), "key": (site.fingerprint, keys["key"])}.items():
         programs[id_] = site.tunnel.client(id=id_, tun=f"tun6-{id_}", default_route="no", fingerprint=known[0], key=known[1])
     for id_, program in programs.items():
         program.wait_for(GETS[expected[id_]])
-    with site.tunnel.peer("legacy by hand") as legacy:
-        if expected["legacy by hand"] == "served":
-            legacy.connected().echo()
-        else:
-            assert legacy.answer()["Error"] == expected["legacy by hand"]
-    if expected["tls by hand"] == "served":
-        with site.peer("tls by hand", keys["tls by hand"], bare=True) as peer:
-            peer.connected().echo()
+    if expected["legacy by hand"] == "served":
+        site.tunnel.visit("legacy by hand")
     else:
-        with Peer(lab, site.tunnel.port) as raw:
-            raw.sock.sendall(client_hello())
-            assert raw.answer() == {"Error": "bad-hello", "Text": "it speaks TLS, and there is no `cert` in config.ini"}
-    served = {id_ for id_, gets in expected.items() if gets == "served"}
+        assert site.tunnel.refusal("legacy by hand")["Error"] == expected["legacy by hand"]
+    if expected["tls by hand"] == "served":
+        tls_peer(site, "tls by hand", keys["tls by hand"], bare=True).connected().echo()
+    else:
+        peer = site.tunnel.connect()
+        peer.sock.sendall(client_hello())
+        assert peer.answer() == {"Error": "bad-hello", "Text": "it speaks TLS, and there is no `cert` in config.ini"}
+    served = {id_ for id_, what in expected.items() if what == "served"}
     assert set(server.said(r"INFO '(.+?)' from .*: has ", len(served))) == served
     assert set(re.findall(r"INFO '(.+?)' from .*, over TLS", server.log())) == served & {"tls", "key", "tls by hand"}
 
 
 def test_a_server_with_keys_and_no_usable_certificate_does_not_start(lab: Lab, site: Site) -> None:
-    for settings_, complaint in (
-        ({"cert": None}, r"\[server\] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"),
-        ({"cert": "missing.pem"}, "missing.pem: No such file or directory; `tun6.py keygen` makes one"),
-        ({"cert": site.keys.name}, "keys.json is not a certificate with its key: .*; `tun6.py keygen` makes one"),
+    site.keys.write_text("{}")
+    for cert, complaint in (
+        (None, r"\[server\] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"),
+        ("missing.pem", "missing.pem: No such file or directory; `tun6.py keygen` makes one"),
+        (site.keys.name, "keys.json is not a certificate with its key: .*; `tun6.py keygen` makes one"),
     ):
-        site.keys.write_text("{}")
-        site.write_config(**settings_)
+        site.write_config(cert=cert)
         done = lab.run("server", sys.executable, TUN6, "server", "-c", str(site.config), timeout=10)
-        assert done.returncode == 2
-        assert re.search(f"^tun6: .*{complaint}$", done.stderr, re.MULTILINE), done.stderr
+        assert re.fullmatch(f"tun6: .*{complaint}\n", only_line(done, 2))
 
 
-def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site) -> None:
-    key = site.issue("a")
-    site.serve()
+def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     for number in range(2):  # as well before as after it had a session
         assert site.answer("a", None)["Error"] == "denied"
         assert site.answer("a", "")["Error"] == "denied"
-        with site.tunnel.peer("a") as plain:
-            assert plain.answer()["Error"] == "tls-required"
-        with Peer(lab, site.tunnel.port) as plain:  # not even with its key, which it should not have told
-            plain.sock.sendall(hello_of("a", key))
-            assert plain.answer()["Error"] == "tls-required"
+        assert site.tunnel.refusal("a")["Error"] == "tls-required"
+        plain = site.tunnel.connect()
+        plain.sock.sendall(hello("a", key, []))  # not even with its key, which it should not have told
+        assert plain.answer()["Error"] == "tls-required"
         assert not server_devices(lab)
         assert site.assignments.exists() == bool(number)
-        with site.peer("a", key) as peer:
-            peer.connected().echo()
+        tls_visit(site, "a", key)
         wait_until_no_sessions(lab)
 
 
-def test_what_is_no_text_is_no_key(site: Site) -> None:
-    site.issue("a")
-    site.serve()
-    wrong: list[object] = [7, None, [], {"sha256": ""}, True]
-    for key in wrong:
-        with TlsPeer(site.tunnel.lab, site.tunnel.port) as peer:
-            peer.sock.sendall(json.dumps({"Id": "a", "Key": key}).encode())
-            assert peer.answer() == {"Error": "bad-hello", "Text": "Key is not a string"}
+def test_what_is_no_text_is_no_key(site: Site, keyed_server: Program) -> None:
+    wrong: object
+    for wrong in (7, None, [], {"sha256": ""}, True):
+        peer = tls_connect(site)
+        peer.sock.sendall(json.dumps({"Id": "a", "Key": wrong}).encode())
+        assert peer.answer() == {"Error": "bad-hello", "Text": "Key is not a string"}
 
 
 def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no_ping(lab: Lab, site: Site) -> None:
@@ -5835,22 +5798,17 @@ def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no
     victim.prefix()
     ping(lab, "client")
     before = site.keys.read_bytes(), site.assignments.read_bytes(), server_devices(lab)
-    pings = lab.popen("client", "ping", "-6", "-i", "0.02", "-c", "200", "-w", "15", Lab.INTERNET, stdout=subprocess.PIPE)
-    try:
+    with lab.popen("client", "ping", "-6", "-i", "0.02", "-c", "200", "-w", "15", Lab.INTERNET, stdout=subprocess.PIPE) as pings:
         stranger = site.client("victim", other, "second")  # a right key, but of another Id
         stranger.wait_for(
             "WARNING no connection to .*: denied: unknown Id or wrong key;"
             " the server won't serve this client until its operator changes that; trying again every 60 s"
         )
-        refusals = [site.answer("victim", each) for each in ("", other, key[:-1], None)] + [site.answer("unknown", key)]
-        assert refusals == [{"Error": "denied", "Text": "unknown Id or wrong key"}] * 5
-        with site.tunnel.peer("victim") as plain:
-            assert plain.answer()["Error"] == "tls-required"
+        answers = [site.answer("victim", each) for each in ("", other, key[:-1], None)] + [site.answer("unknown", key)]
+        assert answers == [{"Error": "denied", "Text": "unknown Id or wrong key"}] * 5
+        assert site.tunnel.refusal("victim")["Error"] == "tls-required"
         came = set(map(int, re.findall(r"icmp_seq=(\d+) ", pings.communicate(timeout=20)[0])))
         assert came >= set(range(1, 200)), "a ping of the victim was lost"  # `ping` may leave before the last one comes
-    finally:
-        pings.kill()
-        pings.communicate()
     assert (site.keys.read_bytes(), site.assignments.read_bytes(), server_devices(lab)) == before
     assert len(re.findall("no connection", stranger.log())) == 1  # of attempts every 2 s there would be three by now
     server.said("refused, denied: 'victim', wrong key", 5)
@@ -5860,60 +5818,46 @@ def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no
     assert other not in server.log()
 
 
-def test_a_newcomer_that_waits_for_its_turn_is_not_served_when_its_id_is_revoked_meanwhile(lab: Lab, site: Site) -> None:
-    key = site.issue("a")
-    server = site.serve()
-    with ExitStack() as undo:
-        for _ in range(tun6.TAKEOVERS_MAX + 1):
-            last = undo.enter_context(site.peer("a", key)).connected()
-        newcomer = undo.enter_context(site.peer("a", key))
-        server.wait_for("take it from each other")
-        site.clients("revoke", "a")
-        assert last.ended() == "closed"
-        newcomer.sock.settimeout(10)
-        assert newcomer.answer()["Error"] == "revoked"
+def test_a_newcomer_that_waits_is_not_served_when_its_id_is_revoked(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
+    for _ in range(tun6.TAKEOVERS_MAX + 1):
+        last = tls_peer(site, "a", key).connected()
+    newcomer = tls_peer(site, "a", key)
+    keyed_server.wait_for("take it from each other")
+    site.clients("revoke", "a")
+    assert last.ended() == "closed"
+    newcomer.sock.settimeout(10)
+    assert newcomer.answer()["Error"] == "revoked"
     wait_until_no_sessions(lab)
 
 
-class Listener:
-    """A server that a test speaks for, in a thread, and which refuses everybody in the end; what each connection said is kept."""
+@contextmanager
+def listening(lab: Lab, port: int, serve: Callable[[socket.socket], bytes]) -> Iterator[list[bytes]]:
+    """Serves each connection in a thread by this function, which returns what the peer said; gives the list of that."""
+    with lab.inside("server"):
+        listener = socket.create_server((Lab.SERVER, port))
+    said: list[bytes] = []
 
-    def __init__(self, lab: Lab, port: int, serve: Callable[[socket.socket], bytes]) -> None:
-        """`serve` gives what a connection said."""
-        with lab.inside("server"):
-            self._listener = socket.create_server((Lab.SERVER, port))
-        self._serve, self.said = serve, list[bytes]()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Listener:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
-        self._listener.close()
-
-    def _run(self) -> None:
+    def run() -> None:
         with suppress(OSError):
             while True:
-                sock, _ = self._listener.accept()
+                sock, _ = listener.accept()
                 sock.settimeout(5)
                 with sock:
-                    self.said.append(self._serve(sock))
+                    said.append(serve(sock))
 
-
-def tls_with(certificate: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    return context
+    with listener, ThreadPoolExecutor(1) as threads:
+        threads.submit(run)
+        try:
+            yield said
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(lab: Lab, site: Site) -> None:
     key = site.issue("who I am")
     server = site.serve()
     other = make_certificate(site.folder / "other.pem")
-    context = tls_with(site.folder / "other.pem")
+    context = tun6.server_tls_context(str(site.folder / "other.pem"))
 
     def relay(sock: socket.socket) -> bytes:
         """Ends TLS on both sides; gives what the client said."""
@@ -5929,24 +5873,19 @@ def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(la
                     near.sendall(far.recv(1 << 16))
         return said
 
-    with Listener(lab, site.tunnel.port + 5000, relay) as middle:
+    with listening(lab, site.tunnel.port + 5000, relay) as said:
         victim = site.client("who I am", key, remoteport=site.tunnel.port + 5000)
         victim.wait_for(f"WARNING no connection to .*the server's certificate has another fingerprint, {other}; nothing was said to it")
-        wait_until("it tries again", lambda: len(middle.said) >= 2)
-        # the same man gets what a client says that takes any certificate
-        with Peer(lab, site.tunnel.port + 5000) as trusting_one:
+        wait_until("it tries again", lambda: len(said) >= 2)
+        with Peer(lab, site.tunnel.port + 5000) as trusting_one:  # the same man gets what a client says that takes any certificate
             trusting_one.sock = trusting().wrap_socket(trusting_one.sock)
             trusting_one.hello("gullible")
             assert trusting_one.answer()["Error"] == "denied"
-        wait_until("he has heard that one", lambda: middle.said[-1])
-        said = middle.said
-    assert not any(said[:-1])
-    assert said[-1] == b'{"Id": "gullible"}'
+        wait_until("he has heard that one", lambda: said[-1])
+        assert said[-1] == b'{"Id": "gullible"}'
+        assert not any(said[:-1])
     assert "who I am" not in server.log()
     assert not victim.log().count(": has ")
-
-
-SECRET = "s" * 43
 
 
 @pytest.mark.waits
@@ -5959,22 +5898,19 @@ def test_a_client_with_a_key_never_falls_back_to_a_plain_server(lab: Lab, site: 
         sock.shutdown(socket.SHUT_WR)
         return first + all_of(sock)
 
-    with Listener(lab, site.tunnel.port, answer_plainly) as listener:
+    with listening(lab, site.tunnel.port, answer_plainly) as said:
         client = site.client("who I am", SECRET)
-        wait_until("it has tried all answers", lambda: len(listener.said) >= 4)
-        said = b"".join(listener.said)
-        assert all(each[0] == 0x16 for each in listener.said)
+        wait_until("it has tried all answers", lambda: len(said) >= 4)
+        assert all(each[0] == 0x16 for each in said)
         client.stop()
     for text in (b"who I am", SECRET.encode(), b"Id"):
-        assert text not in said
+        assert text not in b"".join(said)
     assert ": has " not in client.log()
     assert not any(address.startswith("2001:") for address in addresses(lab))
 
 
 @pytest.mark.parametrize("how", [{"tls": "yes"}, {"key": SECRET}], ids=["tls", "key"])
-def test_without_fingerprint_a_certificate_that_nobody_vouches_for_is_refused_with_a_clear_sentence(
-    lab: Lab, site: Site, how: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_fingerprint_a_certificate_needs_an_authority(site: Site, how: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     authority, signed = site.folder / "authority.pem", site.folder / "signed.pem"
     make_certificate(authority, "-subj", "/CN=an authority")
     by = ("-CA", str(authority), "-CAkey", str(authority))
@@ -5987,14 +5923,14 @@ def test_without_fingerprint_a_certificate_that_nobody_vouches_for_is_refused_wi
     site.tunnel.client("client", **how).prefix()
 
 
-def test_without_fingerprint_a_certificate_of_another_name_is_refused(lab: Lab, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fingerprint_a_certificate_of_another_name_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     make_certificate(site.cert, "-subj", "/CN=tun6", "-addext", "subjectAltName=IP:192.0.2.1")
     site.serve(keys=None)
     monkeypatch.setenv("SSL_CERT_FILE", str(site.cert))
     site.tunnel.client(tls="yes").wait_for("the server's certificate is not to be trusted: IP address mismatch.*10.9.0.1")
 
 
-def test_an_expired_certificate_is_taken_by_its_fingerprint(lab: Lab, site: Site) -> None:
+def test_an_expired_certificate_is_taken_by_its_fingerprint(site: Site) -> None:
     """A Raspberry Pi has no clock."""
     again = ["openssl", "x509", "-in", str(site.cert), "-signkey", str(site.cert), "-days", "-1"]
     expired = subprocess.run(again, capture_output=True, text=True, check=True).stdout
@@ -6004,11 +5940,10 @@ def test_an_expired_certificate_is_taken_by_its_fingerprint(lab: Lab, site: Site
     site.client("a", None).prefix()
 
 
-def test_another_certificate_is_told_even_when_the_outage_began_with_silence(lab: Lab, site: Site) -> None:
-    server = site.serve(keys=None)
+def test_another_certificate_is_told_even_when_the_outage_began_with_silence(site: Site, open_server: Program) -> None:
     client = site.client("a", None)
     client.prefix()
-    server.stop()
+    open_server.stop()
     client.wait_for("WARNING no connection to .*: (the peer closed the connection|Connection re)")
     make_certificate(site.cert)
     site.serve(keys=None)
