@@ -5956,7 +5956,7 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(sit
 
 @pytest.mark.parametrize("running", [True, False], ids=["on the running server", "on its files"])
 def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, running: bool) -> None:
-    first, third = (f"{site.tunnel.pool[number << 64]}/64" for number in (0, 3))
+    first, third, fifth = (f"{site.tunnel.pool[number << 64]}/64" for number in (0, 3, 5))
     if running:
         site.serve()
     else:
@@ -5985,7 +5985,7 @@ def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, ru
     ):
         assert site.complaint(*arguments) == f"tun6: {complaint}\n"
     assert (site.keys.read_bytes(), site.assignments.read_bytes()) == files
-    assert site.clients("pin", "a", "--", third.replace(":3::", ":5::"))["prefix"] == third.replace(":3::", ":5::")
+    assert site.clients("pin", "a", "--", fifth)["prefix"] == fifth
     assert site.clients("pin", "not yet here", first) == {"id": "not yet here", "prefix": first, "key": False, "revoked": False}
     assert site.clients("revoke", "b c") == {"id": "b c", "prefix": third, "key": True, "revoked": True}
     assert sorted(entry["id"] for entry in site.clients("list")) == ["a", "b c", "not yet here"]
@@ -6012,9 +6012,10 @@ def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_mo
     ping(lab, "client")
     (entry,) = site.clients("list")
     assert (entry["id"], entry["prefix"], entry["key"], entry["revoked"]) == ("it's 100 % = a:b[c]", str(prefix), True, False)
-    assert entry["session"]["peer"].startswith("10.9.0.2 port ")
-    assert entry["session"]["device"] in server_devices(lab)
-    assert min(entry["session"]["received"], entry["session"]["sent"]) > 5 * 56
+    session = entry["session"]
+    assert session["peer"].startswith("10.9.0.2 port ")
+    assert session["device"] in server_devices(lab)
+    assert min(session["received"], session["sent"]) > 5 * 56
     line = run_tun6("clients", "-c", str(site.config), "list").stdout
     assert re.fullmatch(
         rf"\"it's 100 % = a:b\[c\]\"  {prefix}  has a key, connected for \d+ s from 10.9.0.2 port \d+ on tun6-\d+, \d+ bytes received,"
@@ -6029,69 +6030,65 @@ def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_mo
     assert client.log().count("no connection") == 1
 
 
-@pytest.mark.parametrize("id_", ["a #1", "#1", "; a", "a ;b", " a", "a "])
-def test_an_id_that_config_ini_can_not_say_gets_no_key(site: Site, id_: str) -> None:
-    site.write_config()
-    assert re.search("config.ini", site.complaint("add", id_))
-    assert not site.keys.exists()
-    assert not site.assignments.exists()
-
-
-@pytest.mark.parametrize("cert", ["missing.pem", "keys-only.pem"])
-def test_a_key_that_could_not_be_shown_is_not_made(site: Site, cert: str) -> None:
+@pytest.mark.parametrize(
+    ("cert", "id_", "complaint"),
+    [
+        *(("site-cert.pem", id_, "config.ini") for id_ in ("a #1", "#1", "; a", "a ;b", " a", "a ")),
+        *((cert, "a", f"{cert}: .*`tun6.py keygen` makes one") for cert in ("missing.pem", "keys-only.pem")),
+    ],
+)
+def test_a_key_whose_config_ini_can_not_be_shown_is_not_made(site: Site, cert: str, id_: str, complaint: str) -> None:
     (site.folder / "keys-only.pem").write_text(site.cert.read_text().partition("-----BEGIN CERTIFICATE-----")[0])
     site.write_config(cert=cert)
-    assert re.search(f"{cert}: .*`tun6.py keygen` makes one", site.complaint("add", "a"))
+    assert re.search(complaint, site.complaint("add", id_))
     assert not site.keys.exists()
     assert not site.assignments.exists()
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before the action", "behind it"])
-def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site, first: bool) -> None:
+def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site) -> None:
     site.write_config()
     options = ["-c", str(site.config), "--json"]
-    done = run_tun6("clients", *(options if first else []), "list", *([] if first else options))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    for arguments in (["list", *options], [*options, "list"]):
+        done = run_tun6("clients", *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
-def test_revoke_new_key_and_pin_end_the_live_session_at_once_and_the_prefix_stays_reserved(lab: Lab, site: Site) -> None:
-    key, of_other = site.issue("a"), site.issue("other")
+def test_revoke_new_key_and_pin_end_the_live_session_at_once(site: Site, key: str) -> None:
+    of_other = site.issue("other")
     server = site.serve()
-    with site.peer("other", of_other, "second") as other:
-        other.connected()
-        with site.peer("a", key) as peer:
-            prefix = peer.connected().prefix
-            peer.echo()
-            site.clients("revoke", "a")
-            assert peer.ends_at_once()
-        server.wait_for("'a' from .*: gone, it was revoked;")
-        assert site.answer("a", key) == {"Error": "revoked", "Text": "this Id was revoked by the server's operator"}
-        assert site.answer("a", of_other)["Error"] == "denied"
-        assert site.clients("add", "new")["prefix"] not in (str(prefix), str(other.prefix))
-        assert f"{prefix} is already the prefix of 'a'" in site.complaint("pin", "new", str(prefix))
-        site.clients("restore", "a")
-        with site.peer("a", key) as peer:
-            assert peer.connected().prefix == prefix
-            new = site.clients("add", "a", "--new-key")["key"]
-            assert peer.ends_at_once()
-        server.wait_for("'a' from .*: gone, it got another key;")
-        assert site.answer("a", key)["Error"] == "denied"
-        with site.peer("a", new) as peer:
-            assert peer.connected().prefix == prefix
-            site.clients("pin", "a", str(prefix))  # which it has
-            peer.echo()
-            moved = site.clients("pin", "a", f"{site.tunnel.pool[77 << 64]}/64")["prefix"]
-            assert peer.ends_at_once()
-        server.wait_for("'a' from .*: gone, its prefix was changed;")
-        with site.peer("a", new) as peer:
-            assert str(peer.connected().prefix) == moved
-            peer.echo()
-        other.echo()
+    other = tls_peer(site, "other", of_other, "second").connected()
+    peer = tls_peer(site, "a", key)
+    prefix = peer.connected().prefix
+    peer.echo()
+
+    site.clients("revoke", "a")
+    assert peer.ends_at_once()
+    server.wait_for("'a' from .*: gone, it was revoked;")
+    assert site.answer("a", key) == {"Error": "revoked", "Text": "this Id was revoked by the server's operator"}
+    assert site.answer("a", of_other)["Error"] == "denied"
+    assert site.clients("add", "new")["prefix"] not in (str(prefix), str(other.prefix))  # it stays reserved
+    assert f"{prefix} is already the prefix of 'a'" in site.complaint("pin", "new", str(prefix))
+
+    site.clients("restore", "a")
+    peer = tls_peer(site, "a", key)
+    assert peer.connected().prefix == prefix
+    new = site.clients("add", "a", "--new-key")["key"]
+    assert peer.ends_at_once()
+    server.wait_for("'a' from .*: gone, it got another key;")
+    assert site.answer("a", key)["Error"] == "denied"
+
+    peer = tls_peer(site, "a", new)
+    assert peer.connected().prefix == prefix
+    site.clients("pin", "a", str(prefix))  # which it has
+    peer.echo()
+    moved = site.clients("pin", "a", f"{site.tunnel.pool[77 << 64]}/64")["prefix"]
+    assert peer.ends_at_once()
+    server.wait_for("'a' from .*: gone, its prefix was changed;")
+    assert str(tls_visit(site, "a", new)) == moved
+    other.echo()
 
 
-def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, site: Site) -> None:
-    key = site.issue("a")
-    site.serve()
+def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     client = site.client("a", key)
     client.prefix()
     site.clients("revoke", "a")
@@ -6102,105 +6099,73 @@ def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, si
 
 def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> None:
     site.serve(cert=None, keys=None)
-    with site.tunnel.peer("a") as peer:
-        prefix = peer.connected().prefix
-        entry = site.of("a")
-        assert (entry["prefix"], entry["key"], entry["revoked"]) == (str(prefix), False, False)
-        for arguments in (["add", "a"], ["revoke", "a"], ["restore", "a"]):
-            assert site.complaint(*arguments) == (
-                "tun6: this server is open to everybody; name a file with `keys` in config.ini, and restart it\n"
-            )
-        peer.echo()
-        site.clients("pin", "a", f"{site.tunnel.pool[2 << 64]}/64")
-        assert peer.ended() == "closed"
-    with site.tunnel.peer("a") as peer:
-        assert peer.connected().prefix == IPv6Network(f"{site.tunnel.pool[2 << 64]}/64")
+    peer = site.tunnel.peer("a").connected()
+    entry = site.of("a")
+    assert (entry["prefix"], entry["key"], entry["revoked"]) == (str(peer.prefix), False, False)
+    for action in ("add", "revoke", "restore"):
+        assert site.complaint(action, "a") == (
+            "tun6: this server is open to everybody; name a file with `keys` in config.ini, and restart it\n"
+        )
+    peer.echo()
+    pinned = IPv6Network(f"{site.tunnel.pool[2 << 64]}/64")
+    site.clients("pin", "a", str(pinned))
+    assert peer.ended() == "closed"
+    assert site.tunnel.visit("a") == pinned
 
 
 def certificate_shown(site: Site) -> str:
     """The fingerprint that a newcomer sees."""
-    with TlsPeer(site.tunnel.lab, site.tunnel.port) as peer:
-        return str(peer.tls.fingerprint())
+    return str(tls_connect(site).tls.fingerprint())
 
 
-def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(lab: Lab, site: Site) -> None:
-    ids = ("stays", "removed", "revoked")
-    keys = {id_: site.issue(id_) for id_ in ids}
+def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(site: Site) -> None:
+    keys = {id_: site.issue(id_) for id_ in ("stays", "removed", "revoked", "has another key")}
     server = site.serve()
-    with ExitStack() as undo:
-        peers = {id_: undo.enter_context(site.peer(id_, keys[id_])) for id_ in ids}
-        for peer in peers.values():
-            peer.connected()
-        entries = json.loads(site.keys.read_text())
-        del entries["removed"]
-        entries["revoked"]["revoked"] = True
-        site.keys.write_text(json.dumps(entries))
-        added = site.issue("added")
-        certificate = make_certificate(site.cert)
-        assert site.answer("added", added)["Error"] == "denied"
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for("INFO keys and certificate read anew")
-        for id_ in ids[1:]:
-            assert peers[id_].ended() == "closed"
-            server.wait_for(f"'{id_}' from .*: gone, its key was taken away;")
-        peers["stays"].echo()
-        assert certificate_shown(site) == certificate != site.fingerprint
-        assert "Prefix" in site.answer("added", added)
-        peers["stays"].echo()
+    peers = {id_: tls_peer(site, id_, key).connected() for id_, key in keys.items()}
+    entries = json.loads(site.keys.read_text())
+    del entries["removed"]
+    entries["revoked"]["revoked"] = True
+    site.keys.write_text(json.dumps(entries))
+    site.issue("has another key")
+    added = site.issue("added")
+    certificate = make_certificate(site.cert)
+    assert site.answer("added", added)["Error"] == "denied"
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("INFO keys and certificate read anew")
+    for id_ in ("removed", "revoked", "has another key"):
+        assert peers[id_].ended() == "closed"
+        server.wait_for(f"'{id_}' from .*: gone, its key was taken away;")
+    peers["stays"].echo()
+    assert certificate_shown(site) == certificate != site.fingerprint
+    assert "Prefix" in site.answer("added", added)
+    peers["stays"].echo()
     assert (site.answer("removed", keys["removed"])["Error"], site.answer("revoked", keys["revoked"])["Error"]) == ("denied", "revoked")
 
 
-def test_sighup_ends_the_session_of_an_old_key(site: Site) -> None:
-    key = site.issue("a")
-    server = site.serve()
-    with site.peer("a", key) as peer:
-        peer.connected()
-        site.issue("a")
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for("keys and certificate read anew")
-        assert peer.ends_at_once()
-
-
 @pytest.mark.parametrize("broken", ["keys", "cert", "no cert"])
-def test_sighup_with_a_broken_file_keeps_keys_and_certificate_as_they_were(site: Site, broken: str) -> None:
-    key = site.issue("a")
-    server = site.serve()
-    with site.peer("a", key) as peer:
-        peer.connected()
-        if broken == "keys":
-            make_certificate(site.cert)
-            site.keys.write_text('{"a": {}}')
-        else:
-            site.keys.write_text("{}")
-            site.cert.write_text("-----BEGIN CERTIFICATE-----\n")
-            if broken == "no cert":
-                site.cert.unlink()
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for(f"ERROR keys and certificate stay as they were: {site.keys if broken == 'keys' else site.cert}")
-        peer.echo()
-        assert certificate_shown(site) == site.fingerprint
-        assert site.answer("a", "wrong")["Error"] == "denied"
-        peer.echo()
-        with site.peer("a", key) as again:
-            again.connected().echo()
-    assert server.process.poll() is None
+def test_sighup_with_a_broken_file_keeps_keys_and_certificate(site: Site, key: str, keyed_server: Program, broken: str) -> None:
+    peer = tls_peer(site, "a", key).connected()
+    if broken == "keys":
+        make_certificate(site.cert)
+        site.keys.write_text('{"a": {}}')
+    else:
+        site.keys.write_text("{}")
+        site.cert.write_text("-----BEGIN CERTIFICATE-----\n")
+        if broken == "no cert":
+            site.cert.unlink()
+    keyed_server.process.send_signal(signal.SIGHUP)
+    keyed_server.wait_for(f"ERROR keys and certificate stay as they were: {site.keys if broken == 'keys' else site.cert}")
+    peer.echo()
+    assert certificate_shown(site) == site.fingerprint
+    assert site.answer("a", "wrong")["Error"] == "denied"
+    peer.echo()
+    tls_visit(site, "a", key)
+    assert keyed_server.process.poll() is None
 
 
-def test_the_control_socket_is_roots_alone_and_gone_after_the_end(site: Site) -> None:
-    control = site.folder / "run" / "server.sock"
-    server = site.serve(control=control)
-    assert stat.S_ISSOCK(control.stat().st_mode)
-    assert control.stat().st_mode & 0o7777 == 0o600
-    assert site.clients("list") == []
-    server.stop()
-    assert not control.exists()
-    assert site.clients("list") == []  # from the files
-
-
-def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_is_not(lab: Lab, site: Site) -> None:
+def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_is_not(site: Site) -> None:
     control = site.folder / "server.sock"
-    server = site.serve(control=control)
-    server.kill()
+    site.serve(control=control).kill()
     assert control.exists()
     site.clients("add", "a")  # nobody listens there, so it is done on the files
     server = site.serve(control=control)
@@ -6217,6 +6182,9 @@ def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_i
     beside_it.stop()
     assert control.exists()
     assert len(site.clients("list")) == 2
+    server.stop()
+    assert not control.exists()
+    assert len(site.clients("list")) == 2  # from the files
 
 
 def test_clients_do_not_touch_the_files_of_a_server_that_they_can_not_reach(site: Site) -> None:
@@ -6234,63 +6202,59 @@ def test_without_server_and_without_assignments_file_there_is_nothing_to_adminis
     assert site.answer("a", added["key"])["Prefix"] == added["prefix"]
 
 
-@pytest.fixture
-def control_server(site: Site) -> Site:
+def control_connection(site: Site) -> socket.socket:
+    """A connection to the control socket of the first server; it is closed at the end."""
+    sock = socket.socket(socket.AF_UNIX)
+    site.tunnel._undo.callback(sock.close)
+    sock.connect(str(site.folder / "0.sock"))
+    sock.settimeout(5)
+    return sock
+
+
+def test_a_request_that_no_tun6_makes_hurts_nobody(site: Site) -> None:
     site.serve()
-    return site
-
-
-@pytest.mark.parametrize(
-    "request_", [b"", b"garbage", b"{}", b'{"do": "list"}', b'{"do": "_drop", "files": %s}', b'{"do": "add", "files": %s}', b"{" * 9999]
-)
-def test_a_request_that_no_tun6_makes_hurts_nobody(control_server: Site, request_: bytes) -> None:
-    site = control_server
     files = json.dumps([str(site.assignments), str(site.keys)]).encode()
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
-        sock.connect(str(site.folder / "0.sock"))
-        sock.sendall(request_.replace(b"%s", files))
+    for request in (
+        *(b"", b"garbage", b"{}", b'{"do": "list"}', b"{" * 9999),
+        *(b'{"do": "%s", "files": %s}' % (action, files) for action in (b"_drop", b"add")),
+    ):
+        sock = control_connection(site)
+        sock.sendall(request)
         sock.shutdown(socket.SHUT_WR)
         answer = all_of(sock)
-    assert not answer or list(json.loads(answer)) == ["error"]
+        assert not answer or list(json.loads(answer)) == ["error"]
+        assert site.clients("list") == []
+
+
+def test_whoever_says_nothing_on_the_control_socket_keeps_neither_others_nor_the_end_waiting(site: Site) -> None:
+    server = site.serve()
+    for _ in range(20):
+        control_connection(site)
+    assert site.clients("list") == []
+    server.stop()
+
+
+def test_a_server_that_ran_out_of_descriptors_can_be_administrated_when_it_has_some_again(site: Site) -> None:
+    server = site.serve()
+    with descriptors(server, 2):
+        socks = [control_connection(site) for _ in range(5)]
+        server.wait_for("ERROR control: can't accept a connection: Too many open files")
+    for sock in socks:
+        sock.close()
     assert site.clients("list") == []
 
 
-def test_whoever_says_nothing_on_the_control_socket_keeps_neither_others_nor_the_end_waiting(control_server: Site) -> None:
-    with ExitStack() as undo:
-        for _ in range(20):
-            sock = undo.enter_context(socket.socket(socket.AF_UNIX))
-            sock.connect(str(control_server.folder / "0.sock"))
-        assert control_server.clients("list") == []
-        control_server.tunnel._programs[0].stop()
-
-
-def test_a_server_that_ran_out_of_descriptors_can_be_administrated_when_it_has_some_again(control_server: Site) -> None:
-    pid = control_server.tunnel._programs[0].process.pid
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    room = len(os.listdir(f"/proc/{pid}/fd")) + 2
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (room, limits[1]))
-    with ExitStack() as undo:
-        undo.callback(resource.prlimit, pid, resource.RLIMIT_NOFILE, limits)
-        for _ in range(5):
-            sock = undo.enter_context(socket.socket(socket.AF_UNIX))
-            sock.connect(str(control_server.folder / "0.sock"))
-        wait_until("it has no descriptor left", lambda: len(os.listdir(f"/proc/{pid}/fd")) >= room - 1)
-        control_server.tunnel._programs[0].wait_for("ERROR control: can't accept a connection: Too many open files")
-    assert control_server.clients("list") == []
-
-
 @pytest.mark.parametrize("cert", ["made.pem", None])
-def test_keygen_makes_a_certificate_whose_fingerprint_clients_accept_and_never_overwrites(lab: Lab, site: Site, cert: str | None) -> None:
+def test_keygen_makes_a_certificate_that_clients_accept_and_never_overwrites(site: Site, cert: str | None) -> None:
     site.write_config(cert=cert, keys=None)
     file = site.folder / (cert or "server.pem")
     done = run_tun6("keygen", "-c", str(site.config))
     assert (done.returncode, done.stderr) == (0, "")
     assert ("cert = server.pem" in done.stdout) == (cert is None)
-    fingerprint = re.findall("^Clients know the server by .* fingerprint = (sha256:[0-9a-f]{64})$", done.stdout, re.MULTILINE)[0]
+    (fingerprint,) = re.findall("^Clients know the server by .* fingerprint = (sha256:[0-9a-f]{64})$", done.stdout, re.MULTILINE)
     assert file.stat().st_mode & 0o7777 == 0o600
-    assert fingerprint == fingerprint_in(file.read_text())
     made = file.read_bytes()
+    assert fingerprint == fingerprint_in(made.decode())
     sentence = only_line(run_tun6("keygen", "-c", str(site.config)), 2)
     assert sentence == f"tun6: {file} is there already, its fingerprint is {fingerprint}; move it away to make another\n"
     assert file.read_bytes() == made
@@ -6309,8 +6273,13 @@ def test_keygen_that_can_not_make_the_file_says_so(site: Site, tmp_path: Path) -
     assert not (site.folder / "new.pem").exists()
 
 
-def test_status_says_how_the_running_server_is(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def no_status(server: Program) -> None:
+    """Asking says that no server runs."""
+    for arguments in ([], ["--json"]):
+        assert "no server" in only_line(run_tun6("status", "-c", str(server.config), *arguments), 1)
+
+
+def test_status_says_how_the_running_server_is(tunnel: Tunnel, server: Program) -> None:
     began = time.monotonic()
     empty = status_of(server)
     assert empty.keys() == {"seconds", "sessions", "assignments", "greenlets", "threads", "files", "memory", "queued", "latency"}
@@ -6319,38 +6288,39 @@ def test_status_says_how_the_running_server_is(lab: Lab, tunnel: Tunnel) -> None
     assert empty["threads"] >= 1
     assert empty["files"] == pytest.approx(len(os.listdir(f"/proc/{server.process.pid}/fd")), abs=3)  # while it is asked, one more
     assert empty["memory"] == pytest.approx(memory(server), rel=0.2)
-    with ExitStack() as undo:
-        for number in range(3):
-            undo.enter_context(tunnel.peer(f"client {number}")).connected().echo()
-        asked = time.monotonic()
-        full = status_of(server)
-        assert (full["sessions"], full["assignments"]) == (3, 3)
-        assert full["files"] - empty["files"] == 6  # a socket and a TUN each
-        assert 6 <= full["greenlets"] - empty["greenlets"] <= 15
-        assert asked - began - 1 <= full["seconds"] <= time.monotonic() - began + 2
-        assert full["latency"]["samples"] > empty["latency"]["samples"]
-        assert 0 <= full["latency"]["median"] <= full["latency"]["p99"] <= full["latency"]["max"] < 10  # and not in ms
+    peers = tunnel.crowd(3)
+    for peer in peers:
+        peer.echo()
+    asked = time.monotonic()
+    full = status_of(server)
+    assert (full["sessions"], full["assignments"]) == (3, 3)
+    assert full["files"] - empty["files"] == 6  # a socket and a TUN each
+    assert 6 <= full["greenlets"] - empty["greenlets"] <= 15
+    assert asked - began - 1 <= full["seconds"] <= time.monotonic() - began + 2
+    assert full["latency"]["samples"] > empty["latency"]["samples"]
+    assert 0 <= full["latency"]["median"] <= full["latency"]["p99"] <= full["latency"]["max"] < 10  # and not in ms
+    for peer in peers:
+        peer.sock.close()
     kinds = ("sessions", "files", "greenlets")
     wait_until("all they had is released", lambda: [status_of(server)[kind] for kind in kinds] == [empty[kind] for kind in kinds])
     assert status_of(server)["assignments"] == 3
 
-    done = run_tun6("status", "-c", config_of(server))
+    done = run_tun6("status", "-c", str(server.config))
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(empty)
     assert all(re.fullmatch(r"\w+ +\d.*|latency +.*\d ms.*", line) for line in lines), done.stdout
     assert "MiB" in lines[list(empty).index("memory")]
 
-    ends: list[Callable[[Program], object]] = [Program.kill, Program.stop]  # a socket stays, or none
-    for end in ends:
-        end(server)
-        for arguments in ([], ["--json"]):
-            assert "no server" in only_line(run_tun6("status", "-c", config_of(server), *arguments), 1)
-        server = tunnel.server()
+    server.kill()
+    no_status(server)  # its socket is left
+    server.start()
+    server.wait_for(" serving ", 2)
+    server.stop()
+    no_status(server)  # its socket has gone
 
 
-def test_a_server_that_stood_still_says_for_how_long(tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_a_server_that_stood_still_says_for_how_long(server: Program) -> None:
     wait_until("it has begun to measure", lambda: status_of(server)["latency"]["samples"] > 5)
     before = status_of(server)["latency"]["max"]
     server.process.send_signal(signal.SIGSTOP)
