@@ -5669,24 +5669,6 @@ def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab:
     live.echo()
 
 
-@pytest.mark.waits
-def test_a_peer_that_stops_in_the_tls_handshake_is_dropped_after_ten_seconds(site: Site, open_server: Program) -> None:
-    half, whole, live = site.tunnel.connect(), site.tunnel.connect(), tls_peer(site, "live").connected()
-    began = time.monotonic()
-    half.sock.sendall(client_hello()[:100])
-    whole.sock.sendall(client_hello())
-    assert whole.sock.recv(1 << 16)[0] == 0x16  # and now it would be its turn
-    waiting = [half.sock, whole.sock]
-    while waiting and time.monotonic() < began + 15:
-        for sock in select.select(waiting, [], [], 1)[0]:
-            if not sock.recv(1 << 16):
-                assert 9 < time.monotonic() - began < 13
-                waiting.remove(sock)
-        live.echo()
-    assert not waiting
-    open_server.said("left during the handshake: no answer within 10 s", 2)
-
-
 @pytest.mark.parametrize("over_tls", [False, True], ids=["plain", "TLS"])
 def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site: Site, open_server: Program, over_tls: bool) -> None:
     stopped = [site.tunnel.connect() for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
@@ -5755,18 +5737,6 @@ def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(site: Site, w
     served = {id_ for id_, what in expected.items() if what == "served"}
     assert set(server.said(r"INFO '(.+?)' from .*: has ", len(served))) == served
     assert set(re.findall(r"INFO '(.+?)' from .*, over TLS", server.log())) == served & {"tls", "key", "tls by hand"}
-
-
-def test_a_server_with_keys_and_no_usable_certificate_does_not_start(lab: Lab, site: Site) -> None:
-    site.keys.write_text("{}")
-    for cert, complaint in (
-        (None, r"\[server\] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"),
-        ("missing.pem", "missing.pem: No such file or directory; `tun6.py keygen` makes one"),
-        (site.keys.name, "keys.json is not a certificate with its key: .*; `tun6.py keygen` makes one"),
-    ):
-        site.write_config(cert=cert)
-        done = lab.run("server", sys.executable, TUN6, "server", "-c", str(site.config), timeout=10)
-        assert re.fullmatch(f"tun6: .*{complaint}\n", only_line(done, 2))
 
 
 def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
