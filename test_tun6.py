@@ -5689,7 +5689,7 @@ def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site:
     assert stopped[0].ended() in ("closed", "reset")
 
 
-def test_who_talks_tls_without_end_instead_of_hello_is_refused_and_holds_nobody_up(site: Site, open_server: Program) -> None:
+def test_who_talks_tls_without_end_instead_of_hello_is_refused_and_delays_nobody(site: Site, open_server: Program) -> None:
     live = site.tunnel.peer("live", host="second").connected()
     live.echo()
     hostile = tls_connect(site)
@@ -5833,24 +5833,24 @@ def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(la
         """Ends TLS on both sides; gives what the client said."""
         said = b""
         with lab.inside("server"):
-            onward = socket.socket()
-        with onward, suppress(OSError), context.wrap_socket(sock, server_side=True) as near:
-            onward.connect((Lab.SERVER, site.tunnel.port))
-            with trusting().wrap_socket(onward) as far:
-                while more := near.recv(1 << 16):
+            raw = socket.socket()
+        with raw, suppress(OSError), context.wrap_socket(sock, server_side=True) as to_client:
+            raw.connect((Lab.SERVER, site.tunnel.port))
+            with trusting().wrap_socket(raw) as to_server:
+                while more := to_client.recv(1 << 16):
                     said += more
-                    far.sendall(more)
-                    near.sendall(far.recv(1 << 16))
+                    to_server.sendall(more)
+                    to_client.sendall(to_server.recv(1 << 16))
         return said
 
     with listening(lab, site.tunnel.port + 5000, relay) as said:
         victim = site.client("who I am", key, remoteport=site.tunnel.port + 5000)
         victim.wait_for(f"WARNING no connection to .*the server's certificate has another fingerprint, {other}; nothing was said to it")
         wait_until("it tries again", lambda: len(said) >= 2)
-        with Peer(lab, site.tunnel.port + 5000) as trusting_one:  # the same man gets what a client says that takes any certificate
-            trusting_one.sock = trusting().wrap_socket(trusting_one.sock)
-            trusting_one.hello("gullible")
-            assert trusting_one.answer()["Error"] == "denied"
+        with Peer(lab, site.tunnel.port + 5000) as gullible:  # the same man gets what a client says that takes any certificate
+            gullible.sock = trusting().wrap_socket(gullible.sock)
+            gullible.hello("gullible")
+            assert gullible.answer()["Error"] == "denied"
         wait_until("he has heard that one", lambda: said[-1])
         assert said[-1] == b'{"Id": "gullible"}'
         assert not any(said[:-1])
@@ -6243,7 +6243,7 @@ def test_keygen_that_can_not_make_the_file_says_so(site: Site, tmp_path: Path) -
     assert not (site.folder / "new.pem").exists()
 
 
-def no_status(server: Program) -> None:
+def expect_no_server(server: Program) -> None:
     """Asking says that no server runs."""
     for arguments in ([], ["--json"]):
         assert "no server" in only_line(run_tun6("status", "-c", str(server.config), *arguments), 1)
@@ -6283,11 +6283,11 @@ def test_status_says_how_the_running_server_is(tunnel: Tunnel, server: Program) 
     assert "MiB" in lines[list(empty).index("memory")]
 
     server.kill()
-    no_status(server)  # its socket is left
+    expect_no_server(server)  # its socket is left
     server.start()
     server.wait_for(" serving ", 2)
     server.stop()
-    no_status(server)  # its socket has gone
+    expect_no_server(server)  # its socket has gone
 
 
 def test_a_server_that_stood_still_says_for_how_long(server: Program) -> None:
