@@ -5103,42 +5103,41 @@ def test_a_frame_of_too_many_segments_ends_the_session(tunnel: Tunnel, server: P
 
 # ---- end to end: ingress filter --------------------------------------------------------------------------------------
 
+
 MARK, LAST = b"injected, must not pass", b"sentinel, must pass"
 
 
 class Capture:
-    """The IPv6 packets that cross a device of a host from now on, in both directions."""
+    """The IPv6 packets that cross a device of a host from now on, in both directions, until the tunnel ends."""
 
-    def __init__(self, lab: Lab, host: str, device: str) -> None:
-        with lab.inside(host):
+    def __init__(self, tunnel: Tunnel, host: str, device: str) -> None:
+        with tunnel.lab.inside(host):
             self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x86DD))
-        self._sock.settimeout(5)
-        with lab.inside(host):
+            tunnel._undo.callback(self._sock.close)
             self._sock.bind((device, 0x86DD))
+        self._sock.settimeout(5)
 
-    def __enter__(self) -> Capture:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-
-    def up_to(self, last: bytes) -> list[bytes]:
+    def up_to(self, last: bytes) -> Iterator[bytes]:
         """The packets before the one that has these bytes in it."""
-        found: list[bytes] = []
-        while True:
-            found.append(self._sock.recv(70_000))
-            if last in found[-1]:
-                return found[:-1]
+        while last not in (found := self._sock.recv(70_000)):
+            yield found
 
-    def so_far(self) -> list[bytes]:
+    def so_far(self) -> Iterator[bytes]:
         """Those that are there already."""
         self._sock.setblocking(False)
-        found: list[bytes] = []
-        try:
+        with suppress(BlockingIOError):
             while True:
-                found.append(self._sock.recv(70_000))
-        except BlockingIOError:
-            return found
+                yield self._sock.recv(70_000)
+
+
+def received_up_to(sock: socket.socket, last: bytes) -> bytes:
+    """What comes, until these bytes have come."""
+    stream = b""
+    while last not in stream:
+        data = sock.recv(1 << 16)
+        assert data, "the other side closed the connection"
+        stream += data
+    return stream
 
 
 def udp_between(source: IPv6Address, destination: IPv6Address, payload: bytes) -> bytes:
@@ -5159,9 +5158,9 @@ def router_advertisement(source: IPv6Address, destination: IPv6Address) -> bytes
     return icmp_between(source, destination, 134, struct.pack(">BBHII", 64, 0, 1800, 0, 0) + prefix + MARK + b"\0")
 
 
-def redirect(source: IPv6Address, destination: IPv6Address, target: IPv6Address, of: IPv6Address) -> bytes:
-    """RFC 4861 section 4.5: packets for `of` are to go to `target`."""
-    return icmp_between(source, destination, 137, bytes(4) + target.packed + of.packed + MARK)
+def redirect(source: IPv6Address, destination: IPv6Address) -> bytes:
+    """RFC 4861 section 4.5: packets for the Internet host are to go to the source."""
+    return icmp_between(source, destination, 137, bytes(4) + source.packed + ABROAD.packed + MARK)
 
 
 def behind(header: int, packet_: bytes) -> bytes:
@@ -5170,27 +5169,30 @@ def behind(header: int, packet_: bytes) -> bytes:
     return packet_[:4] + struct.pack(">HB", len(packet_) - 40 + len(extension), header) + packet_[7:40] + extension + packet_[40:]
 
 
-LINK_LOCAL, ALL_NODES = IPv6Address("fe80::bad"), IPv6Address("ff02::1")
+STRANGER, LINK_LOCAL, ALL_NODES, LOOPBACK, NOBODY = map(IPv6Address, ("2001:db8:bad::1", "fe80::bad", "ff02::1", "::1", "::"))
 
 
-def wrong_from_a_client(own: IPv6Network, other: IPv6Network) -> list[bytes]:
-    """Packets, all with MARK in them, that no client may send whose /64 is `own`."""
-    me, neighbour, stranger = own[1], other[1], IPv6Address("2001:db8:bad::1")
-    spoofed = [udp_between(source, ABROAD, MARK) for source in (neighbour, stranger, LINK_LOCAL, ALL_NODES, IPv6Address("::1"))]
-    return [
-        *spoofed,
-        *(behind(header, spoofed[0]) for header in (44, HOP_BY_HOP, 43, 60)),
-        *(udp_between(source, neighbour, MARK) for source in (stranger, ABROAD, LINK_LOCAL)),
-        *(udp_between(me, IPv6Address(to), MARK) for to in ("ff02::1", "ff05::2", "ff0e::1", "fe80::1", "::1", "::", "::ffff:10.9.0.1")),
-        udp_between(me, own[2], MARK),
-        udp_between(IPv6Address("::"), ABROAD, MARK),
-        router_advertisement(LINK_LOCAL, ALL_NODES),
-        router_advertisement(me, ALL_NODES),
-        router_advertisement(LINK_LOCAL, neighbour),
-        redirect(LINK_LOCAL, neighbour, LINK_LOCAL, ABROAD),
-        redirect(me, ALL_NODES, me, ABROAD),
-        behind(44, router_advertisement(LINK_LOCAL, ALL_NODES)),
-    ]
+def wrong_from_a_client(own: IPv6Network, other: IPv6Network) -> dict[str, list[bytes]]:
+    """Packets, all with MARK in them, that no client may send whose /64 is `own`, by what the log says of them."""
+    me, neighbour = own[1], other[1]
+    return {
+        "outside its /64": [
+            *(udp_between(source, ABROAD, MARK) for source in (neighbour, STRANGER, LINK_LOCAL, ALL_NODES, LOOPBACK, NOBODY)),
+            *(udp_between(source, neighbour, MARK) for source in (STRANGER, ABROAD, LINK_LOCAL)),
+            *(behind(header, udp_between(neighbour, ABROAD, MARK)) for header in (44, HOP_BY_HOP, 43, 60)),
+            *(router_advertisement(LINK_LOCAL, to) for to in (ALL_NODES, neighbour)),
+            behind(44, router_advertisement(LINK_LOCAL, ALL_NODES)),
+            redirect(LINK_LOCAL, neighbour),
+        ],
+        "within its /64": [udp_between(me, own[2], MARK)],
+        "multicast": [
+            *(udp_between(me, IPv6Address(to), MARK) for to in ("ff02::1", "ff05::2", "ff0e::1")),
+            router_advertisement(me, ALL_NODES),
+            redirect(me, ALL_NODES),
+        ],
+        "link-local": [udp_between(me, IPv6Address("fe80::1"), MARK)],
+        "loopback": [udp_between(me, to, MARK) for to in (LOOPBACK, NOBODY, IPv6Address("::ffff:10.9.0.1"))],
+    }
 
 
 def refusals(log: str, id_: str) -> Counter[str]:
@@ -5199,131 +5201,89 @@ def refusals(log: str, id_: str) -> Counter[str]:
     return Counter({reason: int(times) for times, reason in re.findall(r"(\d+) refused as ([^,\n]+)", line)})
 
 
-@pytest.mark.parametrize("offload_", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
-def test_what_a_client_may_not_send_reaches_neither_the_internet_nor_another_client_and_is_counted(
-    lab: Lab, tunnel: Tunnel, offload_: list[str] | None
-) -> None:
-    server = tunnel.server()
+@pytest.mark.parametrize("kinds", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
+def test_what_no_client_may_send_reaches_nobody_and_is_counted(lab: Lab, tunnel: Tunnel, server: Program, kinds: list[str] | None) -> None:
     before = state_of(lab, "internet")
-    with (
-        Capture(lab, "internet", "eth0") as internet,
-        Capture(lab, "server", "lo") as loopback,
-        tunnel.peer("culprit", offload=offload_) as culprit,
-        tunnel.peer("victim", offload=offload_) as victim,
-    ):
-        own, other = culprit.connected().prefix, victim.connected().prefix
-        culprit.echo()
-        routes = lab.ip("server", "-6 route show table all")
-        wrong = wrong_from_a_client(own, other)
-        header = culprit._header
-        last = [udp_between(own[1], destination, LAST) for destination in (ABROAD, other[1])]
-        culprit.sock.sendall(b"".join(header + each for each in [*wrong, *last]))
-        assert not [each for each in internet.up_to(LAST) if MARK in each]
-        while LAST not in (got := victim.frame()[1]):
-            assert MARK not in got
-        culprit.echo()
-        victim.echo()
-        assert not [each for each in loopback.so_far() if MARK in each]
-        assert lab.ip("server", "-6 route show table all") == routes
-        assert state_of(lab, "internet") == before
-        culprit.sock.close()
-        server.wait_for("'culprit' from .*: gone")
-    reasons: Counter[str] = Counter()
-    for each in wrong:
-        source, destination = IPv6Address(each[8:24]), IPv6Address(each[24:40])
-        near_home = source in own, destination in own
-        reasons[
-            "outside its /64"
-            if not near_home[0]
-            else "within its /64"
-            if near_home[1]
-            else "multicast"
-            if destination.is_multicast
-            else "link-local"
-            if destination.is_link_local
-            else "loopback"
-        ] += 1
-    assert set(reasons) == {"outside its /64", "within its /64", "multicast", "link-local", "loopback"}
-    assert refusals(server.log(), "culprit") == reasons
+    internet, loopback = Capture(tunnel, "internet", "eth0"), Capture(tunnel, "server", "lo")
+    culprit, victim = tunnel.crowd(2, kinds)
+    culprit.echo()
+    routes = lab.ip("server", "-6 route show table all")
+    wrong = wrong_from_a_client(culprit.prefix, victim.prefix)
+    last = [udp_between(culprit.prefix[1], destination, LAST) for destination in (ABROAD, victim.prefix[1])]
+    culprit.sock.sendall(b"".join(culprit._header + each for each in [*chain(*wrong.values()), *last]))
+    assert not [each for each in internet.up_to(LAST) if MARK in each]
+    while LAST not in (got := victim.frame()[1]):
+        assert MARK not in got
+    culprit.echo()
+    victim.echo()
+    assert not [each for each in loopback.so_far() if MARK in each]
+    assert lab.ip("server", "-6 route show table all") == routes
+    assert state_of(lab, "internet") == before
+    culprit.sock.close()
+    server.wait_for("'client 0' from .*: gone")
+    assert refusals(server.log(), "client 0") == {reason: len(packets) for reason, packets in wrong.items()}
 
 
 def wrong_from_a_server(prefix: IPv6Network, behind_it: IPv6Address) -> list[bytes]:
     """Packets, all with MARK in them, that no server may send to the client that has this /64."""
     me = prefix[1]
     return [
-        *(udp_between(ABROAD, to, MARK) for to in (behind_it, IPv6Address("::1"), ALL_NODES, LINK_LOCAL, IPv6Address("2001:db8:bad::1"))),
+        *(udp_between(ABROAD, to, MARK) for to in (behind_it, LOOPBACK, ALL_NODES, LINK_LOCAL, STRANGER)),
         *(udp_between(IPv6Address(source), me, MARK) for source in ("::1", "::", "fe80::1", "ff02::1", "::ffff:10.8.0.2")),
         udp_between(prefix[16], me, MARK),
-        behind(44, udp_between(ABROAD, behind_it, MARK)),
-        behind(HOP_BY_HOP, udp_between(ABROAD, behind_it, MARK)),
-        router_advertisement(LINK_LOCAL, ALL_NODES),
-        router_advertisement(LINK_LOCAL, me),
+        *(behind(header, udp_between(ABROAD, behind_it, MARK)) for header in (44, HOP_BY_HOP)),
+        *(router_advertisement(LINK_LOCAL, to) for to in (ALL_NODES, me)),
         router_advertisement(ABROAD, ALL_NODES),
-        redirect(LINK_LOCAL, me, LINK_LOCAL, ABROAD),
-        behind(44, redirect(LINK_LOCAL, me, LINK_LOCAL, ABROAD)),
+        redirect(LINK_LOCAL, me),
+        behind(44, redirect(LINK_LOCAL, me)),
     ]
 
 
-def echo_from_abroad(destination: IPv6Address) -> bytes:
-    """An echo request of the Internet host, RFC 4443 section 4.1."""
-    return icmp_between(ABROAD, destination, 128, struct.pack(">HH", 7, 7))
-
-
-@pytest.mark.parametrize("offload_", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
-def test_what_a_server_may_not_send_changes_nothing_on_the_client_and_reaches_neither_its_lan_nor_itself(
-    lab: Lab, tunnel: Tunnel, offload_: list[str] | None
-) -> None:
+@pytest.mark.parametrize("kinds", [None, ["tso6", "uso6"]], ids=["legacy", "offload"])
+def test_what_a_server_may_not_send_reaches_neither_the_client_nor_its_lan(lab: Lab, tunnel: Tunnel, kinds: list[str] | None) -> None:
     lan_network = IPv6Network("fd00:77::/64")
     with ServerByHand(lab, tunnel) as server, ExitStack() as undo:
         client = tunnel.client()
-        sock = undo.enter_context(server.accept(offload_))
+        sock = undo.enter_context(server.accept(kinds))
         prefix = client.prefix()
-        for host, number in (("client", 1), ("lan", 2)):
-            lab.ip(host, f"addr add {lan_network[number]}/64 dev {'eth1' if host == 'client' else 'eth0'} nodad")
-            undo.callback(lab.ip, host, f"addr del {lan_network[number]}/64 dev {'eth1' if host == 'client' else 'eth0'}")
+        for host, address in (("client", f"{lan_network[1]}/64 dev eth1"), ("lan", f"{lan_network[2]}/64 dev eth0")):
+            lab.ip(host, f"addr add {address} nodad")
+            undo.callback(lab.ip, host, f"addr del {address}")
         undo.enter_context(lan_behind(lab, prefix))
         wait_until("client and LAN reach each other", lambda: lab.pings("client", str(lan_network[2])))
-        before = {host: state_of(lab, host) for host in ("client", "lan")}
-        header = b"" if offload_ is None else PLAIN
-        wrong = wrong_from_a_server(prefix, lan_network[2])
-        last = [udp_between(ABROAD, prefix[16], LAST), echo_from_abroad(prefix[1])]
-        lan, loopback = (undo.enter_context(Capture(lab, host, device)) for host, device in (("lan", "eth0"), ("client", "lo")))
-        sock.sendall(b"".join(header + each for each in [*wrong, *last]))
+        before = [state_of(lab, host) for host in ("client", "lan")]
+        lan, loopback = Capture(tunnel, "lan", "eth0"), Capture(tunnel, "client", "lo")
+        header = b"" if kinds is None else PLAIN
+        last = [udp_between(ABROAD, prefix[16], LAST), icmp_between(ABROAD, prefix[1], 128, struct.pack(">HH", 7, 7))]
+        sock.sendall(b"".join(header + each for each in [*wrong_from_a_server(prefix, lan_network[2]), *last]))
         assert not [each for each in lan.up_to(LAST) if MARK in each]
-        stream = b""
-        while prefix[1].packed + ABROAD.packed + b"\x81" not in stream:  # the echo reply
-            data = sock.recv(65_536)
-            assert data, client.log()
-            stream += data
-        assert MARK not in stream  # as an ICMP error would have it
+        assert MARK not in received_up_to(sock, prefix[1].packed + ABROAD.packed + b"\x81")  # the echo reply; an ICMP error would have it
         assert not [each for each in loopback.so_far() if MARK in each]
-        assert {host: state_of(lab, host) for host in ("client", "lan")} == before
+        assert [state_of(lab, host) for host in ("client", "lan")] == before
         sock.close()
-        wait_until("the client knows", lambda: "no connection to" in client.log())
+        client.wait_for("no connection to")
 
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_clients_reach_each_other_only_if_they_may_and_the_internet_anyway(lab: Lab, tunnel: Tunnel, allowed: bool) -> None:
     server = tunnel.server(client_to_client="yes" if allowed else "no")
-    one, other = tunnel.client("client", id="one"), tunnel.client("second", id="other")
-    prefixes = one.prefix(), other.prefix()
-    for host in ("client", "second"):
-        ping(lab, host)
-    for host, prefix in (("client", prefixes[1]), ("second", prefixes[0])):
+    clients = [tunnel.client(host, id=host) for host in ("client", "second")]
+    prefixes = [client.prefix() for client in clients]
+    for client, other in zip(clients, reversed(prefixes)):
+        ping(lab, client.host)
         if allowed:
-            ping(lab, host, str(prefix[1]))
+            ping(lab, client.host, str(other[1]))
         else:
-            assert not lab.pings(host, str(prefix[1]))
-        ping(lab, host)
-    for client in one, other:
+            assert not lab.pings(client.host, str(other[1]))
+        ping(lab, client.host)
+    for client in clients:
         client.stop()
     server.wait_for(": gone", 2)
-    for id_ in "one", "other":
-        assert (refusals(server.log(), id_)["to another client"] > 0) is (not allowed)
+    for client in clients:
+        assert (refusals(server.log(), client.host)["to another client"] > 0) is (not allowed)
 
 
-def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
+def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     tunnel.client().prefix()
     for host, device in (("server", "tun6-0"), ("client", "tun6")):
         with lab.inside(host):
@@ -5333,15 +5293,55 @@ def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(
 # ---- end to end: TLS and keys ----------------------------------------------------------------------------------------
 
 
+SECRET = "s" * 43
+
+
+def tls_connect(site: Site, host: str = "client", **options: Any) -> TlsPeer:
+    """A client spoken by hand inside TLS that has said nothing; it is closed at the end. The options are those of TlsSocket."""
+    peer = TlsPeer(site.tunnel.lab, site.tunnel.port, host, **options)
+    peer._header = bytes(10)
+    site.tunnel._undo.callback(peer.sock.close)
+    return peer
+
+
+def tls_peer(site: Site, id_: str, key: str | None = None, host: str = "client", bare: bool = False) -> TlsPeer:
+    """One that has said its hello."""
+    return tls_connect(site, host).say(id_, key, bare)
+
+
+def tls_visit(site: Site, id_: str, key: str | None = None) -> IPv6Network:
+    """One that comes, pings and leaves; gives its prefix."""
+    with tls_peer(site, id_, key) as peer:
+        peer.connected().echo()
+        return peer.prefix
+
+
+@pytest.fixture
+def open_server(site: Site) -> Program:
+    """A server with a certificate that serves everybody."""
+    return site.serve(keys=None)
+
+
+@pytest.fixture
+def key(site: Site) -> str:
+    """The key of the Id "a"."""
+    return site.issue("a")
+
+
+@pytest.fixture
+def keyed_server(site: Site, key: str) -> Program:
+    """A server that serves "a" alone, with its key."""
+    return site.serve()
+
+
 @pytest.mark.parametrize("mtu", [1280, 1500, 65_500])
-def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab, site: Site, mtu: int) -> None:
-    key = site.issue("with key")
+def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab, site: Site, key: str, mtu: int) -> None:
     server = site.serve(mtu=mtu)
-    client = site.client("with key", key, mtu=mtu)
+    client = site.client("a", key, mtu=mtu)
     prefix = client.prefix()
     assert prefix == IPv6Network(f"{site.tunnel.pool[0]}/64")
-    server.wait_for(f"'with key' from .*: has {prefix} on .*, over TLS")
-    client.said(f"'with key' at .*: has {prefix} on tun6, over TLS", 1)
+    server.wait_for(f"'a' from .*: has {prefix} on .*, over TLS")
+    client.said(f"'a' at .*: has {prefix} on tun6, over TLS", 1)
     for size in (0, 56, 1440, 3000, 60_000):
         ping(lab, "client", size=size)
         ping(lab, "internet", str(prefix[1]), size=size)
@@ -5352,153 +5352,101 @@ def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab,
         assert key not in program.log()
 
 
-def test_a_client_over_tls_comes_back_to_a_server_that_was_killed(lab: Lab, site: Site) -> None:
-    key = site.issue("a")
-    server = site.serve()
+def test_a_client_over_tls_comes_back_to_a_server_that_was_killed(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     client = site.client("a", key)
     prefix = client.prefix()
-    server.kill()
+    keyed_server.kill()
     site.serve()
     assert client.prefix(times=2) == prefix
     ping(lab, "client")
 
 
-def test_a_client_inside_tls_that_knows_no_offload_gets_its_packets_inside_tls_too(tunnel: Tunnel, tmp_path: Path) -> None:
-    tunnel.server(cert=certificate(tmp_path))
-    with Peer(tunnel.lab, tunnel.port) as peer:
-        peer.sock = tun6.client_tls_context(pinned=True).wrap_socket(peer.sock)
-        peer.hello("legacy")
-        peer.connected().echo()
-
-
-def test_a_bare_client_inside_tls_gets_its_packets_inside_tls_too(lab: Lab, site: Site) -> None:
-    key = site.issue("bare")
-    site.serve()
-    with site.peer("bare", key, bare=True) as peer:
-        peer.connected()
-        for _ in range(3):
-            peer.echo()
-        with lab.inside("internet"):
-            sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        with sender:
-            for number in range(200):
-                sender.sendto(struct.pack(">I", number) + bytes(1000), (str(peer.prefix[1]), 9))
-        came: list[int] = []
-        while len(came) < 200:
-            _, packet = peer.frame()
-            if packet[6] == UDP:
-                came += struct.unpack(">I", packet[48:52])
-        assert came == list(range(200))
+def test_a_legacy_client_inside_tls_gets_its_packets_inside_tls_too(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
+    peer = tls_peer(site, "a", key, bare=True).connected()
+    for _ in range(3):
         peer.echo()
+    with lab.inside("internet"):
+        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    with sender:
+        for number in range(200):
+            sender.sendto(struct.pack(">I", number) + bytes(1000), (str(peer.prefix[1]), 9))
+    came: list[int] = []
+    while len(came) < 200:
+        _, packet = peer.frame()
+        if packet[6] == UDP:
+            came += struct.unpack(">I", packet[48:52])
+    assert came == list(range(200))
+    peer.echo()
 
 
-@pytest.fixture
-def tls_server(site: Site) -> Site:
-    site.serve(keys=None)
-    return site
+HELLO = hello("cut } { anyhow", None, [])
+CUTS = st.sets(st.integers(1, 100) | st.integers(1, 600) | st.integers(1, 16_000), max_size=6)
+
+
+def parts_of(stream: bytes, at: set[int]) -> list[bytes]:
+    """The parts of the stream between these places."""
+    ends = [*sorted(at & set(range(len(stream)))), len(stream)]
+    return [stream[start:end] for start, end in zip([0, *ends], ends)]
 
 
 @settings(
     max_examples=8,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example takes seconds: no shrinking
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(data=st.data())
-def test_however_tls_is_cut_into_records_and_segments_the_session_works(tls_server: Site, data: st.DataObject) -> None:
-    def cut(stream: bytes) -> list[bytes]:
-        at = sorted(data.draw(st.sets(st.integers(1, max(1, len(stream) - 1)), max_size=6)))
-        return [stream[start:end] for start, end in zip([0, *at], [*at, len(stream)]) if start < end]
-
-    header = bytes(10)
-    with tls_server.peer("cut } { anyhow") as before:
-        prefix = before.connected().prefix
-    stream = hello_of("cut } { anyhow")
-    stream += b"".join(header + echo_request(prefix[1], number, 200) for number in (1, 2))
-    with TlsPeer(tls_server.tunnel.lab, tls_server.tunnel.port, cut=cut, hold_last=data.draw(st.booleans())) as peer:
-        peer._header = header
-        send_segments(peer.tls.raw, cut(b"".join(map(peer.tls.encrypt, cut(stream)))))
+@example(flights=set(range(3, 2000, 20)), records=set(range(1, 50)), segments=set(range(23, 1150, 23)), hold_last=False)  # of one byte
+@example(flights=set(), records=set(), segments=set(), hold_last=True)  # all in one record, in the flight that ends the handshake
+@example(flights=set(), records=set(range(len(HELLO), 16_000, 1458)), segments=set(), hold_last=True)  # there, in one each
+@given(flights=CUTS, records=CUTS, segments=CUTS, hold_last=st.booleans())
+def test_however_tls_is_cut_into_records_and_segments_the_session_works(
+    site: Site, open_server: Program, flights: set[int], records: set[int], segments: set[int], hold_last: bool
+) -> None:
+    prefix = tls_visit(site, "cut } { anyhow")
+    stream = HELLO + b"".join(bytes(10) + echo_request(prefix[1], number, 1400) for number in range(50, 60))
+    with tls_connect(site, cut=lambda flight: parts_of(flight, flights), hold_last=hold_last) as peer:
+        send_segments(peer.tls.raw, parts_of(b"".join(map(peer.tls.encrypt, parts_of(stream, records))), segments))
         assert peer.connected().prefix == prefix
-        peer.expect_reply(1)
-        peer.expect_reply(2)
-        peer.echo()
-
-
-def test_a_hello_in_one_byte_records_is_a_hello(site: Site) -> None:
-    key = site.issue("a")
-    site.serve()
-    with TlsPeer(site.tunnel.lab, site.tunnel.port, cut=lambda flight: [flight[at : at + 20] for at in range(0, len(flight), 20)]) as peer:
-        peer._header = bytes(10)
-        send_segments(peer.tls.raw, [peer.tls.encrypt(bytes([byte])) for byte in hello_of("a", key)])
-        peer.connected().echo()
-
-
-@pytest.mark.parametrize("records", ["one record", "a record each"])
-def test_packets_in_the_flight_that_ends_the_tls_handshake_are_delivered(site: Site, records: str) -> None:
-    key = site.issue("hasty")
-    site.serve()
-    with site.peer("hasty", key) as peer:
-        prefix = peer.connected().prefix
-    with TlsPeer(site.tunnel.lab, site.tunnel.port, hold_last=True) as peer:
-        peer._header = bytes(10)
-        parts = [hello_of("hasty", key), *(bytes(10) + echo_request(prefix[1], number, 1400) for number in range(50, 60))]
-        if records == "one record":
-            parts = [b"".join(parts)]
-        peer.tls.raw.sendall(b"".join(map(peer.tls.encrypt, parts)))
-        peer.connected()
         for number in range(50, 60):
             peer.expect_reply(number)
+        peer.echo()
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_packets_directly_behind_the_servers_answer_are_delivered(lab: Lab, site: Site, together: bool) -> None:
-    prefix = site.tunnel.pool[0]
-    request = echo_request(prefix + 1, 7)
-    request = request[:8] + request[24:40] + request[8:24] + request[40:]  # from the Internet; the checksum is the same
-    answer = json.dumps({"Prefix": f"{prefix}/64", "Offload": []}).encode()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(site.cert)
-    with lab.inside("server"):
-        listener = socket.create_server((Lab.SERVER, site.tunnel.port))
-    with listener:
-        listener.settimeout(10)
-        key = "k" * 43
-        site.client("a", key)
-        raw, _ = listener.accept()
+    own, body = site.tunnel.pool[1], struct.pack(">HH", 7, 7) + bytes(16)
+    answer = json.dumps({"Prefix": f"{site.tunnel.pool[0]}/64", "Offload": []}).encode()
+    request = icmp_between(ABROAD, own, 128, body)
+    with ServerByHand(lab, site.tunnel) as server:
+        site.client("a", SECRET)
+        raw, _ = server.sock.accept()
         raw.settimeout(10)
-        with context.wrap_socket(raw, server_side=True) as sock:
+        with tun6.server_tls_context(str(site.cert)).wrap_socket(raw, server_side=True) as sock:
             hello = json.loads(sock.recv(4096))
-            assert (hello["Id"], hello["Key"], sorted(hello)) == ("a", key, ["Id", "Key", "Offload"])
+            assert (hello["Id"], hello["Key"], sorted(hello)) == ("a", SECRET, ["Id", "Key", "Offload"])
             for part in [answer + bytes(10) + request] if together else [answer, bytes(10), request[:50], request[50:]]:
                 sock.sendall(part)
-            stream, wanted = b"", struct.pack(">BB", 129, 0)
-            deadline = time.monotonic() + 10
-            while wanted not in stream or request[44:] not in stream:
-                assert time.monotonic() < deadline
-                stream += sock.recv(1 << 16)
+            received_up_to(sock, icmp_between(own, ABROAD, 129, body)[8:])  # all of the reply behind the hop limit
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_tls_1_2_and_1_3_are_spoken(lab: Lab, site: Site, version: ssl.TLSVersion) -> None:
-    site.serve(keys=None)
+def test_tls_1_2_and_1_3_are_spoken(site: Site, open_server: Program, version: ssl.TLSVersion) -> None:
     context = trusting()
     context.minimum_version = context.maximum_version = version
-    with Peer(lab, site.tunnel.port) as peer:
-        peer.sock = context.wrap_socket(peer.sock)
-        peer.hello("a", [])
-        peer.connected().echo()
+    peer = site.tunnel.connect()
+    peer.sock = context.wrap_socket(peer.sock)
+    peer.hello("a", [])
+    peer.connected().echo()
 
 
-def test_older_tls_is_not_spoken(lab: Lab, site: Site) -> None:
-    site.serve(keys=None)
+def test_older_tls_is_not_spoken(site: Site, open_server: Program) -> None:
     context = trusting()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
-    with Peer(lab, site.tunnel.port) as peer, pytest.raises(ssl.SSLError, match=r"(?i)version"):
-        context.wrap_socket(peer.sock)
+    with pytest.raises(ssl.SSLError, match=r"(?i)version"):
+        context.wrap_socket(site.tunnel.connect().sock)
 
 
 def client_hello() -> bytes:
@@ -5512,8 +5460,6 @@ def client_hello() -> bytes:
 def garbage_behind_0x16() -> list[bytes]:
     """What begins as TLS does and is none."""
     hello = client_hello()
-    old = bytearray(hello)
-    old[1:3] = b"\0\0"
     return [
         b"\x16",
         b"\x16\x03\x01",
@@ -5522,7 +5468,7 @@ def garbage_behind_0x16() -> list[bytes]:
         b"\x16\x03\x01\x00\x00" * 100,
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + os.urandom(5000),
         b'\x16{"Id": "a"}',
-        bytes(old),
+        b"\x16\0\0" + hello[3:],  # another version
         hello[:-1],
         hello[:43] + os.urandom(len(hello) - 43),
         hello + hello,
@@ -5531,96 +5477,57 @@ def garbage_behind_0x16() -> list[bytes]:
     ]
 
 
-def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site) -> None:
-    site.serve(keys=None)
-    with site.peer("live") as live:
-        live.connected()
-        for garbage in garbage_behind_0x16():
-            with Peer(lab, site.tunnel.port) as peer:
-                peer.sock.sendall(garbage)
-                with suppress(OSError):
-                    peer.sock.shutdown(socket.SHUT_WR)
-                peer.ended()
-            live.echo()
-        with TlsPeer(lab, site.tunnel.port) as no_hello, site.peer("a") as live_before:
-            no_hello.tls.raw.sendall(os.urandom(100))
-            no_hello.tls.raw.shutdown(socket.SHUT_WR)
-            with suppress(ssl.SSLError):
-                no_hello.ended()
-            live_before.connected().echo()
-            live_before.tls.raw.sendall(b"\x17\x03\x03\x00\x20" + os.urandom(32))
-            wait_until("its session ends", lambda: len(server_routes(lab)) == 1)
+def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site, open_server: Program) -> None:
+    live = tls_peer(site, "live").connected()
+    for garbage in garbage_behind_0x16():
+        with site.tunnel.connect() as peer:
+            peer.sock.sendall(garbage)
+            with suppress(OSError):
+                half_close(peer)
+            peer.ended()
         live.echo()
-        assert server_routes(lab) == {str(live.prefix)}
+    no_hello = tls_connect(site)
+    no_hello.tls.raw.sendall(os.urandom(100))
+    half_close(no_hello)
+    with suppress(ssl.SSLError):
+        no_hello.ended()
+    session = tls_peer(site, "a")
+    session.connected().echo()
+    session.tls.raw.sendall(b"\x17\x03\x03\x00\x20" + os.urandom(32))
+    wait_until("its session ends", lambda: server_routes(lab) == {str(live.prefix)})
+    live.echo()
 
 
-@pytest.mark.waits
-def test_a_peer_that_stops_in_the_tls_handshake_is_dropped_after_ten_seconds_and_disturbs_nobody(lab: Lab, site: Site) -> None:
-    server = site.serve(keys=None)
-    hello = client_hello()
-    with Peer(lab, site.tunnel.port) as half, Peer(lab, site.tunnel.port) as whole, site.peer("live") as live:
-        live.connected()
-        began = time.monotonic()
-        half.sock.sendall(hello[:100])
-        whole.sock.sendall(hello)
-        assert whole.sock.recv(1 << 16)[0] == 0x16  # and now it would be its turn
-        waiting = [half.sock, whole.sock]
-        while waiting and time.monotonic() < began + 15:
-            for sock in select.select(waiting, [], [], 1)[0]:
-                if not sock.recv(1 << 16):
-                    assert 9 < time.monotonic() - began < 13
-                    waiting.remove(sock)
-            live.echo()
-        assert not waiting
-    server.said("left during the handshake: no answer within 10 s", 2)
+@pytest.mark.parametrize("over_tls", [False, True], ids=["plain", "TLS"])
+def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site: Site, open_server: Program, over_tls: bool) -> None:
+    stopped = [site.tunnel.connect() for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
+    for peer, said in zip(stopped, itertools.cycle([client_hello()[:200], b"\x16"] if over_tls else [b"{"])):
+        peer.sock.sendall(said)
+    site.tunnel.visit("elsewhere", "server")
+
+    def comes_in() -> bool:  # those that said something have a second before one has to go
+        with suppress(OSError, EOFError):
+            if over_tls:
+                tls_visit(site, "late")
+            else:
+                site.tunnel.visit("late", "second")
+            return True
+        return False
+
+    wait_until("a newcomer comes in", comes_in, 3)
+    assert stopped[0].ended() in ("closed", "reset")
 
 
-def test_peers_that_stop_in_the_tls_handshake_do_not_keep_others_of_their_host_out(lab: Lab, site: Site) -> None:
-    site.serve(keys=None)
-    hello = client_hello()
-    with ExitStack() as undo:
-        stopped = [undo.enter_context(Peer(lab, site.tunnel.port)) for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
-        for number, peer in enumerate(stopped):
-            peer.sock.sendall(hello[: 1 if number % 2 else 200])
-
-        def comes_in() -> bool:  # those that said something have a second before one has to go
-            with suppress(OSError, EOFError), Peer(lab, site.tunnel.port) as raw:
-                raw.sock = cast(socket.socket, TlsSocket(raw.sock))
-                raw.hello("late", [])
-                raw.connected().echo()
-                return True
-            return False
-
-        began = time.monotonic()
-        wait_until("a newcomer comes in", comes_in)
-        assert time.monotonic() - began < 5
-        assert stopped[0].ended() in ("closed", "reset")
+def test_who_talks_tls_without_end_instead_of_hello_is_refused_and_delays_nobody(site: Site, open_server: Program) -> None:
+    live = site.tunnel.peer("live", host="second").connected()
+    live.echo()
+    hostile = tls_connect(site)
+    with suppress(ConnectionError):
+        hostile.tls.raw.sendall(hostile.tls.new_keys(100_000))
+    open_server.wait_for("refused, bad hello: more than 32768 bytes of TLS", seconds=5)
+    live.echo()
 
 
-def test_who_talks_tls_without_end_instead_of_saying_hello_is_refused_and_holds_nobody_up(lab: Lab, site: Site) -> None:
-    server = site.serve(keys=None)
-    with site.tunnel.peer("live", host="second") as live, TlsPeer(lab, site.tunnel.port) as hostile:
-        live.connected().echo()
-        with suppress(ConnectionError):
-            hostile.tls.raw.sendall(hostile.tls.new_keys(100_000))
-        server.wait_for("refused, bad hello: more than 32768 bytes of TLS", seconds=5)
-        live.echo()
-
-
-KINDS_OF_SERVER: dict[str, tuple[dict[str, None], dict[str, str]]] = {  # settings left out, what each client gets
-    "open, plain only": (
-        {"cert": None, "keys": None},
-        {"plain": "served", "tls": "no TLS", "key": "no TLS", "legacy by hand": "served", "tls by hand": "no TLS"},
-    ),
-    "open, with cert": (
-        {"keys": None},
-        {"plain": "served", "tls": "served", "key": "served", "legacy by hand": "served", "tls by hand": "served"},
-    ),
-    "keyed": (
-        {},
-        {"plain": "tls-required", "tls": "denied", "key": "served", "legacy by hand": "tls-required", "tls by hand": "served"},
-    ),
-}
 GETS = {
     "served": r": has \S+ on",
     "no TLS": "no connection to .*TLS failed: the other side does not speak TLS; trying again every 2 s",
@@ -5629,72 +5536,58 @@ GETS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_SERVER)
-def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(lab: Lab, site: Site, kind: str) -> None:
-    without, expected = KINDS_OF_SERVER[kind]
+@pytest.mark.parametrize(
+    ("without", "gets"),
+    [
+        pytest.param(["cert", "keys"], ["served", "no TLS", "no TLS", "served", "no TLS"], id="open, plain only"),
+        pytest.param(["keys"], ["served", "served", "served", "served", "served"], id="open, with cert"),
+        pytest.param([], ["tls-required", "denied", "served", "tls-required", "served"], id="keyed"),
+    ],
+)
+def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(site: Site, without: list[str], gets: list[str]) -> None:
+    expected = dict(zip(["plain", "tls", "key", "legacy by hand", "tls by hand"], gets))
     keys = {id_: site.issue(id_) for id_ in ("key", "tls by hand")}
-    server = site.serve(**without)
+    server = site.serve(**dict.fromkeys(without))
     programs = {}
     for id_, known in {"plain": (None, None), "tls": (site.fingerprint, None), "key": (site.fingerprint, keys["key"])}.items():
         programs[id_] = site.tunnel.client(id=id_, tun=f"tun6-{id_}", default_route="no", fingerprint=known[0], key=known[1])
     for id_, program in programs.items():
         program.wait_for(GETS[expected[id_]])
-    with site.tunnel.peer("legacy by hand") as legacy:
-        if expected["legacy by hand"] == "served":
-            legacy.connected().echo()
-        else:
-            assert legacy.answer()["Error"] == expected["legacy by hand"]
-    if expected["tls by hand"] == "served":
-        with site.peer("tls by hand", keys["tls by hand"], bare=True) as peer:
-            peer.connected().echo()
+    if expected["legacy by hand"] == "served":
+        site.tunnel.visit("legacy by hand")
     else:
-        with Peer(lab, site.tunnel.port) as raw:
-            raw.sock.sendall(client_hello())
-            assert raw.answer() == {"Error": "bad-hello", "Text": "it speaks TLS, and there is no `cert` in config.ini"}
-    served = {id_ for id_, gets in expected.items() if gets == "served"}
+        assert site.tunnel.refusal("legacy by hand")["Error"] == expected["legacy by hand"]
+    if expected["tls by hand"] == "served":
+        tls_peer(site, "tls by hand", keys["tls by hand"], bare=True).connected().echo()
+    else:
+        peer = site.tunnel.connect()
+        peer.sock.sendall(client_hello())
+        assert peer.answer() == {"Error": "bad-hello", "Text": "it speaks TLS, and there is no `cert` in config.ini"}
+    served = {id_ for id_, what in expected.items() if what == "served"}
     assert set(server.said(r"INFO '(.+?)' from .*: has ", len(served))) == served
     assert set(re.findall(r"INFO '(.+?)' from .*, over TLS", server.log())) == served & {"tls", "key", "tls by hand"}
 
 
-def test_a_server_with_keys_and_no_usable_certificate_does_not_start(lab: Lab, site: Site) -> None:
-    for settings_, complaint in (
-        ({"cert": None}, r"\[server\] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"),
-        ({"cert": "missing.pem"}, "missing.pem: No such file or directory; `tun6.py keygen` makes one"),
-        ({"cert": site.keys.name}, "keys.json is not a certificate with its key: .*; `tun6.py keygen` makes one"),
-    ):
-        site.keys.write_text("{}")
-        site.write_config(**settings_)
-        done = lab.run("server", sys.executable, TUN6, "server", "-c", str(site.config), timeout=10)
-        assert done.returncode == 2
-        assert re.search(f"^tun6: .*{complaint}$", done.stderr, re.MULTILINE), done.stderr
-
-
-def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site) -> None:
-    key = site.issue("a")
-    site.serve()
+def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     for number in range(2):  # as well before as after it had a session
         assert site.answer("a", None)["Error"] == "denied"
         assert site.answer("a", "")["Error"] == "denied"
-        with site.tunnel.peer("a") as plain:
-            assert plain.answer()["Error"] == "tls-required"
-        with Peer(lab, site.tunnel.port) as plain:  # not even with its key, which it should not have told
-            plain.sock.sendall(hello_of("a", key))
-            assert plain.answer()["Error"] == "tls-required"
+        assert site.tunnel.refusal("a")["Error"] == "tls-required"
+        plain = site.tunnel.connect()
+        plain.sock.sendall(hello("a", key, []))  # not even with its key, which it should not have told
+        assert plain.answer()["Error"] == "tls-required"
         assert not server_devices(lab)
         assert site.assignments.exists() == bool(number)
-        with site.peer("a", key) as peer:
-            peer.connected().echo()
+        tls_visit(site, "a", key)
         wait_until_no_sessions(lab)
 
 
-def test_what_is_no_text_is_no_key(site: Site) -> None:
-    site.issue("a")
-    site.serve()
-    wrong: list[object] = [7, None, [], {"sha256": ""}, True]
-    for key in wrong:
-        with TlsPeer(site.tunnel.lab, site.tunnel.port) as peer:
-            peer.sock.sendall(json.dumps({"Id": "a", "Key": key}).encode())
-            assert peer.answer() == {"Error": "bad-hello", "Text": "Key is not a string"}
+def test_what_is_no_text_is_no_key(site: Site, keyed_server: Program) -> None:
+    wrong: object
+    for wrong in (7, None, [], {"sha256": ""}, True):
+        peer = tls_connect(site)
+        peer.sock.sendall(json.dumps({"Id": "a", "Key": wrong}).encode())
+        assert peer.answer() == {"Error": "bad-hello", "Text": "Key is not a string"}
 
 
 def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no_ping(lab: Lab, site: Site) -> None:
@@ -5704,22 +5597,17 @@ def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no
     victim.prefix()
     ping(lab, "client")
     before = site.keys.read_bytes(), site.assignments.read_bytes(), server_devices(lab)
-    pings = lab.popen("client", "ping", "-6", "-i", "0.02", "-c", "200", "-w", "15", Lab.INTERNET, stdout=subprocess.PIPE)
-    try:
+    with lab.popen("client", "ping", "-6", "-i", "0.02", "-c", "200", "-w", "15", Lab.INTERNET, stdout=subprocess.PIPE) as pings:
         stranger = site.client("victim", other, "second")  # a right key, but of another Id
         stranger.wait_for(
             "WARNING no connection to .*: denied: unknown Id or wrong key;"
             " the server won't serve this client until its operator changes that; trying again every 60 s"
         )
-        refusals = [site.answer("victim", each) for each in ("", other, key[:-1], None)] + [site.answer("unknown", key)]
-        assert refusals == [{"Error": "denied", "Text": "unknown Id or wrong key"}] * 5
-        with site.tunnel.peer("victim") as plain:
-            assert plain.answer()["Error"] == "tls-required"
+        answers = [site.answer("victim", each) for each in ("", other, key[:-1], None)] + [site.answer("unknown", key)]
+        assert answers == [{"Error": "denied", "Text": "unknown Id or wrong key"}] * 5
+        assert site.tunnel.refusal("victim")["Error"] == "tls-required"
         came = set(map(int, re.findall(r"icmp_seq=(\d+) ", pings.communicate(timeout=20)[0])))
         assert came >= set(range(1, 200)), "a ping of the victim was lost"  # `ping` may leave before the last one comes
-    finally:
-        pings.kill()
-        pings.communicate()
     assert (site.keys.read_bytes(), site.assignments.read_bytes(), server_devices(lab)) == before
     assert len(re.findall("no connection", stranger.log())) == 1  # of attempts every 2 s there would be three by now
     server.said("refused, denied: 'victim', wrong key", 5)
@@ -5729,93 +5617,74 @@ def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no
     assert other not in server.log()
 
 
-def test_a_newcomer_that_waits_for_its_turn_is_not_served_when_its_id_is_revoked_meanwhile(lab: Lab, site: Site) -> None:
-    key = site.issue("a")
-    server = site.serve()
-    with ExitStack() as undo:
-        for _ in range(tun6.TAKEOVERS_MAX + 1):
-            last = undo.enter_context(site.peer("a", key)).connected()
-        newcomer = undo.enter_context(site.peer("a", key))
-        server.wait_for("take it from each other")
-        site.clients("revoke", "a")
-        assert last.ended() == "closed"
-        newcomer.sock.settimeout(10)
-        assert newcomer.answer()["Error"] == "revoked"
+def test_a_newcomer_that_waits_is_not_served_when_its_id_is_revoked(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
+    for _ in range(tun6.TAKEOVERS_MAX + 1):
+        last = tls_peer(site, "a", key).connected()
+    newcomer = tls_peer(site, "a", key)
+    keyed_server.wait_for("take it from each other")
+    site.clients("revoke", "a")
+    assert last.ended() == "closed"
+    newcomer.sock.settimeout(10)
+    assert newcomer.answer()["Error"] == "revoked"
     wait_until_no_sessions(lab)
 
 
-class Listener:
-    """A server that a test speaks for, in a thread, and which refuses everybody in the end; what each connection said is kept."""
+@contextmanager
+def listening(lab: Lab, port: int, serve: Callable[[socket.socket], bytes]) -> Iterator[list[bytes]]:
+    """Serves each connection in a thread by this function, which returns what the peer said; gives the list of that."""
+    with lab.inside("server"):
+        listener = socket.create_server((Lab.SERVER, port))
+    said: list[bytes] = []
 
-    def __init__(self, lab: Lab, port: int, serve: Callable[[socket.socket], bytes]) -> None:
-        """`serve` gives what a connection said."""
-        with lab.inside("server"):
-            self._listener = socket.create_server((Lab.SERVER, port))
-        self._serve, self.said = serve, list[bytes]()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Listener:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
-        self._listener.close()
-
-    def _run(self) -> None:
+    def run() -> None:
         with suppress(OSError):
             while True:
-                sock, _ = self._listener.accept()
+                sock, _ = listener.accept()
                 sock.settimeout(5)
                 with sock:
-                    self.said.append(self._serve(sock))
+                    said.append(serve(sock))
 
-
-def tls_with(certificate: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    return context
+    with listener, ThreadPoolExecutor(1) as threads:
+        threads.submit(run)
+        try:
+            yield said
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(lab: Lab, site: Site) -> None:
     key = site.issue("who I am")
     server = site.serve()
     other = make_certificate(site.folder / "other.pem")
-    context = tls_with(site.folder / "other.pem")
+    context = tun6.server_tls_context(str(site.folder / "other.pem"))
 
     def relay(sock: socket.socket) -> bytes:
         """Ends TLS on both sides; gives what the client said."""
         said = b""
         with lab.inside("server"):
-            onward = socket.socket()
-        with onward, suppress(OSError), context.wrap_socket(sock, server_side=True) as near:
-            onward.connect((Lab.SERVER, site.tunnel.port))
-            with trusting().wrap_socket(onward) as far:
-                while more := near.recv(1 << 16):
+            raw = socket.socket()
+        with raw, suppress(OSError), context.wrap_socket(sock, server_side=True) as to_client:
+            raw.connect((Lab.SERVER, site.tunnel.port))
+            with trusting().wrap_socket(raw) as to_server:
+                while more := to_client.recv(1 << 16):
                     said += more
-                    far.sendall(more)
-                    near.sendall(far.recv(1 << 16))
+                    to_server.sendall(more)
+                    to_client.sendall(to_server.recv(1 << 16))
         return said
 
-    with Listener(lab, site.tunnel.port + 5000, relay) as middle:
+    with listening(lab, site.tunnel.port + 5000, relay) as said:
         victim = site.client("who I am", key, remoteport=site.tunnel.port + 5000)
         victim.wait_for(f"WARNING no connection to .*the server's certificate has another fingerprint, {other}; nothing was said to it")
-        wait_until("it tries again", lambda: len(middle.said) >= 2)
-        # the same man gets what a client says that takes any certificate
-        with Peer(lab, site.tunnel.port + 5000) as trusting_one:
-            trusting_one.sock = trusting().wrap_socket(trusting_one.sock)
-            trusting_one.hello("gullible")
-            assert trusting_one.answer()["Error"] == "denied"
-        wait_until("he has heard that one", lambda: middle.said[-1])
-        said = middle.said
-    assert not any(said[:-1])
-    assert said[-1] == b'{"Id": "gullible"}'
+        wait_until("it tries again", lambda: len(said) >= 2)
+        with Peer(lab, site.tunnel.port + 5000) as gullible:  # the same man gets what a client says that takes any certificate
+            gullible.sock = trusting().wrap_socket(gullible.sock)
+            gullible.hello("gullible")
+            assert gullible.answer()["Error"] == "denied"
+        wait_until("he has heard that one", lambda: said[-1])
+        assert said[-1] == b'{"Id": "gullible"}'
+        assert not any(said[:-1])
     assert "who I am" not in server.log()
     assert not victim.log().count(": has ")
-
-
-SECRET = "s" * 43
 
 
 @pytest.mark.waits
@@ -5828,22 +5697,19 @@ def test_a_client_with_a_key_never_falls_back_to_a_plain_server(lab: Lab, site: 
         sock.shutdown(socket.SHUT_WR)
         return first + all_of(sock)
 
-    with Listener(lab, site.tunnel.port, answer_plainly) as listener:
+    with listening(lab, site.tunnel.port, answer_plainly) as said:
         client = site.client("who I am", SECRET)
-        wait_until("it has tried all answers", lambda: len(listener.said) >= 4)
-        said = b"".join(listener.said)
-        assert all(each[0] == 0x16 for each in listener.said)
+        wait_until("it has tried all answers", lambda: len(said) >= 4)
+        assert all(each[0] == 0x16 for each in said)
         client.stop()
     for text in (b"who I am", SECRET.encode(), b"Id"):
-        assert text not in said
+        assert text not in b"".join(said)
     assert ": has " not in client.log()
     assert not any(address.startswith("2001:") for address in addresses(lab))
 
 
 @pytest.mark.parametrize("how", [{"tls": "yes"}, {"key": SECRET}], ids=["tls", "key"])
-def test_without_fingerprint_a_certificate_that_nobody_vouches_for_is_refused_with_a_clear_sentence(
-    lab: Lab, site: Site, how: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_fingerprint_a_certificate_needs_an_authority(site: Site, how: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     authority, signed = site.folder / "authority.pem", site.folder / "signed.pem"
     make_certificate(authority, "-subj", "/CN=an authority")
     by = ("-CA", str(authority), "-CAkey", str(authority))
@@ -5856,14 +5722,14 @@ def test_without_fingerprint_a_certificate_that_nobody_vouches_for_is_refused_wi
     site.tunnel.client("client", **how).prefix()
 
 
-def test_without_fingerprint_a_certificate_of_another_name_is_refused(lab: Lab, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fingerprint_a_certificate_of_another_name_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     make_certificate(site.cert, "-subj", "/CN=tun6", "-addext", "subjectAltName=IP:192.0.2.1")
     site.serve(keys=None)
     monkeypatch.setenv("SSL_CERT_FILE", str(site.cert))
     site.tunnel.client(tls="yes").wait_for("the server's certificate is not to be trusted: IP address mismatch.*10.9.0.1")
 
 
-def test_an_expired_certificate_is_taken_by_its_fingerprint(lab: Lab, site: Site) -> None:
+def test_an_expired_certificate_is_taken_by_its_fingerprint(site: Site) -> None:
     """A Raspberry Pi has no clock."""
     again = ["openssl", "x509", "-in", str(site.cert), "-signkey", str(site.cert), "-days", "-1"]
     expired = subprocess.run(again, capture_output=True, text=True, check=True).stdout
@@ -5873,11 +5739,10 @@ def test_an_expired_certificate_is_taken_by_its_fingerprint(lab: Lab, site: Site
     site.client("a", None).prefix()
 
 
-def test_another_certificate_is_told_even_when_the_outage_began_with_silence(lab: Lab, site: Site) -> None:
-    server = site.serve(keys=None)
+def test_another_certificate_is_told_even_when_the_outage_began_with_silence(site: Site, open_server: Program) -> None:
     client = site.client("a", None)
     client.prefix()
-    server.stop()
+    open_server.stop()
     client.wait_for("WARNING no connection to .*: (the peer closed the connection|Connection re)")
     make_certificate(site.cert)
     site.serve(keys=None)
@@ -5890,7 +5755,7 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(lab
 
 @pytest.mark.parametrize("running", [True, False], ids=["on the running server", "on its files"])
 def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, running: bool) -> None:
-    first, third = (f"{site.tunnel.pool[number << 64]}/64" for number in (0, 3))
+    first, third, fifth = (f"{site.tunnel.pool[number << 64]}/64" for number in (0, 3, 5))
     if running:
         site.serve()
     else:
@@ -5919,7 +5784,7 @@ def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, ru
     ):
         assert site.complaint(*arguments) == f"tun6: {complaint}\n"
     assert (site.keys.read_bytes(), site.assignments.read_bytes()) == files
-    assert site.clients("pin", "a", "--", third.replace(":3::", ":5::"))["prefix"] == third.replace(":3::", ":5::")
+    assert site.clients("pin", "a", "--", fifth)["prefix"] == fifth
     assert site.clients("pin", "not yet here", first) == {"id": "not yet here", "prefix": first, "key": False, "revoked": False}
     assert site.clients("revoke", "b c") == {"id": "b c", "prefix": third, "key": True, "revoked": True}
     assert sorted(entry["id"] for entry in site.clients("list")) == ["a", "b c", "not yet here"]
@@ -5946,9 +5811,10 @@ def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_mo
     ping(lab, "client")
     (entry,) = site.clients("list")
     assert (entry["id"], entry["prefix"], entry["key"], entry["revoked"]) == ("it's 100 % = a:b[c]", str(prefix), True, False)
-    assert entry["session"]["peer"].startswith("10.9.0.2 port ")
-    assert entry["session"]["device"] in server_devices(lab)
-    assert min(entry["session"]["received"], entry["session"]["sent"]) > 5 * 56
+    session = entry["session"]
+    assert session["peer"].startswith("10.9.0.2 port ")
+    assert session["device"] in server_devices(lab)
+    assert min(session["received"], session["sent"]) > 5 * 56
     line = run_tun6("clients", "-c", str(site.config), "list").stdout
     assert re.fullmatch(
         rf"\"it's 100 % = a:b\[c\]\"  {prefix}  has a key, connected for \d+ s from 10.9.0.2 port \d+ on tun6-\d+, \d+ bytes received,"
@@ -5963,69 +5829,65 @@ def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_mo
     assert client.log().count("no connection") == 1
 
 
-@pytest.mark.parametrize("id_", ["a #1", "#1", "; a", "a ;b", " a", "a "])
-def test_an_id_that_config_ini_can_not_say_gets_no_key(site: Site, id_: str) -> None:
-    site.write_config()
-    assert re.search("config.ini", site.complaint("add", id_))
-    assert not site.keys.exists()
-    assert not site.assignments.exists()
-
-
-@pytest.mark.parametrize("cert", ["missing.pem", "keys-only.pem"])
-def test_a_key_that_could_not_be_shown_is_not_made(site: Site, cert: str) -> None:
+@pytest.mark.parametrize(
+    ("cert", "id_", "complaint"),
+    [
+        *(("site-cert.pem", id_, "config.ini") for id_ in ("a #1", "#1", "; a", "a ;b", " a", "a ")),
+        *((cert, "a", f"{cert}: .*`tun6.py keygen` makes one") for cert in ("missing.pem", "keys-only.pem")),
+    ],
+)
+def test_a_key_whose_config_ini_can_not_be_shown_is_not_made(site: Site, cert: str, id_: str, complaint: str) -> None:
     (site.folder / "keys-only.pem").write_text(site.cert.read_text().partition("-----BEGIN CERTIFICATE-----")[0])
     site.write_config(cert=cert)
-    assert re.search(f"{cert}: .*`tun6.py keygen` makes one", site.complaint("add", "a"))
+    assert re.search(complaint, site.complaint("add", id_))
     assert not site.keys.exists()
     assert not site.assignments.exists()
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before the action", "behind it"])
-def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site, first: bool) -> None:
+def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site) -> None:
     site.write_config()
     options = ["-c", str(site.config), "--json"]
-    done = run_tun6("clients", *(options if first else []), "list", *([] if first else options))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    for arguments in (["list", *options], [*options, "list"]):
+        done = run_tun6("clients", *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
-def test_revoke_new_key_and_pin_end_the_live_session_at_once_and_the_prefix_stays_reserved(lab: Lab, site: Site) -> None:
-    key, of_other = site.issue("a"), site.issue("other")
+def test_revoke_new_key_and_pin_end_the_live_session_at_once(site: Site, key: str) -> None:
+    of_other = site.issue("other")
     server = site.serve()
-    with site.peer("other", of_other, "second") as other:
-        other.connected()
-        with site.peer("a", key) as peer:
-            prefix = peer.connected().prefix
-            peer.echo()
-            site.clients("revoke", "a")
-            assert peer.ends_at_once()
-        server.wait_for("'a' from .*: gone, it was revoked;")
-        assert site.answer("a", key) == {"Error": "revoked", "Text": "this Id was revoked by the server's operator"}
-        assert site.answer("a", of_other)["Error"] == "denied"
-        assert site.clients("add", "new")["prefix"] not in (str(prefix), str(other.prefix))
-        assert f"{prefix} is already the prefix of 'a'" in site.complaint("pin", "new", str(prefix))
-        site.clients("restore", "a")
-        with site.peer("a", key) as peer:
-            assert peer.connected().prefix == prefix
-            new = site.clients("add", "a", "--new-key")["key"]
-            assert peer.ends_at_once()
-        server.wait_for("'a' from .*: gone, it got another key;")
-        assert site.answer("a", key)["Error"] == "denied"
-        with site.peer("a", new) as peer:
-            assert peer.connected().prefix == prefix
-            site.clients("pin", "a", str(prefix))  # which it has
-            peer.echo()
-            moved = site.clients("pin", "a", f"{site.tunnel.pool[77 << 64]}/64")["prefix"]
-            assert peer.ends_at_once()
-        server.wait_for("'a' from .*: gone, its prefix was changed;")
-        with site.peer("a", new) as peer:
-            assert str(peer.connected().prefix) == moved
-            peer.echo()
-        other.echo()
+    other = tls_peer(site, "other", of_other, "second").connected()
+    peer = tls_peer(site, "a", key)
+    prefix = peer.connected().prefix
+    peer.echo()
+
+    site.clients("revoke", "a")
+    assert peer.ends_at_once()
+    server.wait_for("'a' from .*: gone, it was revoked;")
+    assert site.answer("a", key) == {"Error": "revoked", "Text": "this Id was revoked by the server's operator"}
+    assert site.answer("a", of_other)["Error"] == "denied"
+    assert site.clients("add", "new")["prefix"] not in (str(prefix), str(other.prefix))  # it stays reserved
+    assert f"{prefix} is already the prefix of 'a'" in site.complaint("pin", "new", str(prefix))
+
+    site.clients("restore", "a")
+    peer = tls_peer(site, "a", key)
+    assert peer.connected().prefix == prefix
+    new = site.clients("add", "a", "--new-key")["key"]
+    assert peer.ends_at_once()
+    server.wait_for("'a' from .*: gone, it got another key;")
+    assert site.answer("a", key)["Error"] == "denied"
+
+    peer = tls_peer(site, "a", new)
+    assert peer.connected().prefix == prefix
+    site.clients("pin", "a", str(prefix))  # which it has
+    peer.echo()
+    moved = site.clients("pin", "a", f"{site.tunnel.pool[77 << 64]}/64")["prefix"]
+    assert peer.ends_at_once()
+    server.wait_for("'a' from .*: gone, its prefix was changed;")
+    assert str(tls_visit(site, "a", new)) == moved
+    other.echo()
 
 
-def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, site: Site) -> None:
-    key = site.issue("a")
-    site.serve()
+def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     client = site.client("a", key)
     client.prefix()
     site.clients("revoke", "a")
@@ -6036,105 +5898,73 @@ def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, si
 
 def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> None:
     site.serve(cert=None, keys=None)
-    with site.tunnel.peer("a") as peer:
-        prefix = peer.connected().prefix
-        entry = site.of("a")
-        assert (entry["prefix"], entry["key"], entry["revoked"]) == (str(prefix), False, False)
-        for arguments in (["add", "a"], ["revoke", "a"], ["restore", "a"]):
-            assert site.complaint(*arguments) == (
-                "tun6: this server is open to everybody; name a file with `keys` in config.ini, and restart it\n"
-            )
-        peer.echo()
-        site.clients("pin", "a", f"{site.tunnel.pool[2 << 64]}/64")
-        assert peer.ended() == "closed"
-    with site.tunnel.peer("a") as peer:
-        assert peer.connected().prefix == IPv6Network(f"{site.tunnel.pool[2 << 64]}/64")
+    peer = site.tunnel.peer("a").connected()
+    entry = site.of("a")
+    assert (entry["prefix"], entry["key"], entry["revoked"]) == (str(peer.prefix), False, False)
+    for action in ("add", "revoke", "restore"):
+        assert site.complaint(action, "a") == (
+            "tun6: this server is open to everybody; name a file with `keys` in config.ini, and restart it\n"
+        )
+    peer.echo()
+    pinned = IPv6Network(f"{site.tunnel.pool[2 << 64]}/64")
+    site.clients("pin", "a", str(pinned))
+    assert peer.ended() == "closed"
+    assert site.tunnel.visit("a") == pinned
 
 
 def certificate_shown(site: Site) -> str:
     """The fingerprint that a newcomer sees."""
-    with TlsPeer(site.tunnel.lab, site.tunnel.port) as peer:
-        return str(peer.tls.fingerprint())
+    return str(tls_connect(site).tls.fingerprint())
 
 
-def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(lab: Lab, site: Site) -> None:
-    ids = ("stays", "removed", "revoked")
-    keys = {id_: site.issue(id_) for id_ in ids}
+def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(site: Site) -> None:
+    keys = {id_: site.issue(id_) for id_ in ("stays", "removed", "revoked", "has another key")}
     server = site.serve()
-    with ExitStack() as undo:
-        peers = {id_: undo.enter_context(site.peer(id_, keys[id_])) for id_ in ids}
-        for peer in peers.values():
-            peer.connected()
-        entries = json.loads(site.keys.read_text())
-        del entries["removed"]
-        entries["revoked"]["revoked"] = True
-        site.keys.write_text(json.dumps(entries))
-        added = site.issue("added")
-        certificate = make_certificate(site.cert)
-        assert site.answer("added", added)["Error"] == "denied"
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for("INFO keys and certificate read anew")
-        for id_ in ids[1:]:
-            assert peers[id_].ended() == "closed"
-            server.wait_for(f"'{id_}' from .*: gone, its key was taken away;")
-        peers["stays"].echo()
-        assert certificate_shown(site) == certificate != site.fingerprint
-        assert "Prefix" in site.answer("added", added)
-        peers["stays"].echo()
+    peers = {id_: tls_peer(site, id_, key).connected() for id_, key in keys.items()}
+    entries = json.loads(site.keys.read_text())
+    del entries["removed"]
+    entries["revoked"]["revoked"] = True
+    site.keys.write_text(json.dumps(entries))
+    site.issue("has another key")
+    added = site.issue("added")
+    certificate = make_certificate(site.cert)
+    assert site.answer("added", added)["Error"] == "denied"
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("INFO keys and certificate read anew")
+    for id_ in ("removed", "revoked", "has another key"):
+        assert peers[id_].ended() == "closed"
+        server.wait_for(f"'{id_}' from .*: gone, its key was taken away;")
+    peers["stays"].echo()
+    assert certificate_shown(site) == certificate != site.fingerprint
+    assert "Prefix" in site.answer("added", added)
+    peers["stays"].echo()
     assert (site.answer("removed", keys["removed"])["Error"], site.answer("revoked", keys["revoked"])["Error"]) == ("denied", "revoked")
 
 
-def test_sighup_ends_the_session_of_an_old_key(site: Site) -> None:
-    key = site.issue("a")
-    server = site.serve()
-    with site.peer("a", key) as peer:
-        peer.connected()
-        site.issue("a")
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for("keys and certificate read anew")
-        assert peer.ends_at_once()
-
-
 @pytest.mark.parametrize("broken", ["keys", "cert", "no cert"])
-def test_sighup_with_a_broken_file_keeps_keys_and_certificate_as_they_were(site: Site, broken: str) -> None:
-    key = site.issue("a")
-    server = site.serve()
-    with site.peer("a", key) as peer:
-        peer.connected()
-        if broken == "keys":
-            make_certificate(site.cert)
-            site.keys.write_text('{"a": {}}')
-        else:
-            site.keys.write_text("{}")
-            site.cert.write_text("-----BEGIN CERTIFICATE-----\n")
-            if broken == "no cert":
-                site.cert.unlink()
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for(f"ERROR keys and certificate stay as they were: {site.keys if broken == 'keys' else site.cert}")
-        peer.echo()
-        assert certificate_shown(site) == site.fingerprint
-        assert site.answer("a", "wrong")["Error"] == "denied"
-        peer.echo()
-        with site.peer("a", key) as again:
-            again.connected().echo()
-    assert server.process.poll() is None
+def test_sighup_with_a_broken_file_keeps_keys_and_certificate(site: Site, key: str, keyed_server: Program, broken: str) -> None:
+    peer = tls_peer(site, "a", key).connected()
+    if broken == "keys":
+        make_certificate(site.cert)
+        site.keys.write_text('{"a": {}}')
+    else:
+        site.keys.write_text("{}")
+        site.cert.write_text("-----BEGIN CERTIFICATE-----\n")
+        if broken == "no cert":
+            site.cert.unlink()
+    keyed_server.process.send_signal(signal.SIGHUP)
+    keyed_server.wait_for(f"ERROR keys and certificate stay as they were: {site.keys if broken == 'keys' else site.cert}")
+    peer.echo()
+    assert certificate_shown(site) == site.fingerprint
+    assert site.answer("a", "wrong")["Error"] == "denied"
+    peer.echo()
+    tls_visit(site, "a", key)
+    assert keyed_server.process.poll() is None
 
 
-def test_the_control_socket_is_roots_alone_and_gone_after_the_end(site: Site) -> None:
-    control = site.folder / "run" / "server.sock"
-    server = site.serve(control=control)
-    assert stat.S_ISSOCK(control.stat().st_mode)
-    assert control.stat().st_mode & 0o7777 == 0o600
-    assert site.clients("list") == []
-    server.stop()
-    assert not control.exists()
-    assert site.clients("list") == []  # from the files
-
-
-def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_is_not(lab: Lab, site: Site) -> None:
+def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_is_not(site: Site) -> None:
     control = site.folder / "server.sock"
-    server = site.serve(control=control)
-    server.kill()
+    site.serve(control=control).kill()
     assert control.exists()
     site.clients("add", "a")  # nobody listens there, so it is done on the files
     server = site.serve(control=control)
@@ -6151,6 +5981,9 @@ def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_i
     beside_it.stop()
     assert control.exists()
     assert len(site.clients("list")) == 2
+    server.stop()
+    assert not control.exists()
+    assert len(site.clients("list")) == 2  # from the files
 
 
 def test_clients_do_not_touch_the_files_of_a_server_that_they_can_not_reach(site: Site) -> None:
@@ -6168,63 +6001,59 @@ def test_without_server_and_without_assignments_file_there_is_nothing_to_adminis
     assert site.answer("a", added["key"])["Prefix"] == added["prefix"]
 
 
-@pytest.fixture
-def control_server(site: Site) -> Site:
+def control_connection(site: Site) -> socket.socket:
+    """A connection to the control socket of the first server; it is closed at the end."""
+    sock = socket.socket(socket.AF_UNIX)
+    site.tunnel._undo.callback(sock.close)
+    sock.connect(str(site.folder / "0.sock"))
+    sock.settimeout(5)
+    return sock
+
+
+def test_a_request_that_no_tun6_makes_hurts_nobody(site: Site) -> None:
     site.serve()
-    return site
-
-
-@pytest.mark.parametrize(
-    "request_", [b"", b"garbage", b"{}", b'{"do": "list"}', b'{"do": "_drop", "files": %s}', b'{"do": "add", "files": %s}', b"{" * 9999]
-)
-def test_a_request_that_no_tun6_makes_hurts_nobody(control_server: Site, request_: bytes) -> None:
-    site = control_server
     files = json.dumps([str(site.assignments), str(site.keys)]).encode()
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
-        sock.connect(str(site.folder / "0.sock"))
-        sock.sendall(request_.replace(b"%s", files))
+    for request in (
+        *(b"", b"garbage", b"{}", b'{"do": "list"}', b"{" * 9999),
+        *(b'{"do": "%s", "files": %s}' % (action, files) for action in (b"_drop", b"add")),
+    ):
+        sock = control_connection(site)
+        sock.sendall(request)
         sock.shutdown(socket.SHUT_WR)
         answer = all_of(sock)
-    assert not answer or list(json.loads(answer)) == ["error"]
+        assert not answer or list(json.loads(answer)) == ["error"]
+        assert site.clients("list") == []
+
+
+def test_whoever_says_nothing_on_the_control_socket_keeps_neither_others_nor_the_end_waiting(site: Site) -> None:
+    server = site.serve()
+    for _ in range(20):
+        control_connection(site)
+    assert site.clients("list") == []
+    server.stop()
+
+
+def test_a_server_that_ran_out_of_descriptors_can_be_administrated_when_it_has_some_again(site: Site) -> None:
+    server = site.serve()
+    with descriptors(server, 2):
+        socks = [control_connection(site) for _ in range(5)]
+        server.wait_for("ERROR control: can't accept a connection: Too many open files")
+    for sock in socks:
+        sock.close()
     assert site.clients("list") == []
 
 
-def test_whoever_says_nothing_on_the_control_socket_keeps_neither_others_nor_the_end_waiting(control_server: Site) -> None:
-    with ExitStack() as undo:
-        for _ in range(20):
-            sock = undo.enter_context(socket.socket(socket.AF_UNIX))
-            sock.connect(str(control_server.folder / "0.sock"))
-        assert control_server.clients("list") == []
-        control_server.tunnel._programs[0].stop()
-
-
-def test_a_server_that_ran_out_of_descriptors_can_be_administrated_when_it_has_some_again(control_server: Site) -> None:
-    pid = control_server.tunnel._programs[0].process.pid
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    room = len(os.listdir(f"/proc/{pid}/fd")) + 2
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (room, limits[1]))
-    with ExitStack() as undo:
-        undo.callback(resource.prlimit, pid, resource.RLIMIT_NOFILE, limits)
-        for _ in range(5):
-            sock = undo.enter_context(socket.socket(socket.AF_UNIX))
-            sock.connect(str(control_server.folder / "0.sock"))
-        wait_until("it has no descriptor left", lambda: len(os.listdir(f"/proc/{pid}/fd")) >= room - 1)
-        control_server.tunnel._programs[0].wait_for("ERROR control: can't accept a connection: Too many open files")
-    assert control_server.clients("list") == []
-
-
 @pytest.mark.parametrize("cert", ["made.pem", None])
-def test_keygen_makes_a_certificate_whose_fingerprint_clients_accept_and_never_overwrites(lab: Lab, site: Site, cert: str | None) -> None:
+def test_keygen_makes_a_certificate_that_clients_accept_and_never_overwrites(site: Site, cert: str | None) -> None:
     site.write_config(cert=cert, keys=None)
     file = site.folder / (cert or "server.pem")
     done = run_tun6("keygen", "-c", str(site.config))
     assert (done.returncode, done.stderr) == (0, "")
     assert ("cert = server.pem" in done.stdout) == (cert is None)
-    fingerprint = re.findall("^Clients know the server by .* fingerprint = (sha256:[0-9a-f]{64})$", done.stdout, re.MULTILINE)[0]
+    (fingerprint,) = re.findall("^Clients know the server by .* fingerprint = (sha256:[0-9a-f]{64})$", done.stdout, re.MULTILINE)
     assert file.stat().st_mode & 0o7777 == 0o600
-    assert fingerprint == fingerprint_in(file.read_text())
     made = file.read_bytes()
+    assert fingerprint == fingerprint_in(made.decode())
     sentence = only_line(run_tun6("keygen", "-c", str(site.config)), 2)
     assert sentence == f"tun6: {file} is there already, its fingerprint is {fingerprint}; move it away to make another\n"
     assert file.read_bytes() == made
@@ -6243,8 +6072,13 @@ def test_keygen_that_can_not_make_the_file_says_so(site: Site, tmp_path: Path) -
     assert not (site.folder / "new.pem").exists()
 
 
-def test_status_says_how_the_running_server_is(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def expect_no_server(server: Program) -> None:
+    """Asking says that no server runs."""
+    for arguments in ([], ["--json"]):
+        assert "no server" in only_line(run_tun6("status", "-c", str(server.config), *arguments), 1)
+
+
+def test_status_says_how_the_running_server_is(tunnel: Tunnel, server: Program) -> None:
     began = time.monotonic()
     empty = status_of(server)
     assert empty.keys() == {"seconds", "sessions", "assignments", "greenlets", "threads", "files", "memory", "queued", "latency"}
@@ -6253,38 +6087,39 @@ def test_status_says_how_the_running_server_is(lab: Lab, tunnel: Tunnel) -> None
     assert empty["threads"] >= 1
     assert empty["files"] == pytest.approx(len(os.listdir(f"/proc/{server.process.pid}/fd")), abs=3)  # while it is asked, one more
     assert empty["memory"] == pytest.approx(memory(server), rel=0.2)
-    with ExitStack() as undo:
-        for number in range(3):
-            undo.enter_context(tunnel.peer(f"client {number}")).connected().echo()
-        asked = time.monotonic()
-        full = status_of(server)
-        assert (full["sessions"], full["assignments"]) == (3, 3)
-        assert full["files"] - empty["files"] == 6  # a socket and a TUN each
-        assert 6 <= full["greenlets"] - empty["greenlets"] <= 15
-        assert asked - began - 1 <= full["seconds"] <= time.monotonic() - began + 2
-        assert full["latency"]["samples"] > empty["latency"]["samples"]
-        assert 0 <= full["latency"]["median"] <= full["latency"]["p99"] <= full["latency"]["max"] < 10  # and not in ms
+    peers = tunnel.crowd(3)
+    for peer in peers:
+        peer.echo()
+    asked = time.monotonic()
+    full = status_of(server)
+    assert (full["sessions"], full["assignments"]) == (3, 3)
+    assert full["files"] - empty["files"] == 6  # a socket and a TUN each
+    assert 6 <= full["greenlets"] - empty["greenlets"] <= 15
+    assert asked - began - 1 <= full["seconds"] <= time.monotonic() - began + 2
+    assert full["latency"]["samples"] > empty["latency"]["samples"]
+    assert 0 <= full["latency"]["median"] <= full["latency"]["p99"] <= full["latency"]["max"] < 10  # and not in ms
+    for peer in peers:
+        peer.sock.close()
     kinds = ("sessions", "files", "greenlets")
     wait_until("all they had is released", lambda: [status_of(server)[kind] for kind in kinds] == [empty[kind] for kind in kinds])
     assert status_of(server)["assignments"] == 3
 
-    done = run_tun6("status", "-c", config_of(server))
+    done = run_tun6("status", "-c", str(server.config))
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(empty)
     assert all(re.fullmatch(r"\w+ +\d.*|latency +.*\d ms.*", line) for line in lines), done.stdout
     assert "MiB" in lines[list(empty).index("memory")]
 
-    ends: list[Callable[[Program], object]] = [Program.kill, Program.stop]  # a socket stays, or none
-    for end in ends:
-        end(server)
-        for arguments in ([], ["--json"]):
-            assert "no server" in only_line(run_tun6("status", "-c", config_of(server), *arguments), 1)
-        server = tunnel.server()
+    server.kill()
+    expect_no_server(server)  # its socket is left
+    server.start()
+    server.wait_for(" serving ", 2)
+    server.stop()
+    expect_no_server(server)  # its socket has gone
 
 
-def test_a_server_that_stood_still_says_for_how_long(tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_a_server_that_stood_still_says_for_how_long(server: Program) -> None:
     wait_until("it has begun to measure", lambda: status_of(server)["latency"]["samples"] > 5)
     before = status_of(server)["latency"]["max"]
     server.process.send_signal(signal.SIGSTOP)
