@@ -70,6 +70,7 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import stat
 import statistics
@@ -6566,11 +6567,8 @@ def test_a_disk_that_takes_no_assignment_stops_newcomers_only(tunnel: Tunnel, sm
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     server = tunnel.server(assignments=path)
     writable = f"mount -o remount,rw {small_disk}"
-    faults = {  # what makes each fault, and what ends it
-        "Read-only file system": (
-            "true",
-            f"nsenter -m -t {server.process.pid} {writable} && {writable}",
-        ),  # the server sees a mount of its own
+    faults = {  # what makes each fault, and what ends it; the server sees a mount of its own
+        "Read-only file system": ("true", f"nsenter -m -t {server.process.pid} {writable} && {writable}"),
         "No space left on device": ("cat /dev/zero > filler 2> /dev/null || true", "rm filler"),
         "Is a directory": ("rm -f assignments.json.new && mkdir assignments.json.new", "rmdir assignments.json.new"),
     }
@@ -6895,27 +6893,26 @@ def cpu_s(program: Program) -> float:
     return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
-def test_whoever_removes_things_again_and_again_makes_nobody_spin(lab: Lab, tunnel: Tunnel) -> None:
-    server, client = tunnel.server(), tunnel.client()
+def test_whoever_removes_things_again_and_again_makes_nobody_spin(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client()
     prefix = client.prefix()
     for host, route in (("server", tunnel.pool), ("client", prefix)):
         lab.ip(host, f"-6 route del unreachable {route}")
         wait_until("that route is back", lambda h=host, r=route: str(r) in lab.ip(h, "-6 route show type unreachable"))  # type: ignore[misc]
-    with tunnel.peer("by-stander", host="server") as bystander:
-        bystander.connected()
-        _, spared = session_of(server, "by-stander")
-        before = {program: cpu_s(program) for program in (server, client)}
-        began, removed = time.monotonic(), 0
-        while time.monotonic() < began + 4:
-            for device in server_devices(lab) - {spared}:
-                removed += lab.run("server", "ip", "link", "del", device).returncode == 0
-            lab.run("server", "ip", "-6", "route", "del", "unreachable", str(tunnel.pool))
-            lab.run("client", "ip", "link", "del", "tun6")
-        for program, earlier in before.items():
-            assert cpu_s(program) - earlier < 1.5, f"the {program.role} spins"
-        assert len(re.findall(r"DEBUG no connection|WARNING no connection", client.log())) <= 5  # one in two seconds, and what they find
-        assert server.log().count(": gone,") <= 5
-        bystander.echo()
+    bystander = tunnel.peer("by-stander", host="server").connected()
+    _, spared = session_of(server, "by-stander")
+    before = {program: cpu_s(program) for program in (server, client)}
+    began, removed = time.monotonic(), 0
+    while time.monotonic() < began + 4:
+        for device in server_devices(lab) - {spared}:
+            removed += lab.run("server", "ip", "link", "del", device).returncode == 0
+        lab.run("server", "ip", "-6", "route", "del", "unreachable", str(tunnel.pool))
+        lab.run("client", "ip", "link", "del", "tun6")
+    for program, earlier in before.items():
+        assert cpu_s(program) - earlier < 1.5, f"the {program.role} spins"
+    assert len(re.findall(r"DEBUG no connection|WARNING no connection", client.log())) <= 5  # one in two seconds, and what they find
+    assert server.log().count(": gone,") <= 5
+    bystander.echo()
     wait_until("the pool's route is back", lambda: server_routes(lab, "unreachable") == {str(tunnel.pool)})
     wait_until("the client has all it had", lambda: lab.pings("client"))
     assert client.prefix() == prefix
@@ -6927,68 +6924,62 @@ def netlink_drops(lab: Lab, host: str) -> int:
     return sum(int(drops) for _, protocol, _, groups, _, _, _, _, drops, *_ in table if protocol == "0" and int(groups, 16))
 
 
-def test_a_flood_of_news_about_other_routes_and_addresses_ends_nothing_and_hides_nothing(lab: Lab, tunnel: Tunnel) -> None:
-    server, client = tunnel.server(), tunnel.client()
+def test_a_flood_of_news_about_other_routes_and_addresses_hides_nothing(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client()
     prefix = client.prefix()
-    interface = {"server": "eth1", "client": "eth1"}
+    hosts = ("server", "client")
 
     def batch(commands: Iterable[str]) -> None:
-        """On both hosts at the same time."""
+        """Runs these commands of `ip` on both hosts at the same time."""
+        lines = "\n".join(commands)
         with ThreadPoolExecutor(2) as pool:
-            lines = "\n".join(commands)
-            runs = [
-                pool.submit(lab.run, host, "ip", "-6", "-batch", "-", input=lines.replace("DEV", dev)) for host, dev in interface.items()
-            ]
-            for each in runs:
-                assert each.result(60).returncode == 0, each.result().stderr
+            runs = [pool.submit(lab.run, host, "ip", "-6", "-batch", "-", input=lines) for host in hosts]
+        for run in runs:
+            assert run.result().returncode == 0, run.result().stderr
 
-    with ExitStack() as undo:
-        bystander, downed, cut_off = (undo.enter_context(tunnel.peer(id_, host="server")) for id_ in ("by-stander", "downed", "cut off"))
-        for peer in (bystander, downed, cut_off):
-            peer.connected().echo()
-        before = {program: memory(program) for program in (server, client)}
-        for do in ("add", "del"):
-            batch(f"route {do} 2001:db8:f000::{number:x}/128 dev DEV proto 99" for number in range(20_000))
-        bystander.echo()
-        ping(lab, "client")
+    bystander, downed, cut_off = (tunnel.peer(id_, host="server").connected() for id_ in ("by-stander", "downed", "cut off"))
+    for peer in (bystander, downed, cut_off):
+        peer.echo()
+    before = {program: memory(program) for program in (server, client)}
+    for do in ("add", "del"):
+        batch(f"route {do} 2001:db8:f000::{number:x}/128 dev eth1 proto 99" for number in range(20_000))
+    bystander.echo()
+    ping(lab, "client")
 
-        for program in (server, client):
-            program.process.send_signal(signal.SIGSTOP)
-        try:
-            batch(f"addr {do} 2001:db8:f000::{number:x}/128 dev DEV nodad" for number in range(10_000) for do in ("add", "del"))
-            _, device = session_of(server, "downed")
-            lab.ip("server", f"link set dev {device} down")
-            lab.ip("server", f"-6 route del {cut_off.prefix}")
-            lab.ip("server", f"-6 route del unreachable {tunnel.pool}")
-            lab.ip("client", f"addr del {prefix[1]}/128 dev tun6")
-            assert all(netlink_drops(lab, host) for host in interface), "the flood was too small"
-        finally:
-            for program in (server, client):
-                program.process.send_signal(signal.SIGCONT)
-        server.wait_for(f"'downed' from .*: gone, TUN device {device}: somebody set it down;", seconds=3)
-        left = {str(tunnel.pool)}, {str(each) for each in (prefix, bystander.prefix, cut_off.prefix)}
-        wait_until("the routes are back", lambda: (server_routes(lab, "unreachable"), server_routes(lab)) == left, 3)
-        wait_until("the address is back", lambda: addresses(lab) == [f"{prefix[1]}/128"], 5)
-        client.prefix(times=client.log().count("no connection") + 1)
-        ping(lab, "client")
-        for peer in (bystander, cut_off):
-            peer.echo()
-        for program, earlier in before.items():
-            assert memory(program) < earlier + (8 << 20), program.role
+    with paused(server), paused(client):
+        batch(f"addr {do} 2001:db8:f000::{number:x}/128 dev eth1 nodad" for number in range(10_000) for do in ("add", "del"))
+        _, device = session_of(server, "downed")
+        lab.ip("server", f"link set dev {device} down")
+        lab.ip("server", f"-6 route del {cut_off.prefix}")
+        lab.ip("server", f"-6 route del unreachable {tunnel.pool}")
+        lab.ip("client", f"addr del {prefix[1]}/128 dev tun6")
+        assert all(netlink_drops(lab, host) for host in hosts), "the flood was too small"
+    server.wait_for(f"'downed' from .*: gone, TUN device {device}: somebody set it down;", seconds=3)
+    left = {str(tunnel.pool)}, {str(each) for each in (prefix, bystander.prefix, cut_off.prefix)}
+    wait_until("the routes are back", lambda: (server_routes(lab, "unreachable"), server_routes(lab)) == left, 3)
+    wait_until("the address is back", lambda: addresses(lab) == [f"{prefix[1]}/128"], 5)
+    client.prefix(times=client.log().count("no connection") + 1)
+    ping(lab, "client")
+    for peer in (bystander, cut_off):
+        peer.echo()
+    for program, earlier in before.items():
+        assert memory(program) < earlier + (8 << 20), program.role
 
 
 @contextmanager
 def cut(lab: Lab, host: str, comes: str, goes: str) -> Iterator[None]:
     """The host drops IPv4 packets that match, those that come and those that go, without a word to anybody."""
+
+    def nft(rules: str) -> None:
+        done = lab.run(host, "nft", rules)
+        assert not done.returncode, done.stderr
+
     chain = "chain {0} {{ type filter hook {0}routing priority 0; {1} drop; }};"
-    rules = f"table ip cut {{ {chain.format('pre', comes)} {chain.format('post', goes)} }}"
-    done = lab.run(host, "nft", rules.replace("chain pre", "chain came").replace("chain post", "chain went"))
-    assert not done.returncode, done.stderr
+    nft(f"table ip cut {{ {chain.format('pre', comes)} {chain.format('post', goes)} }}")
     try:
         yield
     finally:
-        done = lab.run(host, "nft", "delete table ip cut")
-        assert not done.returncode, done.stderr
+        nft("delete table ip cut")
 
 
 @contextmanager
@@ -7038,9 +7029,8 @@ def running(lab: Lab, host: str, *command: str) -> Iterator[None]:
 
 
 @pytest.mark.waits
-def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_back(lab: Lab, tunnel: Tunnel) -> None:
+def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_back(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     """All who have to wait wait at the same time: it takes 30 seconds."""
-    server = tunnel.server()
     beyond = tunnel.port + 5000  # the port of the server that vanishes
     tunnel.server(listenport=beyond, prefixrange=tunnel.new_pool(), assignments=None)
     lone: dict[str, Any] = {"default_route": "no"}
@@ -7052,25 +7042,25 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
             "NAT forgets, busy": tunnel.client(id="NAT forgets, busy"),
             "server vanishes": tunnel.client(id="server vanishes", tun="beyond", remoteport=beyond, **lone),
         }
-        for name in clients:
-            clients[name].prefix()
+        for client in clients.values():
+            client.prefix()
         undo.enter_context(running(lab, "client", "ping", "-6", "-i", "0.2", Lab.INTERNET))
-        bystander = undo.enter_context(tunnel.peer("by-stander", host="server")).connected()
+        bystander = tunnel.peer("by-stander", host="server").connected()
         forget()
         began = dict.fromkeys(clients, time.monotonic())
 
-        undo.enter_context(cut(lab, "server", f"tcp dport {beyond}", f"tcp sport {beyond}"))
+        outage = undo.enter_context(ExitStack())
+        outage.enter_context(cut(lab, "server", f"tcp dport {beyond}", f"tcp sport {beyond}"))
         clients["address changes, idle"] = tunnel.client("second", id="address changes, idle", tun="idle", **lone)
         clients["address changes, busy"] = tunnel.client("second", id="address changes, busy")
-        peers = {name: undo.enter_context(tunnel.peer(name, host="second")).connected() for name in ("gone, idle", "gone, busy", "same")}
+        peers = {name: tunnel.peer(name, host="second").connected() for name in ("gone, idle", "gone, busy", "same")}
         prefixes = {name: client.prefix() for name, client in clients.items()}
         undo.enter_context(running(lab, "second", "ping", "-6", "-i", "0.2", Lab.INTERNET))
         for prefix in (prefixes["NAT forgets, busy"], prefixes["address changes, busy"], peers["gone, busy"].prefix):
             undo.enter_context(running(lab, "internet", "ping", "-6", "-i", "0.2", str(prefix[1])))
         for peer in peers.values():
             peer.echo()
-        moving = undo.enter_context(ExitStack())
-        moving.enter_context(another_address(lab))
+        undo.enter_context(another_address(lab))
         began = {**dict.fromkeys([*clients, *peers], time.monotonic()), **began}
         late = tunnel.client("second", id="late", tun="late", remoteport=beyond, **lone)  # never had a connection
 
@@ -7101,8 +7091,7 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
         ping(lab, "second")
         bystander.echo()
         assert len(re.findall("no answer within 10 s", late.log())) <= 3
-        lab.run("server", "nft", "delete table ip cut")
-        lab.run("server", "nft", "add table ip cut")  # for its end
+        outage.close()
         assert clients["server vanishes"].prefix(times=2, seconds=15) == prefixes["server vanishes"]
         late.prefix(seconds=15)
 
@@ -7113,8 +7102,7 @@ def sent_into(lab: Lab, host: str, device: str = "tun6") -> int:
 
 
 @pytest.mark.waits
-def test_an_outage_shorter_than_tcps_patience_costs_neither_the_session_nor_a_byte(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_an_outage_shorter_than_tcps_patience_costs_neither_the_session_nor_a_byte(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     clients = [tunnel.client(host) for host in ("client", "second")]
     for client in clients:
         client.prefix()
@@ -7148,7 +7136,7 @@ def test_a_client_whose_server_has_no_address_says_so_and_stops_in_time_while_it
     assert way_to_internet(lab) == "tun6"
 
 
-class NameServer:
+class NameServer(socketserver.UDPServer):
     """The only name server of a client's host, on the NAT beside it; it knows one name, or says what it is told to.
 
     `says`: an IPv4 address, "nothing", or "SERVFAIL". What it was asked is kept: time and id of the query, which stays
@@ -7157,35 +7145,20 @@ class NameServer:
 
     NAME = "server.tun6.test."
 
-    def __init__(self, lab: Lab, host: str, says: str, entries: int = 1) -> None:
-        """`entries`: so often it is named, each of which is asked three times if it says nothing."""
-        self.says = says
+    def __init__(self, lab: Lab, host: str, address: str) -> None:
+        self.says = Lab.SERVER
         self.queries: list[tuple[float, int, bool]] = []
-        address = {"client": "10.8.0.1", "second": "10.8.1.1"}[host]
         with lab.inside("nat"):
-            self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._sock.bind((address, 53))
+            super().__init__((address, 53), socketserver.BaseRequestHandler)
         self._folder = Path("/etc/netns", lab._names[host])  # what `ip netns exec` lays over /etc: ip-netns(8)
-        self._file = self._folder / "resolv.conf"
-        self._made = [folder for folder in (self._folder.parent, self._folder) if not folder.exists()]
-        for folder in self._made:
-            folder.mkdir()
-        self._file.write_text(f"nameserver {address}\n" * entries)
-        self._wake, self._waker = os.pipe()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._folder.mkdir(parents=True)
+        self.resolv_conf = self._folder / "resolv.conf"
+        self.resolv_conf.write_text(f"nameserver {address}\n")
 
-    def __enter__(self) -> NameServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._waker)
-        self._thread.join(10)
-        os.close(self._wake)
-        self._sock.close()
-        self._file.unlink()
-        for folder in reversed(self._made):
-            folder.rmdir()
+    def server_close(self) -> None:
+        super().server_close()
+        self.resolv_conf.unlink()
+        os.removedirs(self._folder)
 
     def lookups(self) -> dict[int, tuple[float, float]]:
         """When each began, and when it was last heard of."""
@@ -7200,65 +7173,74 @@ class NameServer:
     def answered(self) -> int:
         return sum(answered for _, _, answered in self.queries)
 
-    def _run(self) -> None:
-        sources: list[Any] = [self._sock, self._wake]
-        while self._wake not in select.select(sources, [], [])[0]:
-            query, who = self._sock.recvfrom(4096)
-            end = query.index(b"\0", 12) + 5
-            asked_for_it = query[12:end].lower() == b"\6server\4tun6\4test\0\0\1\0\1"  # RFC 1035 section 4.1.2: type A, class IN
-            says, failed = self.says, self.says == "SERVFAIL"
-            knows = asked_for_it and says not in ("nothing", "SERVFAIL")
-            self.queries.append((time.monotonic(), int.from_bytes(query[:2], "big"), knows))
-            if says == "nothing":
-                continue
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        query, sock = request
+        end = query.index(b"\0", 12) + 5
+        asked_for_it = query[12:end].lower() == b"\6server\4tun6\4test\0\0\1\0\1"  # RFC 1035 section 4.1.2: type A, class IN
+        says, failed = self.says, self.says == "SERVFAIL"
+        knows = asked_for_it and says not in ("nothing", "SERVFAIL")
+        self.queries.append((time.monotonic(), int.from_bytes(query[:2], "big"), knows))
+        if says != "nothing":
             answer = b"\xc0\x0c" + struct.pack(">HHIH", 1, 1, 0, 4) + socket.inet_aton(says) if knows else b""
             header = query[:2] + struct.pack(">HHHHH", 0x8580 | 2 * failed, 1, bool(answer), 0, 0)
-            self._sock.sendto(header + query[12:end] + answer, who)
+            sock.sendto(header + query[12:end] + answer, client_address)
+
+
+@pytest.fixture
+def name_servers(lab: Lab) -> Iterator[list[NameServer]]:
+    """Those of the hosts `client` and `second`."""
+    with NameServer(lab, "client", "10.8.0.1") as first, NameServer(lab, "second", "10.8.1.1") as second, ThreadPoolExecutor(2) as pool:
+        for names in (first, second):
+            pool.submit(names.serve_forever, 0.05)
+        yield [first, second]
+        for names in (first, second):
+            names.shutdown()
 
 
 @pytest.mark.waits
-def test_a_client_whose_name_server_was_broken_connects_within_five_seconds_of_its_repair(lab: Lab, tunnel: Tunnel) -> None:
+def test_a_client_connects_within_five_seconds_of_its_name_servers_repair(tunnel: Tunnel, name_servers: list[NameServer]) -> None:
     tunnel.server()
-    with NameServer(lab, "client", "nothing") as silent, NameServer(lab, "second", "SERVFAIL") as failing:
-        clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
-        for client, names in zip(clients, (silent, failing)):
-            client.wait_for(f"WARNING no connection to {NameServer.NAME} port .*: Temporary failure in name resolution; trying again")
-            wait_until("it asks again", lambda names=names: len(names.lookups()) > 1)  # type: ignore[misc]
-        repaired = time.monotonic()
-        silent.says = failing.says = Lab.SERVER
-        for client in clients:
-            client.prefix(seconds=10)
-        assert time.monotonic() - repaired < 5
-        for names in (silent, failing):
-            names.check_that_they_were_one_at_a_time()
-            assert names.answered() == 1
+    silent, failing = name_servers
+    silent.says, failing.says = "nothing", "SERVFAIL"
+    clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
+    for client, names in zip(clients, name_servers):
+        client.wait_for(f"WARNING no connection to {NameServer.NAME} port .*: Temporary failure in name resolution; trying again")
+        wait_until("it asks again", lambda names=names: len(names.lookups()) > 1)  # type: ignore[misc]
+    repaired = time.monotonic()
+    silent.says = failing.says = Lab.SERVER
+    for client in clients:
+        client.prefix(seconds=10)
+    assert time.monotonic() - repaired < 5
+    for names in name_servers:
+        names.check_that_they_were_one_at_a_time()
+        assert names.answered() == 1
 
 
 @pytest.mark.waits
-def test_while_names_can_not_be_looked_up_a_client_finds_the_server_where_it_was_and_later_where_it_is(lab: Lab, tunnel: Tunnel) -> None:
+def test_without_name_servers_a_client_finds_the_server_where_it_was(lab: Lab, tunnel: Tunnel, name_servers: list[NameServer]) -> None:
     server = tunnel.server()
-    with ExitStack() as undo:
-        silent = undo.enter_context(NameServer(lab, "client", Lab.SERVER, entries=2))
-        failing = undo.enter_context(NameServer(lab, "second", Lab.SERVER))
-        clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
-        prefixes = [client.prefix() for client in clients]
-        known = [names.answered() for names in (silent, failing)]
-        silent.says, failing.says = "nothing", "SERVFAIL"
-        server.kill()
-        clients[0].wait_for("no connection", 2)  # the first lookup can be under way still when it tries again
-        server = tunnel.server()
-        assert [client.prefix(times=2) for client in clients] == prefixes
-        assert [names.answered() for names in (silent, failing)] == known
-        assert all(len(names.queries) > names.answered() for names in (silent, failing))  # they asked, in vain
+    silent, failing = name_servers
+    silent.resolv_conf.write_text(silent.resolv_conf.read_text() * 2)  # each entry is asked three times if it says nothing
+    clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
+    prefixes = [client.prefix() for client in clients]
+    known = [names.answered() for names in name_servers]
+    silent.says, failing.says = "nothing", "SERVFAIL"
+    server.kill()
+    clients[0].wait_for("no connection", 2)  # the first lookup can be under way still when it tries again
+    server = tunnel.server()
+    assert [client.prefix(times=2) for client in clients] == prefixes
+    assert [names.answered() for names in name_servers] == known
+    assert all(len(names.queries) > names.answered() for names in name_servers)  # they asked, in vain
 
-        moved = "10.9.0.3"
+    moved = "10.9.0.3"
+    with ExitStack() as undo:
         lab.ip("server", f"addr add {moved}/24 dev eth0")
         undo.callback(lab.ip, "server", f"addr del {moved}/24 dev eth0")
         server.stop()
         silent.says = failing.says = moved
         tunnel.server(localhost=moved)
         assert [client.prefix(times=3, seconds=15) for client in clients] == prefixes
-        for names in (silent, failing):
+        for names in name_servers:
             names.check_that_they_were_one_at_a_time()
 
 
@@ -7325,115 +7307,119 @@ def test_a_clock_that_jumps_to_1970_or_2040_changes_nothing(lab: Lab, site: Site
         server = site.serve(keys=None, new_ids_per_hour=10)
         client = tunnel.client(id="client", fingerprint=site.fingerprint)
     prefix = client.prefix()
-    with tunnel.peer("witness", host="second") as witness:
-        witness.connected().echo()
-        for outage, year in enumerate((1970, 2040), 1):
-            with Peer(lab, tunnel.port) as slow, tunnel.peer("client") as rival:
-                slow.sock.sendall(b'{"Id": "slow')
-                assert rival.connected().prefix == prefix
-                client.wait_for("no connection", outage)
-                clock.jump(year)  # while the client waits to try again, and the server for the rest of a hello
-                slow.sock.sendall(b' client"}')
-                slow.connected().echo()
-            witness.echo()
-            with tunnel.peer(f"newcomer of {year}") as newcomer:
-                newcomer.connected().echo()
-            assert client.prefix(outage + 1) == prefix
-            ping(lab, "client")
-            for program in (server, client):
-                assert re.findall(r"^\d+", program.log(), re.MULTILINE)[-1] == str(year)  # it did see the jump
+    witness = tunnel.peer("witness", host="second").connected()
+    witness.echo()
+    for outage, year in enumerate((1970, 2040), 1):
+        slow = tunnel.connect()
+        with tunnel.peer("client") as rival:
+            slow.sock.sendall(b'{"Id": "slow')
+            assert rival.connected().prefix == prefix
+            client.wait_for("no connection", outage)
+            clock.jump(year)  # while the client waits to try again, and the server for the rest of a hello
+            slow.sock.sendall(b' client"}')
+            slow.connected().echo()
         witness.echo()
+        tunnel.visit(f"newcomer of {year}")
+        assert client.prefix(outage + 1) == prefix
+        ping(lab, "client")
+        for program in (server, client):
+            assert re.findall(r"^\d+", program.log(), re.MULTILINE)[-1] == str(year)  # it did see the jump
+    witness.echo()
     server.said("INFO 'witness'", 1)
     assert all(program.stop() < SERVER_ENDS_S for program in (client, server))
 
 
-class Flood:
-    """Sends UDP packets from the Internet host to each of some addresses, without asking whether they arrive, in a thread.
+@contextmanager
+def repeated(action: Callable[[], None], pause: float) -> Iterator[None]:
+    """Meanwhile a thread does this again and again, with a pause of so many seconds before each time."""
+    stop = threading.Event()
 
-    `rate`: packets a second to each; the kernel gets them in trains of so many packets.
-    """
+    def run() -> None:
+        while not stop.wait(pause):
+            action()
 
-    def __init__(self, lab: Lab, targets: Iterable[IPv6Address], rate: int, size: int = 1400, train: int = 20) -> None:
-        with lab.inside("internet"):
-            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        self._sock.setsockopt(socket.SOL_UDP, 103, size)  # UDP_SEGMENT, linux/udp.h
-        self._targets, self._pause, self._data = [str(target) for target in targets], train / rate, bytes(size * train)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
 
-    def __enter__(self) -> Flood:
-        self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(10)
-        self._sock.close()
+@contextmanager
+def udp_flood(lab: Lab, targets: Iterable[IPv6Network], rate: int, train: int = 20) -> Iterator[None]:
+    """Meanwhile the Internet host sends so many UDP packets a second to a client of each prefix; the kernel gets them in trains."""
+    data = bytes(1400 * train)
+    with lab.inside("internet"):
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_UDP, 103, 1400)  # UDP_SEGMENT, linux/udp.h
 
-    def _run(self) -> None:
-        while not self._stop.wait(self._pause):
-            for target in self._targets:
-                with suppress(OSError):  # it hears that nobody listens there
-                    self._sock.sendto(self._data, (target, 9))
+    def send() -> None:
+        for target in targets:
+            with suppress(OSError):  # it hears that nobody listens there
+                sock.sendto(data, (str(target[1]), 9))
+
+    with sock, repeated(send, train / rate):
+        yield
 
 
 @pytest.mark.waits
-def test_a_client_that_stops_for_ten_seconds_is_in_nobodys_way_and_works_again(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_a_client_that_stops_for_ten_seconds_is_in_nobodys_way_and_works_again(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     stopped, near, far = tunnel.client(), tunnel.client(id="near", tun="near", default_route="no"), tunnel.client("second")
     prefixes = {client: client.prefix() for client in (stopped, near, far)}
     lab.ip("client", f"-6 route add {Lab.INTERNET} dev near")
-    with tunnel.peer("deaf", host="second") as deaf:
-        deaf.connected()
-        before = memory(server)
-        stopped.process.send_signal(signal.SIGSTOP)
-        try:
-            began, moved, most, queued = time.monotonic(), 0, 0, 0
-            with Flood(lab, (deaf.prefix[1], prefixes[stopped][1]), rate=5000), ThreadPoolExecutor(2) as pool:
-                while time.monotonic() < began + 10:
-                    size = 3_000_000
-                    for each in [pool.submit(transfer, lab, client.host, "internet", Lab.INTERNET, size) for client in (near, far)]:
-                        each.result(20)
-                    for each in [pool.submit(transfer, lab, "internet", c.host, str(prefixes[c][1]), size) for c in (near, far)]:
-                        each.result(20)
-                    moved += 1
-                    most = max(most, memory(server))
-                    queued = max(queued, status_of(server)["queued"])
-        finally:
-            stopped.process.send_signal(signal.SIGCONT)
-        assert moved > 1
-        assert 1 << 20 < queued <= 2.5 * tun6.SEND_QUEUE_MAX, "the flood never filled the connections"
-        assert most - before < 16 << 20
-        lab.ip("client", f"-6 route del {Lab.INTERNET} dev near")
-        ping(lab, "client")
-        assert stopped.log().count(": has ") == 1
-        assert ": gone," not in server.log()
+    deaf = tunnel.peer("deaf", host="second").connected()
+
+    def up(client: Program) -> None:
+        transfer(lab, client.host, "internet", Lab.INTERNET, 3_000_000)
+
+    def down(client: Program) -> None:
+        transfer(lab, "internet", client.host, str(prefixes[client][1]), 3_000_000)
+
+    before = memory(server)
+    began, moved, most, queued = time.monotonic(), 0, 0, 0
+    with paused(stopped), udp_flood(lab, (deaf.prefix, prefixes[stopped]), rate=5000), ThreadPoolExecutor(2) as pool:
+        while time.monotonic() < began + 10:
+            for move in (up, down):
+                for each in [pool.submit(move, client) for client in (near, far)]:
+                    each.result(20)
+            moved += 1
+            most = max(most, memory(server))
+            queued = max(queued, status_of(server)["queued"])
+    assert moved > 1
+    assert 1 << 20 < queued <= 2.5 * tun6.SEND_QUEUE_MAX, "the flood never filled the connections"
+    assert most - before < 16 << 20
+    lab.ip("client", f"-6 route del {Lab.INTERNET} dev near")
+    ping(lab, "client")
+    assert stopped.log().count(": has ") == 1
+    assert ": gone," not in server.log()
 
 
-def test_thirty_peers_that_do_not_read_share_a_bounded_memory(lab: Lab, tunnel: Tunnel) -> None:
-    server, bound = tunnel.server(), 64 << 20
-    with ExitStack() as undo:
-        bystander = undo.enter_context(tunnel.peer("by-stander", host="second")).connected()
-        deaf = [undo.enter_context(tunnel.peer(f"deaf {number}", offload=["tso6", "uso6"])) for number in range(30)]
-        for peer in deaf:
-            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            peer.connected()
-        before = memory(server)
-        with Flood(lab, [peer.prefix[1] for peer in deaf], rate=4000, train=40):
-            wait_until("much waits", lambda: status_of(server)["queued"] > bound * 3 // 4, 20)
-            enough = sent_into(lab, "server", session_of(server, "deaf 0")[1]) + 2 * tun6.SEND_QUEUE_MAX
-            wait_until("more came than one may have", lambda: sent_into(lab, "server", session_of(server, "deaf 0")[1]) > enough, 20)
-            assert status_of(server)["queued"] <= bound
-            bystander.echo()
-            assert memory(server) - before < bound + (16 << 20)
+def test_thirty_peers_that_do_not_read_share_a_bounded_memory(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    bound = 64 << 20
+    bystander = tunnel.peer("by-stander", host="second").connected()
+    deaf = tunnel.crowd(30, ["tso6", "uso6"])
+    for peer in deaf:
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    before = memory(server)
+    with udp_flood(lab, [peer.prefix for peer in deaf], rate=4000, train=40):
+        wait_until("much waits", lambda: status_of(server)["queued"] > bound * 3 // 4, 20)
+        enough = sent_into(lab, "server", session_of(server, "client 0")[1]) + 2 * tun6.SEND_QUEUE_MAX
+        wait_until("more came than one may have", lambda: sent_into(lab, "server", session_of(server, "client 0")[1]) > enough, 20)
+        assert status_of(server)["queued"] <= bound
+        bystander.echo()
+        assert memory(server) - before < bound + (16 << 20)
+    for peer in [bystander, *deaf]:
+        peer.sock.close()
     wait_until("what waited is forgotten", lambda: status_of(server)["queued"] == 0)
     wait_until("its memory is given back", lambda: memory(server) - before < bound // 4)
 
 
 @pytest.mark.waits
-def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_says_what_was_lost(lab: Lab, tunnel: Tunnel) -> None:
-    config = tunnel.config("server")
-    control = re.findall("control = (.*)", config.read_text())[0]
+def test_a_log_that_nobody_reads_stops_nothing_and_later_says_what_was_lost(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    control = str(tmp_path / "control")
+    config = tunnel.config("server", control=control)
     pipe, stderr = os.pipe()
     fcntl.fcntl(pipe, 1031, 4096)  # F_SETPIPE_SZ, fcntl(2): the least
     text = ""
@@ -7463,16 +7449,16 @@ def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_
         read(" serving ")
         complaints = tun6.LOG_LINES_MAX + 1500
         complain(complaints)
-        with tunnel.peer() as peer:
-            peer.connected().echo()
-            read("lines of the log were lost")
-            while select.select([pipe], [], [], 2)[0]:  # what else waits
-                text += os.read(pipe, 1 << 16).decode()
-            lost = sum(map(int, re.findall(r"WARNING (\d+) lines of the log were lost, as nobody read them\n", text)))
-            assert lost > 1000
-            assert complaints <= text.count(" control: ") + lost <= complaints + 10  # what else it said about the peer
-            complain(1000)  # the pipe is full again
-            peer.echo()
+        peer = tunnel.peer().connected()
+        peer.echo()
+        read("lines of the log were lost")
+        while select.select([pipe], [], [], 2)[0]:  # what else waits
+            text += os.read(pipe, 1 << 16).decode()
+        lost = sum(map(int, re.findall(r"WARNING (\d+) lines of the log were lost, as nobody read them\n", text)))
+        assert lost > 1000
+        assert complaints <= text.count(" control: ") + lost <= complaints + 10  # what else it said about the peer
+        complain(1000)  # the pipe is full again
+        peer.echo()
         server.terminate()
         assert server.wait(SERVER_ENDS_S + tun6.LOG_FLUSH_S) == 0
 
@@ -7569,17 +7555,15 @@ def test_new_ids_are_so_many_an_hour_and_those_that_are_known_go_on(tunnel: Tunn
     assert tunnel.refusal("newer")["Error"] == "busy"
 
 
-def served(tunnel: Tunnel, id_: str, host: str, seconds: float, each: float = 0.0) -> None:
+def served(tunnel: Tunnel, id_: str, host: str, seconds: float) -> None:
     """A client that comes again whenever it is turned away is served within this time."""
     began = time.monotonic()
-    while True:
-        try:
+    while time.monotonic() - began < seconds:
+        with suppress(EOFError, OSError):
             tunnel.visit(id_, host)
-            assert time.monotonic() - began < seconds
-            return
-        except (EOFError, OSError):
-            assert time.monotonic() - began < seconds, "an honest client is locked out"
-        time.sleep(each)
+            break
+        time.sleep(0.1)
+    assert time.monotonic() - began < seconds, "an honest client is locked out"
 
 
 def test_a_thousand_silent_connections_keep_no_honest_client_waiting(tunnel: Tunnel, server: Program) -> None:
@@ -7610,104 +7594,81 @@ def test_those_who_say_a_byte_and_no_more_lock_nobody_out(tunnel: Tunnel, server
     served(tunnel, "elsewhere", "client", 3)
     for _ in range(20):
         tunnel.connect().sock.sendall(b"{")
-    served(tunnel, "same", "second", 3, each=0.1)
+    served(tunnel, "same", "second", 3)
     trickling = [tunnel.connect() for _ in range(8)]
     for _ in range(3):
         for peer in trickling:
             with suppress(OSError):  # it had to go
                 peer.sock.sendall(b" ")
-        served(tunnel, "same", "second", 3, each=0.1)
+        served(tunnel, "same", "second", 3)
 
 
-def test_an_address_whose_connections_are_all_saying_who_they_are_has_to_wait_a_second_and_no_other_does(
-    tunnel: Tunnel, server: Program
-) -> None:
+def test_only_an_address_with_all_its_handshakes_under_way_has_to_wait(tunnel: Tunnel, server: Program) -> None:
     for _ in range(tun6.HANDSHAKES_PER_HOST_MAX):
         tunnel.connect().sock.sendall(b"{")
     tunnel.visit("elsewhere", "server")
-    served(tunnel, "same", "second", 3, each=0.1)
+    served(tunnel, "same", "second", 3)
 
 
-@contextmanager
-def trickle(lab: Lab, tunnel: Tunnel, rate: int) -> Iterator[list[socket.socket]]:
-    """Meanwhile so many connections a second from 40 addresses, which say one byte and stay."""
-    stop = threading.Event()
+def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    began = time.monotonic()
     socks: list[socket.socket] = []
 
-    def run() -> None:
-        with lab.inside("server"):
-            began = time.monotonic()
-            for number in itertools.count():
-                if stop.wait(max(0, began + number / rate - time.monotonic())):
-                    return
+    def connect() -> None:
+        """Makes the connections that are due; each says one byte and stays."""
+        while len(socks) < 200 * (time.monotonic() - began):
+            with lab.inside("server"):
                 socks.append(socket.socket())
-                socks[-1].setblocking(False)
-                socks[-1].bind((f"127.0.6.{1 + number % 40}", 0))
-                with suppress(BlockingIOError):
-                    socks[-1].connect((Lab.SERVER, tunnel.port))
-                with suppress(OSError):
-                    socks[-1].send(b"{")
+            socks[-1].setblocking(False)
+            socks[-1].bind((f"127.0.6.{1 + len(socks) % 40}", 0))
+            socks[-1].connect_ex((Lab.SERVER, tunnel.port))
+            with suppress(OSError):
+                socks[-1].send(b"{")
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield socks
-    finally:
-        stop.set()
-        thread.join()
-        for sock in socks:
-            sock.close()
-
-
-def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out_either(lab: Lab, tunnel: Tunnel, server: Program) -> None:
-    with trickle(lab, tunnel, 200) as socks:
+    with repeated(connect, 0.005):
         wait_until("there are many", lambda: len(socks) > 400)
         for number in range(5):
             served(tunnel, f"honest {number}", "client", 2)
+    for sock in socks:
+        sock.close()
 
 
-def come_and_go(lab: Lab, tunnel: Tunnel, number: int, id_: str) -> None:
+def come_and_go(tunnel: Tunnel, number: int, id_: str) -> None:
     """One connection from beginning to end, in one of the ways that there are."""
-
-    def greet(peer: Peer) -> None:
-        peer.hello(id_)
-
-    def say(data: bytes) -> Callable[[Peer], None]:
-        return lambda peer: peer.sock.sendall(data)
-
-    half = say(b'{"Id": ')
-    ways: list[list[Callable[[Peer], object]]] = [
-        [greet, Peer.connected],
-        [greet, Peer.connected, Peer.echo],
-        [greet, Peer.connected, Peer.reset],
-        [greet, Peer.reset],  # before the answer
-        [greet, Peer.connected, send_garbage, Peer.ended],
-        [greet, Peer.connected, half_close, Peer.ended],
+    hello, half = json.dumps({"Id": id_}).encode(), b'{"Id": '
+    ways: list[list[bytes | Callable[[Peer], object]]] = [  # bytes: what the client sends
+        [hello, Peer.connected],
+        [hello, Peer.connected, Peer.echo],
+        [hello, Peer.connected, Peer.reset],
+        [hello, Peer.reset],  # before the answer
+        [hello, Peer.connected, send_garbage, Peer.ended],
+        [hello, Peer.connected, half_close, Peer.ended],
         [half],
         [half, Peer.reset],
-        [say(b"GET / HTTP/1.0\r\n\r\n"), Peer.ended],
-        [say(b"\x16\x03\x01\x00\x05"), Peer.reset],
+        [b"GET / HTTP/1.0\r\n\r\n", Peer.ended],
+        [b"\x16\x03\x01\x00\x05", Peer.reset],
         [],  # silent
         [Peer.reset],
     ]
-    with Peer(lab, tunnel.port, ("client", "second", "server")[number % 3]) as peer:
+    with Peer(tunnel.lab, tunnel.port, ("client", "second", "server")[number % 3]) as peer:
         for step in ways[number % len(ways)]:
-            step(peer)
+            if isinstance(step, bytes):
+                peer.sock.sendall(step)
+            else:
+                step(peer)
 
 
-def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     fresh = status_of(server)
     crowd = 12
 
     def visit(numbers: range) -> None:
         def visitor(own: int) -> None:
             for number in numbers[own::crowd]:
-                come_and_go(lab, tunnel, number // crowd + own, f"visitor {own} {number % 5}")
+                come_and_go(tunnel, number // crowd + own, f"visitor {own} {number % 5}")
 
         with ThreadPoolExecutor(crowd) as pool:
-            for each in [pool.submit(visitor, own) for own in range(crowd)]:
-                each.result()
+            list(pool.map(visitor, range(crowd)))  # and raises what they raise
 
     def quiet() -> dict[str, Any]:
         status = status_of(server)
@@ -7726,13 +7687,10 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
     assert after["threads"] <= tun6.TUN_CLOSERS + 4
     assert after["memory"] - before["memory"] < many(4, 6) << 20
     assert not server_routes(lab)
-    with tunnel.peer() as peer:
-        peer.connected().echo()
+    tunnel.visit("by-hand")
 
 
-def test_without_descriptors_newcomers_hear_it_the_connected_go_on_and_when_some_leave_there_is_room_again(
-    tunnel: Tunnel, server: Program
-) -> None:
+def test_without_descriptors_newcomers_hear_it_and_when_some_leave_there_is_room(tunnel: Tunnel, server: Program) -> None:
     connected: list[Peer] = []
     refused: list[dict[str, Any]] = []
     with descriptors(server, 18):
