@@ -6632,27 +6632,16 @@ def test_a_server_whose_disk_does_not_answer_stops_in_time_and_undoes_everything
         assert server.stop() < SERVER_ENDS_S
 
 
-def refused_start(tunnel: Tunnel, **settings: object) -> str:
-    """Starts a server whose configuration is wrong: it must exit with 2 and say why in one sentence, which this gives."""
-    done = tunnel.lab.run("server", sys.executable, TUN6, "server", "-c", str(tunnel.config("server", **settings)), timeout=10)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    (sentence,) = re.findall(r"\Atun6: (.*)\n\Z", done.stderr)
-    return str(sentence)
-
-
-def test_a_server_does_not_start_with_a_corrupt_file_and_leaves_it_untouched(tunnel: Tunnel, tmp_path: Path) -> None:
-    path = tmp_path / "assignments.json"
-    path.write_text('{"a": "2001:db8:1::/64", "b": "2001:db8:1:0::/64"}')
-    before = untouched(path)
-    assert re.search("entry 'b'.*already the prefix of 'a'", refused_start(tunnel, prefixrange=POOL))
-    assert untouched(path) == before
-
-
-def test_a_second_server_does_not_start_with_the_file_of_a_live_one(tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
-    path, peer = tmp_path / "assignments.json", tunnel.peer("client").connected()
-    before = untouched(path)
-    assert f"{path} is in use by another tun6 server" in refused_start(tunnel, listenport=tunnel.port + 5000)
-    assert untouched(path) == before
+def test_a_server_does_not_start_with_a_corrupt_file_or_that_of_a_live_one(tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
+    in_use, corrupt = tmp_path / "assignments.json", tmp_path / "corrupt.json"
+    peer = tunnel.peer("client").connected()
+    corrupt.write_text('{"a": "2001:db8:1::/64", "b": "2001:db8:1:0::/64"}')
+    for path, why in ((in_use, "is in use by another tun6 server"), (corrupt, "entry 'b'.*already the prefix of 'a'")):
+        before = untouched(path)
+        config = tunnel.config("server", listenport=tunnel.port + 5000, prefixrange=POOL, assignments=path)
+        done = tunnel.lab.run("server", sys.executable, TUN6, "server", "-c", str(config), timeout=10)
+        assert re.search(f"^tun6: {path}.* {why}", only_line(done, 2))
+        assert untouched(path) == before
     peer.echo()
     tunnel.visit("newcomer")
 
@@ -6660,18 +6649,20 @@ def test_a_second_server_does_not_start_with_the_file_of_a_live_one(tunnel: Tunn
 class FaultyIp:
     """An `ip` that fails as the real one does, and notes which files it was given."""
 
+    NOTHING = "^$"
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "bin"
         self._folder.mkdir()
         self._program, self._fails, self._files = (self._folder / name for name in ("ip", "fails", "files"))
         self._program.write_text(f"""#!/bin/sh
 PATH={os.environ["PATH"]}; cd {self._folder}
-[ "$*" = "-6 -force -batch -" ] || exec {shutil.which("ip")} "$@"
+[ "$*" = "-6 -force -batch -" ] || exec ip "$@"
 ls -l /proc/$$/fd >> files
-[ ! -e fails ] || exec sed -E "s/.*($(cat fails)).*/link set dev missing up/" | {shutil.which("ip")} "$@"
-exec {shutil.which("ip")} "$@"
+sed -E "s/.*($(cat fails)).*/link set dev missing up/" | ip "$@"
 """)
         self._program.chmod(0o755)
+        self._fails.write_text(self.NOTHING)
 
     @contextmanager
     def seen(self) -> Iterator[None]:
@@ -6684,7 +6675,7 @@ exec {shutil.which("ip")} "$@"
         """Meanwhile it fails at the commands that match."""
         self._fails.write_text(pattern)
         yield
-        self._fails.unlink()
+        self._fails.write_text(self.NOTHING)
 
     @contextmanager
     def missing(self) -> Iterator[None]:
@@ -6762,9 +6753,7 @@ def test_ip_gets_none_of_the_servers_files(tunnel: Tunnel, tmp_path: Path) -> No
     [("tun6.pytun.TunTapDevice", "True", "tun6.pytun.Error"), ("tun6.fcntl.ioctl", "tun6.Tun.TUNSETVNETLE in args", "OSError")],
     ids=["to make it", "to set it up"],
 )
-def test_a_tun_without_memory_costs_its_client_alone_the_service(
-    lab: Lab, tunnel: Tunnel, tmp_path: Path, function: str, when: str, error: str
-) -> None:
+def test_without_memory_for_a_tun_only_its_client_is_refused(tunnel: Tunnel, tmp_path: Path, function: str, when: str, error: str) -> None:
     out = tmp_path / "out-of-memory"
     fault = f"""
 real = {function}
@@ -6781,7 +6770,7 @@ def fails(*args, **options):
         out.touch()
         assert tunnel.refusal("newcomer")["Error"] == "server-error"
         server.wait_for("ERROR 'newcomer' from .*: can't be served: TUN device .*Cannot allocate memory")
-        wait_until("nothing of it is left", lambda: len(server_devices(lab)) == 1)
+        wait_until("nothing of it is left", lambda: len(server_devices(tunnel.lab)) == 1)
         live.echo()
         assert "Cannot allocate memory" in tunnel.fails("client", "client")
     out.unlink()
@@ -6902,10 +6891,10 @@ def test_whoever_removes_things_again_and_again_makes_nobody_spin(lab: Lab, tunn
     bystander = tunnel.peer("by-stander", host="server").connected()
     _, spared = session_of(server, "by-stander")
     before = {program: cpu_s(program) for program in (server, client)}
-    began, removed = time.monotonic(), 0
-    while time.monotonic() < began + 4:
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
         for device in server_devices(lab) - {spared}:
-            removed += lab.run("server", "ip", "link", "del", device).returncode == 0
+            lab.run("server", "ip", "link", "del", device)
         lab.run("server", "ip", "-6", "route", "del", "unreachable", str(tunnel.pool))
         lab.run("client", "ip", "link", "del", "tun6")
     for program, earlier in before.items():
@@ -6982,39 +6971,24 @@ def cut(lab: Lab, host: str, comes: str, goes: str) -> Iterator[None]:
         nft("delete table ip cut")
 
 
-@contextmanager
-def forgetful(lab: Lab) -> Iterator[Callable[[], None]]:
-    """The NAT knows no connection whose beginning it did not see; gives what makes it forget all those that it has."""
-    loose = "net.netfilter.nf_conntrack_tcp_loose"
-
-    def forget() -> None:
-        with lab.inside("nat"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:  # NETLINK_NETFILTER
-            # nlmsghdr with IPCTNL_MSG_CT_DELETE of all, REQUEST | ACK, and nfgenmsg: linux/netfilter/nfnetlink_conntrack.h
-            sock.send(struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 1 | 4, 1, 0, socket.AF_INET, 0, 0))
-            assert struct.unpack_from("=i", sock.recv(4096), 16) == (0,)
-
-    lab.set_sysctl("nat", loose, "0")
-    try:
-        with cut(lab, "nat", "ct state invalid", "ct state invalid"):
-            yield forget
-    finally:
-        lab.set_sysctl("nat", loose, "1")
+def forget_connections(lab: Lab) -> None:
+    """The NAT forgets all connections that it knows."""
+    with lab.inside("nat"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:  # NETLINK_NETFILTER
+        # nlmsghdr with IPCTNL_MSG_CT_DELETE of all, REQUEST | ACK, and nfgenmsg: linux/netfilter/nfnetlink_conntrack.h
+        sock.send(struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 1 | 4, 1, 0, socket.AF_INET, 0, 0))
+        assert struct.unpack_from("=i", sock.recv(4096), 16) == (0,)
 
 
 @contextmanager
-def another_address(lab: Lab) -> Iterator[None]:
-    """The second client has another IPv4 address."""
-
-    def change(old: str, new: str) -> None:
-        lab.ip("second", f"addr del {old}/24 dev eth0")  # and with it go the routes
-        lab.ip("second", f"addr add {new}/24 dev eth0")
-        lab.ip("second", "route add default via 10.8.1.1")
-
-    change("10.8.1.2", "10.8.1.3")
-    try:
+def changed(lab: Lab, host: str, *commands: str) -> Iterator[None]:
+    """Runs commands of `ip` that add or delete something, and undoes them at the end."""
+    opposite = {"add": "del", "del": "add"}
+    with ExitStack() as undo:
+        for command in commands:
+            what, do, which = re.split(" (add|del) ", command)
+            lab.ip(host, command)
+            undo.callback(lab.ip, host, f"{what} {opposite[do]} {which}")
         yield
-    finally:
-        change("10.8.1.3", "10.8.1.2")
 
 
 @contextmanager
@@ -7036,7 +7010,10 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
     lone: dict[str, Any] = {"default_route": "no"}
 
     with ExitStack() as undo:
-        forget = undo.enter_context(forgetful(lab))
+        loose = "net.netfilter.nf_conntrack_tcp_loose"  # without it the NAT knows no connection whose beginning it did not see
+        lab.set_sysctl("nat", loose, "0")
+        undo.callback(lab.set_sysctl, "nat", loose, "1")
+        undo.enter_context(cut(lab, "nat", "ct state invalid", "ct state invalid"))
         clients = {
             "NAT forgets, idle": tunnel.client(id="NAT forgets, idle", tun="idle", **lone),
             "NAT forgets, busy": tunnel.client(id="NAT forgets, busy"),
@@ -7046,7 +7023,7 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
             client.prefix()
         undo.enter_context(running(lab, "client", "ping", "-6", "-i", "0.2", Lab.INTERNET))
         bystander = tunnel.peer("by-stander", host="server").connected()
-        forget()
+        forget_connections(lab)
         began = dict.fromkeys(clients, time.monotonic())
 
         outage = undo.enter_context(ExitStack())
@@ -7060,7 +7037,9 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
             undo.enter_context(running(lab, "internet", "ping", "-6", "-i", "0.2", str(prefix[1])))
         for peer in peers.values():
             peer.echo()
-        undo.enter_context(another_address(lab))
+        route = "default via 10.8.1.1"
+        readdress = (f"route del {route}", "addr del 10.8.1.2/24 dev eth0", "addr add 10.8.1.3/24 dev eth0", f"route add {route}")
+        undo.enter_context(changed(lab, "second", *readdress))
         began = {**dict.fromkeys([*clients, *peers], time.monotonic()), **began}
         late = tunnel.client("second", id="late", tun="late", remoteport=beyond, **lone)  # never had a connection
 
@@ -7114,14 +7093,12 @@ def test_an_outage_shorter_than_tcps_patience_costs_neither_the_session_nor_a_by
         return transfer_
 
     with ThreadPoolExecutor(2) as pool:
-        with ExitStack() as outage:
-            moved = [begin("second")]
-            lab.ip("second", "route del default")
-            outage.callback(lab.ip, "second", "route add default via 10.8.1.1")
+        moved = [begin("second")]
+        with changed(lab, "second", "route del default via 10.8.1.1"):
             moved.append(begin("client"))
-            outage.enter_context(cut(lab, "nat", "iifname eth1", "oifname eth1"))
-            time.sleep(3)  # as long as the outage lasts
-            assert not any(each.done() for each in moved), "the transfer was over too early to be disturbed"
+            with cut(lab, "nat", "iifname eth1", "oifname eth1"):
+                time.sleep(3)  # as long as the outage lasts
+                assert not any(each.done() for each in moved), "the transfer was over too early to be disturbed"
         for each in moved:
             each.result(30)
     for client in clients:
@@ -7139,15 +7116,16 @@ def test_a_client_whose_server_has_no_address_says_so_and_stops_in_time_while_it
 class NameServer(socketserver.UDPServer):
     """The only name server of a client's host, on the NAT beside it; it knows one name, or says what it is told to.
 
-    `says`: an IPv4 address, "nothing", or "SERVFAIL". What it was asked is kept: time and id of the query, which stays
-    the same when it is repeated, and whether it answered with an address.
+    `says`: an IPv4 address, "nothing", or "SERVFAIL". `asked` and `answered` count the queries, and those that it answered
+    with an address; `lookups` has, for each id of a query, which stays the same when it is repeated, its first and last time.
     """
 
     NAME = "server.tun6.test."
 
     def __init__(self, lab: Lab, host: str, address: str) -> None:
         self.says = Lab.SERVER
-        self.queries: list[tuple[float, int, bool]] = []
+        self.asked = self.answered = 0
+        self.lookups: dict[int, tuple[float, float]] = {}
         with lab.inside("nat"):
             super().__init__((address, 53), socketserver.BaseRequestHandler)
         self._folder = Path("/etc/netns", lab._names[host])  # what `ip netns exec` lays over /etc: ip-netns(8)
@@ -7160,18 +7138,9 @@ class NameServer(socketserver.UDPServer):
         self.resolv_conf.unlink()
         os.removedirs(self._folder)
 
-    def lookups(self) -> dict[int, tuple[float, float]]:
-        """When each began, and when it was last heard of."""
-        queries = list(self.queries)
-        times = {id_: [when for when, other, _ in queries if other == id_] for _, id_, _ in queries}
-        return {id_: (min(all_), max(all_)) for id_, all_ in times.items()}
-
     def check_that_they_were_one_at_a_time(self) -> None:
-        spans = sorted(self.lookups().values())
+        spans = sorted(self.lookups.values())
         assert all(end < begin for (_, end), (begin, _) in zip(spans, spans[1:])), spans
-
-    def answered(self) -> int:
-        return sum(answered for _, _, answered in self.queries)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         query, sock = request
@@ -7179,7 +7148,10 @@ class NameServer(socketserver.UDPServer):
         asked_for_it = query[12:end].lower() == b"\6server\4tun6\4test\0\0\1\0\1"  # RFC 1035 section 4.1.2: type A, class IN
         says, failed = self.says, self.says == "SERVFAIL"
         knows = asked_for_it and says not in ("nothing", "SERVFAIL")
-        self.queries.append((time.monotonic(), int.from_bytes(query[:2], "big"), knows))
+        now, id_ = time.monotonic(), int.from_bytes(query[:2], "big")
+        self.lookups[id_] = (self.lookups.get(id_, (now, now))[0], now)
+        self.asked += 1
+        self.answered += knows
         if says != "nothing":
             answer = b"\xc0\x0c" + struct.pack(">HHIH", 1, 1, 0, 4) + socket.inet_aton(says) if knows else b""
             header = query[:2] + struct.pack(">HHHHH", 0x8580 | 2 * failed, 1, bool(answer), 0, 0)
@@ -7205,7 +7177,7 @@ def test_a_client_connects_within_five_seconds_of_its_name_servers_repair(tunnel
     clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
     for client, names in zip(clients, name_servers):
         client.wait_for(f"WARNING no connection to {NameServer.NAME} port .*: Temporary failure in name resolution; trying again")
-        wait_until("it asks again", lambda names=names: len(names.lookups()) > 1)  # type: ignore[misc]
+        wait_until("it asks again", lambda names=names: len(names.lookups) > 1)  # type: ignore[misc]
     repaired = time.monotonic()
     silent.says = failing.says = Lab.SERVER
     for client in clients:
@@ -7213,7 +7185,7 @@ def test_a_client_connects_within_five_seconds_of_its_name_servers_repair(tunnel
     assert time.monotonic() - repaired < 5
     for names in name_servers:
         names.check_that_they_were_one_at_a_time()
-        assert names.answered() == 1
+        assert names.answered == 1
 
 
 @pytest.mark.waits
@@ -7223,19 +7195,17 @@ def test_without_name_servers_a_client_finds_the_server_where_it_was(lab: Lab, t
     silent.resolv_conf.write_text(silent.resolv_conf.read_text() * 2)  # each entry is asked three times if it says nothing
     clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
     prefixes = [client.prefix() for client in clients]
-    known = [names.answered() for names in name_servers]
+    known = [names.answered for names in name_servers]
     silent.says, failing.says = "nothing", "SERVFAIL"
     server.kill()
     clients[0].wait_for("no connection", 2)  # the first lookup can be under way still when it tries again
     server = tunnel.server()
     assert [client.prefix(times=2) for client in clients] == prefixes
-    assert [names.answered() for names in name_servers] == known
-    assert all(len(names.queries) > names.answered() for names in name_servers)  # they asked, in vain
+    assert [names.answered for names in name_servers] == known
+    assert all(names.asked > names.answered for names in name_servers)  # they asked, in vain
 
     moved = "10.9.0.3"
-    with ExitStack() as undo:
-        lab.ip("server", f"addr add {moved}/24 dev eth0")
-        undo.callback(lab.ip, "server", f"addr del {moved}/24 dev eth0")
+    with changed(lab, "server", f"addr add {moved}/24 dev eth0"):
         server.stop()
         silent.says = failing.says = moved
         tunnel.server(localhost=moved)
@@ -7691,20 +7661,16 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
 
 
 def test_without_descriptors_newcomers_hear_it_and_when_some_leave_there_is_room(tunnel: Tunnel, server: Program) -> None:
-    connected: list[Peer] = []
-    refused: list[dict[str, Any]] = []
+    peers: list[Peer] = []
+    answers: list[dict[str, Any]] = []
     with descriptors(server, 18):
-        while len(refused) < 4:
-            peer = tunnel.peer(f"client {len(connected) + len(refused)}")
-            answer = peer.answer()
-            if "Prefix" in answer:
-                assert not refused, "a newcomer was served though one before it was not"
-                connected.append(peer)
-            else:
-                refused.append(answer)
-                peer.sock.close()
+        while sum("Error" in answer for answer in answers) < 4:
+            peers.append(tunnel.peer(f"client {len(peers)}"))
+            answers.append(peers[-1].answer())
+        connected = peers[:-4]
+        assert all("Prefix" in answer for answer in answers[:-4]), "a newcomer was served though one before it was not"
         assert 3 <= len(connected) < 27
-        assert {answer["Error"] for answer in refused} <= {"busy", "server-error"}
+        assert {answer["Error"] for answer in answers[-4:]} <= {"busy", "server-error"}
         for peer in connected:
             peer.echo()
         crowd = [tunnel.connect("server", f"127.0.4.{number // 8}") for number in range(24)]  # more than there is room for, and silent
