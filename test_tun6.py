@@ -6525,7 +6525,8 @@ def test_a_server_killed_at_any_moment_of_an_assignment_keeps_what_was_told(tunn
     assert told, "no kill came late enough"
     tunnel.server(prefixrange=pool, max_clients=len(told))
     for id_ in random.sample(sorted(told), min(len(told), 60)):
-        assert tunnel.visit(id_) == told[id_]
+        with tunnel.peer(id_) as peer:
+            assert peer.connected().prefix == told[id_]
 
 
 def test_what_a_server_killed_in_the_midst_of_a_save_left_is_cleared(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
@@ -6585,7 +6586,8 @@ def test_a_disk_that_takes_no_assignment_stops_newcomers_only(tunnel: Tunnel, sm
         assert (untouched(path), os.listdir(small_disk)) == before
         subprocess.run(end, shell=True, cwd=small_disk, check=True)
         for id_ in reversed(newcomers):
-            told[id_] = tunnel.visit(id_)
+            with tunnel.peer(id_) as peer:
+                told[id_] = peer.connected().prefix
         assert assignments_in(path) == told
         server.wait_for(rf"INFO {path}.* can be written again", outage)
         errors = server.said(r"(?:ERROR|CRITICAL) .*", outage)
