@@ -70,6 +70,7 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import stat
 import statistics
@@ -6133,27 +6134,28 @@ def test_a_server_that_stood_still_says_for_how_long(server: Program) -> None:
 
 # ---- end to end: faults ----------------------------------------------------------------------------------------------
 
-KILLS = 500 if os.environ.get("TUN6_LONG") else 40
+
+def many(ci: int, long: int) -> int:
+    """How many times, in CI or with TUN6_LONG=1 in the environment."""
+    return long if os.environ.get("TUN6_LONG") == "1" else ci
 
 
-def test_a_server_killed_at_any_moment_of_an_assignment_keeps_every_prefix_that_was_told(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+def test_a_server_killed_at_any_moment_of_an_assignment_keeps_what_was_told(tunnel: Tunnel, tmp_path: Path) -> None:
     pool, path = IPv6Network(f"{tunnel.pool.network_address}/48"), tmp_path / "assignments.json"
     told: dict[str, IPv6Network] = {}
-    for kill in range(KILLS):
+    for kill in range(many(40, 500)):
         server = tunnel.server(prefixrange=pool)
-        with ExitStack() as undo:
-            wave = {f"{kill} {number}": undo.enter_context(Peer(lab, tunnel.port)) for number in range(6)}
-            die_at = time.monotonic() + random.uniform(0, 0.06)
-            for id_, peer in wave.items():  # with pauses, so that one save follows the other
-                peer.hello(id_)
-                time.sleep(max(0, min(random.uniform(0, 0.015), die_at - time.monotonic())))
-            time.sleep(max(0, die_at - time.monotonic()))
-            server.kill()
-            for id_, peer in wave.items():
-                with suppress(EOFError, OSError):
-                    told[id_] = peer.connected().prefix
+        wave = {f"{kill} {number}": tunnel.connect() for number in range(6)}
+        die_at = time.monotonic() + random.uniform(0, 0.06)
+        for id_, peer in wave.items():  # with pauses, so that one save follows the other
+            peer.hello(id_)
+            time.sleep(max(0, min(random.uniform(0, 0.015), die_at - time.monotonic())))
+        time.sleep(max(0, die_at - time.monotonic()))
+        server.kill()
+        for id_, peer in wave.items():
+            with peer, suppress(EOFError, OSError):
+                told[id_] = peer.connected().prefix
         assert told.items() <= assignments_in(path).items(), f"after kill {kill}"
-        tunnel._programs.remove(server)
     assert told, "no kill came late enough"
     tunnel.server(prefixrange=pool, max_clients=len(told))
     for id_ in random.sample(sorted(told), min(len(told), 60)):
@@ -6165,9 +6167,9 @@ def test_what_a_server_killed_in_the_midst_of_a_save_left_is_cleared(lab: Lab, t
     path, new = tmp_path / "assignments.json", tmp_path / "assignments.json.new"
     disk = Disk(tmp_path)
     server = disk.server(tunnel)
-    with tunnel.peer("old") as peer:
-        old = peer.connected().prefix
-    with disk.stuck(), tunnel.peer("never told") as peer:
+    old = tunnel.visit("old")
+    with disk.stuck():
+        peer = tunnel.peer("never told")
         wait_until("the save is under way", new.exists)
         server.kill()
         with pytest.raises((EOFError, OSError)):
@@ -6175,33 +6177,12 @@ def test_what_a_server_killed_in_the_midst_of_a_save_left_is_cleared(lab: Lab, t
     assert assignments_in(path) == {"old": old}
     new.write_bytes(b'{"old": "2001:db8:bad::/64')  # as after a power cut, which keeps what it likes of a file that was not synced
     assert server_routes(lab, "unreachable") == {str(tunnel.pool)}
-    server = tunnel.server()
+    tunnel.server()
     assert len(json.loads(lab.ip("server", f"-6 -j route show type unreachable proto {tun6.ROUTE_PROTOCOL}"))) == 1  # its own
-    with tunnel.peer("newcomer") as newcomer, tunnel.peer("old") as peer:
-        assert peer.connected().prefix == old
-        told = {"old": old, "newcomer": newcomer.connected().prefix}
-        assert assignments_in(path) == told
+    newcomer = tunnel.visit("newcomer")
+    assert tunnel.visit("old") == old
+    assert assignments_in(path) == {"old": old, "newcomer": newcomer}
     assert not new.exists()
-
-
-@contextmanager
-def full(folder: Path) -> Iterator[None]:
-    """The disk has no room."""
-    with open(folder / "filler", "wb", 0) as filler, suppress(OSError):
-        while filler.write(bytes(4096)):
-            pass
-    yield
-    (folder / "filler").unlink()
-
-
-@contextmanager
-def unwritable(folder: Path) -> Iterator[None]:
-    """No new file can be where the assignments' next one begins."""
-    new = folder / "assignments.json.new"
-    new.unlink(missing_ok=True)
-    new.mkdir()
-    yield
-    new.rmdir()
 
 
 @pytest.fixture
@@ -6214,147 +6195,97 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_disk_that_takes_no_assignment_stops_newcomers_only_and_the_log_says_so_once_an_outage(
-    lab: Lab, tunnel: Tunnel, small_disk: Path
-) -> None:
+def test_a_disk_that_takes_no_assignment_stops_newcomers_only(tunnel: Tunnel, small_disk: Path) -> None:
     path = small_disk / "assignments.json"
     told = dict(zip(("witness", "old"), tunnel.pool.subnets(new_prefix=64)))
     path.write_text(json.dumps({id_: str(prefix) for id_, prefix in told.items()}))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     server = tunnel.server(assignments=path)
-
-    @contextmanager
-    def read_only(folder: Path) -> Iterator[None]:
-        """It is from the beginning."""
-        yield
-        subprocess.run(
-            ["nsenter", "-m", "-t", str(server.process.pid), "mount", "-o", "remount,rw", folder], check=True
-        )  # the server's own
-        subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
-
-    faults = [(read_only, "Read-only file system"), (full, "No space left on device"), (unwritable, "Is a directory")]
-    with tunnel.peer("witness") as witness:
-        witness.connected()
-        for outage, (fault, reason) in enumerate(faults, 1):
-            before = untouched(path)
-            newcomers = [f"newcomer {outage}.{number}" for number in range(3)]
-            with fault(small_disk):
-                files = os.listdir(small_disk)
-                for id_ in newcomers:
-                    with tunnel.peer(id_) as peer:
-                        assert peer.answer()["Error"] == "server-error"
-                witness.echo()
-                for id_ in told.keys() - {"witness"}:
-                    with tunnel.peer(id_) as peer:
-                        assert peer.connected().prefix == told[id_]
-                        peer.echo()
-                assert (untouched(path), os.listdir(small_disk)) == (before, files)
-            for id_ in reversed(newcomers):
-                with tunnel.peer(id_) as peer:
-                    told[id_] = peer.connected().prefix
-            assert assignments_in(path) == told
-            server.wait_for(rf"INFO {path}.* can be written again", outage)
-            errors = server.said(r"(?:ERROR|CRITICAL) .*", outage)
-            assert re.search(rf"ERROR {path}.* can't be written: .*{reason}.*known Ids are served", errors[-1])
+    writable = f"mount -o remount,rw {small_disk}"
+    faults = {  # what makes each fault, and what ends it; the server sees a mount of its own
+        "Read-only file system": ("true", f"nsenter -m -t {server.process.pid} {writable} && {writable}"),
+        "No space left on device": ("cat /dev/zero > filler 2> /dev/null || true", "rm filler"),
+        "Is a directory": ("rm -f assignments.json.new && mkdir assignments.json.new", "rmdir assignments.json.new"),
+    }
+    witness = tunnel.peer("witness").connected()
+    for outage, (reason, (begin, end)) in enumerate(faults.items(), 1):
+        newcomers = [f"newcomer {outage}.{number}" for number in range(3)]
+        subprocess.run(begin, shell=True, cwd=small_disk, check=True)
+        before = untouched(path), os.listdir(small_disk)
+        for id_ in newcomers:
+            assert tunnel.refusal(id_)["Error"] == "server-error"
+        witness.echo()
+        for id_ in told.keys() - {"witness"}:
+            assert tunnel.visit(id_) == told[id_]
+        assert (untouched(path), os.listdir(small_disk)) == before
+        subprocess.run(end, shell=True, cwd=small_disk, check=True)
+        for id_ in reversed(newcomers):
+            with tunnel.peer(id_) as peer:
+                told[id_] = peer.connected().prefix
+        assert assignments_in(path) == told
+        server.wait_for(rf"INFO {path}.* can be written again", outage)
+        errors = server.said(r"(?:ERROR|CRITICAL) .*", outage)
+        assert re.search(rf"ERROR {path}.* can't be written: .*{reason}.*known Ids are served", errors[-1])
 
 
-def silent(peer: Peer) -> bool:
-    """Whether the server has neither said anything to the peer nor closed."""
-    return not select.select([peer.sock], [], [], 0)[0]
-
-
-def test_while_the_disk_does_not_answer_only_those_wait_who_need_it(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+def test_while_the_disk_does_not_answer_only_those_wait_who_need_it(tunnel: Tunnel, tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     disk.server(tunnel)
-    with tunnel.peer("known") as peer:
-        prefix = peer.connected().prefix
-    with tunnel.peer("live") as live:
-        live.connected().echo()
-        with disk.stuck(), tunnel.peer("newcomer") as newcomer:
-            wait_until("the newcomer's save is under way", (tmp_path / "assignments.json.new").exists)
-            for _ in range(50):
-                live.echo()
-            with tunnel.peer("known") as known:
-                assert known.connected().prefix == prefix
-                known.echo()
-            assert silent(newcomer)
-            disk.answer()
-            newcomer.connected().echo()
+    prefix = tunnel.visit("known")
+    live = tunnel.peer("live").connected()
+    with disk.stuck():
+        newcomer = tunnel.peer("newcomer")
+        wait_until("the newcomer's save is under way", (tmp_path / "assignments.json.new").exists)
+        for _ in range(50):
+            live.echo()
+        assert tunnel.visit("known") == prefix
+        assert not select.select([newcomer.sock], [], [], 0)[0]  # neither an answer nor the end
+        disk.answer()
+        newcomer.connected().echo()
 
 
-def test_a_prefix_that_the_operator_pins_is_told_to_nobody_before_it_is_on_disk(site: Site, tmp_path: Path) -> None:
-    disk, pool = Disk(tmp_path), site.tunnel.pool
-    with tun6_with(tmp_path, disk.lines):
-        site.serve(keys=None)
-    with site.tunnel.peer("pinned") as peer:
-        old = peer.connected().prefix
-    new = list(pool.subnets(new_prefix=64))[200]
-    with ExitStack() as undo, disk.stuck():
-        command = [sys.executable, TUN6, "clients", "-c", str(site.config), "pin", "pinned", str(new)]
-        pin = undo.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
-        wait_until("the pin is under way", lambda: Path(f"{site.assignments}.new").exists())
-        peer = undo.enter_context(site.tunnel.peer("pinned"))
-        assert not select.select([peer.sock], [], [], 0.3)[0] or peer.connected().prefix == assignments_in(site.assignments)["pinned"]
+def test_a_prefix_that_the_operator_pins_is_told_to_nobody_before_it_is_on_disk(tunnel: Tunnel, tmp_path: Path) -> None:
+    disk, path = Disk(tmp_path), tmp_path / "assignments.json"
+    config = config_of(disk.server(tunnel))
+    old, new = tunnel.visit("pinned"), list(tunnel.pool.subnets(new_prefix=64))[200]
+    with ThreadPoolExecutor() as pool, disk.stuck():
+        pin = pool.submit(run_tun6, "clients", "-c", config, "pin", "pinned", str(new))
+        wait_until("the pin is under way", (tmp_path / "assignments.json.new").exists)
+        peer = tunnel.peer("pinned")
+        assert not select.select([peer.sock], [], [], 0.3)[0] or peer.connected().prefix == assignments_in(path)["pinned"]
         disk.answer()
         assert peer.connected().prefix in (old, new)
-        assert pin.wait(5) == 0
-    assert assignments_in(site.assignments) == {"pinned": new}
+        assert pin.result(5).returncode == 0
+    assert assignments_in(path) == {"pinned": new}
 
 
-def test_a_server_whose_disk_does_not_answer_stops_in_time_and_undoes_everything(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+def test_a_server_whose_disk_does_not_answer_stops_in_time_and_undoes_everything(tunnel: Tunnel, tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     server = disk.server(tunnel)
-    with disk.stuck(), tunnel.peer("newcomer"):
+    with disk.stuck():
+        tunnel.peer("newcomer")
         wait_until("the save is under way", (tmp_path / "assignments.json.new").exists)
         assert server.stop() < SERVER_ENDS_S
-        assert not server_routes(lab)
-        assert not server_routes(lab, "unreachable")
 
 
-def refused_start(tunnel: Tunnel, **settings: object) -> str:
-    """Starts a server whose configuration is wrong: it must exit with 2 and say why in one sentence, which this gives."""
-    done = tunnel.lab.run("server", sys.executable, TUN6, "server", "-c", str(tunnel.config("server", **settings)), timeout=10)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    (sentence,) = re.findall(r"\Atun6: (.*)\n\Z", done.stderr)
-    return str(sentence)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ('{"a": "2001:db8:1::/64", "b": "2001:db8:1:1', "not a file of assignments"),
-        ('{"a": "2001:db8:1::/64", "b": "2001:db8:1:1::/64", "a": "2001:db8:1:2::/64"}', "entry 'a'.*twice"),
-        ('{"a": "2001:db8:1::/64", "b": "2001:db8:1:0::/64"}', "entry 'b'.*already the prefix of 'a'"),
-        ('{"a": "2001:db8:1::/64", "b": ["2001:db8:1:1::/64"]}', "entry 'b'.*not a string"),
-        ("\0" * 4096, "not a file of assignments"),  # as some file systems leave it after a power cut
-    ],
-)
-def test_a_server_does_not_start_with_a_corrupt_file_and_leaves_it_untouched(
-    content: str, named: str, lab: Lab, tunnel: Tunnel, tmp_path: Path
-) -> None:
-    path = tmp_path / "assignments.json"
-    path.write_text(content)
-    before = untouched(path)
-    assert re.search(named, refused_start(tunnel, prefixrange=POOL))
-    assert untouched(path) == before
-    assert not server_routes(lab, "unreachable")
-
-
-def test_a_second_server_on_the_file_of_a_live_one_does_not_start_and_the_first_goes_on(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
-    tunnel.server()
-    with tunnel.peer("client") as peer:
-        peer.connected()
-        path = tmp_path / "assignments.json"
+def test_a_server_does_not_start_with_a_corrupt_file_or_that_of_a_live_one(tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
+    in_use, corrupt = tmp_path / "assignments.json", tmp_path / "corrupt.json"
+    peer = tunnel.peer("client").connected()
+    corrupt.write_text('{"a": "2001:db8:1::/64", "b": "2001:db8:1:0::/64"}')
+    for path, why in ((in_use, "is in use by another tun6 server"), (corrupt, "entry 'b'.*already the prefix of 'a'")):
         before = untouched(path)
-        assert f"{path} is in use by another tun6 server" in refused_start(tunnel, listenport=tunnel.port + 5000)
+        config = tunnel.config("server", listenport=tunnel.port + 5000, prefixrange=POOL, assignments=path)
+        done = tunnel.lab.run("server", sys.executable, TUN6, "server", "-c", str(config), timeout=10)
+        assert re.search(f"^tun6: {path}.* {why}", only_line(done, 2))
         assert untouched(path) == before
-        peer.echo()
-    with tunnel.peer("newcomer") as peer:
-        peer.connected().echo()
+    peer.echo()
+    tunnel.visit("newcomer")
 
 
 class FaultyIp:
-    """An `ip` that fails at what a pattern matches, as the real one does, and notes which files it was given."""
+    """An `ip` that fails as the real one does, and notes which files it was given."""
+
+    NOTHING = "^$"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "bin"
@@ -6362,12 +6293,12 @@ class FaultyIp:
         self._program, self._fails, self._files = (self._folder / name for name in ("ip", "fails", "files"))
         self._program.write_text(f"""#!/bin/sh
 PATH={os.environ["PATH"]}; cd {self._folder}
-[ "$*" = "-6 -force -batch -" ] || exec {shutil.which("ip")} "$@"
+[ "$*" = "-6 -force -batch -" ] || exec ip "$@"
 ls -l /proc/$$/fd >> files
-[ ! -s fails ] || exec sed -E "s/.*($(cat fails)).*/link set dev missing up/" | {shutil.which("ip")} "$@"
-exec {shutil.which("ip")} "$@"
+sed -E "s/.*($(cat fails)).*/link set dev missing up/" | ip "$@"
 """)
         self._program.chmod(0o755)
+        self._fails.write_text(self.NOTHING)
 
     @contextmanager
     def seen(self) -> Iterator[None]:
@@ -6375,9 +6306,12 @@ exec {shutil.which("ip")} "$@"
         with tun6_with(self._folder, f"os.environ['PATH'] = {str(self._folder)!r}"):
             yield
 
-    def fail_at(self, pattern: str) -> None:
-        """From now on; "" for nothing."""
+    @contextmanager
+    def failing_at(self, pattern: str) -> Iterator[None]:
+        """Meanwhile it fails at the commands that match."""
         self._fails.write_text(pattern)
+        yield
+        self._fails.write_text(self.NOTHING)
 
     @contextmanager
     def missing(self) -> Iterator[None]:
@@ -6391,114 +6325,99 @@ exec {shutil.which("ip")} "$@"
         return re.findall(r"-> (.*)", self._files.read_text())
 
 
-def test_when_ip_fails_at_any_step_that_client_is_refused_nothing_of_it_stays_and_the_others_go_on(
-    lab: Lab, tunnel: Tunnel, tmp_path: Path
-) -> None:
+def test_when_ip_fails_at_any_step_that_client_alone_is_refused(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     ip = FaultyIp(tmp_path)
     with ip.seen():
         server = tunnel.server()
-    with tunnel.peer("live") as live:
-        live.connected().echo()
-
-        def check(why: str) -> None:
-            with tunnel.peer("newcomer") as newcomer:
-                assert newcomer.answer()["Error"] == "server-error"
+    steps = ("link set dev tun6-.* mtu", "link set dev tun6-.* up", "route add .* dev tun6-")
+    faults = {f"{step}.* failed: Cannot find device": ip.failing_at(step) for step in steps}
+    faults["can't be run: No such file"] = ip.missing()
+    live = tunnel.peer("live").connected()
+    live.echo()
+    for why, fault in faults.items():
+        with fault:
+            assert tunnel.refusal("newcomer")["Error"] == "server-error"
             server.wait_for(rf"ERROR 'newcomer' from .*: can't be served: `ip.*{why}")
             wait_until("nothing of it is left", lambda: len(server_devices(lab)) == 1 and server_routes(lab) == {str(live.prefix)})
             live.echo()
-
-        for step in ("link set dev tun6-.* mtu", "link set dev tun6-.* up", "route add .* dev tun6-"):
-            ip.fail_at(step)
-            check(f"{step}.* failed: Cannot find device")
-            ip.fail_at("")
-            with tunnel.peer("another") as another:
-                another.connected().echo()
-            wait_until("it is gone", lambda: len(server_devices(lab)) == 1)
-        with ip.missing():
-            check("can't be run: No such file")
-        with tunnel.peer("newcomer") as newcomer:
-            newcomer.connected().echo()
+        tunnel.visit("another")
+        wait_until("it is gone", lambda: len(server_devices(lab)) == 1)
 
 
 def test_a_server_or_client_whose_ip_fails_at_the_start_says_so_and_leaves_nothing(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     ip = FaultyIp(tmp_path)
     before = {host: state_of(lab, host) for host in ("server", "client")}
-    with ip.seen():
-        for role, step in (
-            ("server", "route add unreachable"),
-            ("client", "link set dev tun6 mtu"),
-            ("client", "link set dev tun6 up"),
-            ("client", "route add default dev tun6"),
-        ):
-            ip.fail_at(step)
-            assert re.search(f"`ip.*{step}.* failed: Cannot find device", tunnel.fails(role, role))
-            assert state_of(lab, role) == before[role]
-        with ip.missing():
-            for role in ("server", "client"):
-                assert "can't be run: No such file or directory; it comes with iproute2" in tunnel.fails(role, role)
-                assert state_of(lab, role) == before[role]
+    steps = (
+        ("server", "route add unreachable"),
+        ("client", "link set dev tun6 mtu"),
+        ("client", "link set dev tun6 up"),
+        ("client", "route add default dev tun6"),
+    )
+    faults = [(role, f"`ip.*{step}.* failed: Cannot find device", ip.failing_at(step)) for role, step in steps]
+    faults += [(role, "can't be run: No such file or directory; it comes with iproute2", ip.missing()) for role in before]
+    for role, why, fault in faults:
+        with ip.seen(), fault:
+            assert re.search(why, tunnel.fails(role, role))
+        assert state_of(lab, role) == before[role]
 
 
 @pytest.mark.parametrize("step", ["addr add", "route add unreachable"])
-def test_a_client_whose_address_can_not_be_set_tries_again_until_it_can(lab: Lab, tunnel: Tunnel, tmp_path: Path, step: str) -> None:
+def test_a_client_whose_address_can_not_be_set_tries_again(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path, step: str) -> None:
     ip = FaultyIp(tmp_path)
-    tunnel.server()
-    ip.fail_at(step)
-    with ip.seen():
-        client = tunnel.client()
-    client.wait_for(f"WARNING no connection .*{step}.* failed: Cannot find device")
-    wait_until("nothing of the attempt is left", lambda: not tun_of(lab) and "unreachable" not in lab.ip("client", "-6 route"))
-    ip.fail_at("")
+    with ip.failing_at(step):
+        with ip.seen():
+            client = tunnel.client()
+        client.wait_for(f"WARNING no connection .*{step}.* failed: Cannot find device")
+        wait_until("nothing of the attempt is left", lambda: not tun_of(lab) and "unreachable" not in lab.ip("client", "-6 route"))
     client.prefix()
     ping(lab, "client")
 
 
-def test_ip_gets_none_of_the_servers_files(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+def test_ip_gets_none_of_the_servers_files(tunnel: Tunnel, tmp_path: Path) -> None:
     ip = FaultyIp(tmp_path)
     with ip.seen():
         server = tunnel.server()
-    with tunnel.peer("one") as one, tunnel.peer("two") as two:
-        one.connected()
-        two.connected()  # for which `ip` ran while the other's TUN and socket were open
-        assert {os.readlink(file) for file in Path(f"/proc/{server.process.pid}/fd").iterdir()} >= {"/dev/net/tun"}
-        assert any(file.startswith("pipe:") for file in ip.files())
-        assert [file for file in ip.files() if file.startswith(("/dev/net", "socket:", "anon_inode:"))] == []
+    for id_ in ("one", "two"):  # for two `ip` runs while the TUN and the socket of one are open
+        tunnel.peer(id_).connected()
+    assert {os.readlink(file) for file in Path(f"/proc/{server.process.pid}/fd").iterdir()} >= {"/dev/net/tun"}
+    assert any(file.startswith("pipe:") for file in ip.files())
+    assert [file for file in ip.files() if file.startswith(("/dev/net", "socket:", "anon_inode:"))] == []
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["to make it", "to set it up"])
-def test_a_tun_that_there_is_no_memory_for_costs_its_client_alone_the_service(lab: Lab, tunnel: Tunnel, tmp_path: Path, late: bool) -> None:
+@pytest.mark.parametrize(
+    ("function", "when", "error"),
+    [("tun6.pytun.TunTapDevice", "True", "tun6.pytun.Error"), ("tun6.fcntl.ioctl", "tun6.Tun.TUNSETVNETLE in args", "OSError")],
+    ids=["to make it", "to set it up"],
+)
+def test_without_memory_for_a_tun_only_its_client_is_refused(tunnel: Tunnel, tmp_path: Path, function: str, when: str, error: str) -> None:
     out = tmp_path / "out-of-memory"
-    owner, function = ("tun6.fcntl", "ioctl") if late else ("tun6.pytun", "TunTapDevice")
-    error = "OSError" if late else "tun6.pytun.Error"
     fault = f"""
-real = {owner}.{function}
+real = {function}
 def fails(*args, **options):
-    if os.path.exists({str(out)!r}) and {"tun6.Tun.TUNSETVNETLE in args" if late else "True"}:
+    if os.path.exists({str(out)!r}) and {when}:
         raise {error}(errno.ENOMEM, os.strerror(errno.ENOMEM))
     return real(*args, **options)
-{owner}.{function} = fails
+{function} = fails
 """
     with tun6_with(tmp_path, fault):
         server = tunnel.server()
-        with tunnel.peer("live") as live:
-            live.connected().echo()
-            out.touch()
-            with tunnel.peer("newcomer") as newcomer:
-                assert newcomer.answer()["Error"] == "server-error"
-            server.wait_for("ERROR 'newcomer' from .*: can't be served: TUN device .*Cannot allocate memory")
-            wait_until("nothing of it is left", lambda: len(server_devices(lab)) == 1)
-            live.echo()
-            assert "Cannot allocate memory" in tunnel.fails("client", "client")
-            out.unlink()
-            with tunnel.peer("newcomer") as newcomer:
-                newcomer.connected().echo()
-            live.echo()
+        live = tunnel.peer("live").connected()
+        live.echo()
+        out.touch()
+        assert tunnel.refusal("newcomer")["Error"] == "server-error"
+        server.wait_for("ERROR 'newcomer' from .*: can't be served: TUN device .*Cannot allocate memory")
+        wait_until("nothing of it is left", lambda: len(server_devices(tunnel.lab)) == 1)
+        live.echo()
+        assert "Cannot allocate memory" in tunnel.fails("client", "client")
+    out.unlink()
+    tunnel.visit("newcomer")
+    live.echo()
 
 
 def test_while_a_tun_takes_its_time_to_go_nobody_else_waits(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     slow, goes = tmp_path / "slow", tmp_path / "goes"
     fault = f"""
-class Slow:
+class SlowDevice:
     def __init__(self, *args, **options):
         self._device = device(*args, **options)
     def __getattr__(self, name):
@@ -6508,36 +6427,20 @@ class Slow:
         while os.path.exists({str(slow)!r}):
             time.sleep(0.01)
         self._device.close()
-device, tun6.pytun.TunTapDevice = tun6.pytun.TunTapDevice, Slow
+device, tun6.pytun.TunTapDevice = tun6.pytun.TunTapDevice, SlowDevice
 """
     with tun6_with(tmp_path, fault):
         tunnel.server()
     slow.touch()
-    with tunnel.peer("stays") as live:
-        live.connected().echo()
-        with tunnel.peer("leaves") as leaver:
-            leaver.connected().echo()
-        wait_until("its TUN goes", goes.exists)
-        live.echo()
-        with tunnel.peer("comes") as newcomer:
-            newcomer.connected().echo()
-            assert len(server_devices(lab)) == 3
-            slow.unlink()
-            wait_until("it is gone", lambda: len(server_devices(lab)) == 2)
-
-
-def test_a_tun_deleted_under_the_server_ends_that_session_and_the_client_comes_back(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
-    client = tunnel.client()
-    prefix = client.prefix()
-    with tunnel.peer(host="second") as other:
-        other.connected()
-        lab.ip("server", "link del tun6-0")
-        server.wait_for(": gone, TUN device tun6-0")
-        wait_until("its route goes", lambda: server_routes(lab) == {str(other.prefix)})
-        other.echo()
-        assert client.prefix(times=2) == prefix
-        ping(lab, "client")
+    live = tunnel.peer("stays").connected()
+    live.echo()
+    tunnel.visit("leaves")
+    wait_until("its TUN goes", goes.exists)
+    live.echo()
+    tunnel.peer("comes").connected().echo()
+    assert len(server_devices(lab)) == 3
+    slow.unlink()
+    wait_until("it is gone", lambda: len(server_devices(lab)) == 2)
 
 
 def session_of(server: Program, id_: str) -> tuple[IPv6Network, str]:
@@ -6547,60 +6450,34 @@ def session_of(server: Program, id_: str) -> tuple[IPv6Network, str]:
     return IPv6Network(prefix), str(device)
 
 
-def test_what_somebody_takes_from_a_session_of_the_server_ends_it_at_once_and_the_client_comes_back(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_what_somebody_takes_from_a_session_ends_it_and_the_client_comes_back(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     damages = {
         "device": ("link del dev {device}", "removed it"),
         "state": ("link set dev {device} down", "set it down"),
         "route": ("-6 route del {prefix} dev {device}", "removed its route"),
     }
-    clients = {id_: tunnel.client(id=id_, tun=id_, default_route="no") for id_ in damages}
+    clients = {id_: tunnel.client(id=id_, tun=id_, default_route="yes" if id_ == "device" else "no") for id_ in damages}
     prefixes = {id_: client.prefix() for id_, client in clients.items()}
-    with tunnel.peer("by-stander") as bystander:
-        bystander.connected()
-        for do in ("add", "del"):  # what is not ours may go
-            lab.ip("server", f"addr {do} 2001:db8:f000::1/128 dev {session_of(server, 'by-stander')[1]} nodad")
-        for id_, (command, what) in damages.items():
-            prefix, device = session_of(server, id_)
-            assert prefix == prefixes[id_]
-            lab.ip("server", command.format(device=device, prefix=prefix))
-            server.wait_for(f"'{id_}' from .*: gone, TUN device {device}: somebody {what}; after", seconds=4)
-        for id_, client in clients.items():
-            assert client.prefix(times=2) == prefixes[id_]
-        assert server_routes(lab) == {*map(str, prefixes.values()), str(bystander.prefix)}
-        assert len(server_devices(lab)) == 4
-        bystander.echo()
-        server.said(": gone,", 3)
-
-
-def test_a_tun_deleted_under_the_client_is_made_anew_and_the_client_comes_back(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
-    client = tunnel.client()
-    prefix = client.prefix()
-    index = tun_of(lab)["ifindex"]
-    lab.ip("client", "link del tun6")
-    assert client.prefix(times=2) == prefix
-    assert tun_of(lab)["ifindex"] != index
-    assert addresses(lab) == [f"{prefix[1]}/128"]
+    bystander = tunnel.peer("by-stander").connected()
+    for do in ("add", "del"):  # what is not ours may go
+        lab.ip("server", f"addr {do} 2001:db8:f000::1/128 dev {session_of(server, 'by-stander')[1]} nodad")
+    for id_, (command, what) in damages.items():
+        prefix, device = session_of(server, id_)
+        assert prefix == prefixes[id_]
+        lab.ip("server", command.format(device=device, prefix=prefix))
+        server.wait_for(f"'{id_}' from .*: gone, TUN device {device}: somebody {what}; after", seconds=4)
+    for id_, client in clients.items():
+        assert client.prefix(times=2) == prefixes[id_]
+    assert server_routes(lab) == {*map(str, prefixes.values()), str(bystander.prefix)}
+    assert len(server_devices(lab)) == 4
+    bystander.echo()
     ping(lab, "client")
-
-
-def test_a_tun_deleted_under_the_client_during_an_outage_is_made_anew(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
-    client = tunnel.client()
-    prefix = client.prefix()
-    server.stop()
-    client.wait_for("WARNING no connection")
-    lab.ip("client", "link del tun6")
-    tunnel.server()
-    wait_until("the TUN is there again, with its address", lambda: addresses(lab) == [f"{prefix[1]}/128"])
-    ping(lab, "client")
+    server.said(": gone,", 3)
 
 
 @pytest.mark.waits
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "outage"])
-def test_what_somebody_takes_from_the_client_is_restored(lab: Lab, tunnel: Tunnel, connected: bool) -> None:
-    server = tunnel.server()
+def test_what_somebody_takes_from_the_client_is_restored(lab: Lab, tunnel: Tunnel, server: Program, connected: bool) -> None:
     damages = {
         "device": ("link del dev {device}", "removed it"),
         "state": ("link set dev {device} down", "set it down"),
@@ -6609,7 +6486,7 @@ def test_what_somebody_takes_from_the_client_is_restored(lab: Lab, tunnel: Tunne
     }
     clients = {device: tunnel.client(id=device, tun=device, default_route="yes" if device == "tun6" else "no") for device in damages}
     prefixes = {device: client.prefix() for device, client in clients.items()}
-    indexes = {device: tun_of(lab, "client", device)["ifindex"] for device in damages}
+    before = {device: tun_of(lab, "client", device)["ifindex"] for device in damages}
     if not connected:
         server.stop()
         for client in clients.values():
@@ -6619,29 +6496,20 @@ def test_what_somebody_takes_from_the_client_is_restored(lab: Lab, tunnel: Tunne
     for device, (_, what) in damages.items():
         sentence = f"no connection to {Lab.SERVER} port {tunnel.port}: TUN device {device}: somebody {what}; trying again every 2 s"
         clients[device].wait_for(f"WARNING {sentence}" if connected else sentence, seconds=4)
+    wait_until("all are made anew", lambda: all(tun_of(lab, "client", each).get("ifindex", 0) > before[each] for each in damages))
+    wait_until("the way to the Internet is there", lambda: way_to_internet(lab) == "tun6")
     if not connected:
-        for device, index in indexes.items():
-            wait_until("the device is made anew", lambda d=device, i=index: tun_of(lab, "client", d).get("ifindex", 0) > i)  # type: ignore[misc]
-    if not connected:
-        wait_until("the way to the Internet is there", lambda: way_to_internet(lab) == "tun6")
         tunnel.server()
     for device, client in clients.items():
         assert client.prefix(times=2) == prefixes[device]
-        assert "UP" in tun_of(lab, "client", device)["flags"]
-        assert [entry["local"] for entry in tun_of(lab, "client", device)["addr_info"]] == [str(prefixes[device][1])]
+        tun = tun_of(lab, "client", device)
+        assert "UP" in tun["flags"]
+        assert [(entry["local"], entry["prefixlen"]) for entry in tun["addr_info"]] == [(str(prefixes[device][1]), 128)]
     assert way_to_internet(lab) == "tun6"
     ping(lab, "client")
+    ping(lab, "internet", str(prefixes["tun6"][1]))
     for client in clients.values():
         client.said(": has ", 2)
-
-
-def test_a_tun_set_down_on_either_side_does_not_stay_so(lab: Lab, tunnel: Tunnel) -> None:
-    tunnel.server()
-    address = str(tunnel.client().prefix()[1])
-    for host, device in (("client", "tun6"), ("server", "tun6-0")):
-        lab.ip(host, f"link set {device} down")
-        # a packet from behind the other end is what finds it
-        wait_until("both ends reach each other again", lambda: all([lab.pings("internet", address), lab.pings("client", Lab.INTERNET)]))
 
 
 def cpu_s(program: Program) -> float:
@@ -6650,27 +6518,26 @@ def cpu_s(program: Program) -> float:
     return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
-def test_whoever_removes_things_again_and_again_makes_nobody_spin(lab: Lab, tunnel: Tunnel) -> None:
-    server, client = tunnel.server(), tunnel.client()
+def test_whoever_removes_things_again_and_again_makes_nobody_spin(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client()
     prefix = client.prefix()
     for host, route in (("server", tunnel.pool), ("client", prefix)):
         lab.ip(host, f"-6 route del unreachable {route}")
         wait_until("that route is back", lambda h=host, r=route: str(r) in lab.ip(h, "-6 route show type unreachable"))  # type: ignore[misc]
-    with tunnel.peer("by-stander", host="server") as bystander:
-        bystander.connected()
-        _, spared = session_of(server, "by-stander")
-        before = {program: cpu_s(program) for program in (server, client)}
-        began, removed = time.monotonic(), 0
-        while time.monotonic() < began + 4:
-            for device in server_devices(lab) - {spared}:
-                removed += lab.run("server", "ip", "link", "del", device).returncode == 0
-            lab.run("server", "ip", "-6", "route", "del", "unreachable", str(tunnel.pool))
-            lab.run("client", "ip", "link", "del", "tun6")
-        for program, earlier in before.items():
-            assert cpu_s(program) - earlier < 1.5, f"the {program.role} spins"
-        assert len(re.findall(r"DEBUG no connection|WARNING no connection", client.log())) <= 5  # one in two seconds, and what they find
-        assert server.log().count(": gone,") <= 5
-        bystander.echo()
+    bystander = tunnel.peer("by-stander", host="server").connected()
+    _, spared = session_of(server, "by-stander")
+    before = {program: cpu_s(program) for program in (server, client)}
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        for device in server_devices(lab) - {spared}:
+            lab.run("server", "ip", "link", "del", device)
+        lab.run("server", "ip", "-6", "route", "del", "unreachable", str(tunnel.pool))
+        lab.run("client", "ip", "link", "del", "tun6")
+    for program, earlier in before.items():
+        assert cpu_s(program) - earlier < 1.5, f"the {program.role} spins"
+    assert len(re.findall(r"DEBUG no connection|WARNING no connection", client.log())) <= 5  # one in two seconds, and what they find
+    assert server.log().count(": gone,") <= 5
+    bystander.echo()
     wait_until("the pool's route is back", lambda: server_routes(lab, "unreachable") == {str(tunnel.pool)})
     wait_until("the client has all it had", lambda: lab.pings("client"))
     assert client.prefix() == prefix
@@ -6682,103 +6549,82 @@ def netlink_drops(lab: Lab, host: str) -> int:
     return sum(int(drops) for _, protocol, _, groups, _, _, _, _, drops, *_ in table if protocol == "0" and int(groups, 16))
 
 
-def test_a_flood_of_news_about_other_routes_and_addresses_ends_nothing_and_hides_nothing(lab: Lab, tunnel: Tunnel) -> None:
-    server, client = tunnel.server(), tunnel.client()
+def test_a_flood_of_news_about_other_routes_and_addresses_hides_nothing(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client()
     prefix = client.prefix()
-    interface = {"server": "eth1", "client": "eth1"}
+    hosts = ("server", "client")
 
     def batch(commands: Iterable[str]) -> None:
-        """On both hosts at the same time."""
+        """Runs these commands of `ip` on both hosts at the same time."""
+        lines = "\n".join(commands)
         with ThreadPoolExecutor(2) as pool:
-            lines = "\n".join(commands)
-            runs = [
-                pool.submit(lab.run, host, "ip", "-6", "-batch", "-", input=lines.replace("DEV", dev)) for host, dev in interface.items()
-            ]
-            for each in runs:
-                assert each.result(60).returncode == 0, each.result().stderr
+            runs = [pool.submit(lab.run, host, "ip", "-6", "-batch", "-", input=lines) for host in hosts]
+        for run in runs:
+            assert run.result().returncode == 0, run.result().stderr
 
-    with ExitStack() as undo:
-        bystander, downed, cut_off = (undo.enter_context(tunnel.peer(id_, host="server")) for id_ in ("by-stander", "downed", "cut off"))
-        for peer in (bystander, downed, cut_off):
-            peer.connected().echo()
-        before = {program: memory(program) for program in (server, client)}
-        for do in ("add", "del"):
-            batch(f"route {do} 2001:db8:f000::{number:x}/128 dev DEV proto 99" for number in range(20_000))
-        bystander.echo()
-        ping(lab, "client")
+    bystander, downed, cut_off = (tunnel.peer(id_, host="server").connected() for id_ in ("by-stander", "downed", "cut off"))
+    for peer in (bystander, downed, cut_off):
+        peer.echo()
+    before = {program: memory(program) for program in (server, client)}
+    for do in ("add", "del"):
+        batch(f"route {do} 2001:db8:f000::{number:x}/128 dev eth1 proto 99" for number in range(20_000))
+    bystander.echo()
+    ping(lab, "client")
 
-        for program in (server, client):
-            program.process.send_signal(signal.SIGSTOP)
-        try:
-            batch(f"addr {do} 2001:db8:f000::{number:x}/128 dev DEV nodad" for number in range(10_000) for do in ("add", "del"))
-            _, device = session_of(server, "downed")
-            lab.ip("server", f"link set dev {device} down")
-            lab.ip("server", f"-6 route del {cut_off.prefix}")
-            lab.ip("server", f"-6 route del unreachable {tunnel.pool}")
-            lab.ip("client", f"addr del {prefix[1]}/128 dev tun6")
-            assert all(netlink_drops(lab, host) for host in interface), "the flood was too small"
-        finally:
-            for program in (server, client):
-                program.process.send_signal(signal.SIGCONT)
-        server.wait_for(f"'downed' from .*: gone, TUN device {device}: somebody set it down;", seconds=3)
-        left = {str(tunnel.pool)}, {str(each) for each in (prefix, bystander.prefix, cut_off.prefix)}
-        wait_until("the routes are back", lambda: (server_routes(lab, "unreachable"), server_routes(lab)) == left, 3)
-        wait_until("the address is back", lambda: addresses(lab) == [f"{prefix[1]}/128"], 5)
-        client.prefix(times=client.log().count("no connection") + 1)
-        ping(lab, "client")
-        for peer in (bystander, cut_off):
-            peer.echo()
-        for program, earlier in before.items():
-            assert memory(program) < earlier + (8 << 20), program.role
+    with paused(server), paused(client):
+        batch(f"addr {do} 2001:db8:f000::{number:x}/128 dev eth1 nodad" for number in range(10_000) for do in ("add", "del"))
+        _, device = session_of(server, "downed")
+        lab.ip("server", f"link set dev {device} down")
+        lab.ip("server", f"-6 route del {cut_off.prefix}")
+        lab.ip("server", f"-6 route del unreachable {tunnel.pool}")
+        lab.ip("client", f"addr del {prefix[1]}/128 dev tun6")
+        assert all(netlink_drops(lab, host) for host in hosts), "the flood was too small"
+    server.wait_for(f"'downed' from .*: gone, TUN device {device}: somebody set it down;", seconds=3)
+    left = {str(tunnel.pool)}, {str(each) for each in (prefix, bystander.prefix, cut_off.prefix)}
+    wait_until("the routes are back", lambda: (server_routes(lab, "unreachable"), server_routes(lab)) == left, 3)
+    wait_until("the address is back", lambda: addresses(lab) == [f"{prefix[1]}/128"], 5)
+    client.prefix(times=client.log().count("no connection") + 1)
+    ping(lab, "client")
+    for peer in (bystander, cut_off):
+        peer.echo()
+    for program, earlier in before.items():
+        assert memory(program) < earlier + (8 << 20), program.role
 
 
 @contextmanager
 def cut(lab: Lab, host: str, comes: str, goes: str) -> Iterator[None]:
     """The host drops IPv4 packets that match, those that come and those that go, without a word to anybody."""
-    chain = "chain {0} {{ type filter hook {0}routing priority 0; {1} drop; }};"
-    rules = f"table ip cut {{ {chain.format('pre', comes)} {chain.format('post', goes)} }}"
-    done = lab.run(host, "nft", rules.replace("chain pre", "chain came").replace("chain post", "chain went"))
-    assert not done.returncode, done.stderr
-    try:
-        yield
-    finally:
-        done = lab.run(host, "nft", "delete table ip cut")
+
+    def nft(rules: str) -> None:
+        done = lab.run(host, "nft", rules)
         assert not done.returncode, done.stderr
 
-
-@contextmanager
-def forgetful(lab: Lab) -> Iterator[Callable[[], None]]:
-    """The NAT knows no connection whose beginning it did not see; gives what makes it forget all those that it has."""
-    loose = "net.netfilter.nf_conntrack_tcp_loose"
-
-    def forget() -> None:
-        with lab.inside("nat"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:  # NETLINK_NETFILTER
-            # nlmsghdr with IPCTNL_MSG_CT_DELETE of all, REQUEST | ACK, and nfgenmsg: linux/netfilter/nfnetlink_conntrack.h
-            sock.send(struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 1 | 4, 1, 0, socket.AF_INET, 0, 0))
-            assert struct.unpack_from("=i", sock.recv(4096), 16) == (0,)
-
-    lab.set_sysctl("nat", loose, "0")
-    try:
-        with cut(lab, "nat", "ct state invalid", "ct state invalid"):
-            yield forget
-    finally:
-        lab.set_sysctl("nat", loose, "1")
-
-
-@contextmanager
-def another_address(lab: Lab) -> Iterator[None]:
-    """The second client has another IPv4 address."""
-
-    def change(old: str, new: str) -> None:
-        lab.ip("second", f"addr del {old}/24 dev eth0")  # and with it go the routes
-        lab.ip("second", f"addr add {new}/24 dev eth0")
-        lab.ip("second", "route add default via 10.8.1.1")
-
-    change("10.8.1.2", "10.8.1.3")
+    chain = "chain {0} {{ type filter hook {0}routing priority 0; {1} drop; }};"
+    nft(f"table ip cut {{ {chain.format('pre', comes)} {chain.format('post', goes)} }}")
     try:
         yield
     finally:
-        change("10.8.1.3", "10.8.1.2")
+        nft("delete table ip cut")
+
+
+def forget_connections(lab: Lab) -> None:
+    """The NAT forgets all connections that it knows."""
+    with lab.inside("nat"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:  # NETLINK_NETFILTER
+        # nlmsghdr with IPCTNL_MSG_CT_DELETE of all, REQUEST | ACK, and nfgenmsg: linux/netfilter/nfnetlink_conntrack.h
+        sock.send(struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 1 | 4, 1, 0, socket.AF_INET, 0, 0))
+        assert struct.unpack_from("=i", sock.recv(4096), 16) == (0,)
+
+
+@contextmanager
+def changed(lab: Lab, host: str, *commands: str) -> Iterator[None]:
+    """Runs commands of `ip` that add or delete something, and undoes them at the end."""
+    opposite = {"add": "del", "del": "add"}
+    with ExitStack() as undo:
+        for command in commands:
+            what, do, which = re.split(" (add|del) ", command)
+            lab.ip(host, command)
+            undo.callback(lab.ip, host, f"{what} {opposite[do]} {which}")
+        yield
 
 
 @contextmanager
@@ -6793,39 +6639,43 @@ def running(lab: Lab, host: str, *command: str) -> Iterator[None]:
 
 
 @pytest.mark.waits
-def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_back(lab: Lab, tunnel: Tunnel) -> None:
+def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_back(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     """All who have to wait wait at the same time: it takes 30 seconds."""
-    server = tunnel.server()
     beyond = tunnel.port + 5000  # the port of the server that vanishes
     tunnel.server(listenport=beyond, prefixrange=tunnel.new_pool(), assignments=None)
     lone: dict[str, Any] = {"default_route": "no"}
 
     with ExitStack() as undo:
-        forget = undo.enter_context(forgetful(lab))
+        loose = "net.netfilter.nf_conntrack_tcp_loose"  # without it the NAT knows no connection whose beginning it did not see
+        lab.set_sysctl("nat", loose, "0")
+        undo.callback(lab.set_sysctl, "nat", loose, "1")
+        undo.enter_context(cut(lab, "nat", "ct state invalid", "ct state invalid"))
         clients = {
             "NAT forgets, idle": tunnel.client(id="NAT forgets, idle", tun="idle", **lone),
             "NAT forgets, busy": tunnel.client(id="NAT forgets, busy"),
             "server vanishes": tunnel.client(id="server vanishes", tun="beyond", remoteport=beyond, **lone),
         }
-        for name in clients:
-            clients[name].prefix()
+        for client in clients.values():
+            client.prefix()
         undo.enter_context(running(lab, "client", "ping", "-6", "-i", "0.2", Lab.INTERNET))
-        bystander = undo.enter_context(tunnel.peer("by-stander", host="server")).connected()
-        forget()
+        bystander = tunnel.peer("by-stander", host="server").connected()
+        forget_connections(lab)
         began = dict.fromkeys(clients, time.monotonic())
 
-        undo.enter_context(cut(lab, "server", f"tcp dport {beyond}", f"tcp sport {beyond}"))
+        outage = undo.enter_context(ExitStack())
+        outage.enter_context(cut(lab, "server", f"tcp dport {beyond}", f"tcp sport {beyond}"))
         clients["address changes, idle"] = tunnel.client("second", id="address changes, idle", tun="idle", **lone)
         clients["address changes, busy"] = tunnel.client("second", id="address changes, busy")
-        peers = {name: undo.enter_context(tunnel.peer(name, host="second")).connected() for name in ("gone, idle", "gone, busy", "same")}
+        peers = {name: tunnel.peer(name, host="second").connected() for name in ("gone, idle", "gone, busy", "same")}
         prefixes = {name: client.prefix() for name, client in clients.items()}
         undo.enter_context(running(lab, "second", "ping", "-6", "-i", "0.2", Lab.INTERNET))
         for prefix in (prefixes["NAT forgets, busy"], prefixes["address changes, busy"], peers["gone, busy"].prefix):
             undo.enter_context(running(lab, "internet", "ping", "-6", "-i", "0.2", str(prefix[1])))
         for peer in peers.values():
             peer.echo()
-        moving = undo.enter_context(ExitStack())
-        moving.enter_context(another_address(lab))
+        route = "default via 10.8.1.1"
+        readdress = (f"route del {route}", "addr del 10.8.1.2/24 dev eth0", "addr add 10.8.1.3/24 dev eth0", f"route add {route}")
+        undo.enter_context(changed(lab, "second", *readdress))
         began = {**dict.fromkeys([*clients, *peers], time.monotonic()), **began}
         late = tunnel.client("second", id="late", tun="late", remoteport=beyond, **lone)  # never had a connection
 
@@ -6856,8 +6706,7 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
         ping(lab, "second")
         bystander.echo()
         assert len(re.findall("no answer within 10 s", late.log())) <= 3
-        lab.run("server", "nft", "delete table ip cut")
-        lab.run("server", "nft", "add table ip cut")  # for its end
+        outage.close()
         assert clients["server vanishes"].prefix(times=2, seconds=15) == prefixes["server vanishes"]
         late.prefix(seconds=15)
 
@@ -6868,8 +6717,7 @@ def sent_into(lab: Lab, host: str, device: str = "tun6") -> int:
 
 
 @pytest.mark.waits
-def test_an_outage_shorter_than_tcps_patience_costs_neither_the_session_nor_a_byte(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_an_outage_shorter_than_tcps_patience_costs_neither_the_session_nor_a_byte(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     clients = [tunnel.client(host) for host in ("client", "second")]
     for client in clients:
         client.prefix()
@@ -6881,14 +6729,12 @@ def test_an_outage_shorter_than_tcps_patience_costs_neither_the_session_nor_a_by
         return transfer_
 
     with ThreadPoolExecutor(2) as pool:
-        with ExitStack() as outage:
-            moved = [begin("second")]
-            lab.ip("second", "route del default")
-            outage.callback(lab.ip, "second", "route add default via 10.8.1.1")
+        moved = [begin("second")]
+        with changed(lab, "second", "route del default via 10.8.1.1"):
             moved.append(begin("client"))
-            outage.enter_context(cut(lab, "nat", "iifname eth1", "oifname eth1"))
-            time.sleep(3)  # as long as the outage lasts
-            assert not any(each.done() for each in moved), "the transfer was over too early to be disturbed"
+            with cut(lab, "nat", "iifname eth1", "oifname eth1"):
+                time.sleep(3)  # as long as the outage lasts
+                assert not any(each.done() for each in moved), "the transfer was over too early to be disturbed"
         for each in moved:
             each.result(30)
     for client in clients:
@@ -6903,117 +6749,104 @@ def test_a_client_whose_server_has_no_address_says_so_and_stops_in_time_while_it
     assert way_to_internet(lab) == "tun6"
 
 
-class NameServer:
+class NameServer(socketserver.UDPServer):
     """The only name server of a client's host, on the NAT beside it; it knows one name, or says what it is told to.
 
-    `says`: an IPv4 address, "nothing", or "SERVFAIL". What it was asked is kept: time and id of the query, which stays
-    the same when it is repeated, and whether it answered with an address.
+    `says`: an IPv4 address, "nothing", or "SERVFAIL". `asked` and `answered` count the queries, and those that it answered
+    with an address; `lookups` has, for each id of a query, which stays the same when it is repeated, its first and last time.
     """
 
     NAME = "server.tun6.test."
 
-    def __init__(self, lab: Lab, host: str, says: str, entries: int = 1) -> None:
-        """`entries`: so often it is named, each of which is asked three times if it says nothing."""
-        self.says = says
-        self.queries: list[tuple[float, int, bool]] = []
-        address = {"client": "10.8.0.1", "second": "10.8.1.1"}[host]
+    def __init__(self, lab: Lab, host: str, address: str) -> None:
+        self.says = Lab.SERVER
+        self.asked = self.answered = 0
+        self.lookups: dict[int, tuple[float, float]] = {}
         with lab.inside("nat"):
-            self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._sock.bind((address, 53))
+            super().__init__((address, 53), socketserver.BaseRequestHandler)
         self._folder = Path("/etc/netns", lab._names[host])  # what `ip netns exec` lays over /etc: ip-netns(8)
-        self._file = self._folder / "resolv.conf"
-        self._made = [folder for folder in (self._folder.parent, self._folder) if not folder.exists()]
-        for folder in self._made:
-            folder.mkdir()
-        self._file.write_text(f"nameserver {address}\n" * entries)
-        self._wake, self._waker = os.pipe()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._folder.mkdir(parents=True)
+        self.resolv_conf = self._folder / "resolv.conf"
+        self.resolv_conf.write_text(f"nameserver {address}\n")
 
-    def __enter__(self) -> NameServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._waker)
-        self._thread.join(10)
-        os.close(self._wake)
-        self._sock.close()
-        self._file.unlink()
-        for folder in reversed(self._made):
-            folder.rmdir()
-
-    def lookups(self) -> dict[int, tuple[float, float]]:
-        """When each began, and when it was last heard of."""
-        queries = list(self.queries)
-        times = {id_: [when for when, other, _ in queries if other == id_] for _, id_, _ in queries}
-        return {id_: (min(all_), max(all_)) for id_, all_ in times.items()}
+    def server_close(self) -> None:
+        super().server_close()
+        self.resolv_conf.unlink()
+        os.removedirs(self._folder)
 
     def check_that_they_were_one_at_a_time(self) -> None:
-        spans = sorted(self.lookups().values())
+        spans = sorted(self.lookups.values())
         assert all(end < begin for (_, end), (begin, _) in zip(spans, spans[1:])), spans
 
-    def answered(self) -> int:
-        return sum(answered for _, _, answered in self.queries)
-
-    def _run(self) -> None:
-        sources: list[Any] = [self._sock, self._wake]
-        while self._wake not in select.select(sources, [], [])[0]:
-            query, who = self._sock.recvfrom(4096)
-            end = query.index(b"\0", 12) + 5
-            asked_for_it = query[12:end].lower() == b"\6server\4tun6\4test\0\0\1\0\1"  # RFC 1035 section 4.1.2: type A, class IN
-            says, failed = self.says, self.says == "SERVFAIL"
-            knows = asked_for_it and says not in ("nothing", "SERVFAIL")
-            self.queries.append((time.monotonic(), int.from_bytes(query[:2], "big"), knows))
-            if says == "nothing":
-                continue
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        query, sock = request
+        end = query.index(b"\0", 12) + 5
+        asked_for_it = query[12:end].lower() == b"\6server\4tun6\4test\0\0\1\0\1"  # RFC 1035 section 4.1.2: type A, class IN
+        says, failed = self.says, self.says == "SERVFAIL"
+        knows = asked_for_it and says not in ("nothing", "SERVFAIL")
+        now, id_ = time.monotonic(), int.from_bytes(query[:2], "big")
+        self.lookups[id_] = (self.lookups.get(id_, (now, now))[0], now)
+        self.asked += 1
+        self.answered += knows
+        if says != "nothing":
             answer = b"\xc0\x0c" + struct.pack(">HHIH", 1, 1, 0, 4) + socket.inet_aton(says) if knows else b""
             header = query[:2] + struct.pack(">HHHHH", 0x8580 | 2 * failed, 1, bool(answer), 0, 0)
-            self._sock.sendto(header + query[12:end] + answer, who)
+            sock.sendto(header + query[12:end] + answer, client_address)
+
+
+@pytest.fixture
+def name_servers(lab: Lab) -> Iterator[list[NameServer]]:
+    """Those of the hosts `client` and `second`."""
+    with NameServer(lab, "client", "10.8.0.1") as first, NameServer(lab, "second", "10.8.1.1") as second, ThreadPoolExecutor(2) as pool:
+        for names in (first, second):
+            pool.submit(names.serve_forever, 0.05)
+        yield [first, second]
+        for names in (first, second):
+            names.shutdown()
 
 
 @pytest.mark.waits
-def test_a_client_whose_name_server_was_broken_connects_within_five_seconds_of_its_repair(lab: Lab, tunnel: Tunnel) -> None:
+def test_a_client_connects_within_five_seconds_of_its_name_servers_repair(tunnel: Tunnel, name_servers: list[NameServer]) -> None:
     tunnel.server()
-    with NameServer(lab, "client", "nothing") as silent, NameServer(lab, "second", "SERVFAIL") as failing:
-        clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
-        for client, names in zip(clients, (silent, failing)):
-            client.wait_for(f"WARNING no connection to {NameServer.NAME} port .*: Temporary failure in name resolution; trying again")
-            wait_until("it asks again", lambda names=names: len(names.lookups()) > 1)  # type: ignore[misc]
-        repaired = time.monotonic()
-        silent.says = failing.says = Lab.SERVER
-        for client in clients:
-            client.prefix(seconds=10)
-        assert time.monotonic() - repaired < 5
-        for names in (silent, failing):
-            names.check_that_they_were_one_at_a_time()
-            assert names.answered() == 1
+    silent, failing = name_servers
+    silent.says, failing.says = "nothing", "SERVFAIL"
+    clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
+    for client, names in zip(clients, name_servers):
+        client.wait_for(f"WARNING no connection to {NameServer.NAME} port .*: Temporary failure in name resolution; trying again")
+        wait_until("it asks again", lambda names=names: len(names.lookups) > 1)  # type: ignore[misc]
+    repaired = time.monotonic()
+    silent.says = failing.says = Lab.SERVER
+    for client in clients:
+        client.prefix(seconds=10)
+    assert time.monotonic() - repaired < 5
+    for names in name_servers:
+        names.check_that_they_were_one_at_a_time()
+        assert names.answered == 1
 
 
 @pytest.mark.waits
-def test_while_names_can_not_be_looked_up_a_client_finds_the_server_where_it_was_and_later_where_it_is(lab: Lab, tunnel: Tunnel) -> None:
+def test_without_name_servers_a_client_finds_the_server_where_it_was(lab: Lab, tunnel: Tunnel, name_servers: list[NameServer]) -> None:
     server = tunnel.server()
-    with ExitStack() as undo:
-        silent = undo.enter_context(NameServer(lab, "client", Lab.SERVER, entries=2))
-        failing = undo.enter_context(NameServer(lab, "second", Lab.SERVER))
-        clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
-        prefixes = [client.prefix() for client in clients]
-        known = [names.answered() for names in (silent, failing)]
-        silent.says, failing.says = "nothing", "SERVFAIL"
-        server.kill()
-        clients[0].wait_for("no connection", 2)  # the first lookup can be under way still when it tries again
-        server = tunnel.server()
-        assert [client.prefix(times=2) for client in clients] == prefixes
-        assert [names.answered() for names in (silent, failing)] == known
-        assert all(len(names.queries) > names.answered() for names in (silent, failing))  # they asked, in vain
+    silent, failing = name_servers
+    silent.resolv_conf.write_text(silent.resolv_conf.read_text() * 2)  # each entry is asked three times if it says nothing
+    clients = [tunnel.client(host, remotehost=NameServer.NAME) for host in ("client", "second")]
+    prefixes = [client.prefix() for client in clients]
+    known = [names.answered for names in name_servers]
+    silent.says, failing.says = "nothing", "SERVFAIL"
+    server.kill()
+    clients[0].wait_for("no connection", 2)  # the first lookup can be under way still when it tries again
+    server = tunnel.server()
+    assert [client.prefix(times=2) for client in clients] == prefixes
+    assert [names.answered for names in name_servers] == known
+    assert all(names.asked > names.answered for names in name_servers)  # they asked, in vain
 
-        moved = "10.9.0.3"
-        lab.ip("server", f"addr add {moved}/24 dev eth0")
-        undo.callback(lab.ip, "server", f"addr del {moved}/24 dev eth0")
+    moved = "10.9.0.3"
+    with changed(lab, "server", f"addr add {moved}/24 dev eth0"):
         server.stop()
         silent.says = failing.says = moved
         tunnel.server(localhost=moved)
         assert [client.prefix(times=3, seconds=15) for client in clients] == prefixes
-        for names in (silent, failing):
+        for names in name_servers:
             names.check_that_they_were_one_at_a_time()
 
 
@@ -7080,115 +6913,119 @@ def test_a_clock_that_jumps_to_1970_or_2040_changes_nothing(lab: Lab, site: Site
         server = site.serve(keys=None, new_ids_per_hour=10)
         client = tunnel.client(id="client", fingerprint=site.fingerprint)
     prefix = client.prefix()
-    with tunnel.peer("witness", host="second") as witness:
-        witness.connected().echo()
-        for outage, year in enumerate((1970, 2040), 1):
-            with Peer(lab, tunnel.port) as slow, tunnel.peer("client") as rival:
-                slow.sock.sendall(b'{"Id": "slow')
-                assert rival.connected().prefix == prefix
-                client.wait_for("no connection", outage)
-                clock.jump(year)  # while the client waits to try again, and the server for the rest of a hello
-                slow.sock.sendall(b' client"}')
-                slow.connected().echo()
-            witness.echo()
-            with tunnel.peer(f"newcomer of {year}") as newcomer:
-                newcomer.connected().echo()
-            assert client.prefix(outage + 1) == prefix
-            ping(lab, "client")
-            for program in (server, client):
-                assert re.findall(r"^\d+", program.log(), re.MULTILINE)[-1] == str(year)  # it did see the jump
+    witness = tunnel.peer("witness", host="second").connected()
+    witness.echo()
+    for outage, year in enumerate((1970, 2040), 1):
+        slow = tunnel.connect()
+        with tunnel.peer("client") as rival:
+            slow.sock.sendall(b'{"Id": "slow')
+            assert rival.connected().prefix == prefix
+            client.wait_for("no connection", outage)
+            clock.jump(year)  # while the client waits to try again, and the server for the rest of a hello
+            slow.sock.sendall(b' client"}')
+            slow.connected().echo()
         witness.echo()
+        tunnel.visit(f"newcomer of {year}")
+        assert client.prefix(outage + 1) == prefix
+        ping(lab, "client")
+        for program in (server, client):
+            assert re.findall(r"^\d+", program.log(), re.MULTILINE)[-1] == str(year)  # it did see the jump
+    witness.echo()
     server.said("INFO 'witness'", 1)
     assert all(program.stop() < SERVER_ENDS_S for program in (client, server))
 
 
-class Flood:
-    """Sends UDP packets from the Internet host to each of some addresses, without asking whether they arrive, in a thread.
+@contextmanager
+def repeated(action: Callable[[], None], pause: float) -> Iterator[None]:
+    """Meanwhile a thread does this again and again, with a pause of so many seconds before each time."""
+    stop = threading.Event()
 
-    `rate`: packets a second to each; the kernel gets them in trains of so many packets.
-    """
+    def run() -> None:
+        while not stop.wait(pause):
+            action()
 
-    def __init__(self, lab: Lab, targets: Iterable[IPv6Address], rate: int, size: int = 1400, train: int = 20) -> None:
-        with lab.inside("internet"):
-            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        self._sock.setsockopt(socket.SOL_UDP, 103, size)  # UDP_SEGMENT, linux/udp.h
-        self._targets, self._pause, self._data = [str(target) for target in targets], train / rate, bytes(size * train)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
 
-    def __enter__(self) -> Flood:
-        self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(10)
-        self._sock.close()
+@contextmanager
+def udp_flood(lab: Lab, targets: Iterable[IPv6Network], rate: int, train: int = 20) -> Iterator[None]:
+    """Meanwhile the Internet host sends so many UDP packets a second to a client of each prefix; the kernel gets them in trains."""
+    data = bytes(1400 * train)
+    with lab.inside("internet"):
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_UDP, 103, 1400)  # UDP_SEGMENT, linux/udp.h
 
-    def _run(self) -> None:
-        while not self._stop.wait(self._pause):
-            for target in self._targets:
-                with suppress(OSError):  # it hears that nobody listens there
-                    self._sock.sendto(self._data, (target, 9))
+    def send() -> None:
+        for target in targets:
+            with suppress(OSError):  # it hears that nobody listens there
+                sock.sendto(data, (str(target[1]), 9))
+
+    with sock, repeated(send, train / rate):
+        yield
 
 
 @pytest.mark.waits
-def test_a_client_that_stops_for_ten_seconds_is_in_nobodys_way_and_works_again(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_a_client_that_stops_for_ten_seconds_is_in_nobodys_way_and_works_again(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     stopped, near, far = tunnel.client(), tunnel.client(id="near", tun="near", default_route="no"), tunnel.client("second")
     prefixes = {client: client.prefix() for client in (stopped, near, far)}
     lab.ip("client", f"-6 route add {Lab.INTERNET} dev near")
-    with tunnel.peer("deaf", host="second") as deaf:
-        deaf.connected()
-        before = memory(server)
-        stopped.process.send_signal(signal.SIGSTOP)
-        try:
-            began, moved, most, queued = time.monotonic(), 0, 0, 0
-            with Flood(lab, (deaf.prefix[1], prefixes[stopped][1]), rate=5000), ThreadPoolExecutor(2) as pool:
-                while time.monotonic() < began + 10:
-                    size = 3_000_000
-                    for each in [pool.submit(transfer, lab, client.host, "internet", Lab.INTERNET, size) for client in (near, far)]:
-                        each.result(20)
-                    for each in [pool.submit(transfer, lab, "internet", c.host, str(prefixes[c][1]), size) for c in (near, far)]:
-                        each.result(20)
-                    moved += 1
-                    most = max(most, memory(server))
-                    queued = max(queued, status_of(server)["queued"])
-        finally:
-            stopped.process.send_signal(signal.SIGCONT)
-        assert moved > 1
-        assert 1 << 20 < queued <= 2.5 * tun6.SEND_QUEUE_MAX, "the flood never filled the connections"
-        assert most - before < 16 << 20
-        lab.ip("client", f"-6 route del {Lab.INTERNET} dev near")
-        ping(lab, "client")
-        assert stopped.log().count(": has ") == 1
-        assert ": gone," not in server.log()
+    deaf = tunnel.peer("deaf", host="second").connected()
+
+    def up(client: Program) -> None:
+        transfer(lab, client.host, "internet", Lab.INTERNET, 3_000_000)
+
+    def down(client: Program) -> None:
+        transfer(lab, "internet", client.host, str(prefixes[client][1]), 3_000_000)
+
+    before = memory(server)
+    began, moved, most, queued = time.monotonic(), 0, 0, 0
+    with paused(stopped), udp_flood(lab, (deaf.prefix, prefixes[stopped]), rate=5000), ThreadPoolExecutor(2) as pool:
+        while time.monotonic() < began + 10:
+            for move in (up, down):
+                for each in [pool.submit(move, client) for client in (near, far)]:
+                    each.result(20)
+            moved += 1
+            most = max(most, memory(server))
+            queued = max(queued, status_of(server)["queued"])
+    assert moved > 1
+    assert 1 << 20 < queued <= 2.5 * tun6.SEND_QUEUE_MAX, "the flood never filled the connections"
+    assert most - before < 16 << 20
+    lab.ip("client", f"-6 route del {Lab.INTERNET} dev near")
+    ping(lab, "client")
+    assert stopped.log().count(": has ") == 1
+    assert ": gone," not in server.log()
 
 
-def test_thirty_peers_that_do_not_read_share_a_bounded_memory(lab: Lab, tunnel: Tunnel) -> None:
-    server, bound = tunnel.server(), 64 << 20
-    with ExitStack() as undo:
-        bystander = undo.enter_context(tunnel.peer("by-stander", host="second")).connected()
-        deaf = [undo.enter_context(tunnel.peer(f"deaf {number}", offload=["tso6", "uso6"])) for number in range(30)]
-        for peer in deaf:
-            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            peer.connected()
-        before = memory(server)
-        with Flood(lab, [peer.prefix[1] for peer in deaf], rate=4000, train=40):
-            wait_until("much waits", lambda: status_of(server)["queued"] > bound * 3 // 4, 20)
-            enough = sent_into(lab, "server", session_of(server, "deaf 0")[1]) + 2 * tun6.SEND_QUEUE_MAX
-            wait_until("more came than one may have", lambda: sent_into(lab, "server", session_of(server, "deaf 0")[1]) > enough, 20)
-            assert status_of(server)["queued"] <= bound
-            bystander.echo()
-            assert memory(server) - before < bound + (16 << 20)
+def test_thirty_peers_that_do_not_read_share_a_bounded_memory(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    bound = 64 << 20
+    bystander = tunnel.peer("by-stander", host="second").connected()
+    deaf = tunnel.crowd(30, ["tso6", "uso6"])
+    for peer in deaf:
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    before = memory(server)
+    with udp_flood(lab, [peer.prefix for peer in deaf], rate=4000, train=40):
+        wait_until("much waits", lambda: status_of(server)["queued"] > bound * 3 // 4, 20)
+        enough = sent_into(lab, "server", session_of(server, "client 0")[1]) + 2 * tun6.SEND_QUEUE_MAX
+        wait_until("more came than one may have", lambda: sent_into(lab, "server", session_of(server, "client 0")[1]) > enough, 20)
+        assert status_of(server)["queued"] <= bound
+        bystander.echo()
+        assert memory(server) - before < bound + (16 << 20)
+    for peer in [bystander, *deaf]:
+        peer.sock.close()
     wait_until("what waited is forgotten", lambda: status_of(server)["queued"] == 0)
     wait_until("its memory is given back", lambda: memory(server) - before < bound // 4)
 
 
 @pytest.mark.waits
-def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_says_what_was_lost(lab: Lab, tunnel: Tunnel) -> None:
-    config = tunnel.config("server")
-    control = re.findall("control = (.*)", config.read_text())[0]
+def test_a_log_that_nobody_reads_stops_nothing_and_later_says_what_was_lost(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    control = str(tmp_path / "control")
+    config = tunnel.config("server", control=control)
     pipe, stderr = os.pipe()
     fcntl.fcntl(pipe, 1031, 4096)  # F_SETPIPE_SZ, fcntl(2): the least
     text = ""
@@ -7218,16 +7055,16 @@ def test_a_log_that_nobody_reads_stops_neither_the_tunnel_nor_the_end_and_later_
         read(" serving ")
         complaints = tun6.LOG_LINES_MAX + 1500
         complain(complaints)
-        with tunnel.peer() as peer:
-            peer.connected().echo()
-            read("lines of the log were lost")
-            while select.select([pipe], [], [], 2)[0]:  # what else waits
-                text += os.read(pipe, 1 << 16).decode()
-            lost = sum(map(int, re.findall(r"WARNING (\d+) lines of the log were lost, as nobody read them\n", text)))
-            assert lost > 1000
-            assert complaints <= text.count(" control: ") + lost <= complaints + 10  # what else it said about the peer
-            complain(1000)  # the pipe is full again
-            peer.echo()
+        peer = tunnel.peer().connected()
+        peer.echo()
+        read("lines of the log were lost")
+        while select.select([pipe], [], [], 2)[0]:  # what else waits
+            text += os.read(pipe, 1 << 16).decode()
+        lost = sum(map(int, re.findall(r"WARNING (\d+) lines of the log were lost, as nobody read them\n", text)))
+        assert lost > 1000
+        assert complaints <= text.count(" control: ") + lost <= complaints + 10  # what else it said about the peer
+        complain(1000)  # the pipe is full again
+        peer.echo()
         server.terminate()
         assert server.wait(SERVER_ENDS_S + tun6.LOG_FLUSH_S) == 0
 
@@ -7324,17 +7161,15 @@ def test_new_ids_are_so_many_an_hour_and_those_that_are_known_go_on(tunnel: Tunn
     assert tunnel.refusal("newer")["Error"] == "busy"
 
 
-def served(tunnel: Tunnel, id_: str, host: str, seconds: float, each: float = 0.0) -> None:
+def served(tunnel: Tunnel, id_: str, host: str, seconds: float) -> None:
     """A client that comes again whenever it is turned away is served within this time."""
     began = time.monotonic()
-    while True:
-        try:
+    while time.monotonic() - began < seconds:
+        with suppress(EOFError, OSError):
             tunnel.visit(id_, host)
-            assert time.monotonic() - began < seconds
-            return
-        except (EOFError, OSError):
-            assert time.monotonic() - began < seconds, "an honest client is locked out"
-        time.sleep(each)
+            break
+        time.sleep(0.1)
+    assert time.monotonic() - began < seconds, "an honest client is locked out"
 
 
 def test_a_thousand_silent_connections_keep_no_honest_client_waiting(tunnel: Tunnel, server: Program) -> None:
@@ -7365,109 +7200,81 @@ def test_those_who_say_a_byte_and_no_more_lock_nobody_out(tunnel: Tunnel, server
     served(tunnel, "elsewhere", "client", 3)
     for _ in range(20):
         tunnel.connect().sock.sendall(b"{")
-    served(tunnel, "same", "second", 3, each=0.1)
+    served(tunnel, "same", "second", 3)
     trickling = [tunnel.connect() for _ in range(8)]
     for _ in range(3):
         for peer in trickling:
             with suppress(OSError):  # it had to go
                 peer.sock.sendall(b" ")
-        served(tunnel, "same", "second", 3, each=0.1)
+        served(tunnel, "same", "second", 3)
 
 
-def test_an_address_whose_connections_are_all_saying_who_they_are_has_to_wait_a_second_and_no_other_does(
-    tunnel: Tunnel, server: Program
-) -> None:
+def test_only_an_address_with_all_its_handshakes_under_way_has_to_wait(tunnel: Tunnel, server: Program) -> None:
     for _ in range(tun6.HANDSHAKES_PER_HOST_MAX):
         tunnel.connect().sock.sendall(b"{")
     tunnel.visit("elsewhere", "server")
-    served(tunnel, "same", "second", 3, each=0.1)
+    served(tunnel, "same", "second", 3)
 
 
-@contextmanager
-def trickle(lab: Lab, tunnel: Tunnel, rate: int) -> Iterator[list[socket.socket]]:
-    """Meanwhile so many connections a second from 40 addresses, which say one byte and stay."""
-    stop = threading.Event()
+def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    began = time.monotonic()
     socks: list[socket.socket] = []
 
-    def run() -> None:
-        with lab.inside("server"):
-            began = time.monotonic()
-            for number in itertools.count():
-                if stop.wait(max(0, began + number / rate - time.monotonic())):
-                    return
+    def connect() -> None:
+        """Makes the connections that are due; each says one byte and stays."""
+        while len(socks) < 200 * (time.monotonic() - began):
+            with lab.inside("server"):
                 socks.append(socket.socket())
-                socks[-1].setblocking(False)
-                socks[-1].bind((f"127.0.6.{1 + number % 40}", 0))
-                with suppress(BlockingIOError):
-                    socks[-1].connect((Lab.SERVER, tunnel.port))
-                with suppress(OSError):
-                    socks[-1].send(b"{")
+            socks[-1].setblocking(False)
+            socks[-1].bind((f"127.0.6.{1 + len(socks) % 40}", 0))
+            socks[-1].connect_ex((Lab.SERVER, tunnel.port))
+            with suppress(OSError):
+                socks[-1].send(b"{")
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield socks
-    finally:
-        stop.set()
-        thread.join()
-        for sock in socks:
-            sock.close()
-
-
-def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out_either(lab: Lab, tunnel: Tunnel, server: Program) -> None:
-    with trickle(lab, tunnel, 200) as socks:
+    with repeated(connect, 0.005):
         wait_until("there are many", lambda: len(socks) > 400)
         for number in range(5):
             served(tunnel, f"honest {number}", "client", 2)
+    for sock in socks:
+        sock.close()
 
 
-def many(ci: int, long: int) -> int:
-    """How many times, in CI or with TUN6_LONG=1 in the environment."""
-    return long if os.environ.get("TUN6_LONG") == "1" else ci
-
-
-def come_and_go(lab: Lab, tunnel: Tunnel, number: int, id_: str) -> None:
+def come_and_go(tunnel: Tunnel, number: int, id_: str) -> None:
     """One connection from beginning to end, in one of the ways that there are."""
-
-    def greet(peer: Peer) -> None:
-        peer.hello(id_)
-
-    def say(data: bytes) -> Callable[[Peer], None]:
-        return lambda peer: peer.sock.sendall(data)
-
-    half = say(b'{"Id": ')
-    ways: list[list[Callable[[Peer], object]]] = [
-        [greet, Peer.connected],
-        [greet, Peer.connected, Peer.echo],
-        [greet, Peer.connected, Peer.reset],
-        [greet, Peer.reset],  # before the answer
-        [greet, Peer.connected, send_garbage, Peer.ended],
-        [greet, Peer.connected, half_close, Peer.ended],
+    hello, half = json.dumps({"Id": id_}).encode(), b'{"Id": '
+    ways: list[list[bytes | Callable[[Peer], object]]] = [  # bytes: what the client sends
+        [hello, Peer.connected],
+        [hello, Peer.connected, Peer.echo],
+        [hello, Peer.connected, Peer.reset],
+        [hello, Peer.reset],  # before the answer
+        [hello, Peer.connected, send_garbage, Peer.ended],
+        [hello, Peer.connected, half_close, Peer.ended],
         [half],
         [half, Peer.reset],
-        [say(b"GET / HTTP/1.0\r\n\r\n"), Peer.ended],
-        [say(b"\x16\x03\x01\x00\x05"), Peer.reset],
+        [b"GET / HTTP/1.0\r\n\r\n", Peer.ended],
+        [b"\x16\x03\x01\x00\x05", Peer.reset],
         [],  # silent
         [Peer.reset],
     ]
-    with Peer(lab, tunnel.port, ("client", "second", "server")[number % 3]) as peer:
+    with Peer(tunnel.lab, tunnel.port, ("client", "second", "server")[number % 3]) as peer:
         for step in ways[number % len(ways)]:
-            step(peer)
+            if isinstance(step, bytes):
+                peer.sock.sendall(step)
+            else:
+                step(peer)
 
 
-def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
+def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     fresh = status_of(server)
     crowd = 12
 
     def visit(numbers: range) -> None:
         def visitor(own: int) -> None:
             for number in numbers[own::crowd]:
-                come_and_go(lab, tunnel, number // crowd + own, f"visitor {own} {number % 5}")
+                come_and_go(tunnel, number // crowd + own, f"visitor {own} {number % 5}")
 
         with ThreadPoolExecutor(crowd) as pool:
-            for each in [pool.submit(visitor, own) for own in range(crowd)]:
-                each.result()
+            list(pool.map(visitor, range(crowd)))  # and raises what they raise
 
     def quiet() -> dict[str, Any]:
         status = status_of(server)
@@ -7486,27 +7293,20 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
     assert after["threads"] <= tun6.TUN_CLOSERS + 4
     assert after["memory"] - before["memory"] < many(4, 6) << 20
     assert not server_routes(lab)
-    with tunnel.peer() as peer:
-        peer.connected().echo()
+    tunnel.visit("by-hand")
 
 
-def test_without_descriptors_newcomers_hear_it_the_connected_go_on_and_when_some_leave_there_is_room_again(
-    tunnel: Tunnel, server: Program
-) -> None:
-    connected: list[Peer] = []
-    refused: list[dict[str, Any]] = []
+def test_without_descriptors_newcomers_hear_it_and_when_some_leave_there_is_room(tunnel: Tunnel, server: Program) -> None:
+    peers: list[Peer] = []
+    answers: list[dict[str, Any]] = []
     with descriptors(server, 18):
-        while len(refused) < 4:
-            peer = tunnel.peer(f"client {len(connected) + len(refused)}")
-            answer = peer.answer()
-            if "Prefix" in answer:
-                assert not refused, "a newcomer was served though one before it was not"
-                connected.append(peer)
-            else:
-                refused.append(answer)
-                peer.sock.close()
+        while sum("Error" in answer for answer in answers) < 4:
+            peers.append(tunnel.peer(f"client {len(peers)}"))
+            answers.append(peers[-1].answer())
+        connected = peers[:-4]
+        assert all("Prefix" in answer for answer in answers[:-4]), "a newcomer was served though one before it was not"
         assert 3 <= len(connected) < 27
-        assert {answer["Error"] for answer in refused} <= {"busy", "server-error"}
+        assert {answer["Error"] for answer in answers[-4:]} <= {"busy", "server-error"}
         for peer in connected:
             peer.echo()
         crowd = [tunnel.connect("server", f"127.0.4.{number // 8}") for number in range(24)]  # more than there is room for, and silent
