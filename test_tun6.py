@@ -1184,28 +1184,28 @@ def cuts(draw: st.DrawFn, data: bytes, gaps: bool = False) -> Segments:
     return segments
 
 
-def feed(segments: Segments) -> tuple[dict[str, Any], bytes]:
-    """What a Handshake makes of them: the message, and all that was behind it."""
-    handshake = tun6.MessageParser()
+def parse(segments: Sequence[bytes | None]) -> object:
+    """The message and the bytes behind it; None when it is not complete, the complaint when it is wrong."""
+    parser = tun6.MessageParser()
     for number, segment in enumerate(segments):
-        found = handshake.feed(segment or b"")
+        try:
+            found = parser.feed(segment or b"")
+        except tun6.ProtocolError as error:
+            return str(error)
         if found:
             return found[0], found[1] + b"".join(rest or b"" for rest in segments[number + 1 :])
-    raise AssertionError("the handshake found no message")
+    return None
 
 
 @given(st.data(), st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.booleans(), st.binary(max_size=80))
 def test_a_message_is_found_however_it_is_cut_and_the_bytes_behind_it_are_kept(
     data: st.DataObject, message: dict[str, Any], ascii_only: bool, frames: bytes
 ) -> None:
-    text = json.dumps(message, ensure_ascii=ascii_only).encode("utf-8", "replace")
-    expected = json.loads(text)
-    whole: Segments = [text + frames]
-    single: Segments = [bytes([byte]) for byte in text + frames]
-    for segments in whole, single, data.draw(cuts(text + frames)):
-        found, rest = feed(segments)
-        assert repr(found) == repr(expected)  # nan is not equal to itself
-        assert rest == frames
+    text = tun6.encode_message(message) if ascii_only else json.dumps(message, ensure_ascii=False).encode()
+    assert text.isascii() or not ascii_only
+    single = [bytes([byte]) for byte in text + frames]
+    for segments in [text + frames], single, data.draw(cuts(text + frames)):
+        assert repr(parse(segments)) == repr((message, frames))  # nan is not equal to itself
 
 
 @pytest.mark.parametrize(
@@ -1222,10 +1222,9 @@ def test_a_message_is_found_however_it_is_cut_and_the_bytes_behind_it_are_kept(
     ],
 )
 def test_brackets_and_quotes_in_strings_are_text_and_the_limits_themselves_are_allowed(text: str) -> None:
-    whole = text.encode()
-    single: Segments = [bytes([byte]) for byte in whole]
-    assert feed([whole + b"}`"]) == (json.loads(text), b"}`")
-    assert feed([*single, b"}`"]) == (json.loads(text), b"}`")
+    single = [bytes([byte]) for byte in text.encode()]
+    for segments in [text.encode() + b"}`"], [*single, b"}`"]:
+        assert parse(segments) == (json.loads(text), b"}`")
 
 
 @pytest.mark.parametrize(
@@ -1256,37 +1255,13 @@ def test_what_is_no_message_is_refused_as_soon_as_that_is_certain(data: bytes, c
                 assert handshake.feed(data[at : at + step]) is None
 
 
-SCRAPS = st.lists(
-    st.sampled_from([b"{", b"}", b"[", b"]", b'"', b"\\", b":", b",", b'"Id"', b"1e9", b"\xff", b"\0", b"null"]) | st.binary(max_size=3)
-)
-
-
-@given(SCRAPS.map(b"".join))
-def test_no_bytes_make_a_handshake_raise_anything_but_the_protocol_error(garbage: bytes) -> None:
-    for data in garbage, b'{"Id": ' + garbage, b'{"Id": "' + garbage:
-        try:
-            found = tun6.MessageParser().feed(data)
-        except tun6.ProtocolError:
-            continue
-        if found:
-            assert data.endswith(found[1])
-            assert json.loads(data[: len(data) - len(found[1])]) == found[0]
-
-
-@given(st.text(max_size=64))
-def test_what_is_encoded_is_found_again(text: str) -> None:
-    data = tun6.encode_message({"Id": text})
-    assert data.isascii()
-    assert feed([data]) == ({"Id": text}, b"")
-
-
 def test_a_legacy_answer_has_exactly_the_bytes_of_the_original() -> None:
     assert tun6.encode_message({"Prefix": "2000:aaaa:bbbb:ccdd::/64"}) == b'{"Prefix": "2000:aaaa:bbbb:ccdd::/64"}'
 
 
 @pytest.mark.parametrize("id_", ["00:11:22:aa:bb:cc", "x", "x" * 64, "é😀" * 32, "a b", '"', "{}"])
 def test_an_id_of_1_to_64_printable_characters_is_taken(id_: str) -> None:
-    assert tun6.parse_hello(feed([hello(id_)])[0]) == tun6.Hello(id_, None, "")
+    assert tun6.parse_hello({"Id": id_}) == tun6.Hello(id_, None, "")
 
 
 @pytest.mark.parametrize(
@@ -1294,7 +1269,7 @@ def test_an_id_of_1_to_64_printable_characters_is_taken(id_: str) -> None:
 )
 def test_any_other_id_is_refused(id_: object) -> None:
     with pytest.raises(tun6.ProtocolError, match="Id"):
-        tun6.parse_hello(feed([hello(id_)])[0])
+        tun6.parse_hello({"Id": id_})
 
 
 def test_a_hello_without_id_is_refused_and_unknown_fields_are_ignored() -> None:
@@ -1325,35 +1300,11 @@ def test_a_prefix_is_taken_in_any_of_its_spellings(prefix: str) -> None:
 @pytest.mark.parametrize(
     "prefix",
     [
-        "::/64",
-        "::1/64",
-        "::/0",
-        "fe80::/64",
-        "ff00::/64",
-        "ff02::1/64",
-        "2001:db8::/48",
-        "2001:db8::/65",
-        "2001:db8::",
-        "2001:db8::/64 dev lo",
-        "10.0.0.0/8",
-        "",
-        "junk",
-        "x" * 3000,
-        "/64",
-        "2001:db8::/64/64",
-        "2001:db8::/\uff16\uff14",
-        "2001:db8::%eth0/64",
-        "2001:db8::%a\nb/64",
-        None,
-        64,
-        2**125,
-        -1,
-        10**100,
-        1.5,
-        True,
-        [],
-        ["2001:db8::", 64],
-        {},
+        *("::/64", "::1/64", "::/0", "fe80::/64", "ff00::/64", "ff02::1/64"),  # not unicast
+        *("2001:db8::/48", "2001:db8::/65", "2001:db8::"),  # not a /64
+        *("10.0.0.0/8", "", "junk", "x" * 3000, "/64", "2001:db8::/64/64", "2001:db8::/64 dev lo", "2001:db8::/\uff16\uff14"),
+        *("2001:db8::%eth0/64", "2001:db8::%a\nb/64"),
+        *(None, 64, 2**125, -1, 10**100, 1.5, True, [], ["2001:db8::", 64], {}),
     ],
 )
 def test_what_is_no_unicast_64_is_no_prefix(prefix: object) -> None:
@@ -1410,38 +1361,12 @@ def test_the_same_frames_come_out_whatever_the_segments_and_whoever_shares_the_b
 def test_a_stream_of_the_largest_packets_is_cut_in_single_bytes_and_in_full_buffers(kinds: frozenset[str] | None) -> None:
     head = b"" if kinds is None else PLAIN
     frames = [head + packet(bytes([n]) * 0xFFFF) for n in range(5)] + [head + packet(), head + packet(b"end")]
-    stream = b"".join(frames)
-    for size in 1009, len(stream):
+    for sent, size in (frames, 1009), (frames, 1 << 20), (frames[-2:], 1):
+        stream, deframer, found = b"".join(sent), tun6.Deframer(BUFFER, kinds, PERMIT_ALL), []
         wire = Wire([stream[at : at + size] for at in range(0, len(stream), size)])
-        deframer, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), []
         while wire.segments:
             found += deframe(deframer, wire)
-        assert found == frames
-    deframer, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), []
-    single = frames[-2] + frames[-1]
-    for at in range(len(single)):
-        found += deframe(deframer, Wire([single[at : at + 1]]))
-    assert found == frames[-2:]
-
-
-@given(st.data(), st.sampled_from([None, frozenset({"tso6"})]), st.lists(PACKETS.filter(lambda p: len(p) < 200), max_size=3), st.binary())
-def test_garbage_gives_well_formed_frames_or_the_protocol_error(
-    data: st.DataObject, kinds: frozenset[str] | None, packets: list[bytes], garbage: bytes
-) -> None:
-    stream = bytearray(b"".join((b"" if kinds is None else PLAIN) + good for good in packets) + garbage)
-    for at, value in data.draw(st.dictionaries(st.integers(0, 300), st.integers(0, 255), max_size=3)).items():
-        if at < len(stream):
-            stream[at] = value
-    deframer, wire, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), Wire(data.draw(cuts(bytes(stream)))), b""
-    try:
-        while wire.segments:
-            for frame in deframe(deframer, wire):
-                found += frame
-                body = frame if kinds is None else frame[10:]
-                assert (body[0] >> 4, len(body)) == (6, 40 + int.from_bytes(body[4:6], "big"))
-    except tun6.ProtocolError:
-        return
-    assert stream.startswith(found)
+        assert found == sent
 
 
 @pytest.mark.parametrize("kinds", [None, BOTH])
@@ -1459,11 +1384,6 @@ def test_what_is_no_ipv6_packet_with_a_length_ends_the_stream(kinds: frozenset[s
     for data in head + bad, head + packet(b"good") + head + bad:
         with pytest.raises(tun6.ProtocolError, match=complaint):
             tun6.Deframer(BUFFER, kinds, PERMIT_ALL).push(data)
-
-
-def test_packets_with_hop_by_hop_options_or_without_payload_are_no_jumbograms() -> None:
-    frames = [packet(bytes(8), HOP_BY_HOP), packet(b"", NOTHING)]
-    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, None, PERMIT_ALL).push(b"".join(frames))] == frames
 
 
 def test_the_end_of_the_stream_is_an_eof_error_even_within_a_frame() -> None:
@@ -1491,7 +1411,7 @@ GOOD_HEADERS = [
 @pytest.mark.parametrize(("header", "body"), GOOD_HEADERS)
 def test_offload_headers_that_a_kernel_makes_are_taken(header: bytes, body: bytes) -> None:
     tun6.check_offload(memoryview(header), len(body), BOTH)
-    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(header + body)] == [header + body]
+    assert tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(header + body) == [header + body]
 
 
 BAD_HEADERS = [
@@ -1513,6 +1433,9 @@ BAD_HEADERS = [
     (offload(gso_type=4, gso_size=1), LONG, "gso_size 1 "),
     (offload(gso_type=5, gso_size=100, csum_offset=6), packet(bytes(8 + 130 * 100), UDP), "gso_size 100"),
     (offload(gso_type=4, gso_size=500), packet(bytes(20 + 130 * 500), TCP), "gso_size 500"),
+    # From csum_start these are few segments; kernels before 6.11 (and stable ones of mid-2024) cut from the real header.
+    (offload(gso_type=4, gso_size=5, csum_start=64_400), packet(bytes(64_960), TCP), "checksum at 64400"),
+    (offload(gso_type=5, gso_size=5, csum_start=64_400, csum_offset=6), packet(bytes(64_960), UDP), "checksum at 64400"),
 ]
 
 
@@ -1522,15 +1445,6 @@ def test_any_other_offload_header_ends_the_session(header: bytes, body: bytes, c
         tun6.check_offload(memoryview(header), len(body), BOTH)
     with pytest.raises(tun6.ProtocolError, match=complaint):
         tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(header + body)
-
-
-@pytest.mark.parametrize("gso_type", [4, 5])
-def test_no_checksum_far_behind_the_headers_makes_a_frame_seem_to_have_few_segments(gso_type: int) -> None:
-    # Kernels before 6.11 (and stable ones of mid-2024) segment from the real header, not from csum_start.
-    length = 65_000
-    header = offload(gso_type=gso_type, gso_size=5, csum_start=length - 600, csum_offset=16 if gso_type == 4 else 6)
-    with pytest.raises(tun6.ProtocolError):
-        tun6.check_offload(memoryview(header), length, BOTH)
 
 
 @pytest.mark.parametrize(("header", "offered", "other"), [(TSO6, "tso6", "uso6"), (USO6, "uso6", "tso6")])
@@ -1568,7 +1482,7 @@ def test_only_packets_that_the_peer_can_take_are_sent(frame: bytes, all_kinds: b
         assert buffer == b"\xff" * 7 + frame + b"\xff" * 60
         if sent:  # and our own receiver agrees
             packet_ = frame if kinds is not None else frame[len(PLAIN) :]
-            assert list(tun6.Deframer(BUFFER, kinds, PERMIT_ALL).push(packet_)) == [packet_]
+            assert tun6.Deframer(BUFFER, kinds, PERMIT_ALL).push(packet_) == [packet_]
 
 
 @pytest.mark.parametrize(("flags", "left"), [(2, 0), (3, 1)])
@@ -1577,36 +1491,6 @@ def test_the_kernels_own_flag_is_cleared_and_keeps_no_packet_from_a_legacy_peer(
     assert tun6.is_sendable(memoryview(buffer), 0, len(buffer), None) is (not left)
     assert buffer[0] == left
     assert len(tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(bytes(buffer))) == 1
-
-
-DATAGRAMS = st.builds(
-    datagram,
-    st.sampled_from([b"", b"a", b"ab", bytes(64), bytes(range(64)), b"\xff" * 64, bytes(65), bytes(1400)]) | st.binary(max_size=100),
-    st.integers(0, 1),
-    st.sampled_from([0, 0, 0, 1, 0x300000]),  # flow label; CE
-    st.booleans(),
-)
-OTHERS = st.sampled_from(
-    [
-        damaged(datagram(bytes(64), finished=True)),
-        datagram(bytes(64), finished=True)[:56] + bytes(2) + bytes(64),  # no checksum
-        PLAIN + packet(struct.pack(">HHHH", 1000, 9, 72, 0) + bytes(70), UDP),  # UDP's length is another
-        PLAIN + packet(bytes(4), UDP),  # shorter than UDP's header
-        PLAIN + packet(bytes(72), TCP),
-        PLAIN + packet(bytes(1400), HOP_BY_HOP),
-        PLAIN + packet(),
-    ]
-)
-RUNS = st.lists(st.tuples(DATAGRAMS | OTHERS, st.sampled_from([1, 1, 2, 3, 70])), min_size=1, max_size=12)
-
-
-@given(RUNS)
-def test_what_leaves_the_other_end_is_the_same_whether_datagrams_were_joined_or_not(runs: list[tuple[bytes, int]]) -> None:
-    frames = [frame for frame, times in runs for _ in range(times)]
-    joined = join(frames)
-    assert [cut for frame in joined for cut in cut_apart(frame)] == [cut for frame in frames for cut in cut_apart(frame)]
-    for frame in joined:
-        assert frame[1] == 0 or (len(cut_apart(frame)) <= tun6.COALESCED_DATAGRAMS_MAX and len(frame) <= tun6.COALESCED_BYTES_MAX)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -1676,45 +1560,6 @@ def test_what_may_cross_the_border_is_what_the_addresses_say_and_the_rest_is_cou
     for (source, destination), reason in zip(pairs, reasons):
         assert ingress_filter.permits(int(source) >> 64, int(destination) >> 64) is (not reason)
     assert ingress_filter.refused == Counter(filter(None, reasons))
-
-
-@given(st.lists(st.tuples(PLACED, PLACED), max_size=10))
-def test_the_border_of_a_client_is_the_mirror_image_of_its_servers(pairs: list[tuple[IPv6Address, IPv6Address]]) -> None:
-    servers, clients = tun6.IngressFilter(HOME, True), tun6.IngressFilter(HOME, False)
-    for source, destination in pairs:
-        there, back = (int(source) >> 64, int(destination) >> 64), (int(destination) >> 64, int(source) >> 64)
-        assert servers.permits(*there) is clients.permits(*back)
-    assert servers.refused == clients.refused
-
-
-@given(
-    st.data(),
-    st.lists(st.tuples(PLACED, PLACED, HEADERS | st.just(offload()), st.sampled_from([20, 20, 99, 2000])), max_size=12),
-    st.booleans(),
-    st.booleans(),
-)
-def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_however_it_is_cut(
-    data: st.DataObject, kinds_of_packets: list[tuple[IPv6Address, IPv6Address, bytes, int]], bare: bool, from_client: bool
-) -> None:
-    ingress_filter = tun6.IngressFilter(HOME, from_client, POOL)
-    frames, expected, reasons = [], [], []
-    for source, destination, header, size in kinds_of_packets:
-        frames.append(b"" if bare else header)
-        frames[-1] += between(source, destination, bytes(size), TCP)
-        reason = refused_as(source, destination, from_client, POOL)
-        if reason:
-            reasons.append(reason)
-        else:
-            expected.append(frames[-1])
-    stream = b"".join(frames)
-    early = data.draw(st.integers(0, min(len(stream), tun6.MESSAGE_MAX)))
-    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, ingress_filter)
-    found = [bytes(each) for each in deframer.push(stream[:early])]
-    wire = Wire(data.draw(cuts(stream[early:], gaps=True)))
-    while wire.segments:
-        found += deframe(deframer, wire)
-    assert found == expected
-    assert ingress_filter.refused == Counter(reasons)
 
 
 # ---- prefixes --------------------------------------------------------------------------------------------------------
@@ -7914,8 +7759,11 @@ class Fuzz:
         b'{"Prefix": "2001:db8:1:2::/64"}',
         b'{"Error": "busy", "Text": "no room {} [] \\\\"}',
         b'{"a": {"b": [1, -2.5e7, null, true, {"c": []}]}, "Id": "x"}',
+        b'{"Id": ',
+        b'{"Id": "',
+        b"",
     )
-    SPICE = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
+    TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
     ADDRESSES = (
         *[HOME[1]] * 6,
         *[ABROAD] * 6,
@@ -7927,15 +7775,26 @@ class Fuzz:
         (offload(hdr_len=60), bytes(30), TCP),
         (offload(gso_type=4, gso_size=50), bytes(300), TCP),
         (offload(gso_type=5, gso_size=100, csum_offset=6), bytes(208), UDP),
-        (PLAIN, bytes(1400), UDP),
+        (PLAIN, bytes(2000), UDP),
     )
     DATAGRAMS = tuple(
         datagram(payload, flow, label, finished)
-        for payload in (b"", b"ab", bytes(range(64)), bytes(65))
+        for payload in (b"", b"a", b"ab", bytes(range(64)), b"\xff" * 64, bytes(65), bytes(150))
         for flow in (0, 1)
-        for label in (0, 1)
+        for label in (0, 1, 0x300000)  # flow label; CE
         for finished in (False, True)
     )
+    NEVER_JOINED = (
+        *map(damaged, DATAGRAMS[1::2]),  # finished ones
+        datagram(bytes(64), finished=True)[:56] + bytes(2) + bytes(64),  # no checksum
+        PLAIN + packet(struct.pack(">HHHH", 1000, 9, 72, 0) + bytes(70), UDP),  # UDP's length is another
+        PLAIN + packet(bytes(4), UDP),  # shorter than UDP's header
+        PLAIN + packet(bytes(72), TCP),
+        PLAIN + packet(bytes(1400), HOP_BY_HOP),
+        PLAIN + packet(),
+    )
+    REPETITIONS = (*[1, 2, 3] * 20, 70)
+    PARTS: ClassVar = {frame: cut_apart(frame) for frame in (*DATAGRAMS, *NEVER_JOINED)}
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -7955,7 +7814,7 @@ class Fuzz:
             elif kind == 1 and at < len(made):
                 made[at] ^= 1 << pick.randrange(8)
             elif kind == 2:
-                made[at:at] = pick.choice(self.SPICE)
+                made[at:at] = pick.choice(self.TOKENS)
             elif kind == 3:
                 del made[at : at + pick.choice((1, 1, 2, 40))]
             else:
@@ -7971,8 +7830,8 @@ class Fuzz:
         """Any bytes begin with the object that `json` finds in them, wherever they are cut, or are no message."""
         behind = self.random.choice((b"", b"`", b"}{", bytes(50)))
         stream = self.mutated(self.random.choice(self.MESSAGES)) + behind
-        whole = self.outcome([stream])
-        assert whole == self.outcome(self.segments(stream))
+        whole = parse([stream])
+        assert whole == parse(self.segments(stream))
         try:
             text = stream.decode(errors="surrogateescape")  # what is behind the message may be anything
             expected, end = json.JSONDecoder().raw_decode(text)
@@ -8000,19 +7859,6 @@ class Fuzz:
         except tun6.SessionError as error:
             assert str(error).isprintable()
 
-    @staticmethod
-    def outcome(segments: Segments) -> object:
-        """Message and rest; None when it is not complete, the complaint when it is wrong."""
-        handshake = tun6.MessageParser()
-        for number, segment in enumerate(segments):
-            try:
-                found = handshake.feed(segment or b"")
-            except tun6.ProtocolError as error:
-                return str(error)
-            if found:
-                return found[0], found[1] + b"".join(rest or b"" for rest in segments[number + 1 :])
-        return None
-
     def deframer(self) -> None:
         """Of any bytes the frames that may cross come out, whole and in order, up to the first that breaks a rule."""
         pick, bare, from_client = self.random, self.random.random() < 0.3, self.random.random() < 0.7
@@ -8023,8 +7869,12 @@ class Fuzz:
         stream = self.mutated(b"".join(frames))
         kinds = None if bare else pick.choice((BOTH, BOTH, frozenset({"tso6"}), frozenset[str]()))
         ingress_filter = tun6.IngressFilter(HOME, from_client, pick.choice((None, POOL)))
-        deframer, wire, found, error = tun6.Deframer(BUFFER, kinds, ingress_filter), Wire(self.segments(stream)), [], False
+        deframer, error = tun6.Deframer(BUFFER, kinds, ingress_filter), False
+        found: list[bytes] = []
+        early = pick.choice((0, 0, pick.randrange(min(len(stream), tun6.MESSAGE_MAX) + 1)))  # came behind the handshake
+        wire = Wire(self.segments(stream[early:]))
         try:
+            found += map(bytes, deframer.push(stream[:early]))
             while wire.segments:
                 found += deframe(deframer, wire)
         except tun6.ProtocolError:
@@ -8094,10 +7944,13 @@ class Fuzz:
         """Whatever is joined is, cut apart, what it was."""
         frames: list[bytes] = []
         for _ in range(self.random.randrange(1, 5)):
-            frames += [self.random.choice(self.DATAGRAMS)] * self.random.choice((1, 2, 3))
+            frames += [self.random.choice(self.DATAGRAMS)] * self.random.choice(self.REPETITIONS)
         if self.random.random() < 0.3:
-            frames[self.random.randrange(len(frames))] = damaged(self.random.choice(self.DATAGRAMS[1::2]))
-        assert [cut for each in join(frames) for cut in cut_apart(each)] == [cut for each in frames for cut in cut_apart(each)]
+            frames[self.random.randrange(len(frames))] = self.random.choice(self.NEVER_JOINED)
+        joined = [(frame, cut_apart(frame)) for frame in join(frames)]
+        assert [part for _, parts in joined for part in parts] == [part for frame in frames for part in self.PARTS[frame]]
+        for frame, parts in joined:
+            assert len(parts) == 1 or (len(parts) <= tun6.COALESCED_DATAGRAMS_MAX and len(frame) <= tun6.COALESCED_BYTES_MAX)
 
 
 def fuzz(cases: int, seed: int) -> None:
