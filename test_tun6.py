@@ -1228,10 +1228,10 @@ def test_brackets_and_quotes_in_strings_are_text_and_the_limits_themselves_are_a
 )
 def test_what_is_no_message_is_refused_as_soon_as_that_is_certain(data: bytes, complaint: str) -> None:
     for step in 1, len(data):
-        handshake = tun6.MessageParser()
+        parser = tun6.MessageParser()
         with pytest.raises(tun6.ProtocolError, match=complaint):
             for at in range(0, len(data), step):
-                assert handshake.feed(data[at : at + step]) is None
+                assert parser.feed(data[at : at + step]) is None
 
 
 def test_a_legacy_answer_has_exactly_the_bytes_of_the_original() -> None:
