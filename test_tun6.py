@@ -1500,7 +1500,7 @@ PLACED = st.builds(
 
 
 @given(st.lists(st.tuples(PLACED, PLACED), max_size=20), st.booleans(), st.sampled_from([None, POOL, IPv6Network("2000::/4"), subnet(2)]))
-def test_what_may_cross_the_border_is_what_the_addresses_say_and_the_rest_is_counted_by_reason(
+def test_what_may_cross_is_what_the_addresses_say_and_the_rest_is_counted_by_reason(
     pairs: list[tuple[IPv6Address, IPv6Address]], from_client: bool, closed: IPv6Network | None
 ) -> None:
     ingress_filter = tun6.IngressFilter(HOME, from_client, closed)
@@ -3239,7 +3239,7 @@ def cert(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("aes", "ciphers"), [(True, "AES"), (False, "CHACHA20")])
-def test_a_client_whose_cpu_has_no_aes_gets_another_cipher(aes: bool, ciphers: str, cert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_gets_the_cipher_that_is_fast_on_its_cpu(aes: bool, ciphers: str, cert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tun6, "has_aes_instructions", lambda: aes)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = tun6.client_tls_context(pinned=True).wrap_bio(to_client, to_server)
@@ -3355,7 +3355,7 @@ def test_memory_is_given_back_when_little_waits_again(monkeypatch: pytest.Monkey
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_rate_limit_lets_its_number_through_at_once_then_one_for_each_part_of_the_hour_and_0_is_none() -> None:
+def test_a_rate_limit_lets_its_number_through_then_one_for_each_part_of_the_hour() -> None:
     now = 1000.0
     limit = tun6.TokenBucket(60, clock=lambda: now)
     assert [limit.take() for _ in range(62)] == [True] * 60 + [False] * 2
@@ -3447,9 +3447,7 @@ def test_after_a_second_whoever_waits_outside_takes_the_place_of_the_oldest(admi
         ([f"{number}" for number in range(64)], None),  # all alike, and young: the newcomer waits, and the oldest goes
     ],
 )
-def test_when_all_are_busy_saying_who_they_are_the_host_that_has_most_makes_room(
-    admission: Admission, hosts_: list[str], goes: int | None
-) -> None:
+def test_when_all_places_are_taken_the_host_with_most_makes_room(admission: Admission, hosts_: list[str], goes: int | None) -> None:
     names = [admission.admit(host, number) for number, host in enumerate(hosts_)]
     assert admission.inside() == names
     began = time.monotonic()
