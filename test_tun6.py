@@ -1145,38 +1145,25 @@ JSON = st.recursive(
 )
 
 
-@st.composite
-def cuts(draw: st.DrawFn, data: bytes, gaps: bool = False) -> Segments:
-    """The data in arbitrary segments; with gaps, there is sometimes nothing to read in between."""
-    at = sorted(draw(st.sets(st.integers(1, len(data) - 1), max_size=20))) if len(data) > 1 else []
-    segments: Segments = []
-    for start, end in zip([0, *at], [*at, len(data)]):
-        segments += [None] * (gaps and draw(st.booleans())) + [data[start:end]] * (end > start)
-    return segments
-
-
-def feed(segments: Segments) -> tuple[dict[str, Any], bytes]:
-    """What a Handshake makes of them: the message, and all that was behind it."""
-    handshake = tun6.MessageParser()
+def parse(segments: Sequence[bytes | None]) -> object:
+    """The message and the bytes behind it; None when it is not complete, the complaint when it is wrong."""
+    parser = tun6.MessageParser()
     for number, segment in enumerate(segments):
-        found = handshake.feed(segment or b"")
+        try:
+            found = parser.feed(segment or b"")
+        except tun6.ProtocolError as error:
+            return str(error)
         if found:
             return found[0], found[1] + b"".join(rest or b"" for rest in segments[number + 1 :])
-    raise AssertionError("the handshake found no message")
+    return None
 
 
-@given(st.data(), st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.booleans(), st.binary(max_size=80))
-def test_a_message_is_found_however_it_is_cut_and_the_bytes_behind_it_are_kept(
-    data: st.DataObject, message: dict[str, Any], ascii_only: bool, frames: bytes
-) -> None:
-    text = json.dumps(message, ensure_ascii=ascii_only).encode("utf-8", "replace")
-    expected = json.loads(text)
-    whole: Segments = [text + frames]
-    single: Segments = [bytes([byte]) for byte in text + frames]
-    for segments in whole, single, data.draw(cuts(text + frames)):
-        found, rest = feed(segments)
-        assert repr(found) == repr(expected)  # nan is not equal to itself
-        assert rest == frames
+@given(st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.booleans(), st.binary(max_size=80))
+def test_a_message_is_found_and_the_bytes_behind_it_are_kept(message: dict[str, Any], ascii_only: bool, frames: bytes) -> None:
+    text = tun6.encode_message(message) if ascii_only else json.dumps(message, ensure_ascii=False).encode()
+    assert text.isascii() or not ascii_only
+    for segments in [text + frames], [bytes([byte]) for byte in text + frames]:
+        assert repr(parse(segments)) == repr((message, frames))  # nan is not equal to itself
 
 
 @pytest.mark.parametrize(
@@ -1193,62 +1180,29 @@ def test_a_message_is_found_however_it_is_cut_and_the_bytes_behind_it_are_kept(
     ],
 )
 def test_brackets_and_quotes_in_strings_are_text_and_the_limits_themselves_are_allowed(text: str) -> None:
-    whole = text.encode()
-    single: Segments = [bytes([byte]) for byte in whole]
-    assert feed([whole + b"}`"]) == (json.loads(text), b"}`")
-    assert feed([*single, b"}`"]) == (json.loads(text), b"}`")
+    single = [bytes([byte]) for byte in text.encode()]
+    for segments in [text.encode() + b"}`"], [*single, b"}`"]:
+        assert parse(segments) == (json.loads(text), b"}`")
 
 
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
-        (b'\x16\x03\x01{"Id": "x"}', "begin"),
-        (b' {"Id": "x"}', "begin"),
-        (b'["Id"]', "begin"),
-        (b'"Id"', "begin"),
+        *[(data, "begin") for data in (b'\x16\x03\x01{"Id": "x"}', b' {"Id": "x"}', b'["Id"]', b'"Id"')],
         (b"{" + b'"a":{' * 16, "16 nested"),
         (b'{"a":' + b"[" * 16, "16 nested"),
         (b'{"a":"' + b"x" * (tun6.MESSAGE_MAX - 7) + b'"}', "longer than 4096"),
         (b"{" + b" " * 5000, "longer than 4096"),
-        (b'{"Id": "\xff"}', "JSON"),
-        (b'{"Id": "\xed\xa0\x80"}', "JSON"),  # a surrogate in UTF-8
-        (b'{"Id": "\xc0\xaf"}', "JSON"),  # overlong
-        (b'{"Id": "x"]', "JSON"),
-        (b'{"Id"}', "JSON"),
-        (b"{'Id': 'x'}", "JSON"),
-        (b'{"Id": "a\nb"}', "JSON"),  # control characters must be escaped
+        *[(b'{"Id": "%s"}' % no_utf_8, "JSON") for no_utf_8 in (b"\xff", b"\xed\xa0\x80", b"\xc0\xaf")],  # a surrogate; overlong
+        *[(data, "JSON") for data in (b'{"Id": "x"]', b'{"Id"}', b"{'Id': 'x'}", b'{"Id": "control\ncharacter"}')],
     ],
 )
 def test_what_is_no_message_is_refused_as_soon_as_that_is_certain(data: bytes, complaint: str) -> None:
     for step in 1, len(data):
-        handshake = tun6.MessageParser()
+        parser = tun6.MessageParser()
         with pytest.raises(tun6.ProtocolError, match=complaint):
             for at in range(0, len(data), step):
-                assert handshake.feed(data[at : at + step]) is None
-
-
-SCRAPS = st.lists(
-    st.sampled_from([b"{", b"}", b"[", b"]", b'"', b"\\", b":", b",", b'"Id"', b"1e9", b"\xff", b"\0", b"null"]) | st.binary(max_size=3)
-)
-
-
-@given(SCRAPS.map(b"".join))
-def test_no_bytes_make_a_handshake_raise_anything_but_the_protocol_error(garbage: bytes) -> None:
-    for data in garbage, b'{"Id": ' + garbage, b'{"Id": "' + garbage:
-        try:
-            found = tun6.MessageParser().feed(data)
-        except tun6.ProtocolError:
-            continue
-        if found:
-            assert data.endswith(found[1])
-            assert json.loads(data[: len(data) - len(found[1])]) == found[0]
-
-
-@given(st.text(max_size=64))
-def test_what_is_encoded_is_found_again(text: str) -> None:
-    data = tun6.encode_message({"Id": text})
-    assert data.isascii()
-    assert feed([data]) == ({"Id": text}, b"")
+                assert parser.feed(data[at : at + step]) is None
 
 
 def test_a_legacy_answer_has_exactly_the_bytes_of_the_original() -> None:
@@ -1257,7 +1211,7 @@ def test_a_legacy_answer_has_exactly_the_bytes_of_the_original() -> None:
 
 @pytest.mark.parametrize("id_", ["00:11:22:aa:bb:cc", "x", "x" * 64, "é😀" * 32, "a b", '"', "{}"])
 def test_an_id_of_1_to_64_printable_characters_is_taken(id_: str) -> None:
-    assert tun6.parse_hello(feed([hello(id_)])[0]) == tun6.Hello(id_, None, "")
+    assert tun6.parse_hello({"Id": id_}) == tun6.Hello(id_, None, "")
 
 
 @pytest.mark.parametrize(
@@ -1265,7 +1219,7 @@ def test_an_id_of_1_to_64_printable_characters_is_taken(id_: str) -> None:
 )
 def test_any_other_id_is_refused(id_: object) -> None:
     with pytest.raises(tun6.ProtocolError, match="Id"):
-        tun6.parse_hello(feed([hello(id_)])[0])
+        tun6.parse_hello({"Id": id_})
 
 
 def test_a_hello_without_id_is_refused_and_unknown_fields_are_ignored() -> None:
@@ -1296,35 +1250,11 @@ def test_a_prefix_is_taken_in_any_of_its_spellings(prefix: str) -> None:
 @pytest.mark.parametrize(
     "prefix",
     [
-        "::/64",
-        "::1/64",
-        "::/0",
-        "fe80::/64",
-        "ff00::/64",
-        "ff02::1/64",
-        "2001:db8::/48",
-        "2001:db8::/65",
-        "2001:db8::",
-        "2001:db8::/64 dev lo",
-        "10.0.0.0/8",
-        "",
-        "junk",
-        "x" * 3000,
-        "/64",
-        "2001:db8::/64/64",
-        "2001:db8::/\uff16\uff14",
-        "2001:db8::%eth0/64",
-        "2001:db8::%a\nb/64",
-        None,
-        64,
-        2**125,
-        -1,
-        10**100,
-        1.5,
-        True,
-        [],
-        ["2001:db8::", 64],
-        {},
+        *("::/64", "::1/64", "::/0", "fe80::/64", "ff00::/64", "ff02::1/64"),  # not unicast
+        *("2001:db8::/48", "2001:db8::/65", "2001:db8::"),  # not a /64
+        *("10.0.0.0/8", "", "junk", "x" * 3000, "/64", "2001:db8::/64/64", "2001:db8::/64 dev lo", "2001:db8::/\uff16\uff14"),
+        *("2001:db8::%eth0/64", "2001:db8::%a\nb/64"),
+        *(None, 64, 2**125, -1, 10**100, 1.5, True, [], ["2001:db8::", 64], {}),
     ],
 )
 def test_what_is_no_unicast_64_is_no_prefix(prefix: object) -> None:
@@ -1345,74 +1275,16 @@ def test_an_error_from_the_server_is_a_refusal_whose_text_can_be_printed() -> No
     assert str(caught.value).isprintable()
 
 
-@given(st.dictionaries(st.sampled_from(["Id", "Prefix", "Offload", "Error", "Text"]) | st.text(max_size=3), JSON))
-def test_no_message_makes_the_parsers_raise_anything_but_session_errors(message: dict[str, Any]) -> None:
-    parsers: list[tuple[Callable[[dict[str, Any]], object], tuple[type[Exception], ...]]] = [
-        (tun6.parse_hello, (tun6.ProtocolError,)),
-        (tun6.parse_answer, (tun6.ProtocolError, tun6.Refusal)),
-    ]
-    for parse, allowed in parsers:
-        try:
-            parse(message)
-        except allowed as error:
-            assert str(error).isprintable()
-
-
-PACKETS = st.builds(packet, st.binary(max_size=100) | st.just(bytes(1500)) | st.just(bytes(0xFFFF)), st.sampled_from([TCP, UDP, NOTHING]))
-HEADERS = st.sampled_from([PLAIN, PLAIN, offload(0), offload(0, hdr_len=40)])  # good with any packet
-
-
-@given(st.data(), st.lists(PACKETS, max_size=5), st.lists(st.tuples(HEADERS, PACKETS), max_size=5))
-def test_the_same_frames_come_out_whatever_the_segments_and_whoever_shares_the_buffer(
-    data: st.DataObject, bare: list[bytes], framed: list[tuple[bytes, bytes]]
-) -> None:
-    streams = [b"".join(bare), b"".join(header + packet_ for header, packet_ in framed)]
-    deframers = [tun6.Deframer(BUFFER, None, PERMIT_ALL), tun6.Deframer(BUFFER, BOTH, PERMIT_ALL)]
-    early = [data.draw(st.integers(0, min(len(stream), tun6.MESSAGE_MAX))) for stream in streams]  # came behind the handshake
-    found = [[bytes(frame) for frame in deframer.push(stream[:n])] for deframer, stream, n in zip(deframers, streams, early)]
-    wires = [Wire(data.draw(cuts(stream[n:], gaps=True))) for stream, n in zip(streams, early)]
-    while any(wire.segments for wire in wires):
-        turn = data.draw(st.sampled_from([number for number, wire in enumerate(wires) if wire.segments]))
-        found[turn] += deframe(deframers[turn], wires[turn])
-    assert found == [bare, [header + packet_ for header, packet_ in framed]]
-
-
 @pytest.mark.parametrize("kinds", [None, BOTH])
 def test_a_stream_of_the_largest_packets_is_cut_in_single_bytes_and_in_full_buffers(kinds: frozenset[str] | None) -> None:
     head = b"" if kinds is None else PLAIN
     frames = [head + packet(bytes([n]) * 0xFFFF) for n in range(5)] + [head + packet(), head + packet(b"end")]
-    stream = b"".join(frames)
-    for size in 1009, len(stream):
+    for sent, size in (frames, 1009), (frames, 1 << 20), (frames[-2:], 1):
+        stream, deframer, found = b"".join(sent), tun6.Deframer(BUFFER, kinds, PERMIT_ALL), []
         wire = Wire([stream[at : at + size] for at in range(0, len(stream), size)])
-        deframer, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), []
         while wire.segments:
             found += deframe(deframer, wire)
-        assert found == frames
-    deframer, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), []
-    single = frames[-2] + frames[-1]
-    for at in range(len(single)):
-        found += deframe(deframer, Wire([single[at : at + 1]]))
-    assert found == frames[-2:]
-
-
-@given(st.data(), st.sampled_from([None, frozenset({"tso6"})]), st.lists(PACKETS.filter(lambda p: len(p) < 200), max_size=3), st.binary())
-def test_garbage_gives_well_formed_frames_or_the_protocol_error(
-    data: st.DataObject, kinds: frozenset[str] | None, packets: list[bytes], garbage: bytes
-) -> None:
-    stream = bytearray(b"".join((b"" if kinds is None else PLAIN) + good for good in packets) + garbage)
-    for at, value in data.draw(st.dictionaries(st.integers(0, 300), st.integers(0, 255), max_size=3)).items():
-        if at < len(stream):
-            stream[at] = value
-    deframer, wire, found = tun6.Deframer(BUFFER, kinds, PERMIT_ALL), Wire(data.draw(cuts(bytes(stream)))), b""
-    try:
-        while wire.segments:
-            for frame in deframe(deframer, wire):
-                found += frame
-                body = frame if kinds is None else frame[10:]
-                assert (body[0] >> 4, len(body)) == (6, 40 + int.from_bytes(body[4:6], "big"))
-    except tun6.ProtocolError:
-        return
-    assert stream.startswith(found)
+        assert found == sent
 
 
 @pytest.mark.parametrize("kinds", [None, BOTH])
@@ -1430,11 +1302,6 @@ def test_what_is_no_ipv6_packet_with_a_length_ends_the_stream(kinds: frozenset[s
     for data in head + bad, head + packet(b"good") + head + bad:
         with pytest.raises(tun6.ProtocolError, match=complaint):
             tun6.Deframer(BUFFER, kinds, PERMIT_ALL).push(data)
-
-
-def test_packets_with_hop_by_hop_options_or_without_payload_are_no_jumbograms() -> None:
-    frames = [packet(bytes(8), HOP_BY_HOP), packet(b"", NOTHING)]
-    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, None, PERMIT_ALL).push(b"".join(frames))] == frames
 
 
 def test_the_end_of_the_stream_is_an_eof_error_even_within_a_frame() -> None:
@@ -1462,7 +1329,7 @@ GOOD_HEADERS = [
 @pytest.mark.parametrize(("header", "body"), GOOD_HEADERS)
 def test_offload_headers_that_a_kernel_makes_are_taken(header: bytes, body: bytes) -> None:
     tun6.check_offload(memoryview(header), len(body), BOTH)
-    assert [bytes(frame) for frame in tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(header + body)] == [header + body]
+    assert tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(header + body) == [header + body]
 
 
 BAD_HEADERS = [
@@ -1484,6 +1351,9 @@ BAD_HEADERS = [
     (offload(gso_type=4, gso_size=1), LONG, "gso_size 1 "),
     (offload(gso_type=5, gso_size=100, csum_offset=6), packet(bytes(8 + 130 * 100), UDP), "gso_size 100"),
     (offload(gso_type=4, gso_size=500), packet(bytes(20 + 130 * 500), TCP), "gso_size 500"),
+    # From csum_start these are few segments; kernels before 6.11 (and stable ones of mid-2024) cut from the real header.
+    (offload(gso_type=4, gso_size=5, csum_start=64_400), packet(bytes(64_960), TCP), "checksum at 64400"),
+    (offload(gso_type=5, gso_size=5, csum_start=64_400, csum_offset=6), packet(bytes(64_960), UDP), "checksum at 64400"),
 ]
 
 
@@ -1493,15 +1363,6 @@ def test_any_other_offload_header_ends_the_session(header: bytes, body: bytes, c
         tun6.check_offload(memoryview(header), len(body), BOTH)
     with pytest.raises(tun6.ProtocolError, match=complaint):
         tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(header + body)
-
-
-@pytest.mark.parametrize("gso_type", [4, 5])
-def test_no_checksum_far_behind_the_headers_makes_a_frame_seem_to_have_few_segments(gso_type: int) -> None:
-    # Kernels before 6.11 (and stable ones of mid-2024) segment from the real header, not from csum_start.
-    length = 65_000
-    header = offload(gso_type=gso_type, gso_size=5, csum_start=length - 600, csum_offset=16 if gso_type == 4 else 6)
-    with pytest.raises(tun6.ProtocolError):
-        tun6.check_offload(memoryview(header), length, BOTH)
 
 
 @pytest.mark.parametrize(("header", "offered", "other"), [(TSO6, "tso6", "uso6"), (USO6, "uso6", "tso6")])
@@ -1539,7 +1400,7 @@ def test_only_packets_that_the_peer_can_take_are_sent(frame: bytes, all_kinds: b
         assert buffer == b"\xff" * 7 + frame + b"\xff" * 60
         if sent:  # and our own receiver agrees
             packet_ = frame if kinds is not None else frame[len(PLAIN) :]
-            assert list(tun6.Deframer(BUFFER, kinds, PERMIT_ALL).push(packet_)) == [packet_]
+            assert tun6.Deframer(BUFFER, kinds, PERMIT_ALL).push(packet_) == [packet_]
 
 
 @pytest.mark.parametrize(("flags", "left"), [(2, 0), (3, 1)])
@@ -1548,36 +1409,6 @@ def test_the_kernels_own_flag_is_cleared_and_keeps_no_packet_from_a_legacy_peer(
     assert tun6.is_sendable(memoryview(buffer), 0, len(buffer), None) is (not left)
     assert buffer[0] == left
     assert len(tun6.Deframer(BUFFER, BOTH, PERMIT_ALL).push(bytes(buffer))) == 1
-
-
-DATAGRAMS = st.builds(
-    datagram,
-    st.sampled_from([b"", b"a", b"ab", bytes(64), bytes(range(64)), b"\xff" * 64, bytes(65), bytes(1400)]) | st.binary(max_size=100),
-    st.integers(0, 1),
-    st.sampled_from([0, 0, 0, 1, 0x300000]),  # flow label; CE
-    st.booleans(),
-)
-OTHERS = st.sampled_from(
-    [
-        damaged(datagram(bytes(64), finished=True)),
-        datagram(bytes(64), finished=True)[:56] + bytes(2) + bytes(64),  # no checksum
-        PLAIN + packet(struct.pack(">HHHH", 1000, 9, 72, 0) + bytes(70), UDP),  # UDP's length is another
-        PLAIN + packet(bytes(4), UDP),  # shorter than UDP's header
-        PLAIN + packet(bytes(72), TCP),
-        PLAIN + packet(bytes(1400), HOP_BY_HOP),
-        PLAIN + packet(),
-    ]
-)
-RUNS = st.lists(st.tuples(DATAGRAMS | OTHERS, st.sampled_from([1, 1, 2, 3, 70])), min_size=1, max_size=12)
-
-
-@given(RUNS)
-def test_what_leaves_the_other_end_is_the_same_whether_datagrams_were_joined_or_not(runs: list[tuple[bytes, int]]) -> None:
-    frames = [frame for frame, times in runs for _ in range(times)]
-    joined = join(frames)
-    assert [cut for frame in joined for cut in cut_apart(frame)] == [cut for frame in frames for cut in cut_apart(frame)]
-    for frame in joined:
-        assert frame[1] == 0 or (len(cut_apart(frame)) <= tun6.COALESCED_DATAGRAMS_MAX and len(frame) <= tun6.COALESCED_BYTES_MAX)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -1609,6 +1440,7 @@ def test_neighbours_of_one_flow_and_size_are_joined(sizes: list[int], together: 
         datagram(bytes(64), label=0x300000),
         datagram(bytes(64), finished=True),
         datagram(bytes(64))[:17] + b"\1" + datagram(bytes(64))[18:],  # hop limit
+        datagram(bytes(64))[:55] + b"\1" + datagram(bytes(64))[56:],  # UDP's length
         damaged(datagram(bytes(64), finished=True)),
     ],
 )
@@ -1639,7 +1471,7 @@ PLACED = st.builds(
 
 
 @given(st.lists(st.tuples(PLACED, PLACED), max_size=20), st.booleans(), st.sampled_from([None, POOL, IPv6Network("2000::/4"), subnet(2)]))
-def test_what_may_cross_the_border_is_what_the_addresses_say_and_the_rest_is_counted_by_reason(
+def test_what_may_cross_is_what_the_addresses_say_and_the_rest_is_counted_by_reason(
     pairs: list[tuple[IPv6Address, IPv6Address]], from_client: bool, closed: IPv6Network | None
 ) -> None:
     ingress_filter = tun6.IngressFilter(HOME, from_client, closed)
@@ -1647,45 +1479,6 @@ def test_what_may_cross_the_border_is_what_the_addresses_say_and_the_rest_is_cou
     for (source, destination), reason in zip(pairs, reasons):
         assert ingress_filter.permits(int(source) >> 64, int(destination) >> 64) is (not reason)
     assert ingress_filter.refused == Counter(filter(None, reasons))
-
-
-@given(st.lists(st.tuples(PLACED, PLACED), max_size=10))
-def test_the_border_of_a_client_is_the_mirror_image_of_its_servers(pairs: list[tuple[IPv6Address, IPv6Address]]) -> None:
-    servers, clients = tun6.IngressFilter(HOME, True), tun6.IngressFilter(HOME, False)
-    for source, destination in pairs:
-        there, back = (int(source) >> 64, int(destination) >> 64), (int(destination) >> 64, int(source) >> 64)
-        assert servers.permits(*there) is clients.permits(*back)
-    assert servers.refused == clients.refused
-
-
-@given(
-    st.data(),
-    st.lists(st.tuples(PLACED, PLACED, HEADERS | st.just(offload()), st.sampled_from([20, 20, 99, 2000])), max_size=12),
-    st.booleans(),
-    st.booleans(),
-)
-def test_what_may_not_cross_is_cut_out_of_the_stream_and_the_others_stay_whole_however_it_is_cut(
-    data: st.DataObject, kinds_of_packets: list[tuple[IPv6Address, IPv6Address, bytes, int]], bare: bool, from_client: bool
-) -> None:
-    ingress_filter = tun6.IngressFilter(HOME, from_client, POOL)
-    frames, expected, reasons = [], [], []
-    for source, destination, header, size in kinds_of_packets:
-        frames.append(b"" if bare else header)
-        frames[-1] += between(source, destination, bytes(size), TCP)
-        reason = refused_as(source, destination, from_client, POOL)
-        if reason:
-            reasons.append(reason)
-        else:
-            expected.append(frames[-1])
-    stream = b"".join(frames)
-    early = data.draw(st.integers(0, min(len(stream), tun6.MESSAGE_MAX)))
-    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, ingress_filter)
-    found = [bytes(each) for each in deframer.push(stream[:early])]
-    wire = Wire(data.draw(cuts(stream[early:], gaps=True)))
-    while wire.segments:
-        found += deframe(deframer, wire)
-    assert found == expected
-    assert ingress_filter.refused == Counter(reasons)
 
 
 # ---- prefixes --------------------------------------------------------------------------------------------------------
@@ -2741,16 +2534,13 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     def said(plan: list[tun6.Step]) -> str:
         return "; ".join(step.do for step in plan)
 
-    assert f"unreachable {POOL} " in said(tun6.pool_plan(POOL, 7))
-    assert re.search(
-        r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route add 2001:db8:1:3::/64 ",
-        said(tun6.server_plan("tun6-0", 1400, subnet(3))),
-    )
-    assert re.search(
-        r"dev tun6 mtu 1280 .*; link set dev tun6 up; route add default .*metric 1 ", said(tun6.client_plan("tun6", 1280, True))
-    )
-    listing = said(tun6.pool_plan(POOL, 7)).replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
+    pool, server = said(tun6.pool_plan(POOL, 7)), said(tun6.server_plan("tun6-0", 1400, subnet(3)))
+    assert f"unreachable {POOL} " in pool
+    listing = pool.replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
     assert tun6.parse_pools(listing) == [(POOL, 7)]
+    assert re.search(r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route add 2001:db8:1:3::/64 ", server)
+    client = said(tun6.client_plan("tun6", 1280, True))
+    assert re.search(r"dev tun6 mtu 1280 .*; link set dev tun6 up; route add default .*metric 1 ", client)
     assert "route" not in said(tun6.client_plan("tun6", 1500, False))
     assert said(tun6.address_plan("tun6", subnet(3), 7)).startswith("addr add 2001:db8:1:3::1/128 dev tun6")
 
@@ -3337,8 +3127,11 @@ exit $status
 """
 
 
+Batches = Callable[[], list[list[str]]]
+
+
 @pytest.fixture
-def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[str]]]:
+def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Batches:
     """A fake `ip`; gives the commands of each run of it."""
     program = tmp_path / "ip"
     program.write_text(FAKE_IP)
@@ -3346,13 +3139,8 @@ def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], lis
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     def read() -> list[list[str]]:
-        runs: list[list[str]] = []
-        for line in (tmp_path / "ip.log").read_text().splitlines():
-            if line == "run":
-                runs.append([])
-            else:
-                runs[-1].append(line)
-        return runs
+        _, *runs = (tmp_path / "ip.log").read_text().split("run\n")
+        return [run.splitlines() for run in runs]
 
     return read
 
@@ -3361,7 +3149,7 @@ def steps(*commands: str) -> list[tun6.Step]:
     return [tun6.Step(command, f"undo {command}") for command in commands]
 
 
-def test_a_plan_is_one_run_of_ip_and_is_undone_last_step_first(batches: Callable[[], list[list[str]]]) -> None:
+def test_a_plan_is_one_run_of_ip_and_is_undone_last_step_first(batches: Batches) -> None:
     kernel = tun6.Kernel()
     plan = [*steps("one", "two"), tun6.Step("with the device"), *steps("noisy")]
     kernel.apply(plan)
@@ -3369,36 +3157,28 @@ def test_a_plan_is_one_run_of_ip_and_is_undone_last_step_first(batches: Callable
     assert batches() == [["one", "two", "with the device", "noisy"], ["undo noisy", "undo two", "undo one"]]
 
 
-def test_when_a_step_fails_the_others_are_undone_last_first_and_the_error_names_it(batches: Callable[[], list[list[str]]]) -> None:
+def test_when_steps_fail_the_error_names_the_first_and_the_others_are_undone_last_first(batches: Batches) -> None:
     with pytest.raises(tun6.KernelError, match=r"^`ip -6 bad four` failed: .*Bad luck with bad four$"):
         tun6.Kernel().apply(steps("one", "two", "three", "bad four", "five"))
     assert batches()[1:] == [["undo five", "undo three", "undo two", "undo one"]]
-
-
-def test_the_reason_of_a_failure_is_its_own_and_undo_goes_on_behind_one(batches: Callable[[], list[list[str]]]) -> None:
     with pytest.raises(tun6.KernelError, match=r"`ip -6 bad two` failed: Bad luck with bad two$"):
         tun6.Kernel().apply(steps("one", "bad two", "bad three"))
     tun6.Kernel().undo(steps("one", "bad", "three"))
     assert batches()[-1] == ["undo three", "undo bad", "undo one"]
 
 
-def test_plans_that_wait_share_one_process_and_only_those_at_fault_fail_each_for_its_own_reason(
-    batches: Callable[[], list[list[str]]],
-) -> None:
+def test_plans_that_wait_share_a_process_and_those_at_fault_fail_each_for_its_own_reason(batches: Batches) -> None:
     kernel = tun6.Kernel()
     outcomes = results([spawn(kernel.apply, steps(f"{number}", f"bad {number}" if number in (13, 31) else "fine")) for number in range(50)])
-    assert {number: str(outcome) for number, outcome in enumerate(outcomes) if outcome is not None} == {
-        number: f"`ip -6 bad {number}` failed: Bad luck with bad {number}" for number in (13, 31)
-    }
+    failed = {number: str(outcome) for number, outcome in enumerate(outcomes) if outcome is not None}
+    assert failed == {number: f"`ip -6 bad {number}` failed: Bad luck with bad {number}" for number in (13, 31)}
     commands = [command for run in batches() for command in run]
     assert [command for command in commands if command.isdigit()] == [str(number) for number in range(50)]
     assert [command for command in commands if "undo" in command] == ["undo 13", "undo 31"]
     assert len(batches()) <= 4
 
 
-def test_an_ip_that_is_missing_or_breaks_is_a_kernel_error(
-    batches: Callable[[], list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ip_that_breaks_or_is_missing_is_a_kernel_error(batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = tun6.Kernel()
     with pytest.raises(tun6.KernelError, match="Out of memory"):
         kernel.apply(steps("broken", "two"))
@@ -3408,7 +3188,7 @@ def test_an_ip_that_is_missing_or_breaks_is_a_kernel_error(
     kernel.undo(steps("one", "two"))  # nothing more can be done
 
 
-def test_when_ip_is_killed_amid_its_commands_none_of_them_counts_as_done(batches: Callable[[], list[list[str]]], tmp_path: Path) -> None:
+def test_when_ip_is_killed_amid_its_commands_none_of_them_counts_as_done(batches: Batches, tmp_path: Path) -> None:
     (tmp_path / "ip").write_text(FAKE_IP.replace("noisy*)", "killed*) kill -9 $$ ;;\n        noisy*)"))
     kernel = tun6.Kernel()
     outcomes = results([spawn(kernel.apply, steps(command)) for command in ("good", "bad", "killed", "behind it")])
@@ -3424,14 +3204,17 @@ def test_where_the_kernel_gives_no_larger_buffer_devices_are_watched_all_the_sam
 # ---- connections -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def cert(tmp_path: Path) -> Path:
+    return certificate(tmp_path)
+
+
 @pytest.mark.parametrize(("aes", "ciphers"), [(True, "AES"), (False, "CHACHA20")])
-def test_a_client_whose_cpu_has_no_instructions_for_aes_gets_the_cipher_that_is_fast_without(
-    aes: bool, ciphers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_gets_the_cipher_that_is_fast_on_its_cpu(aes: bool, ciphers: str, cert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tun6, "has_aes_instructions", lambda: aes)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = tun6.client_tls_context(pinned=True).wrap_bio(to_client, to_server)
-    server = tun6.server_tls_context(str(certificate(tmp_path))).wrap_bio(to_server, to_client, server_side=True)
+    server = tun6.server_tls_context(str(cert)).wrap_bio(to_server, to_client, server_side=True)
     for _ in range(4):
         for end in client, server:
             with suppress(ssl.SSLWantReadError):
@@ -3442,23 +3225,33 @@ def test_a_client_whose_cpu_has_no_instructions_for_aes_gets_the_cipher_that_is_
 
 
 @contextmanager
-def tls_stream(site: Site) -> Iterator[tuple[tun6.TlsStream, TlsSocket]]:
+def tls_stream(cert: Path) -> Iterator[tuple[tun6.TlsStream, TlsSocket]]:
     """A server's end of a connection inside TLS, whose socket does not block, and the client's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname(), timeout=5)
         ours, _ = listener.accept()
     with theirs, gevent.socket.socket(fileno=ours.detach()) as sock, ThreadPoolExecutor() as threads:
         encrypted = threads.submit(TlsSocket, theirs)
-        stream = tun6.TlsStream(sock, tun6.server_tls_context(str(site.cert)))
+        stream = tun6.TlsStream(sock, tun6.server_tls_context(str(cert)))
         while not encrypted.done():
             gevent.sleep(0.001)
         yield stream, encrypted.result()
 
 
-def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site: Site) -> None:
-    plain, view = os.urandom(tun6.BATCH_BYTES), memoryview(bytearray(tun6.BATCH_BYTES + 2 * tun6.RECORD_MAX))
+READ_INTO = memoryview(bytearray(tun6.BATCH_BYTES))
+
+
+def next_read(stream: tun6.TlsStream) -> bytes | None:
+    """What one turn of the pump gets as soon as something is there."""
+    gevent.socket.wait_read(stream.sock.fileno(), timeout=5)
+    got = stream.readinto(READ_INTO)
+    return None if got is None else bytes(READ_INTO[:got])
+
+
+def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(cert: Path) -> None:
+    plain = os.urandom(tun6.BATCH_BYTES)
     with ExitStack() as sessions:
-        pairs = [sessions.enter_context(tls_stream(site)) for _ in range(50)]
+        pairs = [sessions.enter_context(tls_stream(cert)) for _ in range(50)]
         ctypes.CDLL(None).malloc_trim(0)
         before = tun6.process_resources()["memory"]
         for stream, peer in pairs:
@@ -3469,52 +3262,44 @@ def test_a_tls_session_that_moved_full_batches_keeps_little_memory_of_them(site:
             while len(came) < len(plain):
                 with suppress(BlockingIOError):
                     records = records[peer.raw.send(records) :] if records else records
-                gevent.socket.wait_read(stream.sock.fileno(), timeout=5)
-                came += view[: stream.readinto(view) or 0]
+                came += next_read(stream) or b""
             assert came == plain
         ctypes.CDLL(None).malloc_trim(0)
-        assert tun6.process_resources()["memory"] - before < len(pairs) * (
-            128 << 10
-        )  # half of it for the peers, which are of this process too
+        grown = tun6.process_resources()["memory"] - before
+        assert grown < len(pairs) * (128 << 10)  # half of it for the peers, which are of this process too
 
 
-def next_read(stream: tun6.TlsStream, view: memoryview) -> int | None:
-    """What one turn of the pump gets as soon as something is there."""
-    gevent.socket.wait_read(stream.sock.fileno(), timeout=5)
-    return stream.readinto(view)
-
-
-def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(site: Site) -> None:
-    view, most = memoryview(bytearray(tun6.BATCH_BYTES)), 0
-    with tls_stream(site) as (stream, peer), pytest.raises(tun6.ProtocolError, match="more new keys than it takes"):
+def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(cert: Path) -> None:
+    most = 0
+    with tls_stream(cert) as (stream, peer), pytest.raises(tun6.ProtocolError, match="more new keys than it takes"):
         for _ in range(200):
             peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX, ask=True) + peer.encrypt(b"x"))
-            assert next_read(stream, view) == 1
+            assert next_read(stream) == b"x"
             assert stream._outgoing.pending > most
             most = stream._outgoing.pending
             assert most < tun6.RECORD_MAX + 1000
     assert most > tun6.RECORD_MAX - 1000
 
 
-def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(site: Site) -> None:
-    view = memoryview(bytearray(tun6.BATCH_BYTES))
-    with tls_stream(site) as (stream, peer):
+def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(cert: Path) -> None:
+    with tls_stream(cert) as (stream, peer):
         for _ in range(3):
             peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX))
-            assert next_read(stream, view) is None
+            assert next_read(stream) is None
         peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX + 1))
         with pytest.raises(tun6.ProtocolError, match="more of TLS itself"):
-            next_read(stream, view)
+            next_read(stream)
 
 
-def test_records_of_a_byte_each_come_fewer_at_a_time(site: Site) -> None:
-    view, count = memoryview(bytearray(tun6.BATCH_BYTES)), 30_000
-    with tls_stream(site) as (stream, peer), ThreadPoolExecutor() as threads:
+def test_records_of_a_byte_each_come_fewer_at_a_time(cert: Path) -> None:
+    count = 30_000
+    with tls_stream(cert) as (stream, peer), ThreadPoolExecutor() as threads:
         sent = threads.submit(peer.raw.sendall, b"".join(peer.encrypt(bytes([number % 251])) for number in range(count)))
-        turns, came = [], bytearray()
+        turns, came = [], b""
         while len(came) < count:
-            turns.append(next_read(stream, view) or 0)
-            came += view[: turns[-1]]
+            data = next_read(stream) or b""
+            turns.append(len(data))
+            came += data
         sent.result()
         assert came == bytes(number % 251 for number in range(count))
         first = next(number for number, size in enumerate(turns) if size > tun6.BATCH_FRAMES)
@@ -3541,7 +3326,7 @@ def test_memory_is_given_back_when_little_waits_again(monkeypatch: pytest.Monkey
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_rate_limit_lets_its_number_through_at_once_and_then_one_for_each_part_of_the_hour() -> None:
+def test_a_rate_limit_lets_its_number_through_then_one_for_each_part_of_the_hour() -> None:
     now = 1000.0
     limit = tun6.TokenBucket(60, clock=lambda: now)
     assert [limit.take() for _ in range(62)] == [True] * 60 + [False] * 2
@@ -3551,12 +3336,12 @@ def test_a_rate_limit_lets_its_number_through_at_once_and_then_one_for_each_part
     assert [limit.take() for _ in range(2)] == [True, False]
     now += 10 * 3600  # a day off saves nothing up
     assert [limit.take() for _ in range(61)] == [True] * 60 + [False]
+    unlimited = tun6.TokenBucket(0, clock=lambda: now)
+    assert all(unlimited.take() for _ in range(10_000))
 
 
 @given(st.integers(1, 50), st.lists(st.tuples(st.floats(0, 4000), st.integers(1, 60)), max_size=20))
-def test_a_rate_limit_never_lets_more_through_than_its_number_and_what_the_hours_bring(
-    per_hour: int, steps: list[tuple[float, int]]
-) -> None:
+def test_a_rate_limit_lets_no_more_through_than_the_hours_bring(per_hour: int, steps: list[tuple[float, int]]) -> None:
     now = 0.0
     limit = tun6.TokenBucket(per_hour, clock=lambda: now)
     passed = 0
@@ -3564,11 +3349,6 @@ def test_a_rate_limit_never_lets_more_through_than_its_number_and_what_the_hours
         now += pause
         passed += sum(limit.take() for _ in range(tries))
         assert passed <= per_hour + now * per_hour / 3600 + 1e-6
-
-
-def test_a_rate_limit_of_zero_is_none() -> None:
-    limit = tun6.TokenBucket(0, clock=lambda: 0.0)
-    assert all(limit.take() for _ in range(10_000))
 
 
 class Admission:
@@ -3605,13 +3385,16 @@ def admission() -> Iterator[Admission]:
     gevent.killall(list(admission.greenlets.values()))
 
 
-def test_more_than_eight_of_a_host_come_in_one_by_one_as_others_leave_and_other_hosts_do_not_wait(admission: Admission) -> None:
+def test_more_than_eight_of_a_host_come_in_one_by_one_as_others_leave_until_the_end(admission: Admission) -> None:
     names = [admission.admit("a", number) for number in range(12)]
     other = admission.admit("b")
     assert admission.inside() == [*names[:8], other]
     admission.control.release(admission.greenlets[names[3]])  # has said who it is, and goes on
     assert admission.inside() == [*names[:8], other, names[8]]
     gevent.kill(admission.greenlets[names[0]])
+    assert admission.inside() == [*names[1:8], other, *names[8:10]]
+    admission.control.close()
+    admission.control.release(admission.greenlets[names[1]])
     assert admission.inside() == [*names[1:8], other, *names[8:10]]
 
 
@@ -3635,9 +3418,7 @@ def test_after_a_second_whoever_waits_outside_takes_the_place_of_the_oldest(admi
         ([f"{number}" for number in range(64)], None),  # all alike, and young: the newcomer waits, and the oldest goes
     ],
 )
-def test_when_all_are_busy_saying_who_they_are_the_host_that_has_most_makes_room(
-    admission: Admission, hosts_: list[str], goes: int | None
-) -> None:
+def test_when_all_places_are_taken_the_host_with_most_makes_room(admission: Admission, hosts_: list[str], goes: int | None) -> None:
     names = [admission.admit(host, number) for number, host in enumerate(hosts_)]
     assert admission.inside() == names
     began = time.monotonic()
@@ -3672,13 +3453,6 @@ def test_who_was_sent_away_at_the_last_moment_is_not_served(admission: Admission
     with pytest.raises(tun6.Refusal, match="busy"):  # this greenlet has no place in the server's admission control
         server._serve_client(cast(tun6.Stream, None), "peer", tun6.Hello("a", None, ""), b"")
     assert (server.sessions, server.store.pool.owners()) == ({}, [])
-
-
-def test_nobody_comes_in_after_the_end(admission: Admission) -> None:
-    names = [admission.admit("a", number) for number in range(12)]
-    admission.control.close()
-    admission.control.release(admission.greenlets[names[0]])
-    assert admission.inside() == names[:8]
 
 
 # ---- client ----------------------------------------------------------------------------------------------------------
@@ -3813,10 +3587,8 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
     ("section", "key", "text", "right"),
     [
         *[("server", "localhost", text, "IPv4 address") for text in ("::1", "localhost", "10.0.0.256", "10.0.0.0/8")],
-        *[
-            ("server", "listenport", text, "whole number from 1 to 65535")
-            for text in ("0", "65536", "-1", "http", "1.5", "1_0", "\uff19", "9" * 5000)
-        ],
+        *[("server", "listenport", text, "whole number from 1 to 65535") for text in ("0", "65536", "-1", "http", "9" * 5000)],
+        *[("server", "listenport", text, "whole number from 1 to 65535") for text in ("1.5", "1_0", "\uff19")],
         *[("server", "prefixrange", text, "/64 or shorter") for text in ("2001:db8::/65", "2001:db8::1", "2001:db8::/128")],
         *[("server", "prefixrange", text, "IPv6 range such as") for text in ("10.0.0.0/8", "junk", "2001:db8::/x", "2001:db8::%eth0/48")],
         *[("server", "prefixrange", text, "range of yours") for text in ("::/0", "fe80::/56", "ff00::/56")],
@@ -3828,15 +3600,12 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("client", "id", text, "1 to 64 printable") for text in ("x" * 65, "a\tb", "a\x1bb")],
         *[("client", "tun", text, "at most 15 characters") for text in ("t" * 16, "tun%d", "a/b", ".", "..")],
         *[("client", "default_route", text, "yes or no") for text in ("maybe", "2")],
-        *[
-            (section, key, f"{value}\n  mtu = 1400", "") for section in REQUIRED for key, value in REQUIRED[section].items()
-        ],  # an indented line
+        # An indented line is a part of the value above it.
+        *[(section, key, f"{value}\n  mtu = 1400", "") for section in REQUIRED for key, value in REQUIRED[section].items()],
         ("server", "assignments", "a.json\n  mtu = 1400", ""),
     ],
 )
-def test_a_bad_value_is_one_sentence_with_file_key_value_and_what_would_be_right(
-    section: str, key: str, text: str, right: str, tmp_path: Path
-) -> None:
+def test_a_bad_value_is_one_sentence_that_says_what_would_be_right(section: str, key: str, text: str, right: str, tmp_path: Path) -> None:
     path = write_config(tmp_path, **{section: {**REQUIRED[section], key: text}})
     with pytest.raises(tun6.ConfigError) as caught:
         tun6.read_config(path, section)
@@ -3908,9 +3677,8 @@ def test_the_shipped_examples_are_read_as_they_are(open_store: OpenStore, tmp_pa
 @pytest.mark.parametrize("command", ["server", "client"])
 def test_a_configuration_error_is_one_line_on_stderr_and_status_2(command: str, tmp_path: Path) -> None:
     path = write_config(tmp_path, **{command: {**REQUIRED[command], "mtu": "12"}})
-    assert (
-        only_line(run_tun6(command, "-c", path), 2) == f"tun6: {path}: [{command}] mtu = 12: it must be a whole number from 1280 to 65500\n"
-    )
+    said = only_line(run_tun6(command, "-c", path), 2)
+    assert said == f"tun6: {path}: [{command}] mtu = 12: it must be a whole number from 1280 to 65500\n"
     assert "missing.ini: No such file" in only_line(run_tun6(command, "-c", "missing.ini", cwd=tmp_path), 2)
 
 
@@ -7348,12 +7116,18 @@ class Fuzz:
         b'{"Prefix": "2001:db8:1:2::/64"}',
         b'{"Error": "busy", "Text": "no room {} [] \\\\"}',
         b'{"a": {"b": [1, -2.5e7, null, true, {"c": []}]}, "Id": "x"}',
+        b'{"Id": ',
+        b'{"Id": "',
+        b"",
     )
-    SPICE = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
+    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text")
+    VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
+    TEXTS = ("", "\0", "\ud800", "x" * 4000, "fe80::/64", "2001:db8::%a\nb/64")
+    TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
     ADDRESSES = (
         *[HOME[1]] * 6,
         *[ABROAD] * 6,
-        *map(IPv6Address, ("ff02::1", "fe80::1", "::1", "::", "2001:db8:1:2::1", "2001:db8:2::1")),
+        *map(IPv6Address, ("ff02::1", "fe80::1", "febf::1", "::1", "::", "2001:db8:1:2::1", "2001:db8:2::1")),
         HOME[2],
     )
     BODIES = (
@@ -7361,15 +7135,27 @@ class Fuzz:
         (offload(hdr_len=60), bytes(30), TCP),
         (offload(gso_type=4, gso_size=50), bytes(300), TCP),
         (offload(gso_type=5, gso_size=100, csum_offset=6), bytes(208), UDP),
-        (PLAIN, bytes(1400), UDP),
+        (PLAIN, bytes(2000), UDP),
     )
+    OTHERS_DATA = b"\x60" * 4096  # what another connection leaves in the shared buffer
     DATAGRAMS = tuple(
         datagram(payload, flow, label, finished)
-        for payload in (b"", b"ab", bytes(range(64)), bytes(65))
+        for payload in (b"", b"a", b"ab", bytes(range(64)), b"\xff" * 64, bytes(65), bytes(150))
         for flow in (0, 1)
-        for label in (0, 1)
+        for label in (0, 1, 0x300000)  # flow label; CE
         for finished in (False, True)
     )
+    NEVER_JOINED = (
+        *map(damaged, DATAGRAMS[1::2]),  # finished ones
+        datagram(bytes(64), finished=True)[:56] + bytes(2) + bytes(64),  # no checksum
+        PLAIN + packet(struct.pack(">HHHH", 1000, 9, 72, 0) + bytes(70), UDP),  # UDP's length is another
+        PLAIN + packet(bytes(4), UDP),  # shorter than UDP's header
+        PLAIN + packet(bytes(72), TCP),
+        PLAIN + packet(bytes(1400), HOP_BY_HOP),
+        PLAIN + packet(),
+    )
+    REPETITIONS = (*[1, 2, 3] * 30, 70)
+    PARTS: ClassVar = {frame: cut_apart(frame) for frame in (*DATAGRAMS, *NEVER_JOINED)}
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -7389,7 +7175,7 @@ class Fuzz:
             elif kind == 1 and at < len(made):
                 made[at] ^= 1 << pick.randrange(8)
             elif kind == 2:
-                made[at:at] = pick.choice(self.SPICE)
+                made[at:at] = pick.choice(self.TOKENS)
             elif kind == 3:
                 del made[at : at + pick.choice((1, 1, 2, 40))]
             else:
@@ -7397,16 +7183,16 @@ class Fuzz:
         return bytes(made)
 
     def segments(self, data: bytes) -> Segments:
-        """Cut anyhow."""
+        """Cut anyhow; at a None there is nothing to read."""
         cuts = sorted(self.random.randrange(len(data) + 1) for _ in range(self.random.choice((0, 1, 2, 5))))
-        return [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)]) if start < end]
+        return [data[start:end] or None for start, end in zip([0, *cuts], [*cuts, len(data)])]
 
     def handshake(self) -> None:
-        """Any bytes begin with the object that `json` finds in them, wherever they are cut, or are no message."""
+        """Any bytes begin with the object that `json` finds in them, wherever they are cut, or are no message, or no valid one."""
         behind = self.random.choice((b"", b"`", b"}{", bytes(50)))
         stream = self.mutated(self.random.choice(self.MESSAGES)) + behind
-        whole = self.outcome([stream])
-        assert whole == self.outcome(self.segments(stream))
+        whole = parse([stream])
+        assert whole == parse(self.segments(stream))
         try:
             text = stream.decode(errors="surrogateescape")  # what is behind the message may be anything
             expected, end = json.JSONDecoder().raw_decode(text)
@@ -7420,32 +7206,21 @@ class Fuzz:
         assert isinstance(whole, tuple)
         message, rest = whole
         assert (repr(message), rest) == (repr(expected), text[end:].encode(errors="surrogateescape"))  # NaN is not itself
+        if self.random.random() < 0.5:
+            message[self.random.choice(self.FIELDS)] = self.random.choice(self.VALUES + self.TEXTS)
         try:
             id_, kinds, key = tun6.parse_hello(message)
             assert tun6.is_valid_id(id_)
             assert isinstance(key, str)
             assert kinds is None or all(isinstance(kind, str) for kind in kinds)
-        except tun6.ProtocolError:
-            pass
+        except tun6.ProtocolError as error:
+            assert str(error).isprintable()
         try:
             prefix, kinds = tun6.parse_answer(message)
             assert prefix.prefixlen == 64
             assert not (prefix.is_multicast or prefix.is_link_local or ipaddress.IPv6Address("::1") in prefix)
         except tun6.SessionError as error:
             assert str(error).isprintable()
-
-    @staticmethod
-    def outcome(segments: Segments) -> object:
-        """Message and rest; None when it is not complete, the complaint when it is wrong."""
-        handshake = tun6.MessageParser()
-        for number, segment in enumerate(segments):
-            try:
-                found = handshake.feed(segment or b"")
-            except tun6.ProtocolError as error:
-                return str(error)
-            if found:
-                return found[0], found[1] + b"".join(rest or b"" for rest in segments[number + 1 :])
-        return None
 
     def deframer(self) -> None:
         """Of any bytes the frames that may cross come out, whole and in order, up to the first that breaks a rule."""
@@ -7457,9 +7232,14 @@ class Fuzz:
         stream = self.mutated(b"".join(frames))
         kinds = None if bare else pick.choice((BOTH, BOTH, frozenset({"tso6"}), frozenset[str]()))
         ingress_filter = tun6.IngressFilter(HOME, from_client, pick.choice((None, POOL)))
-        deframer, wire, found, error = tun6.Deframer(BUFFER, kinds, ingress_filter), Wire(self.segments(stream)), [], False
+        deframer, error = tun6.Deframer(BUFFER, kinds, ingress_filter), False
+        found: list[bytes] = []
+        early = pick.choice((0, 0, pick.randrange(min(len(stream), tun6.MESSAGE_MAX) + 1)))  # came behind the handshake
+        wire = Wire(self.segments(stream[early:]))
         try:
+            found += map(bytes, deframer.push(stream[:early]))
             while wire.segments:
+                BUFFER[: len(self.OTHERS_DATA)] = self.OTHERS_DATA
                 found += deframe(deframer, wire)
         except tun6.ProtocolError:
             error = True
@@ -7528,10 +7308,13 @@ class Fuzz:
         """Whatever is joined is, cut apart, what it was."""
         frames: list[bytes] = []
         for _ in range(self.random.randrange(1, 5)):
-            frames += [self.random.choice(self.DATAGRAMS)] * self.random.choice((1, 2, 3))
+            frames += [self.random.choice(self.DATAGRAMS)] * self.random.choice(self.REPETITIONS)
         if self.random.random() < 0.3:
-            frames[self.random.randrange(len(frames))] = damaged(self.random.choice(self.DATAGRAMS[1::2]))
-        assert [cut for each in join(frames) for cut in cut_apart(each)] == [cut for each in frames for cut in cut_apart(each)]
+            frames[self.random.randrange(len(frames))] = self.random.choice(self.NEVER_JOINED)
+        joined = [(frame, cut_apart(frame)) for frame in join(frames)]
+        assert [part for _, parts in joined for part in parts] == [part for frame in frames for part in self.PARTS[frame]]
+        for frame, parts in joined:
+            assert len(parts) == 1 or (len(parts) <= tun6.COALESCED_DATAGRAMS_MAX and len(frame) <= tun6.COALESCED_BYTES_MAX)
 
 
 def fuzz(cases: int, seed: int) -> None:
