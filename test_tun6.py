@@ -2243,7 +2243,7 @@ def test_a_flow_has_addresses_next_header_and_ports_in_common(one: bytes, other:
     st.sampled_from([5000, 100_000, 1 << 30]),
     st.sampled_from([1, 4, 1024]),
 )
-def test_all_that_is_pushed_comes_out_or_is_counted_as_dropped(
+def test_all_that_is_pushed_comes_out_or_counts_as_dropped(
     operations: list[tuple[int, int, int, float]], limit: int, flows_max: int
 ) -> None:
     with mock.patch.object(tun6, "FLOWS_MAX", flows_max):
@@ -2440,7 +2440,7 @@ EACH_WAY = pytest.mark.parametrize(("encrypts", "whole_batches"), [(False, True)
 
 @EACH_WAY
 @given(steps=STEPS, takes=TAKES, bare=st.booleans())
-def test_the_peer_gets_whole_and_in_order_what_was_not_dropped_whatever_the_connection_takes(
+def test_the_peer_gets_whole_and_in_order_what_was_not_dropped(
     encrypts: bool, whole_batches: bool, steps: Steps, takes: list[int], bare: bool
 ) -> None:
     connection, now = Connection(takes, bare, encrypts), 0.0
@@ -2642,9 +2642,10 @@ def until(condition: Callable[[], object]) -> None:
 
 
 class GatedWork:
-    """The work of a GroupCommit: each call waits until the gate lets it pass, and then negates its items, or fails if 5 is among them."""
+    """The work of a GroupCommit: each call waits at a gate, and then negates its items, or fails if `wrong` is one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, wrong: int | None = None) -> None:
+        self.wrong = wrong
         self.batches: list[list[int]] = []  # what each call got
         self.gate = gevent.lock.Semaphore(0)
         self.submit = tun6.GroupCommit(self._work).submit
@@ -2664,22 +2665,22 @@ class GatedWork:
     def _work(self, items: list[int]) -> list[int]:
         self.batches.append(items)  # what `ip` or a thread has begun goes on, whoever waits for it
         self.gate.acquire()
-        if 5 in items:
+        if self.wrong in items:
             raise tun6.StorageError("disk full")
         return [-item for item in items]
 
 
 def test_what_arrives_during_the_work_is_the_next_batch_and_each_gets_its_own_result() -> None:
     work = GatedWork()
-    callers = work.submit_each(5)
+    callers = work.submit_each(100)
     work.open_gate(3)
-    assert results(callers) == [0, -1, -2, -3, -4]
-    assert work.batches == [[0], [1, 2, 3, 4]]
+    assert results(callers) == [-number for number in range(100)]
+    assert work.batches == [[0], list(range(1, 100))]
     assert work.submit(7) == -7
 
 
 def test_what_the_work_raises_reaches_all_of_its_batch_and_nobody_else() -> None:
-    work = GatedWork()
+    work = GatedWork(wrong=5)
     callers = work.submit_each(10)
     work.open_gate(3)
     first, *others = results(callers)
@@ -2695,11 +2696,11 @@ def test_killing_a_caller_neither_loses_nor_repeats_the_work_of_the_others() -> 
     until(lambda: len(work.batches) == 2)
     for number in 1, 3:
         callers[number].kill()
-    callers.append(spawn(work.submit, 6))
+    callers.append(spawn(work.submit, 5))
     work.open_gate(5)
     values = results(callers)
-    assert [values[number] for number in (0, 2, 4, 5)] == [0, -2, -4, -6]
-    assert work.batches == [[0], [1, 2, 3, 4], [6]]
+    assert [values[number] for number in (0, 2, 4, 5)] == [0, -2, -4, -5]
+    assert work.batches == [[0], [1, 2, 3, 4], [5]]
 
 
 @pytest.fixture
@@ -2730,19 +2731,17 @@ def saved(path: Path) -> dict[str, IPv6Network | None]:
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\t\r\n", b"{}", b"{\n}\n"])
-def test_a_missing_or_empty_file_is_an_empty_map(content: bytes | None, tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
+def test_a_missing_or_empty_file_is_an_empty_map(content: bytes | None, assignment_file: Path, open_store: OpenStore) -> None:
     if content is not None:
-        path.write_bytes(content)
-    store = open_store(path)
+        assignment_file.write_bytes(content)
+    store = open_store(assignment_file)
     assert store.assign("a") == subnet(0)
-    assert saved(path) == {"a": subnet(0)}
+    assert saved(assignment_file) == {"a": subnet(0)}
 
 
-def test_the_originals_own_file_is_read_as_it_is(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    path.write_text('{"00:11:22:aa:bb:cc": "2000:aaaa:bbbb:ccdd::/64", "00:11:22:aa:bb:dd": "2000:aaaa:bbbb:cc00:0:0:0:0/64"}')
-    store = open_store(path, IPv6Network("2000:aaaa:bbbb:cc00::/56"))
+def test_the_originals_own_file_is_read_as_it_is(assignment_file: Path, open_store: OpenStore) -> None:
+    assignment_file.write_text('{"00:11:22:aa:bb:cc": "2000:aaaa:bbbb:ccdd::/64", "00:11:22:aa:bb:dd": "2000:aaaa:bbbb:cc00:0:0:0:0/64"}')
+    store = open_store(assignment_file, IPv6Network("2000:aaaa:bbbb:cc00::/56"))
     assert store.assign("00:11:22:aa:bb:cc") == IPv6Network("2000:aaaa:bbbb:ccdd::/64")
     assert store.assign("00:11:22:aa:bb:dd") == IPv6Network("2000:aaaa:bbbb:cc00::/64")
     assert store.assign("new") == IPv6Network("2000:aaaa:bbbb:cc01::/64")
@@ -2787,16 +2786,15 @@ def test_without_a_file_assignments_live_in_memory(open_store: OpenStore) -> Non
         (b'{"a":' * 100_000, "not a file of assignments"),
     ],
 )
-def test_a_corrupt_file_stops_the_start_with_a_sentence_and_stays_as_it_was(
-    content: bytes, named: str, tmp_path: Path, open_store: OpenStore
-) -> None:
-    path = tmp_path / "assignments.json"
-    path.write_bytes(content)
-    with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(path))}\\b.*{named}") as caught:
-        open_store(path)
+def test_a_corrupt_file_stops_the_start_until_mended(content: bytes, named: str, assignment_file: Path, open_store: OpenStore) -> None:
+    assignment_file.write_bytes(content)
+    with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(assignment_file))}\\b.*{named}") as caught:
+        open_store(assignment_file)
     assert str(caught.value).isprintable()
-    assert path.read_bytes() == content
-    assert sorted(os.listdir(tmp_path)) in (["assignments.json"], ["assignments.json", "assignments.json.lock"])
+    assert assignment_file.read_bytes() == content
+    assert sorted(os.listdir(assignment_file.parent)) in (["assignments.json"], ["assignments.json", "assignments.json.lock"])
+    assignment_file.write_text("{}")  # the lock is free again
+    assert open_store(assignment_file).assign("a") == subnet(0)
 
 
 def test_a_folder_in_place_of_the_file_stops_the_start(tmp_path: Path, open_store: OpenStore) -> None:
@@ -2804,48 +2802,22 @@ def test_a_folder_in_place_of_the_file_stops_the_start(tmp_path: Path, open_stor
         open_store(tmp_path)
 
 
-def test_a_file_cut_short_anywhere_is_refused_and_never_another_map(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    store = open_store(path)
+def test_a_file_cut_short_is_refused_and_left_as_it_is(tmp_path: Path, assignment_file: Path, open_store: OpenStore) -> None:
+    store = open_store(assignment_file)
     whole = {id_: store.assign(id_) for id_ in ("a", "é", '"}')}
-    content = path.read_bytes()
-    for length in range(1, len(content)):  # of nothing at all, `touch` makes an empty map
-        cut = tmp_path / f"{length}.json"
-        cut.write_bytes(content[:length])
-        if content[length:].strip():
-            with pytest.raises(tun6.ConfigError, match=str(cut)):
-                open_store(cut)
-        else:
-            assert saved(cut) == whole
-
-
-def test_a_server_that_does_not_start_with_a_file_cut_short_leaves_it_untouched(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    store = open_store(path)
-    whole = {id_: store.assign(id_) for id_ in ("a", "é", '"}')}
-    content = path.read_bytes()
-    accepted = []
+    content, accepted = assignment_file.read_bytes(), []
     for length in range(len(content)):
         cut = tmp_path / f"{length}.json"
         cut.write_bytes(content[:length])
         before = untouched(cut)
-        try:
-            open_store(cut)
-        except tun6.ConfigError:
-            pass
+        if content[:length].strip() and content[length:].strip():
+            with pytest.raises(tun6.ConfigError, match=str(cut)):
+                open_store(cut)
         else:
+            open_store(cut)
             accepted.append(saved(cut))
         assert untouched(cut) == before, f"cut to {length} bytes"
-    assert accepted == [{}, whole]  # the empty file, and without the last line feed
-
-
-def test_a_start_that_failed_does_not_keep_the_file_locked(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    path.write_text("corrupt")
-    with pytest.raises(tun6.ConfigError, match="not a file of assignments"):
-        open_store(path)
-    path.write_text("{}")
-    assert open_store(path).assign("a") == subnet(0)
+    assert accepted == [{}, whole]  # the empty file, as `touch` makes it, and without the last line feed
 
 
 def test_a_second_server_on_the_same_file_is_refused_until_the_first_ends(tmp_path: Path, open_store: OpenStore) -> None:
@@ -2873,46 +2845,34 @@ def test_a_save_keeps_the_symbolic_link_and_the_mode_of_the_file(tmp_path: Path,
     assert sorted(os.listdir(path.parent)) == ["real.json", "real.json.lock"]
 
 
-def test_an_assignment_is_on_disk_before_it_is_returned(tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "assignments.json"
-    store, fsync, synced = open_store(path), os.fsync, []
-    path.touch()
+def test_an_assignment_is_on_disk_before_it_is_returned(assignment_file: Path, open_store: OpenStore) -> None:
+    store, synced = open_store(assignment_file), []
+    assignment_file.touch()
 
     def note(fd: int) -> None:
-        synced.append((os.fstat(fd).st_ino, path.stat().st_ino))  # of what is made to last, of what has the name
-        fsync(fd)
+        synced.append((os.fstat(fd).st_ino, assignment_file.stat().st_ino))  # of what is made to last, of what has the name
 
-    monkeypatch.setattr(os, "fsync", note)
-    store.assign("a")
-    (file, before), (folder, after) = synced
-    assert file == after != before  # the content before the name
-    assert folder == tmp_path.stat().st_ino  # and then the name
-    store.assign("a")
+    with mock.patch.object(os, "fsync", note):
+        store.assign("a")
+        (file, before), (folder, after) = synced
+        assert file == after != before  # the content before the name
+        assert folder == assignment_file.parent.stat().st_ino  # and then the name
+        store.assign("a")
     assert len(synced) == 2  # nothing new, nothing written
 
 
-def test_many_assignments_at_once_share_few_writes(tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, count = tmp_path / "assignments.json", 200
-    store, fsync, synced = open_store(path), os.fsync, []
-
-    def note(fd: int) -> None:
-        synced.append(fd)
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", note)
-    prefixes = results([spawn(store.assign, str(number)) for number in range(count)])
-    assert prefixes == [subnet(number) for number in range(count)]
-    assert saved(path) == {str(number): subnet(number) for number in range(count)}
-    assert 2 <= len(synced) <= 20
+def test_many_assignments_at_once_share_few_writes(assignment_file: Path, open_store: OpenStore) -> None:
+    store, number = open_store(assignment_file), 200
+    with mock.patch.object(os, "fsync", wraps=os.fsync) as fsync:
+        prefixes = results([spawn(store.assign, str(id_)) for id_ in range(number)])
+    assert prefixes == [subnet(index) for index in range(number)]
+    assert saved(assignment_file) == {str(id_): subnet(id_) for id_ in range(number)}
+    assert 2 <= fsync.call_count <= 20
 
 
-def test_however_a_save_fails_the_id_owns_nothing_new(tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_thread(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    store = open_store(tmp_path / "assignments.json")
-    with monkeypatch.context() as patched:
-        patched.setattr(tun6, "run_in_thread", no_thread)
+def test_however_a_save_fails_the_id_owns_nothing_new(assignment_file: Path, open_store: OpenStore) -> None:
+    store = open_store(assignment_file)
+    with mock.patch.object(tun6, "run_in_thread", side_effect=RuntimeError("can't start new thread")):
         for _ in range(2):  # the second time it is not taken for known
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 store.assign("a")
@@ -2937,28 +2897,18 @@ def test_a_disk_that_can_not_be_written_refuses_newcomers_only_and_later_recover
     assert saved(path) == {"old": subnet(0), **told}
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_full_disk_leaves_a_file_that_is_read_and_owners_that_are_never_two(
-    failing: int, tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "assignments.json"
-    store = open_store(path)
+@pytest.mark.parametrize("calls_before", [0, 1])  # the first is for the file, the second for its folder
+def test_a_full_disk_neither_spoils_the_file_nor_makes_two_owners(calls_before: int, assignment_file: Path, open_store: OpenStore) -> None:
+    store = open_store(assignment_file)
     store.assign("old")
-    fsync, calls = os.fsync, []
-
-    def full(fd: int) -> None:
-        calls.append(fd)
-        if len(calls) == failing:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(tun6.StorageError, match="No space left on device"):
-        store.assign("a")
-    assert store.pool.find("a") is None
-    assert saved(path)["old"] == subnet(0)
-    assert store.assign("b") == subnet(1)
-    assert saved(path) == {"old": subnet(0), "b": subnet(1)}
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(os, "fsync", side_effect=[*[None] * calls_before, full, None, None]):
+        with pytest.raises(tun6.StorageError, match="No space left on device"):
+            store.assign("a")
+        assert store.pool.find("a") is None
+        assert saved(assignment_file)["old"] == subnet(0)
+        assert store.assign("b") == subnet(1)
+    assert saved(assignment_file) == {"old": subnet(0), "b": subnet(1)}
 
 
 def crash(path: Path, at: int) -> tuple[int, bool]:
@@ -3003,7 +2953,7 @@ def crash(path: Path, at: int) -> tuple[int, bool]:
 
 
 def test_a_crash_at_any_system_call_leaves_the_old_map_or_the_new_and_all_that_was_told(tmp_path: Path) -> None:
-    maps: list[dict[str, IPv6Network]] = [
+    maps: list[dict[str, IPv6Network | None]] = [
         {"old": subnet(0)},
         {"old": subnet(0), "a": subnet(1)},
         {"old": subnet(0), "a": subnet(1), "b": subnet(2)},
@@ -3021,48 +2971,48 @@ def test_a_crash_at_any_system_call_leaves_the_old_map_or_the_new_and_all_that_w
 
 
 @pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    return tmp_path / "keys.json"
+def key_store(tmp_path: Path) -> tun6.KeyStore:
+    return tun6.KeyStore(str(tmp_path / "keys.json"))
 
 
-def test_only_the_right_key_of_an_id_lets_it_in_and_who_has_none_learns_nothing(key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    key, others, revoked = (store.issue(id_) for id_ in ("a", "other", "revoked"))
-    store.set_revoked("revoked", True)
-    store.check("a", key)
-    denied = refusal_of(store, "nobody", key)
+def reopened(store: tun6.KeyStore) -> tun6.KeyStore:
+    """What another process reads."""
+    return tun6.KeyStore(str(store.path))
+
+
+def test_only_the_right_key_of_an_id_lets_it_in_and_who_has_none_learns_nothing(key_store: tun6.KeyStore) -> None:
+    key, others, revoked = (key_store.issue(id_) for id_ in ("a", "other", "revoked"))
+    key_store.set_revoked("revoked", True)
+    key_store.check("a", key)
+    denied = refusal_of(key_store, "nobody", key)
     assert denied[0] == "denied"
     wrong = ["", "x", others, key[:-1], key + "=", key.swapcase(), "\ud800", "é" * 43]
-    assert {refusal_of(store, "a", each) for each in wrong} == {denied}
-    assert {refusal_of(store, "nobody", each) for each in wrong} == {denied}
-    assert {refusal_of(store, "revoked", each) for each in wrong} == {denied}
-    assert refusal_of(store, "revoked", revoked)[0] == "revoked"
-    store.set_revoked("revoked", False)
-    store.check("revoked", revoked)
+    for id_ in "a", "nobody", "revoked":
+        assert {refusal_of(key_store, id_, each) for each in wrong} == {denied}
+    assert refusal_of(key_store, "revoked", revoked)[0] == "revoked"
+    key_store.set_revoked("revoked", False)
+    key_store.check("revoked", revoked)
 
 
-def test_a_new_key_ends_the_old_one_and_keys_last_over_restarts(key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    ids = ["00:11:22:aa:bb:cc", "é😀", '"{}\\', "a b", "x" * 64]
-    old = {id_: store.issue(id_) for id_ in ids}
-    new = store.issue(ids[0])
-    store.set_revoked(ids[1], True)
-    assert len({new, *old.values()}) == len(ids) + 1
-    again = tun6.KeyStore(str(key_file))
-    assert again.ids() == ids
-    again.check(ids[0], new)
-    assert refusal_of(again, ids[0], old[ids[0]])[0] == "denied"
-    assert refusal_of(again, ids[1], old[ids[1]])[0] == "revoked"
-    for id_ in ids[2:]:
+def test_a_new_key_ends_the_old_one_and_keys_last_over_restarts(key_store: tun6.KeyStore) -> None:
+    old = {id_: key_store.issue(id_) for id_ in IDS}
+    new = key_store.issue(IDS[0])
+    key_store.set_revoked(IDS[1], True)
+    assert len({new, *old.values()}) == len(IDS) + 1
+    again = reopened(key_store)
+    assert again.ids() == IDS
+    again.check(IDS[0], new)
+    assert refusal_of(again, IDS[0], old[IDS[0]])[0] == "denied"
+    assert refusal_of(again, IDS[1], old[IDS[1]])[0] == "revoked"
+    for id_ in IDS[2:]:
         again.check(id_, old[id_])
 
 
-def test_the_keys_file_is_for_its_owner_alone_and_has_no_key_in_it(key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    keys = [store.issue("a"), store.issue("b"), store.issue("b")]
-    assert key_file.stat().st_mode & 0o7777 == 0o600
-    assert os.listdir(key_file.parent) == [key_file.name]
-    text = key_file.read_text()
+def test_the_keys_file_is_for_its_owner_alone_and_has_no_key_in_it(key_store: tun6.KeyStore) -> None:
+    keys = [key_store.issue("a"), key_store.issue("b"), key_store.issue("b")]
+    assert key_store.path.stat().st_mode & 0o7777 == 0o600
+    assert os.listdir(key_store.path.parent) == [key_store.path.name]
+    text = key_store.path.read_text()
     for key in keys:
         assert re.fullmatch("[A-Za-z0-9_-]{43}", key)
         assert key not in text
@@ -3095,65 +3045,57 @@ GOOD_KEY = '"key": "sha256:' + "0a" * 32 + '"'
         ('{"a": {' + GOOD_KEY + ', "revoked": true, "revoked": false}}', "entry 'a'"),
         ('{"a": {' + GOOD_KEY + '}, "b": {"revoked": true}}', "entry 'b'"),
         ('{"a": {' + GOOD_KEY + '}, "a": {' + GOOD_KEY + "}}", "entry 'a': the Id is there twice"),
-        ('{"a\\n": {' + GOOD_KEY + "}}", r"entry 'a\?'.*printable"),
-        ('{"' + "x" * 65 + '": {' + GOOD_KEY + "}}", "entry 'xxx.*64 printable"),
         ("[]", "not one object"),
         ("{" + GOOD_KEY + "}", "entry 'key'"),
         ('{"a": {' + GOOD_KEY + "}", "not a file of keys"),
-        ("a = b", "not a file of keys"),
-        ("\0" * 9, "not a file of keys"),
-        ('{"a":' * 100_000, "not a file of keys"),
     ],
 )
-def test_a_corrupt_keys_file_is_a_sentence_that_names_the_entry_and_changes_nothing(content: str, named: str, key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    key = store.issue("known")
-    key_file.write_text(content)
-    for read in (store.reload, lambda: tun6.KeyStore(str(key_file))):
-        with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(key_file))}\\b.*{named}") as caught:
+def test_a_corrupt_keys_file_is_a_sentence_and_changes_nothing(content: str, named: str, key_store: tun6.KeyStore) -> None:
+    key = key_store.issue("known")
+    key_store.path.write_text(content)
+    for read in (key_store.reload, lambda: reopened(key_store)):
+        with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(key_store.path))}\\b.*{named}") as caught:
             read()
         assert str(caught.value).isprintable()
-    assert key_file.read_text() == content
-    store.check("known", key)
-    assert store.ids() == ["known"]
+    assert key_store.path.read_text() == content
+    key_store.check("known", key)
+    assert key_store.ids() == ["known"]
 
 
-def test_a_reload_takes_what_the_file_says_now(key_file: Path) -> None:
-    store, editor = tun6.KeyStore(str(key_file)), tun6.KeyStore(str(key_file))
+def test_a_reload_takes_what_the_file_says_now(key_store: tun6.KeyStore) -> None:
+    editor = reopened(key_store)
     gone, replaced, revoked = (editor.issue(id_) for id_ in ("gone", "replaced", "revoked"))
-    store.reload()
+    key_store.reload()
     for id_, key in {"gone": gone, "replaced": replaced, "revoked": revoked}.items():
-        store.check(id_, key)
+        key_store.check(id_, key)
     new = editor.issue("replaced")
     editor.set_revoked("revoked", True)
-    entries = json.loads(key_file.read_text())
+    entries = json.loads(key_store.path.read_text())
     del entries["gone"]
-    key_file.write_text(json.dumps(entries))
-    store.reload()
-    assert refusal_of(store, "gone", gone)[0] == refusal_of(store, "replaced", replaced)[0] == "denied"
-    assert refusal_of(store, "revoked", revoked)[0] == "revoked"
-    store.check("replaced", new)
+    key_store.path.write_text(json.dumps(entries))
+    key_store.reload()
+    assert refusal_of(key_store, "gone", gone)[0] == refusal_of(key_store, "replaced", replaced)[0] == "denied"
+    assert refusal_of(key_store, "revoked", revoked)[0] == "revoked"
+    key_store.check("replaced", new)
 
 
-def test_an_edit_of_the_keys_that_is_not_read_yet_is_not_written_over(tmp_path: Path) -> None:
-    path = tmp_path / "keys.json"
-    store = tun6.KeyStore(str(path))
-    stolen = store.issue("stolen")
-    store.issue("b")
-    edit = path.read_text().replace('"}', '", "revoked": true}', 1)
-    path.write_text(edit)
-    for change in (lambda: store.issue("c"), lambda: store.set_revoked("b", True)):
+def test_an_edit_of_the_keys_that_is_not_read_yet_is_not_written_over(key_store: tun6.KeyStore) -> None:
+    stolen = key_store.issue("stolen")
+    key_store.issue("b")
+    edit = key_store.path.read_text().replace('"}', '", "revoked": true}', 1)
+    key_store.path.write_text(edit)
+    for change in (lambda: key_store.issue("c"), lambda: key_store.set_revoked("b", True)):
         with pytest.raises(tun6.RequestError, match=r"keys\.json was edited.*kill -HUP"):
             change()
-    path.write_text(edit + "}")  # and a wrong one is not read either
+    key_store.path.write_text(edit + "}")  # and a wrong one is not read either
     with pytest.raises(tun6.ConfigError):
-        store.reload()
+        key_store.reload()
     with pytest.raises(tun6.RequestError, match="was edited"):
-        store.issue("c")
-    path.write_text(edit)
-    store.reload()
-    store.issue("c")
-    for reader in (store, tun6.KeyStore(str(path))):
+        key_store.issue("c")
+    key_store.path.write_text(edit)
+    key_store.reload()
+    key_store.issue("c")
+    for reader in (key_store, reopened(key_store)):
         assert refusal_of(reader, "stolen", stolen)[0] == "revoked"
         assert reader.ids() == ["stolen", "b", "c"]
 
@@ -3161,25 +3103,24 @@ def test_an_edit_of_the_keys_that_is_not_read_yet_is_not_written_over(tmp_path: 
 def test_a_save_of_keys_that_fails_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "keys.json"
     path.parent.mkdir()
-    store = tun6.KeyStore(str(path))
-    key = store.issue("a")
+    key_store = tun6.KeyStore(str(path))
+    key = key_store.issue("a")
     path.parent.rename(tmp_path / "away")
-    for change in (lambda: store.issue("a"), lambda: store.issue("b"), lambda: store.set_revoked("a", True)):
+    for change in (lambda: key_store.issue("a"), lambda: key_store.issue("b"), lambda: key_store.set_revoked("a", True)):
         with pytest.raises(tun6.StorageError, match=f"^{path} can't be written: No such file"):
             change()
-        store.check("a", key)
-        assert store.ids() == ["a"]
+        key_store.check("a", key)
+        assert key_store.ids() == ["a"]
     (tmp_path / "away").rename(path.parent)
     with pytest.raises(KeyError):
-        store.set_revoked("nobody", True)
-    store.check("a", key)
-    assert tun6.KeyStore(str(path)).ids() == ["a"]
+        key_store.set_revoked("nobody", True)
+    key_store.check("a", key)
+    assert reopened(key_store).ids() == ["a"]
 
 
-def test_changes_of_keys_at_once_are_all_kept(key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    keys = results([spawn(store.issue, str(number)) for number in range(20)])
-    again = tun6.KeyStore(str(key_file))
+def test_changes_of_keys_at_once_are_all_kept(key_store: tun6.KeyStore) -> None:
+    keys = results([spawn(key_store.issue, str(number)) for number in range(20)])
+    again = reopened(key_store)
     for number, key in enumerate(keys):
         again.check(str(number), key)
 
