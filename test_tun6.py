@@ -82,7 +82,7 @@ import threading
 import time
 import tracemalloc
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -1595,14 +1595,21 @@ def frame(flow: int, number: int = 0, size: int = 1510, ecn: int = NOT_ECT, head
 Bytes = Union[bytes, bytearray, memoryview]
 
 
-def name(of: Bytes) -> tuple[int, int]:
-    """FlowQueue and number of a frame."""
-    flow, number = struct.unpack_from(">II", of, 50)
-    return flow, number
+def flow_of(frame: Bytes) -> int:
+    return int.from_bytes(frame[50:54], "big")
 
 
-def ecn(of: Bytes) -> int:
-    return of[11] >> 4 & 3
+def number_of(frame: Bytes) -> int:
+    return int.from_bytes(frame[54:58], "big")
+
+
+def ecn_of(frame: Bytes) -> int:
+    return frame[11] >> 4 & 3
+
+
+def with_ce(frame: Bytes) -> bytes:
+    """The frame with the mark CE, RFC 3168 section 5."""
+    return bytes(frame[:11]) + bytes([frame[11] | 0x30]) + bytes(frame[12:])
 
 
 def push(queue: tun6.FqCodelQueue, now: float, *frames: Bytes) -> None:
@@ -1610,7 +1617,14 @@ def push(queue: tun6.FqCodelQueue, now: float, *frames: Bytes) -> None:
         queue.push(bytearray(each), now)
 
 
-def states(queue: tun6.FqCodelQueue) -> int:
+def pop(queue: tun6.FqCodelQueue, now: float = 0) -> bytes:
+    """The next frame; there must be one."""
+    out = queue.pop(now)
+    assert out is not None
+    return bytes(out)
+
+
+def flow_states(queue: tun6.FqCodelQueue) -> int:
     """How many flows it remembers, in whatever place."""
     return len({id(flow) for flow in chain(queue._flows.values(), queue._new, queue._old, queue._long)})
 
@@ -1619,8 +1633,23 @@ def drain(queue: tun6.FqCodelQueue, now: float = 0) -> list[bytes]:
     """All that waits, as it comes out; leaves nothing behind."""
     out = [bytes(popped) for popped in iter(lambda: queue.pop(now), None)]
     assert queue.bytes == 0
-    assert not states(queue)
+    assert not flow_states(queue)
     return out
+
+
+def check_arrivals(arrived: list[bytes], sent: dict[tuple[int, int], bytes], dropped: int) -> None:
+    """What was sent arrived whole, at most with a mark, once and in its flow's order, or was counted as dropped.
+
+    The keys of `sent` are flow and number, and the numbers of a flow rise.
+    """
+    assert len(arrived) + dropped == len(sent)
+    last: dict[int, int] = {}
+    for each in arrived:
+        flow, number = flow_of(each), number_of(each)
+        assert number > last.get(flow, -1)
+        last[flow] = number
+        original = sent[flow, number]
+        assert each == original or (ecn_of(original) and each == with_ce(original))
 
 
 class Reference:
@@ -1631,8 +1660,7 @@ class Reference:
 
     def __init__(self) -> None:
         self.queue: deque[tuple[float, bytes]] = deque()
-        self.lost: list[tuple[float, int]] = []
-        self.marks: list[tuple[float, int]] = []
+        self.dropped = self.marked = 0
         self.forget()
 
     def forget(self) -> None:
@@ -1666,20 +1694,20 @@ class Reference:
             while self.dropping and now >= self.drop_next:
                 assert p is not None
                 self.count += 1
-                if ecn(p):
+                if ecn_of(p):
                     self.drop_next += INTERVAL / self.count**0.5
-                    return self.mark(p, now)
-                self.lost.append((now, name(p)[1]))
+                    return self.mark(p)
+                self.dropped += 1
                 p, ok_to_drop = self.dodequeue(now)
                 if not ok_to_drop:
                     self.dropping = False
                 else:
                     self.drop_next += INTERVAL / self.count**0.5
         elif ok_to_drop:
-            if ecn(p):
-                p = self.mark(p, now)
+            if ecn_of(p):
+                p = self.mark(p)
             else:
-                self.lost.append((now, name(p)[1]))
+                self.dropped += 1
                 p, _ = self.dodequeue(now)
             self.dropping = True
             delta, self.count = self.count - self.lastcount, 1
@@ -1689,9 +1717,9 @@ class Reference:
             self.lastcount = self.count
         return p
 
-    def mark(self, p: bytes, now: float) -> bytes:
-        self.marks.append((now, name(p)[1]))
-        return p[:11] + bytes([p[11] | 0x30]) + p[12:]
+    def mark(self, p: bytes) -> bytes:
+        self.marked += 1
+        return with_ce(p)
 
 
 PHASES = st.lists(
@@ -1726,7 +1754,7 @@ def test_what_is_dropped_and_marked_and_when_is_what_rfc_8289_says(phases: list[
                 reference.queue.append((now, made))
                 number += 1
             assert queue.pop(now) == reference.dequeue(now)
-            assert (queue.dropped, queue.marked) == (len(reference.lost), len(reference.marks)), now
+            assert (queue.dropped, queue.marked) == (reference.dropped, reference.marked), now
         now += stall
 
 
@@ -1768,7 +1796,7 @@ class Link:
         heapq.heappush(self._events, (when, next(self._serial), action))
 
     def send(self, data: bytes) -> None:
-        self._pushed[name(data)] = self.now
+        self._pushed[flow_of(data), number_of(data)] = self.now
         push(self.queue, self.now, data)
         if not self._busy:
             self._serve()
@@ -1778,7 +1806,7 @@ class Link:
             self.now, _, action = heapq.heappop(self._events)
             action()
 
-    def of(self, flow: int, since: float = 0) -> list[Delivery]:
+    def delivered(self, flow: int, since: float = 0) -> list[Delivery]:
         return [each for each in self.deliveries if each.flow == flow and each.sent >= since]
 
     def _serve(self) -> None:
@@ -1786,9 +1814,9 @@ class Link:
         self._busy = out is not None
         if out is None:
             return
-        flow, number = name(out)
+        flow, number = flow_of(out), number_of(out)
         sent = self._pushed.pop((flow, number))
-        done = Delivery(flow, number, len(out), sent, self.now - sent, ecn(out))
+        done = Delivery(flow, number, len(out), sent, self.now - sent, ecn_of(out))
         self.deliveries.append(done)
         self.at(self.now + len(out) / self.rate, self._serve)
         if flow in self.receivers:
@@ -1838,7 +1866,7 @@ def test_the_standing_queue_of_a_tcp_is_brought_to_about_the_target_and_the_link
     link = Link(tun6.FqCodelQueue())
     Window(link, 1, 0.03, size, ECT_0 if marks else NOT_ECT)
     link.run(30)
-    late = link.of(1, since=5)
+    late = link.delivered(1, since=5)
     assert 0.2 * TARGET < statistics.median(each.waited for each in late) < 1.5 * TARGET
     assert max(each.waited for each in late) < TARGET + 2 * INTERVAL
     assert sum(each.size for each in late) / 25 > 0.95 * RATE
@@ -1851,7 +1879,7 @@ def test_without_codel_that_queue_would_be_several_times_as_long() -> None:
     link = Link(tun6.FqCodelQueue(target=NEVER, limit=1 << 20))
     Window(link, 1, 0.03)
     link.run(30)
-    assert statistics.median(each.waited for each in link.of(1, since=5)) > 4 * TARGET
+    assert statistics.median(each.waited for each in link.delivered(1, since=5)) > 4 * TARGET
 
 
 class Regular:
@@ -1871,7 +1899,7 @@ def test_a_source_that_does_not_slow_down_is_cut_to_the_rate_of_the_link() -> No
     link = Link(tun6.FqCodelQueue(interval=0.1))
     Regular(link, 1, 1510 / (1.1 * RATE))
     link.run(40)
-    assert max(each.waited for each in link.of(1, since=20)) < TARGET + 0.1
+    assert max(each.waited for each in link.delivered(1, since=20)) < TARGET + 0.1
     assert link.queue.bytes < (TARGET + 0.1) * RATE
 
 
@@ -1882,17 +1910,16 @@ def test_what_knows_ecn_is_marked_and_nothing_else_in_it_changes_and_what_does_n
     sent = [bytearray(frame(1, number, 1510, codepoint, header)) for number in range(100)]
     for each in sent:
         each[10] |= 0x0B  # all other bits of traffic class and flow label, which share bytes with it
-        each[11] |= 0xCF if name(each)[1] % 2 else 0
+        each[11] |= 0xCF if number_of(each) % 2 else 0
     push(queue, 0, *sent)
-    out = [bytes(queue.pop(TARGET + step * INTERVAL) or b"") for step in range(5)]
+    out = [pop(queue, TARGET + step * INTERVAL) for step in range(5)]
     if codepoint == NOT_ECT:
         assert (queue.dropped, queue.marked) == (len(sent) - 5 - len(drain(queue, 0)), 0)
         assert set(out) <= {bytes(each) for each in sent}
         assert queue.dropped >= 4
     else:
         assert (queue.dropped, queue.marked) == (0, 4)
-        marked = [bytes(each[:11]) + bytes([each[11] | 0x30]) + bytes(each[12:]) for each in sent]
-        assert out == [bytes(sent[0]), *marked[1:5]]
+        assert out == [bytes(sent[0]), *map(with_ce, sent[1:5])]
 
 
 @pytest.mark.parametrize("bulks", [1, 8])
@@ -1903,38 +1930,33 @@ def test_a_ping_waits_only_for_the_frame_that_is_on_the_link(size: int, bulks: i
         Regular(link, flow, size / RATE, size)
     Regular(link, 99, 0.3, 114, start=1.234)  # after the time in which all flows are new; sparse: a round of 8 largest takes 0.21 s
     link.run(6)
-    pings = link.of(99)
+    pings = link.delivered(99)
     assert [ping.number for ping in pings] == list(range(16))
     assert max(ping.waited for ping in pings) <= (size + 114) / RATE + 1e-9
 
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, LARGEST), (100, 1510), (SMALLEST, LARGEST), (LARGEST, LARGEST, 9000, 200)])
 def test_bulk_flows_share_by_bytes_whatever_the_size_of_their_frames(sizes: tuple[int, ...]) -> None:
-    queue = tun6.FqCodelQueue(target=NEVER, limit=1 << 40)
-    numbers = [count() for _ in sizes]
-    got: Counter[int] = Counter()
+    queue, got = tun6.FqCodelQueue(target=NEVER, limit=1 << 40), [0] * len(sizes)
     for flow, size in enumerate(sizes):
-        push(queue, 0, *(frame(flow, next(numbers[flow]), size) for _ in range(3)))
-    while sum(got.values()) < 3_000_000:
-        out = queue.pop(0)
-        assert out is not None
-        flow = name(out)[0]
-        got[flow] += len(out)
-        push(queue, 0, frame(flow, next(numbers[flow]), sizes[flow]))
-        assert max(got[flow] for flow in range(len(sizes))) - min(got[flow] for flow in range(len(sizes))) <= max(sizes) + 2 * tun6.QUANTUM
+        push(queue, 0, *[frame(flow, size=size)] * 3)
+    while sum(got) < 3_000_000:
+        out = pop(queue)
+        got[flow_of(out)] += len(out)
+        push(queue, 0, out)
+        assert max(got) - min(got) <= max(sizes) + 2 * tun6.QUANTUM
 
 
 def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
-    queue, numbers, got = tun6.FqCodelQueue(target=NEVER), count(), Counter[int]()
-    push(queue, 0, *(frame(1, next(numbers), SMALLEST) for _ in range(3)))
+    queue, got = tun6.FqCodelQueue(target=NEVER), Counter[int]()
+    push(queue, 0, *[frame(1, size=SMALLEST)] * 3)
     for _ in range(10_000):
-        out = queue.pop(0)
-        assert out is not None
-        got[name(out)[0]] += len(out)
-        if name(out)[0] == 1:
-            push(queue, 0, frame(1, next(numbers), SMALLEST))
+        out = pop(queue)
+        got[flow_of(out)] += len(out)
+        if flow_of(out) == 1:
+            push(queue, 0, out)
             if queue.bytes < 1510:  # the other has nothing here and has just been found empty
-                push(queue, 0, frame(2, next(numbers)))
+                push(queue, 0, frame(2))
     assert got[2] == pytest.approx(got[1], rel=0.1)
 
 
@@ -1944,33 +1966,32 @@ def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, i
     for flow, size in enumerate(sizes):
         Window(link, flow, 0.03, size)
     link.run(30)
-    shares = [sum(each.size for each in link.of(flow, since=5)) for flow in (0, 1)]
+    shares = [sum(each.size for each in link.delivered(flow, since=5)) for flow in (0, 1)]
     assert min(shares) > 0.4 * sum(shares)
 
 
-def kin(**other: Any) -> bytes:
-    return frame(**{"flow": 0x12345678, "next_header": UDP, **other})
+PORTS = 0x12345678  # source and destination port
 
 
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
-        (kin(), kin(number=1, size=999, ecn=CE, header=USO6), True),
-        (kin(), kin(flow=0x12345679), False),  # ports
-        (kin(), kin(flow=0x92345678), False),
-        (kin(next_header=TCP), kin(), False),
-        (kin(next_header=58), kin(next_header=58, number=1 << 15), True),  # the same echo Id, another sequence number
-        (kin(next_header=58), kin(next_header=58, number=1 << 16), False),
-        (kin(next_header=44), kin(next_header=44, flow=1), True),  # fragments of one packet stay in order: their Id is no port
-        (kin(), kin()[:20] + b"\1" + kin()[21:], False),  # addresses
-        (kin(), kin()[:49] + b"\3" + kin()[50:], False),
+        (frame(PORTS), frame(PORTS, number=1, size=999, ecn=CE, header=USO6), True),
+        (frame(PORTS), frame(PORTS + 1), False),
+        (frame(PORTS), frame(0x92345678), False),
+        (frame(PORTS, next_header=TCP), frame(PORTS), False),
+        (frame(PORTS, next_header=58), frame(PORTS, next_header=58, number=1 << 15), True),  # the same echo Id, another sequence number
+        (frame(PORTS, next_header=58), frame(PORTS, next_header=58, number=1 << 16), False),
+        (frame(PORTS, next_header=44), frame(1, next_header=44), True),  # fragments of one packet stay in order: their Id is no port
+        (frame(PORTS), frame(PORTS)[:20] + b"\1" + frame(PORTS)[21:], False),  # addresses
+        (frame(PORTS), frame(PORTS)[:49] + b"\3" + frame(PORTS)[50:], False),
         (PLAIN + packet(b"", TCP), PLAIN + packet(b"ab", TCP), False),  # too short for ports
     ],
 )
 def test_a_flow_has_addresses_next_header_and_ports_in_common(one: bytes, other: bytes, same: bool) -> None:
     queue = tun6.FqCodelQueue()
     push(queue, 0, one, other)
-    assert states(queue) == 2 - same
+    assert flow_states(queue) == 2 - same
 
 
 @given(
@@ -1986,7 +2007,7 @@ def test_a_flow_has_addresses_next_header_and_ports_in_common(one: bytes, other:
     st.sampled_from([5000, 100_000, 1 << 30]),
     st.sampled_from([1, 4, 1024]),
 )
-def test_all_that_is_pushed_comes_out_once_and_in_its_flows_order_or_is_counted_as_dropped(
+def test_all_that_is_pushed_comes_out_or_counts_as_dropped(
     operations: list[tuple[int, int, int, float]], limit: int, flows_max: int
 ) -> None:
     with mock.patch.object(tun6, "FLOWS_MAX", flows_max):
@@ -2000,81 +2021,56 @@ def test_all_that_is_pushed_comes_out_once_and_in_its_flows_order_or_is_counted_
             push(queue, now, pushed[flow, number])
             assert queue.bytes <= limit
             popped += [bytes(out) for out in (queue.pop(now) for _ in range(pops)) if out is not None]
-            assert states(queue) <= min(2 * flows_max, 13)
+            assert flow_states(queue) <= min(2 * flows_max, 13)
             waiting = len(pushed) - len(popped) - queue.dropped
             assert waiting * SMALLEST <= queue.bytes <= waiting * LARGEST
-        waiting_bytes, before, dropped = queue.bytes, len(popped), queue.dropped
-        popped += drain(queue, now)
+        waiting_bytes, dropped = queue.bytes, queue.dropped
+        rest = drain(queue, now)
         if queue.dropped == dropped:
-            assert waiting_bytes == sum(map(len, popped[before:]))
-    assert len(popped) + queue.dropped == len(pushed)
-    for flow in range(13):
-        numbers = [name(out)[1] for out in popped if name(out)[0] == flow]
-        assert numbers == sorted(set(numbers))
-    assert all(pushed[name(out)] == out for out in popped)
+            assert waiting_bytes == sum(map(len, rest))
+    check_arrivals(popped + rest, pushed, queue.dropped)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 8), st.sampled_from([SMALLEST, 500, 1510])), min_size=1, max_size=60),
-    st.sampled_from([1510, LARGEST]),
-)
-def test_over_the_limit_only_the_long_flow_loses_and_its_oldest_first(others: list[tuple[int, int]], size: int) -> None:
-    limit = 5 * 60 * 1510 + 2 * LARGEST  # so that the long flow is always more than twice as long as any other
-    queue = tun6.FqCodelQueue(limit=limit)
-    long = 2 * limit // size
-    push(queue, 0, *(frame(100, number, size) for number in range(long)))
-    sent = [frame(flow, number, size_) for number, (flow, size_) in enumerate(others)]
-    push(queue, 0, *sent)
-    assert limit - size < queue.bytes <= limit
-    out = drain(queue)
-    assert sorted(each for each in out if name(each)[0] != 100) == sorted(sent)
-    assert [name(each)[1] for each in out if name(each)[0] == 100] == list(range(queue.dropped, long))
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from([SMALLEST, 500, 1510, 9000]), st.booleans()), max_size=200))
-def test_whoever_loses_over_the_limit_had_at_least_half_of_what_the_longest_had(operations: list[tuple[int, int, bool]]) -> None:
-    queue, waiting = tun6.FqCodelQueue(target=NEVER, limit=20_000), dict[int, deque[bytes]]()
+@given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from([SMALLEST, 500, 1510, 9000, LARGEST]), st.booleans()), max_size=200))
+@example([(100, 1510, False)] * 20 + [(1, 1510, False)] * 4)  # the other flow never has half of what the long one has
+@example([(100, SMALLEST, False)] * 400 + [(flow, SMALLEST, False) for flow in range(50)])
+@example([(flow, 1000, False) for flow in range(5)] + [(9, LARGEST, False)])
+@example([(9, LARGEST, False), (1, 500, False)])
+def test_who_loses_had_half_of_what_the_longest_had_and_loses_its_oldest(operations: list[tuple[int, int, bool]]) -> None:
+    limit = 20_000
+    queue, waiting, dropped = tun6.FqCodelQueue(target=NEVER, limit=limit), defaultdict[int, deque[bytes]](deque), 0
     for number, (flow, size, pops) in enumerate(operations):
         made = frame(flow, number, size)
-        waiting.setdefault(flow, deque()).append(made)
-        lengths = {flow: sum(map(len, frames)) for flow, frames in waiting.items()}
+        waiting[flow].append(made)
         push(queue, 0, made)
-        if sum(lengths.values()) > 20_000:
-            left = {key: state.bytes for state in queue._flows.values() if state.frames for key in [name(state.frames[0][1])[0]]}
-            for loser in (loser for loser, length in lengths.items() if left.get(loser, 0) < length):
-                oldest = waiting[loser].popleft()
-                assert 2 * lengths[loser] >= max(lengths.values()), "the first to lose"
-                while left.get(loser, 0) < sum(map(len, waiting[loser])):
-                    oldest = waiting[loser].popleft()
-                assert oldest
-        if pops:
-            out = queue.pop(0)
-            assert out is not None
-            assert waiting[name(out)[0]].popleft() == bytes(out)
-
-
-def test_a_frame_larger_than_the_limit_is_dropped_and_the_others_stay() -> None:
-    queue = tun6.FqCodelQueue(limit=10_000)
-    small = [frame(flow, size=1000) for flow in range(5)]
-    push(queue, 0, *small, frame(9, size=10_001))
-    assert (queue.dropped, queue.bytes) == (1, 5000)
-    assert drain(queue) == small
-    push(queue, 0, frame(9, size=10_001))
-    assert (queue.dropped, queue.bytes) == (2, 0)
-    assert not drain(queue)
+        left = {flow_of(state.frames[0][1]): state.bytes for state in queue._flows.values() if state.frames}
+        lengths = {flow: sum(map(len, frames)) for flow, frames in waiting.items()}
+        lost = []
+        for loser in (flow for flow, length in lengths.items() if left.get(flow, 0) < length):
+            assert 2 * lengths[loser] >= max(lengths.values()), "the first to lose"
+            while left.get(loser, 0) < sum(map(len, waiting[loser])):
+                lost.append(waiting[loser].popleft())
+        assert queue.bytes <= limit
+        assert not lost or queue.bytes + max(map(len, lost)) > limit, "no more is lost than has to be"
+        dropped += len(lost)
+        assert queue.dropped == dropped
+        if pops and queue.bytes:
+            out = pop(queue)
+            assert waiting[flow_of(out)].popleft() == out
+    for out in drain(queue):
+        assert waiting[flow_of(out)].popleft() == out
+    assert not any(waiting.values())
 
 
 def test_a_new_flow_in_each_frame_neither_grows_the_state_nor_keeps_the_old_flows_from_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tun6, "FLOWS_MAX", 64)
     queue, bulk, most = tun6.FqCodelQueue(target=NEVER), 0, 0
     push(queue, 0, *(frame(1 << 31, number) for number in range(1000)))
-    queue.pop(0)
-    queue.pop(0)  # now it is an old flow
+    pop(queue)
+    pop(queue)  # now it is an old flow
     for number in range(20_000):
         push(queue, 0, frame(number, size=SMALLEST), frame(1 << 30 | number, size=SMALLEST))
-        out = queue.pop(0)
-        assert out is not None
-        bulk += len(out) > SMALLEST
+        bulk += len(pop(queue)) > SMALLEST
         most = max(most, len(queue._flows))
     assert most <= 2 * tun6.FLOWS_MAX
     round_ = most * (tun6.QUANTUM // SMALLEST + 2)  # frames, when each flow takes its turn
@@ -2121,40 +2117,73 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     assert shared.free == shared.size == bound
 
 
-class Connection:
-    """A connection that takes as many bytes at each write as `takes` says, 0: it is full; when that is over, all.
+class OutputBuffer:
+    """Holds bytes for a caller until the next call, which overwrites them, as TlsStream.encrypt does."""
 
-    To a bare peer, each write has to begin at a packet's beginning, or go on in the one that was taken in part, and to end at its end.
+    def __init__(self) -> None:
+        self._last = bytearray()
+
+    def hold(self, data: bytes) -> memoryview:
+        self._last[:] = b"\xff" * len(self._last)
+        self._last = bytearray(data)
+        return memoryview(self._last)
+
+
+class Connection:
+    """A connection that takes at each write as many bytes as `takes` says, and then everything; at 0 it is full.
+
+    What is written to a bare peer has to be one packet, or the rest of one that was taken in part. If the connection `encrypts`,
+    each record is its number and the bytes reversed, and all records have to be written in their order.
     """
 
-    def __init__(self, takes: list[int], bare: bool) -> None:
-        self.takes, self._bare = takes, bare
+    def __init__(self, takes: Iterable[int] = (), bare: bool = False, encrypts: bool = False) -> None:
+        self.takes, self._bare, self._encrypts = list(takes), bare, encrypts
         self.stream = bytearray()
-        self.writes: list[memoryview] = []  # what was offered
+        self.pieces: list[Bytes] = []  # what was to be encrypted, or to be written if nothing is encrypted
+        self._records = bytearray()
         self._rest = b""
+        self._buffer = OutputBuffer()
 
-    def write(self, data: memoryview) -> int | None:
-        assert len(data)
-        self.writes.append(data)
-        if self._bare:
-            assert bytes(data) == self._rest or (not self._rest and len(data) == tun6.IPV6_HEADER + int.from_bytes(data[4:6], "big"))
-        else:
-            assert not self._rest or bytes(data[: len(self._rest)]) == self._rest
-        took = min(self.takes.pop(0), len(data)) if self.takes else len(data)
-        if not took:
-            return None
-        self.stream += data[:took]
-        self._rest = bytes(data[took:]) if self._bare else b""
-        return took
+    def send_queue(self, clock: Callable[[], float] = lambda: 0.0, whole_batches: bool = True) -> tun6.SendQueue:
+        """The queue before this connection."""
+        encrypt = self._encrypt if self._encrypts else None
+        return tun6.SendQueue(self._write, self._bare, encrypt, clock=clock, whole_batches=whole_batches)
 
     def received(self) -> list[bytes]:
         """What the peer makes of it, with offload headers, which a bare peer has not seen."""
-        deframer = tun6.Deframer(BUFFER, None if self._bare else frozenset({"tso6", "uso6"}), PERMIT_ALL)
-        stream, out = bytes(self.stream), []
+        assert not self._encrypts or self.stream == self._records
+        stream, out = b"".join(self.pieces) if self._encrypts else bytes(self.stream), []
+        deframer = tun6.Deframer(BUFFER, None if self._bare else BOTH, PERMIT_ALL)
         for at in range(0, len(stream), tun6.MESSAGE_MAX):
             out += [self._bare * PLAIN + bytes(cut) for cut in deframer.push(stream[at : at + tun6.MESSAGE_MAX])]
         assert sum(map(len, out)) == len(stream) + self._bare * len(out) * len(PLAIN)  # no part of a frame is left
         return out
+
+    def _encrypt(self, data: Bytes) -> memoryview:
+        assert len(data)
+        record = bytes([len(self.pieces) % 256]) + bytes(data)[::-1]
+        self.pieces.append(bytes(data))
+        self._records += record
+        return self._buffer.hold(record)
+
+    def _write(self, data: memoryview) -> int | None:
+        assert len(data)
+        if self._encrypts:
+            begin = len(self.stream)
+            assert data == self._records[begin : begin + len(data)], "what is written is not what was encrypted, in its order"
+        else:
+            self.pieces.append(data)
+            assert not self._bare or data == self._rest or (not self._rest and len(data) == packet_length(bytes(data)))
+        took = min(self.takes.pop(0), len(data)) if self.takes else len(data)
+        self.stream += data[:took]
+        if took:
+            self._rest = bytes(data[took:])
+        return took or None
+
+
+def flush_all(send_queue: tun6.SendQueue) -> None:
+    while send_queue.blocked:
+        send_queue.flush()
 
 
 SOME_FRAMES = st.lists(
@@ -2168,18 +2197,18 @@ SOME_FRAMES = st.lists(
     max_size=8,
 )
 TAKES = st.lists(st.sampled_from([0, 0, 1, 39, 58, 1500, 1510, 4000, 100_000, 1 << 20]) | st.integers(0, 10_000), max_size=60)
-
-
 Steps = list[tuple[Optional[list[tuple[int, int, int, bytes]]], float]]  # frames as of SOME_FRAMES, None for a flush; seconds before
 STEPS = st.lists(st.tuples(st.none() | SOME_FRAMES, st.sampled_from([0, 0.02, 0.06, 0.2])), max_size=30)
+EACH_WAY = pytest.mark.parametrize(("encrypts", "whole_batches"), [(False, True), (True, True), (True, False)])
 
 
-def check_what_arrives(
-    make: Callable[[Callable[[], float]], tun6.SendQueue], received: Callable[[], list[bytes]], steps: Steps, bare: bool
+@EACH_WAY
+@given(steps=STEPS, takes=TAKES, bare=st.booleans())
+def test_the_peer_gets_whole_and_in_order_what_was_not_dropped(
+    encrypts: bool, whole_batches: bool, steps: Steps, takes: list[int], bare: bool
 ) -> None:
-    """Sends through the queue that `make` makes with a clock; the peer must get what was not dropped, whole and in its flow's order."""
-    now = 0.0
-    send_queue = make(lambda: now)
+    connection, now = Connection(takes, bare, encrypts), 0.0
+    send_queue = connection.send_queue(lambda: now, whole_batches)
     sent: dict[tuple[int, int], bytes] = {}
     for kinds, pause in steps:
         now += pause
@@ -2187,191 +2216,35 @@ def check_what_arrives(
             send_queue.flush()
             continue
         frames = [frame(flow, len(sent) + at, size, ecn, PLAIN if bare else header) for at, (flow, size, ecn, header) in enumerate(kinds)]
-        sent.update((name(each), each) for each in frames)
+        sent.update(((flow_of(each), number_of(each)), each) for each in frames)
         view, ends = batch(frames)
         send_queue.send(view, ends)
         view[:] = bytes(len(view))  # the pump uses its buffer again
-    while send_queue.blocked:
-        send_queue.flush()
-    arrived = received()
-    assert len(arrived) + send_queue.dropped == len(sent)
-    for flow in range(4):
-        numbers = [name(each)[1] for each in arrived if name(each)[0] == flow]
-        assert numbers == sorted(set(numbers))
-    for each in arrived:
-        original = sent[name(each)]
-        assert each == original or (ecn(original) and each == original[:11] + bytes([original[11] | 0x30]) + original[12:])
+    flush_all(send_queue)
+    check_arrivals(connection.received(), sent, send_queue.dropped)
 
 
-@given(STEPS, TAKES, st.booleans())
-def test_the_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
-    steps: Steps, takes: list[int], bare: bool
-) -> None:
-    connection = Connection(takes, bare)
-    check_what_arrives(lambda clock: tun6.SendQueue(connection.write, bare, clock=clock), connection.received, steps, bare)
-
-
-RECORD = struct.Struct(">BI")  # of the encryption of these tests: number, modulo 256, and length
-RECORD = struct.Struct(">II")  # number, bytes of what it says
-
-
-class EncryptBuffer:
-    """Where an encryption of these tests puts what it gives: valid until the next call."""
-
-    def __init__(self) -> None:
-        self._last = bytearray()
-
-    def hold(self, record: bytes) -> memoryview:
-        self._last[:] = b"\xff" * len(self._last)
-        self._last = bytearray(record)
-        return memoryview(self._last)
-
-
-class EncryptedConnection:
-    """A connection as Connection, and the encryption of what is written to it: a header, and the bytes reversed."""
-
-    def __init__(self, takes: list[int]) -> None:
-        self.takes = takes
-        self.stream = bytearray()
-        self.encrypted: list[int] = []  # bytes in each record
-        self._written = bytearray()  # by the encryption: what has to be written, in this order
-        self._buffer = EncryptBuffer()
-
-    def encrypt(self, data: bytes | bytearray | memoryview) -> memoryview:
-        assert len(data)
-        record = RECORD.pack(len(self.encrypted) % 256, len(data)) + bytes(data)[::-1]
-        self.encrypted.append(len(data))
-        self._written += record
-        return self._buffer.hold(record)
-
-    def write(self, data: memoryview) -> int | None:
-        assert len(data)
-        at = len(self.stream)
-        assert bytes(data) == self._written[at : at + len(data)], "what is written is not what was encrypted, in its order"
-        took = min(self.takes.pop(0), len(data)) if self.takes else len(data)
-        self.stream += data[:took]
-        return took or None
-
-    def opened(self) -> bytes:
-        """What the peer makes of it."""
-        at, out = 0, bytearray()
-        for number in itertools.count():
-            if at == len(self.stream):
-                return bytes(out)
-            said, length = RECORD.unpack_from(self.stream, at)
-            body = self.stream[at + RECORD.size : at + RECORD.size + length]
-            assert (said, len(body)) == (number % 256, length)
-            out += body[::-1]
-            at += RECORD.size + length
-        raise AssertionError
-
-    def received(self, bare: bool) -> list[bytes]:
-        """The frames that the peer gets, with offload headers, which a bare peer has not seen."""
-        link = Connection([], bare=False)
-        stream = self.opened()
-        if bare:
-            at = 0
-            while at < len(stream):
-                end = at + packet_length(stream[at:])
-                link.stream += PLAIN + stream[at:end]
-                at = end
-        else:
-            link.stream += stream
-        return link.received()
-
-
-@given(STEPS, TAKES, st.booleans(), st.booleans())
-def test_a_sealed_peer_gets_the_frames_that_were_not_dropped_whole_and_in_order_whatever_the_connection_takes(
-    steps: Steps, takes: list[int], whole_batches: bool, bare: bool
-) -> None:
-    connection = EncryptedConnection(takes)
-
-    def make(clock: Callable[[], float]) -> tun6.SendQueue:
-        return tun6.SendQueue(connection.write, bare, connection.encrypt, clock=clock, whole_batches=whole_batches)
-
-    check_what_arrives(make, lambda: connection.received(bare), steps, bare)
-
-
-@given(
-    st.lists(st.none() | SOME_FRAMES, max_size=20),  # None: the connection takes more
-    TAKES,
-    st.booleans(),
-    st.booleans(),
-)
-def test_all_that_is_sent_was_sealed_and_all_that_was_sealed_is_sent_in_that_order(
-    steps: list[list[tuple[int, int, int, bytes]] | None], takes: list[int], bare: bool, whole_batches: bool
-) -> None:
-    numbers, stream, takes, buffer = itertools.count(), bytearray(), list(takes), EncryptBuffer()
-
-    def encrypt(data: bytes | bytearray | memoryview) -> memoryview:
-        return buffer.hold(RECORD.pack(next(numbers), len(data)) + bytes(data))
-
-    def write(data: memoryview) -> int | None:
-        took = min(takes.pop(0), len(data)) if takes else len(data)
-        stream.extend(data[:took])
-        return took or None
-
-    send_queue = tun6.SendQueue(write, bare, encrypt, clock=lambda: 0.0, whole_batches=whole_batches)
-    sent: list[bytes] = []
-    for kinds in steps:
-        if kinds is None:
-            send_queue.flush()
-            continue
-        frames = [frame(flow, len(sent) + at, size, ecn, PLAIN if bare else header) for at, (flow, size, ecn, header) in enumerate(kinds)]
-        sent += frames
-        view, ends = batch(frames)
-        send_queue.send(view, ends)
-        view[:] = bytes(len(view))  # the pump uses its buffer again
-    while send_queue.blocked:
-        send_queue.flush()
-    said, at, records = b"", 0, 0
-    while at < len(stream):
-        number, size = RECORD.unpack_from(stream, at)
-        assert number == records
-        said += stream[at + RECORD.size : at + RECORD.size + size]
-        at, records = at + RECORD.size + size, records + 1
-    assert records == next(numbers)
-    deframer = tun6.Deframer(BUFFER, None if bare else BOTH, PERMIT_ALL)
-    received = [bare * PLAIN + bytes(each) for first in range(0, len(said), 4096) for each in deframer.push(said[first : first + 4096])]
-    assert len(received) == len(sent) - send_queue.dropped
-    for flow in range(4):
-        came = [name(each)[1] for each in received if name(each)[0] == flow]
-        assert came == sorted(set(came))
-
-
+@pytest.mark.parametrize("encrypts", [False, True])
 @pytest.mark.parametrize("bare", [False, True])
-def test_while_the_connection_takes_everything_a_batch_is_written_from_where_it_lies_at_once(bare: bool) -> None:
-    connection = Connection([], bare)
-    send_queue = tun6.SendQueue(connection.write, bare, clock=lambda: pytest.fail("nothing waits: no need to know the time"))
-    for _ in range(3):
-        frames = [frame(flow, size=size) for flow, size in enumerate([1510, LARGEST, SMALLEST, 100])]
+def test_while_the_connection_takes_everything_a_batch_is_sent_at_once(bare: bool, encrypts: bool) -> None:
+    connection = Connection([], bare, encrypts)
+    send_queue = connection.send_queue(clock=lambda: pytest.fail("nothing waits: no need to know the time"))
+    frames = [frame(flow, size=size) for flow, size in enumerate([1510, LARGEST, SMALLEST, 100])]
+    pieces = [each[10:] for each in frames] if bare else [b"".join(frames)]
+    for times in range(1, 4):
         view, ends = batch(frames)
         send_queue.send(view, ends)
         assert not send_queue.blocked
-        assert [bytes(data) for data in connection.writes] == ([each[10:] for each in frames] if bare else [b"".join(frames)])
-        assert all(data.obj is view.obj for data in connection.writes)
-        connection.writes.clear()
+        assert connection.pieces == pieces * times
+        assert encrypts or all(memoryview(piece).obj is view.obj for piece in connection.pieces[-len(pieces) :]), "it was copied"
     assert connection.received() == frames * 3
-
-
-def test_while_the_connection_takes_everything_a_whole_batch_is_sealed_and_written_at_once() -> None:
-    connection = EncryptedConnection([])
-    send_queue = tun6.SendQueue(
-        connection.write, False, connection.encrypt, clock=lambda: pytest.fail("nothing waits: no need to know the time")
-    )
-    frames = [frame(flow, size=size) for flow, size in enumerate([1510, LARGEST, SMALLEST, 100])]
-    for _ in range(3):
-        send_queue.send(*batch(frames))
-        assert not send_queue.blocked
-    assert connection.encrypted == [sum(map(len, frames))] * 3
-    assert connection.received(bare=False) == frames * 3
 
 
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("takes", [[0], [1, 0], [1500, 0], [1510, 0], [3000, 0], [1500, 1500, 0], [4529, 0]])
-def test_it_is_blocked_from_the_first_byte_that_the_connection_does_not_take_until_it_has_the_last(takes: list[int], bare: bool) -> None:
-    connection = Connection(list(takes), bare)
-    send_queue = tun6.SendQueue(connection.write, bare, clock=lambda: 0.0)
+def test_it_is_blocked_from_the_first_byte_that_is_not_taken_until_the_last(takes: list[int], bare: bool) -> None:
+    connection = Connection(takes, bare)
+    send_queue = connection.send_queue()
     frames = [frame(1, number) for number in range(3)]
     send_queue.send(*batch(frames))
     assert send_queue.blocked
@@ -2382,58 +2255,43 @@ def test_it_is_blocked_from_the_first_byte_that_the_connection_does_not_take_unt
     send_queue.send(*batch([late]))  # does not overtake
     send_queue.flush()
     assert not send_queue.blocked
-    assert not states(send_queue._queue)
+    assert not flow_states(send_queue._queue)
     assert connection.received() == [*frames, late]
-    connection.writes.clear()
+    connection.pieces.clear()
     send_queue.send(*batch([late]))
-    assert (len(connection.writes), send_queue.blocked) == (1, False)  # straight through again
+    assert (len(connection.pieces), send_queue.blocked) == (1, False)  # straight through again
 
 
-def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_already_taken_from_the_queue() -> None:
-    connection = Connection([0], bare=False)
-    send_queue = tun6.SendQueue(connection.write, False, clock=lambda: 0.0)
+@EACH_WAY
+def test_what_arrives_while_much_waits_is_behind_only_a_little(encrypts: bool, whole_batches: bool) -> None:
+    connection = Connection([0], encrypts=encrypts)
+    send_queue = connection.send_queue(whole_batches=whole_batches)
+    send_queue.send(*batch([frame(9)]))  # is encrypted at once, with whole_batches
     send_queue.send(*batch([frame(1, number) for number in range(150)]))
     connection.takes = [1, 0]
     send_queue.flush()
+    assert not encrypts or sum(map(len, connection.pieces)) <= tun6.FLUSH_BYTES + 1510
     send_queue.send(*batch([frame(2, size=114)]))
-    while send_queue.blocked:
-        send_queue.flush()
-    before = [name(each)[0] for each in connection.received()].index(2)
+    flush_all(send_queue)
+    before = [flow_of(each) for each in connection.received()].index(2)
     assert before * 1510 <= tun6.FLUSH_BYTES + 1510
 
 
-@pytest.mark.parametrize("whole_batches", [False, True])
-def test_what_arrives_while_much_waits_is_behind_only_the_little_that_was_already_sealed(whole_batches: bool) -> None:
-    connection = EncryptedConnection([1, 0] if whole_batches else [0])
-    send_queue = tun6.SendQueue(connection.write, False, connection.encrypt, clock=lambda: 0.0, whole_batches=whole_batches)
-    send_queue.send(*batch([frame(9)]))  # with whole_batches, this is what was encrypted
-    send_queue.send(*batch([frame(1, number) for number in range(150)]))
-    connection.takes = [1, 0]
-    send_queue.flush()
-    assert sum(connection.encrypted) <= tun6.FLUSH_BYTES + 1510
-    send_queue.send(*batch([frame(2, size=114)]))
-    while send_queue.blocked:
-        send_queue.flush()
-    before = [name(each)[0] for each in connection.received(bare=False)].index(2)
-    assert before * 1510 <= tun6.FLUSH_BYTES + 1510
-
-
-def test_not_at_once_nothing_is_sealed_before_the_connection_is_flushed_and_the_urgent_goes_first() -> None:
-    connection = EncryptedConnection([])
-    send_queue = tun6.SendQueue(connection.write, False, connection.encrypt, clock=lambda: 0.0, whole_batches=False)
+def test_without_whole_batches_nothing_is_encrypted_before_the_flush_and_the_urgent_goes_first() -> None:
+    connection = Connection(encrypts=True)
+    send_queue = connection.send_queue(whole_batches=False)
     send_queue.send(*batch([frame(1, number) for number in range(100)]))
     send_queue.send(*batch([frame(2, size=114)]))
-    assert (send_queue.blocked, connection.encrypted) == (True, [])
-    while send_queue.blocked:
-        send_queue.flush()
-    order = [name(each)[0] for each in connection.received(bare=False)]
+    assert (send_queue.blocked, connection.pieces) == (True, [])
+    flush_all(send_queue)
+    order = [flow_of(each) for each in connection.received()]
     assert order.index(2) * 1510 <= tun6.QUANTUM + 1510
-    assert max(connection.encrypted) < tun6.FLUSH_BYTES + 1510
+    assert max(map(len, connection.pieces)) < tun6.FLUSH_BYTES + 1510
 
 
 def test_one_flush_writes_about_a_batch_so_that_others_get_their_turn() -> None:
-    connection = Connection([0] * 3, bare=False)
-    send_queue = tun6.SendQueue(connection.write, False, clock=lambda: 0.0)
+    connection = Connection([0] * 3)
+    send_queue = connection.send_queue()
     for first in range(0, 600, 200):
         send_queue.send(*batch([frame(1, number) for number in range(first, first + 200)]))
     connection.takes.clear()
@@ -2449,29 +2307,21 @@ def test_one_flush_writes_about_a_batch_so_that_others_get_their_turn() -> None:
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("whole_batches", [False, True])
-def test_real_records_of_large_batches_come_out_whole_at_the_other_end(
-    whole_batches: bool, version: ssl.TLSVersion, tmp_path: Path
-) -> None:
+def test_real_tls_records_of_large_batches_arrive_whole(whole_batches: bool, version: ssl.TLSVersion, tmp_path: Path) -> None:
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    pem = certificate(tmp_path)
-    client = tun6.client_tls_context(pinned=True)
-    client.minimum_version = version
-    client.maximum_version = version
-    sender = client.wrap_bio(to_client, to_server)
-    receiver = tun6.server_tls_context(str(pem)).wrap_bio(to_server, to_client, server_side=True)
+    context = tun6.client_tls_context(pinned=True)
+    context.minimum_version = context.maximum_version = version
+    sender = context.wrap_bio(to_client, to_server)
+    receiver = tun6.server_tls_context(str(certificate(tmp_path))).wrap_bio(to_server, to_client, server_side=True)
     for _ in range(4):
         for end in sender, receiver:
             with suppress(ssl.SSLWantReadError):
                 end.do_handshake()
+    buffer, rng, link = OutputBuffer(), random.Random(1), bytearray()
 
-    buffer = EncryptBuffer()
-
-    def encrypt(data: bytes | bytearray | memoryview) -> memoryview:
+    def encrypt(data: Bytes) -> memoryview:
         sender.write(data)
         return buffer.hold(to_server.read())
-
-    link = bytearray()
-    rng = random.Random(1)
 
     def write(data: memoryview) -> int | None:
         took = rng.choice([0, 1, 5, 1000, 20_000, 1 << 20])
@@ -2479,19 +2329,17 @@ def test_real_records_of_large_batches_come_out_whole_at_the_other_end(
         return min(took, len(data)) or None
 
     send_queue = tun6.SendQueue(write, False, encrypt, clock=lambda: 0.0, whole_batches=whole_batches)
-    sent = Connection([], bare=False)
+    sent, came = b"", b""
     for number in range(20):
         frames = [frame(1, number * 30 + at, size) for at, size in enumerate([1510, LARGEST, LARGEST, SMALLEST])]
-        sent.stream += b"".join(frames)
+        sent += b"".join(frames)
         send_queue.send(*batch(frames))
-        while send_queue.blocked:
-            send_queue.flush()
-    got = Connection([], bare=False)
+        flush_all(send_queue)
     to_server.write(bytes(link))
     with suppress(ssl.SSLWantReadError):
         while data := receiver.read(1 << 16):
-            got.stream += data
-    assert got.stream == sent.stream
+            came += data
+    assert came == sent
 
 
 @pytest.mark.parametrize(("size", "flows"), [(LARGEST, 1), (LARGEST, 1 << 20), (1510, 1 << 20), (SMALLEST, 1), (SMALLEST, 1 << 20)])
@@ -2510,9 +2358,8 @@ def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows:
         tracemalloc.stop()
     assert send_queue.dropped
     assert 0.9 * tun6.SEND_QUEUE_MAX < send_queue._queue.bytes <= tun6.SEND_QUEUE_MAX
-    assert (
-        taken < 1.2 * send_queue._queue.bytes + 200 * (total - send_queue.dropped) + 2 * tun6.FLOWS_MAX * 1500
-    )  # bytes a frame, and a flow
+    state = 200 * (total - send_queue.dropped) + 2 * tun6.FLOWS_MAX * 1500  # bytes a frame, and a flow
+    assert taken < 1.2 * send_queue._queue.bytes + state
 
 
 # ---- network plans ---------------------------------------------------------------------------------------------------
@@ -2555,118 +2402,107 @@ def until(condition: Callable[[], object]) -> None:
             gevent.sleep(0)
 
 
-def spawn_behind_the_first(function: Callable[[T], object], items: Iterable[T], begun: Sequence[object]) -> list[Any]:
-    """A greenlet for each item, all waiting; `begun` tells that the first is being worked on, and only then the others come."""
-    first, *others = items
-    greenlets = [spawn(function, first)]
-    until(lambda: begun)
-    greenlets += [spawn(function, item) for item in others]
-    gevent.sleep(0)  # each has run up to its wait
-    return greenlets
+class GatedWork:
+    """The work of a GroupCommit: each call waits at a gate, and then negates its items, or fails if `wrong` is one of them."""
 
+    def __init__(self, wrong: int | None = None) -> None:
+        self.wrong = wrong
+        self.batches: list[list[int]] = []  # what each call got
+        self.gate = gevent.lock.Semaphore(0)
+        self.submit = tun6.GroupCommit(self._work).submit
 
-def test_what_arrives_during_the_work_is_the_next_batch_and_each_caller_gets_its_own_result() -> None:
-    batches: list[list[int]] = []
-    gate = gevent.event.Event()
+    def submit_each(self, number: int) -> list[Any]:
+        """Greenlets that submit 0, 1, 2 and so on, all waiting; the others come when the first is being worked on."""
+        greenlets = [spawn(self.submit, 0)]
+        until(lambda: self.batches)
+        greenlets += [spawn(self.submit, item) for item in range(1, number)]
+        gevent.sleep(0)  # each has run up to its wait
+        return greenlets
 
-    def work(items: list[int]) -> list[int]:
-        batches.append(items)
-        gate.wait()
+    def open_gate(self, batches: int) -> None:
+        for _ in range(batches):
+            self.gate.release()
+
+    def _work(self, items: list[int]) -> list[int]:
+        self.batches.append(items)  # what `ip` or a thread has begun goes on, whoever waits for it
+        self.gate.acquire()
+        if self.wrong in items:
+            raise tun6.StorageError("disk full")
         return [-item for item in items]
 
-    group_commit = tun6.GroupCommit(work)
-    callers = spawn_behind_the_first(group_commit.submit, range(100), batches)
-    gate.set()
+
+def test_what_arrives_during_the_work_is_the_next_batch_and_each_gets_its_own_result() -> None:
+    work = GatedWork()
+    callers = work.submit_each(100)
+    work.open_gate(3)
     assert results(callers) == [-number for number in range(100)]
-    assert batches == [[0], list(range(1, 100))]
-    assert group_commit.submit(7) == -7
+    assert work.batches == [[0], list(range(1, 100))]
+    assert work.submit(7) == -7
 
 
 def test_what_the_work_raises_reaches_all_of_its_batch_and_nobody_else() -> None:
-    begun: list[int] = []
-    gate = gevent.event.Event()
-
-    def work(items: list[int]) -> list[int]:
-        begun.extend(items)
-        gate.wait()
-        if 5 in items:
-            raise tun6.StorageError("disk full")
-        return items
-
-    group_commit = tun6.GroupCommit(work)
-    callers = spawn_behind_the_first(group_commit.submit, range(10), begun)
-    gate.set()
+    work = GatedWork(wrong=5)
+    callers = work.submit_each(10)
+    work.open_gate(3)
     first, *others = results(callers)
     assert first == 0
     assert {str(error) for error in others} == {"disk full"}
-    assert group_commit.submit(1) == 1
+    assert work.submit(1) == -1
 
 
 def test_killing_a_caller_neither_loses_nor_repeats_the_work_of_the_others() -> None:
-    done: list[int] = []
-    gate = gevent.lock.Semaphore(0)
-
-    def work(items: list[int]) -> list[int]:
-        done.extend(items)  # what `ip` or a thread has begun goes on, whoever waits for it
-        gate.acquire()
-        return items
-
-    group_commit = tun6.GroupCommit(work)
-    callers = spawn_behind_the_first(group_commit.submit, range(5), done)
-    gate.release()
-    until(lambda: len(done) == 5)
+    work = GatedWork()
+    callers = work.submit_each(5)
+    work.open_gate(1)
+    until(lambda: len(work.batches) == 2)
     for number in 1, 3:
         callers[number].kill()
-    callers.append(spawn(group_commit.submit, 5))
-    for _ in range(5):
-        gate.release()
+    callers.append(spawn(work.submit, 5))
+    work.open_gate(5)
     values = results(callers)
-    assert [values[number] for number in (0, 2, 4, 5)] == [0, 2, 4, 5]
-    assert done == [0, 1, 2, 3, 4, 5]
+    assert [values[number] for number in (0, 2, 4, 5)] == [0, -2, -4, -5]
+    assert work.batches == [[0], [1, 2, 3, 4], [5]]
 
 
-def test_assignments_last_over_restarts(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    ids = ["00:11:22:aa:bb:cc", "é😀", '"{}\\', "a b", "x" * 64]
-    store = open_store(path)
-    given_ = {id_: store.assign(id_) for id_ in ids}
-    assert given_ == {id_: subnet(number) for number, id_ in enumerate(ids)}
-    assert json.loads(path.read_text()) == {id_: str(prefix) for id_, prefix in given_.items()}
+@pytest.fixture
+def assignment_file(tmp_path: Path) -> Path:
+    return tmp_path / "assignments.json"
+
+
+IDS = ["00:11:22:aa:bb:cc", "é😀", '"{}\\', "a b", "x" * 64]
+
+
+def test_assignments_last_over_restarts(assignment_file: Path, open_store: OpenStore) -> None:
+    store = open_store(assignment_file)
+    assigned = {id_: store.assign(id_) for id_ in IDS}
+    assert assigned == {id_: subnet(number) for number, id_ in enumerate(IDS)}
+    assert json.loads(assignment_file.read_text()) == {id_: str(prefix) for id_, prefix in assigned.items()}
     store.close()
-    again = open_store(path)
-    assert {id_: again.assign(id_) for id_ in reversed(ids)} == given_
-    assert again.assign("new") == subnet(len(ids))
+    again = open_store(assignment_file)
+    assert {id_: again.assign(id_) for id_ in reversed(IDS)} == assigned
+    assert again.assign("new") == subnet(len(IDS))
 
 
-def saved(path: Path, pool: IPv6Network = POOL) -> dict[str, IPv6Network]:
-    """What a server that starts now knows; by way of another name, as the test may have a store open."""
-    copy = path.with_name("copy-of-" + path.name)
-    shutil.copy(path, copy)
-    reader = tun6.AssignmentStore(tun6.PrefixPool(pool), str(copy))
-    reader.close()
-    copy.unlink()
-    copy.with_name(copy.name + ".lock").unlink(missing_ok=True)
-    return {
-        id_: IPv6Network(prefix)
-        for id_, prefix in json.loads(path.read_text() or "{}").items()
-        if reader.pool.find(id_) == IPv6Network(prefix)
-    }
+def saved(path: Path) -> dict[str, IPv6Network | None]:
+    """What a server that starts now knows; by way of a copy, as the test may have a store open."""
+    with tempfile.TemporaryDirectory() as folder:
+        reader = tun6.AssignmentStore(tun6.PrefixPool(POOL), str(shutil.copy(path, folder)))
+        reader.close()
+    return {id_: reader.pool.find(id_) for id_ in reader.pool.owners()}
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\t\r\n", b"{}", b"{\n}\n"])
-def test_a_missing_or_empty_file_is_an_empty_map(content: bytes | None, tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
+def test_a_missing_or_empty_file_is_an_empty_map(content: bytes | None, assignment_file: Path, open_store: OpenStore) -> None:
     if content is not None:
-        path.write_bytes(content)
-    store = open_store(path)
+        assignment_file.write_bytes(content)
+    store = open_store(assignment_file)
     assert store.assign("a") == subnet(0)
-    assert saved(path) == {"a": subnet(0)}
+    assert saved(assignment_file) == {"a": subnet(0)}
 
 
-def test_the_originals_own_file_is_read_as_it_is(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    path.write_text('{"00:11:22:aa:bb:cc": "2000:aaaa:bbbb:ccdd::/64", "00:11:22:aa:bb:dd": "2000:aaaa:bbbb:cc00:0:0:0:0/64"}')
-    store = open_store(path, IPv6Network("2000:aaaa:bbbb:cc00::/56"))
+def test_the_originals_own_file_is_read_as_it_is(assignment_file: Path, open_store: OpenStore) -> None:
+    assignment_file.write_text('{"00:11:22:aa:bb:cc": "2000:aaaa:bbbb:ccdd::/64", "00:11:22:aa:bb:dd": "2000:aaaa:bbbb:cc00:0:0:0:0/64"}')
+    store = open_store(assignment_file, IPv6Network("2000:aaaa:bbbb:cc00::/56"))
     assert store.assign("00:11:22:aa:bb:cc") == IPv6Network("2000:aaaa:bbbb:ccdd::/64")
     assert store.assign("00:11:22:aa:bb:dd") == IPv6Network("2000:aaaa:bbbb:cc00::/64")
     assert store.assign("new") == IPv6Network("2000:aaaa:bbbb:cc01::/64")
@@ -2711,16 +2547,15 @@ def test_without_a_file_assignments_live_in_memory(open_store: OpenStore) -> Non
         (b'{"a":' * 100_000, "not a file of assignments"),
     ],
 )
-def test_a_corrupt_file_stops_the_start_with_a_sentence_and_stays_as_it_was(
-    content: bytes, named: str, tmp_path: Path, open_store: OpenStore
-) -> None:
-    path = tmp_path / "assignments.json"
-    path.write_bytes(content)
-    with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(path))}\\b.*{named}") as caught:
-        open_store(path)
+def test_a_corrupt_file_stops_the_start_until_mended(content: bytes, named: str, assignment_file: Path, open_store: OpenStore) -> None:
+    assignment_file.write_bytes(content)
+    with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(assignment_file))}\\b.*{named}") as caught:
+        open_store(assignment_file)
     assert str(caught.value).isprintable()
-    assert path.read_bytes() == content
-    assert sorted(os.listdir(tmp_path)) in (["assignments.json"], ["assignments.json", "assignments.json.lock"])
+    assert assignment_file.read_bytes() == content
+    assert sorted(os.listdir(assignment_file.parent)) in (["assignments.json"], ["assignments.json", "assignments.json.lock"])
+    assignment_file.write_text("{}")  # the lock is free again
+    assert open_store(assignment_file).assign("a") == subnet(0)
 
 
 def test_a_folder_in_place_of_the_file_stops_the_start(tmp_path: Path, open_store: OpenStore) -> None:
@@ -2728,48 +2563,22 @@ def test_a_folder_in_place_of_the_file_stops_the_start(tmp_path: Path, open_stor
         open_store(tmp_path)
 
 
-def test_a_file_cut_short_anywhere_is_refused_and_never_another_map(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    store = open_store(path)
+def test_a_file_cut_short_is_refused_and_left_as_it_is(tmp_path: Path, assignment_file: Path, open_store: OpenStore) -> None:
+    store = open_store(assignment_file)
     whole = {id_: store.assign(id_) for id_ in ("a", "é", '"}')}
-    content = path.read_bytes()
-    for length in range(1, len(content)):  # of nothing at all, `touch` makes an empty map
-        cut = tmp_path / f"{length}.json"
-        cut.write_bytes(content[:length])
-        if content[length:].strip():
-            with pytest.raises(tun6.ConfigError, match=str(cut)):
-                open_store(cut)
-        else:
-            assert saved(cut) == whole
-
-
-def test_a_server_that_does_not_start_with_a_file_cut_short_leaves_it_untouched(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    store = open_store(path)
-    whole = {id_: store.assign(id_) for id_ in ("a", "é", '"}')}
-    content = path.read_bytes()
-    accepted = []
+    content, accepted = assignment_file.read_bytes(), []
     for length in range(len(content)):
         cut = tmp_path / f"{length}.json"
         cut.write_bytes(content[:length])
         before = untouched(cut)
-        try:
-            open_store(cut)
-        except tun6.ConfigError:
-            pass
+        if content[:length].strip() and content[length:].strip():
+            with pytest.raises(tun6.ConfigError, match=str(cut)):
+                open_store(cut)
         else:
+            open_store(cut)
             accepted.append(saved(cut))
         assert untouched(cut) == before, f"cut to {length} bytes"
-    assert accepted == [{}, whole]  # the empty file, and without the last line feed
-
-
-def test_a_start_that_failed_does_not_keep_the_file_locked(tmp_path: Path, open_store: OpenStore) -> None:
-    path = tmp_path / "assignments.json"
-    path.write_text("corrupt")
-    with pytest.raises(tun6.ConfigError, match="not a file of assignments"):
-        open_store(path)
-    path.write_text("{}")
-    assert open_store(path).assign("a") == subnet(0)
+    assert accepted == [{}, whole]  # the empty file, as `touch` makes it, and without the last line feed
 
 
 def test_a_second_server_on_the_same_file_is_refused_until_the_first_ends(tmp_path: Path, open_store: OpenStore) -> None:
@@ -2797,46 +2606,34 @@ def test_a_save_keeps_the_symbolic_link_and_the_mode_of_the_file(tmp_path: Path,
     assert sorted(os.listdir(path.parent)) == ["real.json", "real.json.lock"]
 
 
-def test_an_assignment_is_on_disk_before_it_is_returned(tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "assignments.json"
-    store, fsync, synced = open_store(path), os.fsync, []
-    path.touch()
+def test_an_assignment_is_on_disk_before_it_is_returned(assignment_file: Path, open_store: OpenStore) -> None:
+    store, synced = open_store(assignment_file), []
+    assignment_file.touch()
 
     def note(fd: int) -> None:
-        synced.append((os.fstat(fd).st_ino, path.stat().st_ino))  # of what is made to last, of what has the name
-        fsync(fd)
+        synced.append((os.fstat(fd).st_ino, assignment_file.stat().st_ino))  # of what is made to last, of what has the name
 
-    monkeypatch.setattr(os, "fsync", note)
-    store.assign("a")
-    (file, before), (folder, after) = synced
-    assert file == after != before  # the content before the name
-    assert folder == tmp_path.stat().st_ino  # and then the name
-    store.assign("a")
+    with mock.patch.object(os, "fsync", note):
+        store.assign("a")
+        (file, before), (folder, after) = synced
+        assert file == after != before  # the content before the name
+        assert folder == assignment_file.parent.stat().st_ino  # and then the name
+        store.assign("a")
     assert len(synced) == 2  # nothing new, nothing written
 
 
-def test_many_assignments_at_once_share_few_writes(tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, count = tmp_path / "assignments.json", 200
-    store, fsync, synced = open_store(path), os.fsync, []
-
-    def note(fd: int) -> None:
-        synced.append(fd)
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", note)
-    prefixes = results([spawn(store.assign, str(number)) for number in range(count)])
-    assert prefixes == [subnet(number) for number in range(count)]
-    assert saved(path) == {str(number): subnet(number) for number in range(count)}
-    assert 2 <= len(synced) <= 20
+def test_many_assignments_at_once_share_few_writes(assignment_file: Path, open_store: OpenStore) -> None:
+    store, number = open_store(assignment_file), 200
+    with mock.patch.object(os, "fsync", wraps=os.fsync) as fsync:
+        prefixes = results([spawn(store.assign, str(id_)) for id_ in range(number)])
+    assert prefixes == [subnet(index) for index in range(number)]
+    assert saved(assignment_file) == {str(id_): subnet(id_) for id_ in range(number)}
+    assert 2 <= fsync.call_count <= 20
 
 
-def test_however_a_save_fails_the_id_owns_nothing_new(tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_thread(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    store = open_store(tmp_path / "assignments.json")
-    with monkeypatch.context() as patched:
-        patched.setattr(tun6, "run_in_thread", no_thread)
+def test_however_a_save_fails_the_id_owns_nothing_new(assignment_file: Path, open_store: OpenStore) -> None:
+    store = open_store(assignment_file)
+    with mock.patch.object(tun6, "run_in_thread", side_effect=RuntimeError("can't start new thread")):
         for _ in range(2):  # the second time it is not taken for known
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 store.assign("a")
@@ -2861,28 +2658,18 @@ def test_a_disk_that_can_not_be_written_refuses_newcomers_only_and_later_recover
     assert saved(path) == {"old": subnet(0), **told}
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_full_disk_leaves_a_file_that_is_read_and_owners_that_are_never_two(
-    failing: int, tmp_path: Path, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "assignments.json"
-    store = open_store(path)
+@pytest.mark.parametrize("calls_before", [0, 1])  # the first is for the file, the second for its folder
+def test_a_full_disk_neither_spoils_the_file_nor_makes_two_owners(calls_before: int, assignment_file: Path, open_store: OpenStore) -> None:
+    store = open_store(assignment_file)
     store.assign("old")
-    fsync, calls = os.fsync, []
-
-    def full(fd: int) -> None:
-        calls.append(fd)
-        if len(calls) == failing:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(tun6.StorageError, match="No space left on device"):
-        store.assign("a")
-    assert store.pool.find("a") is None
-    assert saved(path)["old"] == subnet(0)
-    assert store.assign("b") == subnet(1)
-    assert saved(path) == {"old": subnet(0), "b": subnet(1)}
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(os, "fsync", side_effect=[*[None] * calls_before, full, None, None]):
+        with pytest.raises(tun6.StorageError, match="No space left on device"):
+            store.assign("a")
+        assert store.pool.find("a") is None
+        assert saved(assignment_file)["old"] == subnet(0)
+        assert store.assign("b") == subnet(1)
+    assert saved(assignment_file) == {"old": subnet(0), "b": subnet(1)}
 
 
 def crash(path: Path, at: int) -> tuple[int, bool]:
@@ -2927,7 +2714,7 @@ def crash(path: Path, at: int) -> tuple[int, bool]:
 
 
 def test_a_crash_at_any_system_call_leaves_the_old_map_or_the_new_and_all_that_was_told(tmp_path: Path) -> None:
-    maps: list[dict[str, IPv6Network]] = [
+    maps: list[dict[str, IPv6Network | None]] = [
         {"old": subnet(0)},
         {"old": subnet(0), "a": subnet(1)},
         {"old": subnet(0), "a": subnet(1), "b": subnet(2)},
@@ -2945,48 +2732,48 @@ def test_a_crash_at_any_system_call_leaves_the_old_map_or_the_new_and_all_that_w
 
 
 @pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    return tmp_path / "keys.json"
+def key_store(tmp_path: Path) -> tun6.KeyStore:
+    return tun6.KeyStore(str(tmp_path / "keys.json"))
 
 
-def test_only_the_right_key_of_an_id_lets_it_in_and_who_has_none_learns_nothing(key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    key, others, revoked = (store.issue(id_) for id_ in ("a", "other", "revoked"))
-    store.set_revoked("revoked", True)
-    store.check("a", key)
-    denied = refusal_of(store, "nobody", key)
+def reopened(store: tun6.KeyStore) -> tun6.KeyStore:
+    """What another process reads."""
+    return tun6.KeyStore(str(store.path))
+
+
+def test_only_the_right_key_of_an_id_lets_it_in_and_who_has_none_learns_nothing(key_store: tun6.KeyStore) -> None:
+    key, others, revoked = (key_store.issue(id_) for id_ in ("a", "other", "revoked"))
+    key_store.set_revoked("revoked", True)
+    key_store.check("a", key)
+    denied = refusal_of(key_store, "nobody", key)
     assert denied[0] == "denied"
     wrong = ["", "x", others, key[:-1], key + "=", key.swapcase(), "\ud800", "é" * 43]
-    assert {refusal_of(store, "a", each) for each in wrong} == {denied}
-    assert {refusal_of(store, "nobody", each) for each in wrong} == {denied}
-    assert {refusal_of(store, "revoked", each) for each in wrong} == {denied}
-    assert refusal_of(store, "revoked", revoked)[0] == "revoked"
-    store.set_revoked("revoked", False)
-    store.check("revoked", revoked)
+    for id_ in "a", "nobody", "revoked":
+        assert {refusal_of(key_store, id_, each) for each in wrong} == {denied}
+    assert refusal_of(key_store, "revoked", revoked)[0] == "revoked"
+    key_store.set_revoked("revoked", False)
+    key_store.check("revoked", revoked)
 
 
-def test_a_new_key_ends_the_old_one_and_keys_last_over_restarts(key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    ids = ["00:11:22:aa:bb:cc", "é😀", '"{}\\', "a b", "x" * 64]
-    old = {id_: store.issue(id_) for id_ in ids}
-    new = store.issue(ids[0])
-    store.set_revoked(ids[1], True)
-    assert len({new, *old.values()}) == len(ids) + 1
-    again = tun6.KeyStore(str(key_file))
-    assert again.ids() == ids
-    again.check(ids[0], new)
-    assert refusal_of(again, ids[0], old[ids[0]])[0] == "denied"
-    assert refusal_of(again, ids[1], old[ids[1]])[0] == "revoked"
-    for id_ in ids[2:]:
+def test_a_new_key_ends_the_old_one_and_keys_last_over_restarts(key_store: tun6.KeyStore) -> None:
+    old = {id_: key_store.issue(id_) for id_ in IDS}
+    new = key_store.issue(IDS[0])
+    key_store.set_revoked(IDS[1], True)
+    assert len({new, *old.values()}) == len(IDS) + 1
+    again = reopened(key_store)
+    assert again.ids() == IDS
+    again.check(IDS[0], new)
+    assert refusal_of(again, IDS[0], old[IDS[0]])[0] == "denied"
+    assert refusal_of(again, IDS[1], old[IDS[1]])[0] == "revoked"
+    for id_ in IDS[2:]:
         again.check(id_, old[id_])
 
 
-def test_the_keys_file_is_for_its_owner_alone_and_has_no_key_in_it(key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    keys = [store.issue("a"), store.issue("b"), store.issue("b")]
-    assert key_file.stat().st_mode & 0o7777 == 0o600
-    assert os.listdir(key_file.parent) == [key_file.name]
-    text = key_file.read_text()
+def test_the_keys_file_is_for_its_owner_alone_and_has_no_key_in_it(key_store: tun6.KeyStore) -> None:
+    keys = [key_store.issue("a"), key_store.issue("b"), key_store.issue("b")]
+    assert key_store.path.stat().st_mode & 0o7777 == 0o600
+    assert os.listdir(key_store.path.parent) == [key_store.path.name]
+    text = key_store.path.read_text()
     for key in keys:
         assert re.fullmatch("[A-Za-z0-9_-]{43}", key)
         assert key not in text
@@ -3019,65 +2806,57 @@ GOOD_KEY = '"key": "sha256:' + "0a" * 32 + '"'
         ('{"a": {' + GOOD_KEY + ', "revoked": true, "revoked": false}}', "entry 'a'"),
         ('{"a": {' + GOOD_KEY + '}, "b": {"revoked": true}}', "entry 'b'"),
         ('{"a": {' + GOOD_KEY + '}, "a": {' + GOOD_KEY + "}}", "entry 'a': the Id is there twice"),
-        ('{"a\\n": {' + GOOD_KEY + "}}", r"entry 'a\?'.*printable"),
-        ('{"' + "x" * 65 + '": {' + GOOD_KEY + "}}", "entry 'xxx.*64 printable"),
         ("[]", "not one object"),
         ("{" + GOOD_KEY + "}", "entry 'key'"),
         ('{"a": {' + GOOD_KEY + "}", "not a file of keys"),
-        ("a = b", "not a file of keys"),
-        ("\0" * 9, "not a file of keys"),
-        ('{"a":' * 100_000, "not a file of keys"),
     ],
 )
-def test_a_corrupt_keys_file_is_a_sentence_that_names_the_entry_and_changes_nothing(content: str, named: str, key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    key = store.issue("known")
-    key_file.write_text(content)
-    for read in (store.reload, lambda: tun6.KeyStore(str(key_file))):
-        with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(key_file))}\\b.*{named}") as caught:
+def test_a_corrupt_keys_file_is_a_sentence_and_changes_nothing(content: str, named: str, key_store: tun6.KeyStore) -> None:
+    key = key_store.issue("known")
+    key_store.path.write_text(content)
+    for read in (key_store.reload, lambda: reopened(key_store)):
+        with pytest.raises(tun6.ConfigError, match=f"^{re.escape(str(key_store.path))}\\b.*{named}") as caught:
             read()
         assert str(caught.value).isprintable()
-    assert key_file.read_text() == content
-    store.check("known", key)
-    assert store.ids() == ["known"]
+    assert key_store.path.read_text() == content
+    key_store.check("known", key)
+    assert key_store.ids() == ["known"]
 
 
-def test_a_reload_takes_what_the_file_says_now(key_file: Path) -> None:
-    store, editor = tun6.KeyStore(str(key_file)), tun6.KeyStore(str(key_file))
+def test_a_reload_takes_what_the_file_says_now(key_store: tun6.KeyStore) -> None:
+    editor = reopened(key_store)
     gone, replaced, revoked = (editor.issue(id_) for id_ in ("gone", "replaced", "revoked"))
-    store.reload()
+    key_store.reload()
     for id_, key in {"gone": gone, "replaced": replaced, "revoked": revoked}.items():
-        store.check(id_, key)
+        key_store.check(id_, key)
     new = editor.issue("replaced")
     editor.set_revoked("revoked", True)
-    entries = json.loads(key_file.read_text())
+    entries = json.loads(key_store.path.read_text())
     del entries["gone"]
-    key_file.write_text(json.dumps(entries))
-    store.reload()
-    assert refusal_of(store, "gone", gone)[0] == refusal_of(store, "replaced", replaced)[0] == "denied"
-    assert refusal_of(store, "revoked", revoked)[0] == "revoked"
-    store.check("replaced", new)
+    key_store.path.write_text(json.dumps(entries))
+    key_store.reload()
+    assert refusal_of(key_store, "gone", gone)[0] == refusal_of(key_store, "replaced", replaced)[0] == "denied"
+    assert refusal_of(key_store, "revoked", revoked)[0] == "revoked"
+    key_store.check("replaced", new)
 
 
-def test_an_edit_of_the_keys_that_is_not_read_yet_is_not_written_over(tmp_path: Path) -> None:
-    path = tmp_path / "keys.json"
-    store = tun6.KeyStore(str(path))
-    stolen = store.issue("stolen")
-    store.issue("b")
-    edit = path.read_text().replace('"}', '", "revoked": true}', 1)
-    path.write_text(edit)
-    for change in (lambda: store.issue("c"), lambda: store.set_revoked("b", True)):
+def test_an_edit_of_the_keys_that_is_not_read_yet_is_not_written_over(key_store: tun6.KeyStore) -> None:
+    stolen = key_store.issue("stolen")
+    key_store.issue("b")
+    edit = key_store.path.read_text().replace('"}', '", "revoked": true}', 1)
+    key_store.path.write_text(edit)
+    for change in (lambda: key_store.issue("c"), lambda: key_store.set_revoked("b", True)):
         with pytest.raises(tun6.RequestError, match=r"keys\.json was edited.*kill -HUP"):
             change()
-    path.write_text(edit + "}")  # and a wrong one is not read either
+    key_store.path.write_text(edit + "}")  # and a wrong one is not read either
     with pytest.raises(tun6.ConfigError):
-        store.reload()
+        key_store.reload()
     with pytest.raises(tun6.RequestError, match="was edited"):
-        store.issue("c")
-    path.write_text(edit)
-    store.reload()
-    store.issue("c")
-    for reader in (store, tun6.KeyStore(str(path))):
+        key_store.issue("c")
+    key_store.path.write_text(edit)
+    key_store.reload()
+    key_store.issue("c")
+    for reader in (key_store, reopened(key_store)):
         assert refusal_of(reader, "stolen", stolen)[0] == "revoked"
         assert reader.ids() == ["stolen", "b", "c"]
 
@@ -3085,25 +2864,24 @@ def test_an_edit_of_the_keys_that_is_not_read_yet_is_not_written_over(tmp_path: 
 def test_a_save_of_keys_that_fails_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "keys.json"
     path.parent.mkdir()
-    store = tun6.KeyStore(str(path))
-    key = store.issue("a")
+    key_store = tun6.KeyStore(str(path))
+    key = key_store.issue("a")
     path.parent.rename(tmp_path / "away")
-    for change in (lambda: store.issue("a"), lambda: store.issue("b"), lambda: store.set_revoked("a", True)):
+    for change in (lambda: key_store.issue("a"), lambda: key_store.issue("b"), lambda: key_store.set_revoked("a", True)):
         with pytest.raises(tun6.StorageError, match=f"^{path} can't be written: No such file"):
             change()
-        store.check("a", key)
-        assert store.ids() == ["a"]
+        key_store.check("a", key)
+        assert key_store.ids() == ["a"]
     (tmp_path / "away").rename(path.parent)
     with pytest.raises(KeyError):
-        store.set_revoked("nobody", True)
-    store.check("a", key)
-    assert tun6.KeyStore(str(path)).ids() == ["a"]
+        key_store.set_revoked("nobody", True)
+    key_store.check("a", key)
+    assert reopened(key_store).ids() == ["a"]
 
 
-def test_changes_of_keys_at_once_are_all_kept(key_file: Path) -> None:
-    store = tun6.KeyStore(str(key_file))
-    keys = results([spawn(store.issue, str(number)) for number in range(20)])
-    again = tun6.KeyStore(str(key_file))
+def test_changes_of_keys_at_once_are_all_kept(key_store: tun6.KeyStore) -> None:
+    keys = results([spawn(key_store.issue, str(number)) for number in range(20)])
+    again = reopened(key_store)
     for number, key in enumerate(keys):
         again.check(str(number), key)
 
