@@ -1061,8 +1061,12 @@ class TlsSocket:
         return bool(data)
 
 
-def hello_of(id_: str, key: str | None = None, bare: bool = False) -> bytes:
-    return hello(id_, key, None if bare else [])
+def tls_client_hello() -> bytes:
+    """The first bytes that a TLS client says."""
+    outgoing = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        trusting().wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
+    return outgoing.read()
 
 
 class TlsPeer(Peer):
@@ -3887,14 +3891,6 @@ def test_a_refused_peer_that_goes_on_sending_is_cut_off(tunnel: Tunnel, server: 
             peer.sock.sendall(bytes(1 << 16))
 
 
-def tls_client_hello() -> bytes:
-    """The first bytes that a TLS client says."""
-    outgoing = ssl.MemoryBIO()
-    with pytest.raises(ssl.SSLWantReadError):
-        trusting().wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
-    return outgoing.read()
-
-
 @pytest.mark.waits
 def test_a_peer_without_whole_hello_is_dropped_after_ten_seconds_and_disturbs_nobody(tunnel: Tunnel, site: Site) -> None:
     server = site.serve(keys=None)
@@ -4996,17 +4992,9 @@ def test_older_tls_is_not_spoken(site: Site, open_server: Program) -> None:
         context.wrap_socket(site.tunnel.connect().sock)
 
 
-def client_hello() -> bytes:
-    """The first bytes that a TLS client says."""
-    outgoing = ssl.MemoryBIO()
-    with pytest.raises(ssl.SSLWantReadError):
-        trusting().wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
-    return outgoing.read()
-
-
 def garbage_behind_0x16() -> list[bytes]:
     """What begins as TLS does and is none."""
-    hello = client_hello()
+    hello = tls_client_hello()
     return [
         b"\x16",
         b"\x16\x03\x01",
@@ -5048,7 +5036,7 @@ def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab:
 @pytest.mark.parametrize("over_tls", [False, True], ids=["plain", "TLS"])
 def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site: Site, open_server: Program, over_tls: bool) -> None:
     stopped = [site.tunnel.connect() for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
-    for peer, said in zip(stopped, itertools.cycle([client_hello()[:200], b"\x16"] if over_tls else [b"{"])):
+    for peer, said in zip(stopped, itertools.cycle([tls_client_hello()[:200], b"\x16"] if over_tls else [b"{"])):
         peer.sock.sendall(said)
     site.tunnel.visit("elsewhere", "server")
 
@@ -5108,7 +5096,7 @@ def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(site: Site, w
         tls_peer(site, "tls by hand", keys["tls by hand"], bare=True).connected().echo()
     else:
         peer = site.tunnel.connect()
-        peer.sock.sendall(client_hello())
+        peer.sock.sendall(tls_client_hello())
         assert peer.answer() == {"Error": "bad-hello", "Text": "it speaks TLS, and there is no `cert` in config.ini"}
     served = {id_ for id_, what in expected.items() if what == "served"}
     assert set(server.said(r"INFO '(.+?)' from .*: has ", len(served))) == served
@@ -5812,20 +5800,6 @@ def test_a_server_whose_disk_does_not_answer_stops_in_time_and_undoes_everything
         tunnel.peer("newcomer")
         wait_until("the save is under way", (tmp_path / "assignments.json.new").exists)
         assert server.stop() < SERVER_ENDS_S
-
-
-def test_a_server_does_not_start_with_a_corrupt_file_or_that_of_a_live_one(tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
-    in_use, corrupt = tmp_path / "assignments.json", tmp_path / "corrupt.json"
-    peer = tunnel.peer("client").connected()
-    corrupt.write_text('{"a": "2001:db8:1::/64", "b": "2001:db8:1:0::/64"}')
-    for path, why in ((in_use, "is in use by another tun6 server"), (corrupt, "entry 'b'.*already the prefix of 'a'")):
-        before = untouched(path)
-        config = tunnel.config("server", listenport=tunnel.port + 5000, prefixrange=POOL, assignments=path)
-        done = tunnel.lab.run("server", sys.executable, TUN6, "server", "-c", str(config), timeout=10)
-        assert re.search(f"^tun6: {path}.* {why}", only_line(done, 2))
-        assert untouched(path) == before
-    peer.echo()
-    tunnel.visit("newcomer")
 
 
 class FaultyIp:
