@@ -559,10 +559,11 @@ class Program:
 
     def __init__(self, lab: Lab, host: str, role: str, config: Path, log: Path) -> None:
         self.lab, self.host, self.role, self.config, self._log = lab, host, role, config, log
+        log.write_text("")
         self.start()
 
     def start(self) -> None:
-        """Also starts it again when it has ended, with the same log."""
+        """Also starts it again when it has ended; its log goes on."""
         command = (sys.executable, TUN6, self.role, "-v", "-c", str(self.config))
         with open(self._log, "a") as stderr:
             self.process = self.lab.popen(self.host, *command, stderr=stderr, stdin=subprocess.DEVNULL)
