@@ -174,6 +174,18 @@ def with_checksum(packet: bytes) -> bytes:
     return packet[:46] + struct.pack(">H", checksum or 0xFFFF) + packet[48:]
 
 
+def udp_between(source: IPv6Address, destination: IPv6Address, payload: bytes) -> bytes:
+    """A UDP packet as RFC 768 wants it, to the port that throws away."""
+    return with_checksum(between(source, destination, struct.pack(">HHHH", 1000, 9, 8 + len(payload), 0) + payload, UDP))
+
+
+def icmp_between(source: IPv6Address, destination: IPv6Address, kind: int, body: bytes) -> bytes:
+    """An ICMPv6 packet with hop limit 255, as neighbours have to send it."""
+    made = between(source, destination, bytes([kind, 0, 0, 0]) + body, 58)
+    checksum = ~internet_sum(made[8:40] + struct.pack(">II", len(made) - 40, 58) + made[40:]) & 0xFFFF
+    return made[:7] + b"\xff" + made[8:42] + struct.pack(">H", checksum) + made[44:]
+
+
 OPEN_UDP = offload(csum_offset=6)
 
 
@@ -293,6 +305,16 @@ def spawn(function: Callable[..., object], *args: object) -> Any:
             return error
 
     return gevent.spawn(run)
+
+
+def becomes_true(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether it does within so many seconds, in which other greenlets go on."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        gevent.sleep(0.02)
+    return True
 
 
 def results(greenlets: list[Any]) -> list[Any]:
@@ -447,17 +469,34 @@ def way_to_internet(lab: Lab, host: str = "client") -> str:
 
 
 @contextmanager
+def changed(lab: Lab, host: str, *commands: str) -> Iterator[None]:
+    """Runs commands of `ip` that add or delete something, and undoes them at the end."""
+    opposite = {"add": "del", "del": "add"}
+    with ExitStack() as undo:
+        for command in commands:
+            what, do, which = re.split(" (add|del) ", command)
+            lab.ip(host, command)
+            undo.callback(lab.ip, host, f"{what} {opposite[do]} {which.replace(' nodad', '')}")
+        yield
+
+
+@contextmanager
+def sysctl(lab: Lab, host: str, name: str, value: str) -> Iterator[None]:
+    """A sysctl of the host has this value meanwhile."""
+    with lab.inside(host):
+        before = tun6.read_sysctl(name)
+    lab.set_sysctl(host, name, value)
+    try:
+        yield
+    finally:
+        lab.set_sysctl(host, name, before)
+
+
+@contextmanager
 def lan_behind(lab: Lab, prefix: IPv6Network) -> Iterator[str]:
     """The prefix's addresses on the LAN behind the client; gives that of the host there."""
-    commands = (
-        ("client", "addr", f"{prefix[2]}/64 dev eth1"),
-        ("lan", "addr", f"{prefix[16]}/64 dev eth0"),
-        ("lan", "-6 route", f"default via {prefix[2]}"),
-    )
-    with ExitStack() as undo:
-        for host, what, which in commands:
-            lab.ip(host, f"{what} add {which}{' nodad' if what == 'addr' else ''}")
-            undo.callback(lab.ip, host, f"{what} del {which}")
+    of_the_host = (f"addr add {prefix[16]}/64 dev eth0 nodad", f"-6 route add default via {prefix[2]}")
+    with changed(lab, "client", f"addr add {prefix[2]}/64 dev eth1 nodad"), changed(lab, "lan", *of_the_host):
         wait_until("the LAN host reaches its router", lambda: lab.pings("lan", str(prefix[2])))
         yield str(prefix[16])
 
@@ -471,6 +510,11 @@ def ping(lab: Lab, host: str, address: str = Lab.INTERNET, size: int = 56, count
     wait_until(f"{host} pings {address} with {size} bytes", comes_back)
     for number in range(count):
         assert comes_back(), f"ping {number} of {size} bytes from {host} to {address} was lost"
+
+
+def socket_on(lab: Lab, host: str, family: int = socket.AF_INET6, kind: int = socket.SOCK_DGRAM, protocol: int = 0) -> socket.socket:
+    with lab.inside(host):
+        return socket.socket(family, kind, protocol)
 
 
 class SocketOwner:
@@ -489,8 +533,7 @@ class Echo(SocketOwner):
     """Pings the Internet host from a host's own socket: what `send` has returned from is in the TUN's queue."""
 
     def __init__(self, lab: Lab, host: str = "client") -> None:
-        with lab.inside(host):
-            self.sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+        self.sock = socket_on(lab, host, socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
         self.sock.settimeout(5)
 
     def send(self, number: int) -> None:
@@ -510,9 +553,7 @@ def tcp_between(lab: Lab, source: str, sink: str, address: str) -> Iterator[tupl
     """One TCP connection to this address of the sink: its end on the source, and that on the sink."""
     with lab.inside(sink):
         listener = socket.create_server((address, 0), family=socket.AF_INET6)
-    with lab.inside(source):
-        sender = socket.socket(socket.AF_INET6)
-    with listener, sender:
+    with listener, socket_on(lab, source, kind=socket.SOCK_STREAM) as sender:
         for sock in (listener, sender):
             sock.settimeout(20)
         sender.connect(listener.getsockname()[:2])
@@ -656,13 +697,14 @@ class Tunnel:
         }[role]
         return write_ini(self._folder / f"{len(self._programs)}-{role}.ini", **{role: {**usual, **settings}})
 
-    def fails(self, role: str, host: str, **settings: object) -> str:
-        """Starts a tun6 that can't begin: it must exit with 1 and say why in one sentence, which this gives."""
-        done = self.lab.run(host, sys.executable, TUN6, role, "-c", str(self.config(role, **settings)), timeout=10)
-        assert done.returncode == 1, done.stderr
+    def failure_at_start(self, role: str, status: int = 1, host: str = "", /, **settings: object) -> str:
+        """Starts a tun6 that can not begin: it must exit with this status and say why in one sentence, which this gives."""
+        done = self.lab.run(host or role, sys.executable, TUN6, role, "-c", str(self.config(role, **settings)), timeout=10)
+        assert (done.returncode, done.stdout) == (status, ""), done.stderr
         assert "Traceback" not in done.stderr
         (sentence,) = re.findall(r"^tun6: (.*)$", done.stderr, re.MULTILINE)
         assert done.stderr.endswith(f"tun6: {sentence}\n")
+        assert status == 1 or done.stderr == f"tun6: {sentence}\n"  # a wrong configuration is found before there is anything to log
         return str(sentence)
 
     def peer(self, id_: str = "by-hand", host: str = "client", offload: list[str] | None = None) -> Peer:
@@ -735,10 +777,6 @@ def only_line(done: subprocess.CompletedProcess[str], status: int) -> str:
     return done.stderr
 
 
-def config_of(program: Program) -> str:
-    return str(program.config)
-
-
 def asked(config: Path, command: str, *words: str) -> Any:
     """What a command of tun6.py answers in JSON."""
     done = run_tun6(command, "-c", str(config), "--json", *words)
@@ -753,6 +791,17 @@ def status_of(server: Program) -> dict[str, Any]:
 def memory(program: Program) -> int:
     """Bytes that it has in RAM."""
     return int(re.findall(r"^VmRSS:\s*(\d+) kB", Path(f"/proc/{program.process.pid}/status").read_text(), re.MULTILINE)[0]) << 10
+
+
+def served(visit: Callable[..., object], id_: str, host: str, seconds: float) -> None:
+    """A client that comes again whenever it is turned away is served within this time, by the visit of a Tunnel or a Site."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        with suppress(EOFError, OSError):
+            visit(id_, host=host)
+            break
+        time.sleep(0.1)
+    assert time.monotonic() - began < seconds, "an honest client is locked out"
 
 
 @contextmanager
@@ -865,8 +914,7 @@ class Peer(SocketOwner):
     """A connection to the server, spoken by hand from a host of the lab."""
 
     def __init__(self, lab: Lab, port: int, host: str = "client", source: str = "") -> None:
-        with lab.inside(host):
-            self.sock = socket.socket()
+        self.sock = socket_on(lab, host, socket.AF_INET, socket.SOCK_STREAM)
         self.sock.settimeout(5)
         self.sock.bind((source, 0))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -925,13 +973,23 @@ class Peer(SocketOwner):
             return "reset"
         return "closed"
 
+    def do(self, *steps: Step) -> None:
+        for step in steps:
+            if isinstance(step, bytes):
+                self.sock.sendall(step)
+            else:
+                step(self)
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def half_close(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
+
     def reset(self) -> None:
         """Leaves with RST."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
-
-    def send_segment(self, data: bytes) -> None:
-        send_segments(self.sock, [data])
 
     def _more(self) -> None:
         data = self.sock.recv(65_536)
@@ -940,12 +998,8 @@ class Peer(SocketOwner):
         self._buffer += data
 
 
-def half_close(peer: Peer) -> None:
-    peer.sock.shutdown(socket.SHUT_WR)
-
-
-def send_garbage(peer: Peer) -> None:
-    peer.sock.sendall(b"\x45" + bytes(100))
+Step = Union[bytes, Callable[[Peer], object]]  # what a peer sends, or what is done with it
+GARBAGE = b"\x45" + bytes(100)  # begins as IPv4 does
 
 
 class ServerByHand(SocketOwner):
@@ -975,11 +1029,14 @@ def all_of(sock: socket.socket) -> bytes:
     return data
 
 
-def certificate(folder: Path) -> Path:
-    """A new certificate with its key, in one PEM file."""
-    path = folder / "server.pem"
-    make_certificate(path)
-    return path
+def received_up_to(sock: socket.socket, last: bytes) -> bytes:
+    """What comes, until these bytes have come."""
+    stream = b""
+    while last not in stream:
+        data = sock.recv(1 << 16)
+        assert data, "the other side closed the connection"
+        stream += data
+    return stream
 
 
 def fingerprint_in(pem: str) -> str:
@@ -997,11 +1054,29 @@ def make_certificate(path: Path, *options: str) -> str:
     return fingerprint_in(made.stdout)
 
 
+@pytest.fixture
+def cert(tmp_path: Path) -> Path:
+    make_certificate(tmp_path / "server.pem")
+    return tmp_path / "server.pem"
+
+
 def trusting() -> ssl.SSLContext:
     """TLS that takes any certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
+
+
+def tls_pair(client: ssl.SSLContext, cert: Path) -> tuple[ssl.SSLObject, ssl.SSLObject, ssl.MemoryBIO]:
+    """A client's and a server's end of TLS, and what the client says to the server, when they have shaken hands."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    near = client.wrap_bio(to_client, to_server)
+    far = tun6.server_tls_context(str(cert)).wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(4):
+        for end in near, far:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return near, far, to_server
 
 
 class TlsSocket:
@@ -1078,15 +1153,7 @@ class TlsPeer(Peer):
         super().__init__(lab, port, host)
         self.tls = TlsSocket(self.sock, **options)
         self.sock = cast(socket.socket, self.tls)
-
-    def say(self, id_: str, key: str | None = None, bare: bool = False) -> TlsPeer:
-        """Says its hello; bare: as a legacy client does, that takes no offload headers."""
-        self.hello(id_, None if bare else [], key)
-        return self
-
-    def ends_at_once(self) -> bool:
-        """Whether the server ends the connection by itself."""
-        return self.ended() in ("closed", "reset")
+        self._header = bytes(10)
 
 
 class Site:
@@ -1123,9 +1190,23 @@ class Site:
         """What `clients list` says of the Id."""
         return next(entry for entry in self.clients("list") if entry["id"] == id_)
 
+    def connect(self, host: str = "client", **options: Any) -> TlsPeer:
+        """A client spoken by hand inside TLS that has said nothing. The options are those of TlsSocket."""
+        peer = TlsPeer(self.tunnel.lab, self.tunnel.port, host, **options)
+        self.tunnel._undo.callback(peer.sock.close)
+        return peer
+
     def peer(self, id_: str, key: str | None = None, host: str = "client", bare: bool = False) -> TlsPeer:
-        """A client spoken by hand inside TLS that has said its hello."""
-        return TlsPeer(self.tunnel.lab, self.tunnel.port, host).say(id_, key, bare)
+        """One that has said its hello; bare: as a legacy client does, that takes no offload headers."""
+        peer = self.connect(host)
+        peer.hello(id_, None if bare else [], key)
+        return peer
+
+    def visit(self, id_: str, key: str | None = None, host: str = "client") -> IPv6Network:
+        """One that comes, pings and leaves; gives its prefix."""
+        with self.peer(id_, key, host) as peer:
+            peer.connected().echo()
+            return peer.prefix
 
     def answer(self, id_: str, key: str | None) -> dict[str, Any]:
         with self.peer(id_, key) as peer:
@@ -2312,16 +2393,10 @@ def test_one_flush_writes_about_a_batch_so_that_others_get_their_turn() -> None:
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("whole_batches", [False, True])
-def test_real_tls_records_of_large_batches_arrive_whole(whole_batches: bool, version: ssl.TLSVersion, tmp_path: Path) -> None:
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+def test_real_tls_records_of_large_batches_arrive_whole(whole_batches: bool, version: ssl.TLSVersion, cert: Path) -> None:
     context = tun6.client_tls_context(pinned=True)
     context.minimum_version = context.maximum_version = version
-    sender = context.wrap_bio(to_client, to_server)
-    receiver = tun6.server_tls_context(str(certificate(tmp_path))).wrap_bio(to_server, to_client, server_side=True)
-    for _ in range(4):
-        for end in sender, receiver:
-            with suppress(ssl.SSLWantReadError):
-                end.do_handshake()
+    sender, receiver, to_server = tls_pair(context, cert)
     buffer, rng, link = OutputBuffer(), random.Random(1), bytearray()
 
     def encrypt(data: Bytes) -> memoryview:
@@ -2400,13 +2475,6 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
 # ---- storage ---------------------------------------------------------------------------------------------------------
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Lets the other greenlets run until it is true, for five seconds at most."""
-    with gevent.Timeout(5):
-        while not condition():
-            gevent.sleep(0)
-
-
 class GatedWork:
     """The work of a GroupCommit: each call waits at a gate, and then negates its items, or fails if `wrong` is one of them."""
 
@@ -2419,7 +2487,7 @@ class GatedWork:
     def submit_each(self, number: int) -> list[Any]:
         """Greenlets that submit 0, 1, 2 and so on, all waiting; the others come when the first is being worked on."""
         greenlets = [spawn(self.submit, 0)]
-        until(lambda: self.batches)
+        assert becomes_true(lambda: self.batches, 5)
         greenlets += [spawn(self.submit, item) for item in range(1, number)]
         gevent.sleep(0)  # each has run up to its wait
         return greenlets
@@ -2459,7 +2527,7 @@ def test_killing_a_caller_neither_loses_nor_repeats_the_work_of_the_others() -> 
     work = GatedWork()
     callers = work.submit_each(5)
     work.open_gate(1)
-    until(lambda: len(work.batches) == 2)
+    assert becomes_true(lambda: len(work.batches) == 2, 5)
     for number in 1, 3:
         callers[number].kill()
     callers.append(spawn(work.submit, 5))
@@ -2987,21 +3055,10 @@ def test_where_the_kernel_gives_no_larger_buffer_devices_are_watched_all_the_sam
 # ---- connections -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cert(tmp_path: Path) -> Path:
-    return certificate(tmp_path)
-
-
 @pytest.mark.parametrize(("aes", "ciphers"), [(True, "AES"), (False, "CHACHA20")])
 def test_a_client_gets_the_cipher_that_is_fast_on_its_cpu(aes: bool, ciphers: str, cert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tun6, "has_aes_instructions", lambda: aes)
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = tun6.client_tls_context(pinned=True).wrap_bio(to_client, to_server)
-    server = tun6.server_tls_context(str(cert)).wrap_bio(to_server, to_client, server_side=True)
-    for _ in range(4):
-        for end in client, server:
-            with suppress(ssl.SSLWantReadError):
-                end.do_handshake()
+    client, _, _ = tls_pair(tun6.client_tls_context(pinned=True), cert)
     cipher = client.cipher()
     assert cipher
     assert ciphers in cipher[0]
@@ -3322,10 +3379,7 @@ REQUIRED = {"server": SERVER, "client": CLIENT}
 
 def write_config(folder: Path, **sections: dict[str, str]) -> str:
     """A config.ini; gives its path."""
-    path = folder / "config.ini"
-    lines = [f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()) for name, keys in sections.items()]
-    path.write_text("\n".join(lines))
-    return str(path)
+    return str(write_ini(folder / "config.ini", **sections))
 
 
 def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) -> None:
@@ -3722,18 +3776,14 @@ def expect_answer(lab: Lab, address: IPv6Address, text: str) -> None:
 
 
 def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel) -> None:
-    lab.ip("server", f"-6 route add default via {Lab.INTERNET}")
-    lab.set_sysctl("internet", "net.ipv6.conf.all.forwarding", "1")  # so it is the provider's router, which sends the pool back to us
-    try:
+    its_router = changed(lab, "server", f"-6 route add default via {Lab.INTERNET}")
+    with its_router, sysctl(lab, "internet", "net.ipv6.conf.all.forwarding", "1"):  # the provider's, which sends the pool back to us
         server = tunnel.server()
         assert (server_devices(lab), server_routes(lab)) == (set(), set())
         assert server_routes(lab, "unreachable") == {str(tunnel.pool)}
         expect_answer(lab, tunnel.pool[1], "Destination unreachable")
         server.stop()
         expect_answer(lab, tunnel.pool[1], "Time exceeded")  # without the server, it loops
-    finally:
-        lab.set_sysctl("internet", "net.ipv6.conf.all.forwarding", "0")
-        lab.ip("server", f"-6 route del default via {Lab.INTERNET}")
 
 
 def test_an_address_in_no_lan_of_the_client_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel, server: Program) -> None:
@@ -3758,26 +3808,12 @@ def test_a_client_without_default_route_leaves_the_way_to_the_internet_alone(lab
 
 
 def test_an_existing_default_route_is_in_effect_again_when_the_client_has_gone(lab: Lab, tunnel: Tunnel, server: Program) -> None:
-    lab.ip("client", "-6 route add default dev eth1 metric 1024")
-    try:
+    with changed(lab, "client", "-6 route add default dev eth1 metric 1024"):
         client = tunnel.client()
         client.prefix()
         assert way_to_internet(lab) == "tun6"
         client.stop()
         assert way_to_internet(lab) == "eth1"
-    finally:
-        lab.ip("client", "-6 route del default dev eth1 metric 1024")
-
-
-def failure_at_start(tunnel: Tunnel, role: str, status: int, **settings: object) -> str:
-    """Starts a tun6 that can not begin: it must exit with this status and say why in one sentence, which this gives."""
-    done = tunnel.lab.run(role, sys.executable, TUN6, role, "-c", str(tunnel.config(role, **settings)), timeout=10)
-    assert (done.returncode, done.stdout) == (status, ""), done.stderr
-    assert "Traceback" not in done.stderr
-    (sentence,) = re.findall(r"^tun6: (.*)$", done.stderr, re.MULTILINE)
-    assert done.stderr.endswith(f"tun6: {sentence}\n")
-    assert status == 1 or done.stderr == f"tun6: {sentence}\n"  # a wrong configuration is found before there is anything to log
-    return str(sentence)
 
 
 def test_a_start_that_fails_says_why_and_leaves_the_others_alone(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
@@ -3802,7 +3838,7 @@ def test_a_start_that_fails_says_why_and_leaves_the_others_alone(lab: Lab, tunne
         ("client", 1, {"tun": "eth1"}, "TUN device eth1 can't be made: .*"),
     ]
     for role, status, options, sentence in starts:
-        assert re.fullmatch(sentence, failure_at_start(tunnel, role, status, **options))
+        assert re.fullmatch(sentence, tunnel.failure_at_start(role, status, **options))
         assert [untouched(file) for file in files] == before
         assert server_routes(lab, "unreachable") == {str(tunnel.pool)}
         peer.echo()
@@ -3811,12 +3847,9 @@ def test_a_start_that_fails_says_why_and_leaves_the_others_alone(lab: Lab, tunne
 
 
 def test_without_ipv6_in_the_kernel_nothing_starts(lab: Lab, tunnel: Tunnel) -> None:
-    lab.set_sysctl("second", "net.ipv6.conf.default.disable_ipv6", "1")
-    try:
+    with sysctl(lab, "second", "net.ipv6.conf.default.disable_ipv6", "1"):
         for role in ("server", "client"):
-            assert tunnel.fails(role, "second").startswith("IPv6 is off in this kernel")
-    finally:
-        lab.set_sysctl("second", "net.ipv6.conf.default.disable_ipv6", "0")
+            assert tunnel.failure_at_start(role, 1, "second").startswith("IPv6 is off in this kernel")
 
 
 @pytest.mark.parametrize(
@@ -3832,6 +3865,12 @@ def test_a_server_that_starts_warns_once(tunnel: Tunnel, host: str, options: dic
     server = tunnel.server(host, **options)
     server.wait_for(f"WARNING {warning}")
     server.said("WARNING (?!open: whoever reaches port)", 1)
+
+
+def parts_of(stream: bytes, at: set[int]) -> list[bytes]:
+    """The parts of the stream between these places."""
+    ends = [*sorted(at & set(range(len(stream)))), len(stream)]
+    return [stream[start:end] for start, end in zip([0, *ends], ends)]
 
 
 FEW_EXAMPLES = settings(
@@ -3857,8 +3896,7 @@ def test_however_hello_and_packets_are_cut_into_segments_all_arrives(
     with tunnel.connect() as peer:
         peer._header = bytes(10) if "Offload" in hello else b""
         stream = json.dumps(hello).encode() + b"".join(peer._header + echo_request(prefix[1], number) for number in range(50, 60))
-        for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(stream)]):
-            peer.send_segment(stream[start:end])
+        send_segments(peer.sock, parts_of(stream, cuts))
         assert peer.connected().prefix == prefix
         for number in range(50, 60):
             peer.expect_reply(number)
@@ -4064,32 +4102,22 @@ def test_a_client_removes_the_route_that_a_killed_one_left(lab: Lab, tunnel: Tun
     assert unreachable() == []
 
 
-def leave(peer: Peer) -> None:
-    peer.sock.close()
-
-
-def send_jumbogram(peer: Peer) -> None:
-    peer.sock.sendall(struct.pack(">IHBB", 6 << 28, 0, 0, 64) + bytes(32 + 100))
-
-
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        (leave, "(the peer closed the connection|Connection reset by peer)"),  # reset when frames wait that it has not read
-        (half_close, "the peer closed the connection"),
+        (Peer.close, "(the peer closed the connection|Connection reset by peer)"),  # reset when frames wait that it has not read
+        (Peer.half_close, "the peer closed the connection"),
         (Peer.reset, "Connection reset by peer"),
-        (send_garbage, "frame that begins with 0x45 is no IPv6 packet"),
-        (send_jumbogram, "frame is a jumbogram"),
+        (GARBAGE, "frame that begins with 0x45 is no IPv6 packet"),
+        (packet(next_header=HOP_BY_HOP) + bytes(100), "frame is a jumbogram"),
     ],
     ids=["close", "half-close", "reset", "garbage", "jumbogram"],
 )
-def test_whatever_the_peer_does_ends_its_own_session_alone_and_wholly(
-    lab: Lab, tunnel: Tunnel, server: Program, end: Callable[[Peer], None], reason: str
-) -> None:
+def test_whatever_a_peer_does_ends_its_own_session_alone(lab: Lab, tunnel: Tunnel, server: Program, end: Step, reason: str) -> None:
     other, peer = tunnel.peer("by-stander").connected(), tunnel.peer("culprit").connected()
     peer.echo()
     assert len(server_devices(lab)) == 2
-    end(peer)
+    peer.do(end)
     server.wait_for(f"'culprit' from .*: gone, {reason}; after . s, [1-9][0-9]* bytes received, [1-9][0-9]* sent, 0 packets dropped")
     wait_until("its TUN and route go", lambda: len(server_devices(lab)) == 1 and server_routes(lab) == {str(other.prefix)})
     other.echo()
@@ -4134,8 +4162,7 @@ def test_a_server_told_to_stop_in_the_midst_of_a_hello_ends_in_time(tunnel: Tunn
 def test_a_server_stops_in_time_while_a_client_does_not_read(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     not_reading, other = tunnel.crowd(2)
     (device,) = [route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {not_reading.prefix}"))]
-    with lab.inside("internet"):
-        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sender = socket_on(lab, "internet")
 
     def drops() -> int:
         for _ in range(500):
@@ -4401,20 +4428,17 @@ def test_a_legacy_server_gets_one_packet_a_recv_and_traffic_works_both_ways(lab:
 
 
 def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunnel: Tunnel) -> None:
-    with lab.inside("client"):
-        autocorking = tun6.read_sysctl("net.ipv4.tcp_autocorking")
-    lab.set_sysctl("client", "net.ipv4.tcp_autocorking", "0")  # so that each send is a segment, and can be told on the way
-    try:
+    with sysctl(lab, "client", "net.ipv4.tcp_autocorking", "0"):  # so that each send is a segment, and can be told on the way
         with LegacyServer(lab, tunnel):
             client = tunnel.client()
             client.prefix()
         client.wait_for("WARNING no connection")
-        with Echo(lab) as echo, lab.inside("server"):
+        with Echo(lab) as echo:
             for number in range(8):  # fewer than the segments that TCP may send at once
                 echo.send(number)
-            sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
-            sniffer.bind(("eth0", 0x0800))
+        sniffer = socket_on(lab, "server", socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
         with sniffer, LegacyServer(lab, tunnel):
+            sniffer.bind(("eth0", 0x0800))
             client.prefix(times=2)
             sniffer.settimeout(5)
             segments: dict[int, bytes] = {}  # by sequence number: a retransmission is no send
@@ -4428,8 +4452,6 @@ def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunn
         hello, *frames = segments.values()
         assert json.loads(hello)
         assert all(map(is_one_packet, frames))
-    finally:
-        lab.set_sysctl("client", "net.ipv4.tcp_autocorking", autocorking)
 
 
 def test_a_client_keeps_its_tun_from_a_modern_server_to_a_legacy_one_and_back(lab: Lab, tunnel: Tunnel, server: Program) -> None:
@@ -4455,9 +4477,7 @@ def test_a_client_keeps_its_tun_from_a_modern_server_to_a_legacy_one_and_back(la
 
 def send_datagrams_at_once(lab: Lab, size: int) -> None:
     """The client's host sends four UDP datagrams, which the kernel hands on as one packet while the TUN may have it."""
-    with lab.inside("client"):
-        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    with sender:
+    with socket_on(lab, "client") as sender:
         sender.setsockopt(socket.SOL_UDP, 103, size // 4)  # UDP_SEGMENT, linux/udp.h
         sender.sendto(bytes(size), (Lab.INTERNET, 9))
 
@@ -4520,9 +4540,7 @@ def paused(program: Program) -> Iterator[None]:
 def send_datagrams(lab: Lab, payloads: list[bytes], finished: bool) -> None:
     """Sends them from the client; finished: with their checksums, which the kernel else leaves to the TUN's other end."""
     source = IPv6Address(next(address.split("/")[0] for address in addresses(lab) if address.startswith("2001:db8:1")))
-    with lab.inside("client"):
-        sock = socket.socket(socket.AF_INET6, *((socket.SOCK_RAW, UDP) if finished else (socket.SOCK_DGRAM, 0)))
-    with sock:
+    with socket_on(lab, "client", socket.AF_INET6, *((socket.SOCK_RAW, UDP) if finished else (socket.SOCK_DGRAM, 0))) as sock:
         sock.bind((str(source), 0 if finished else 1000))
         for payload in payloads:
             made = between(source, ABROAD, struct.pack(">HHHH", 1000, 4000, 8 + len(payload), 0) + payload, UDP)
@@ -4546,9 +4564,7 @@ def test_datagrams_that_wait_together_travel_joined_and_arrive_as_they_were(lab:
     assert [part[48:] for part in cut] == payloads
     assert frames < 20
     tunnel.server()
-    with lab.inside("internet"):
-        sink = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    with sink:
+    with socket_on(lab, "internet") as sink:
         sink.bind((Lab.INTERNET, 4000))
         sink.settimeout(10)
         client.prefix(times=2)
@@ -4655,10 +4671,9 @@ class Capture:
     """The IPv6 packets that cross a device of a host from now on, in both directions, until the tunnel ends."""
 
     def __init__(self, tunnel: Tunnel, host: str, device: str) -> None:
-        with tunnel.lab.inside(host):
-            self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x86DD))
-            tunnel._undo.callback(self._sock.close)
-            self._sock.bind((device, 0x86DD))
+        self._sock = socket_on(tunnel.lab, host, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x86DD))
+        tunnel._undo.callback(self._sock.close)
+        self._sock.bind((device, 0x86DD))
         self._sock.settimeout(5)
 
     def up_to(self, last: bytes) -> Iterator[bytes]:
@@ -4672,28 +4687,6 @@ class Capture:
         with suppress(BlockingIOError):
             while True:
                 yield self._sock.recv(70_000)
-
-
-def received_up_to(sock: socket.socket, last: bytes) -> bytes:
-    """What comes, until these bytes have come."""
-    stream = b""
-    while last not in stream:
-        data = sock.recv(1 << 16)
-        assert data, "the other side closed the connection"
-        stream += data
-    return stream
-
-
-def udp_between(source: IPv6Address, destination: IPv6Address, payload: bytes) -> bytes:
-    """A UDP packet as RFC 768 wants it, to the port that throws away."""
-    return with_checksum(between(source, destination, struct.pack(">HHHH", 1000, 9, 8 + len(payload), 0) + payload, UDP))
-
-
-def icmp_between(source: IPv6Address, destination: IPv6Address, kind: int, body: bytes) -> bytes:
-    """An ICMPv6 packet with hop limit 255, as neighbours have to send it."""
-    made = between(source, destination, bytes([kind, 0, 0, 0]) + body, 58)
-    checksum = ~internet_sum(made[8:40] + struct.pack(">II", len(made) - 40, 58) + made[40:]) & 0xFFFF
-    return made[:7] + b"\xff" + made[8:42] + struct.pack(">H", checksum) + made[44:]
 
 
 def router_advertisement(source: IPv6Address, destination: IPv6Address) -> bytes:
@@ -4763,7 +4756,7 @@ def test_what_no_client_may_send_reaches_nobody_and_is_counted(lab: Lab, tunnel:
     assert not [each for each in loopback.so_far() if MARK in each]
     assert lab.ip("server", "-6 route show table all") == routes
     assert state_of(lab, "internet") == before
-    culprit.sock.close()
+    culprit.close()
     server.wait_for("'client 0' from .*: gone")
     assert refusals(server.log(), "client 0") == {reason: len(packets) for reason, packets in wrong.items()}
 
@@ -4791,8 +4784,7 @@ def test_what_a_server_may_not_send_reaches_neither_the_client_nor_its_lan(lab: 
         sock = undo.enter_context(server.accept(kinds))
         prefix = client.prefix()
         for host, address in (("client", f"{lan_network[1]}/64 dev eth1"), ("lan", f"{lan_network[2]}/64 dev eth0")):
-            lab.ip(host, f"addr add {address} nodad")
-            undo.callback(lab.ip, host, f"addr del {address}")
+            undo.enter_context(changed(lab, host, f"addr add {address} nodad"))
         undo.enter_context(lan_behind(lab, prefix))
         wait_until("client and LAN reach each other", lambda: lab.pings("client", str(lan_network[2])))
         before = [state_of(lab, host) for host in ("client", "lan")]
@@ -4838,26 +4830,6 @@ def test_a_peer_can_not_change_the_routes_of_the_other_by_router_advertisements(
 
 
 SECRET = "s" * 43
-
-
-def tls_connect(site: Site, host: str = "client", **options: Any) -> TlsPeer:
-    """A client spoken by hand inside TLS that has said nothing; it is closed at the end. The options are those of TlsSocket."""
-    peer = TlsPeer(site.tunnel.lab, site.tunnel.port, host, **options)
-    peer._header = bytes(10)
-    site.tunnel._undo.callback(peer.sock.close)
-    return peer
-
-
-def tls_peer(site: Site, id_: str, key: str | None = None, host: str = "client", bare: bool = False) -> TlsPeer:
-    """One that has said its hello."""
-    return tls_connect(site, host).say(id_, key, bare)
-
-
-def tls_visit(site: Site, id_: str, key: str | None = None) -> IPv6Network:
-    """One that comes, pings and leaves; gives its prefix."""
-    with tls_peer(site, id_, key) as peer:
-        peer.connected().echo()
-        return peer.prefix
 
 
 @pytest.fixture
@@ -4906,12 +4878,10 @@ def test_a_client_over_tls_comes_back_to_a_server_that_was_killed(lab: Lab, site
 
 
 def test_a_legacy_client_inside_tls_gets_its_packets_inside_tls_too(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
-    peer = tls_peer(site, "a", key, bare=True).connected()
+    peer = site.peer("a", key, bare=True).connected()
     for _ in range(3):
         peer.echo()
-    with lab.inside("internet"):
-        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    with sender:
+    with socket_on(lab, "internet") as sender:
         for number in range(200):
             sender.sendto(struct.pack(">I", number) + bytes(1000), (str(peer.prefix[1]), 9))
     came: list[int] = []
@@ -4927,18 +4897,7 @@ HELLO = hello("cut } { anyhow", None, [])
 CUTS = st.sets(st.integers(1, 100) | st.integers(1, 600) | st.integers(1, 16_000), max_size=6)
 
 
-def parts_of(stream: bytes, at: set[int]) -> list[bytes]:
-    """The parts of the stream between these places."""
-    ends = [*sorted(at & set(range(len(stream)))), len(stream)]
-    return [stream[start:end] for start, end in zip([0, *ends], ends)]
-
-
-@settings(
-    max_examples=8,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example takes seconds: no shrinking
-    report_multiple_bugs=False,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(FEW_EXAMPLES, max_examples=8)
 @example(flights=set(range(3, 2000, 20)), records=set(range(1, 50)), segments=set(range(23, 1150, 23)), hold_last=False)  # of one byte
 @example(flights=set(), records=set(), segments=set(), hold_last=True)  # all in one record, in the flight that ends the handshake
 @example(flights=set(), records=set(range(len(HELLO), 16_000, 1458)), segments=set(), hold_last=True)  # there, in one each
@@ -4946,9 +4905,9 @@ def parts_of(stream: bytes, at: set[int]) -> list[bytes]:
 def test_however_tls_is_cut_into_records_and_segments_the_session_works(
     site: Site, open_server: Program, flights: set[int], records: set[int], segments: set[int], hold_last: bool
 ) -> None:
-    prefix = tls_visit(site, "cut } { anyhow")
+    prefix = site.visit("cut } { anyhow")
     stream = HELLO + b"".join(bytes(10) + echo_request(prefix[1], number, 1400) for number in range(50, 60))
-    with tls_connect(site, cut=lambda flight: parts_of(flight, flights), hold_last=hold_last) as peer:
+    with site.connect(cut=lambda flight: parts_of(flight, flights), hold_last=hold_last) as peer:
         send_segments(peer.tls.raw, parts_of(b"".join(map(peer.tls.encrypt, parts_of(stream, records))), segments))
         assert peer.connected().prefix == prefix
         for number in range(50, 60):
@@ -5014,20 +4973,20 @@ def garbage_behind_0x16() -> list[bytes]:
 
 
 def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site, open_server: Program) -> None:
-    live = tls_peer(site, "live").connected()
+    live = site.peer("live").connected()
     for garbage in garbage_behind_0x16():
         with site.tunnel.connect() as peer:
             peer.sock.sendall(garbage)
             with suppress(OSError):
-                half_close(peer)
+                peer.half_close()
             peer.ended()
         live.echo()
-    no_hello = tls_connect(site)
+    no_hello = site.connect()
     no_hello.tls.raw.sendall(os.urandom(100))
-    half_close(no_hello)
+    no_hello.half_close()
     with suppress(ssl.SSLError):
         no_hello.ended()
-    session = tls_peer(site, "a")
+    session = site.peer("a")
     session.connected().echo()
     session.tls.raw.sendall(b"\x17\x03\x03\x00\x20" + os.urandom(32))
     wait_until("its session ends", lambda: server_routes(lab) == {str(live.prefix)})
@@ -5040,24 +4999,14 @@ def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site:
     for peer, said in zip(stopped, itertools.cycle([tls_client_hello()[:200], b"\x16"] if over_tls else [b"{"])):
         peer.sock.sendall(said)
     site.tunnel.visit("elsewhere", "server")
-
-    def comes_in() -> bool:  # those that said something have a second before one has to go
-        with suppress(OSError, EOFError):
-            if over_tls:
-                tls_visit(site, "late")
-            else:
-                site.tunnel.visit("late", "second")
-            return True
-        return False
-
-    wait_until("a newcomer comes in", comes_in, 3)
+    served(site.visit if over_tls else site.tunnel.visit, "late", "second", 3)  # they have a second before one has to go
     assert stopped[0].ended() in ("closed", "reset")
 
 
 def test_who_talks_tls_without_end_instead_of_hello_is_refused_and_delays_nobody(site: Site, open_server: Program) -> None:
     live = site.tunnel.peer("live", host="second").connected()
     live.echo()
-    hostile = tls_connect(site)
+    hostile = site.connect()
     with suppress(ConnectionError):
         hostile.tls.raw.sendall(hostile.tls.new_keys(100_000))
     open_server.wait_for("refused, bad hello: more than 32768 bytes of TLS", seconds=5)
@@ -5094,7 +5043,7 @@ def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(site: Site, w
     else:
         assert site.tunnel.refusal("legacy by hand")["Error"] == expected["legacy by hand"]
     if expected["tls by hand"] == "served":
-        tls_peer(site, "tls by hand", keys["tls by hand"], bare=True).connected().echo()
+        site.peer("tls by hand", keys["tls by hand"], bare=True).connected().echo()
     else:
         peer = site.tunnel.connect()
         peer.sock.sendall(tls_client_hello())
@@ -5114,14 +5063,14 @@ def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site, key: 
         assert plain.answer()["Error"] == "tls-required"
         assert not server_devices(lab)
         assert site.assignments.exists() == bool(number)
-        tls_visit(site, "a", key)
+        site.visit("a", key)
         wait_until_no_sessions(lab)
 
 
 def test_what_is_no_text_is_no_key(site: Site, keyed_server: Program) -> None:
     wrong: object
     for wrong in (7, None, [], {"sha256": ""}, True):
-        peer = tls_connect(site)
+        peer = site.connect()
         peer.sock.sendall(json.dumps({"Id": "a", "Key": wrong}).encode())
         assert peer.answer() == {"Error": "bad-hello", "Text": "Key is not a string"}
 
@@ -5155,8 +5104,8 @@ def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no
 
 def test_a_newcomer_that_waits_is_not_served_when_its_id_is_revoked(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     for _ in range(tun6.TAKEOVERS_MAX + 1):
-        last = tls_peer(site, "a", key).connected()
-    newcomer = tls_peer(site, "a", key)
+        last = site.peer("a", key).connected()
+    newcomer = site.peer("a", key)
     keyed_server.wait_for("take it from each other")
     site.clients("revoke", "a")
     assert last.ended() == "closed"
@@ -5197,8 +5146,7 @@ def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(la
     def relay(sock: socket.socket) -> bytes:
         """Ends TLS on both sides; gives what the client said."""
         said = b""
-        with lab.inside("server"):
-            raw = socket.socket()
+        raw = socket_on(lab, "server", socket.AF_INET, socket.SOCK_STREAM)
         with raw, suppress(OSError), context.wrap_socket(sock, server_side=True) as to_client:
             raw.connect((Lab.SERVER, site.tunnel.port))
             with trusting().wrap_socket(raw) as to_server:
@@ -5391,13 +5339,13 @@ def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site) -
 def test_revoke_new_key_and_pin_end_the_live_session_at_once(site: Site, key: str) -> None:
     of_other = site.issue("other")
     server = site.serve()
-    other = tls_peer(site, "other", of_other, "second").connected()
-    peer = tls_peer(site, "a", key)
+    other = site.peer("other", of_other, "second").connected()
+    peer = site.peer("a", key)
     prefix = peer.connected().prefix
     peer.echo()
 
     site.clients("revoke", "a")
-    assert peer.ends_at_once()
+    assert peer.ended()
     server.wait_for("'a' from .*: gone, it was revoked;")
     assert site.answer("a", key) == {"Error": "revoked", "Text": "this Id was revoked by the server's operator"}
     assert site.answer("a", of_other)["Error"] == "denied"
@@ -5405,21 +5353,21 @@ def test_revoke_new_key_and_pin_end_the_live_session_at_once(site: Site, key: st
     assert f"{prefix} is already the prefix of 'a'" in site.complaint("pin", "new", str(prefix))
 
     site.clients("restore", "a")
-    peer = tls_peer(site, "a", key)
+    peer = site.peer("a", key)
     assert peer.connected().prefix == prefix
     new = site.clients("add", "a", "--new-key")["key"]
-    assert peer.ends_at_once()
+    assert peer.ended()
     server.wait_for("'a' from .*: gone, it got another key;")
     assert site.answer("a", key)["Error"] == "denied"
 
-    peer = tls_peer(site, "a", new)
+    peer = site.peer("a", new)
     assert peer.connected().prefix == prefix
     site.clients("pin", "a", str(prefix))  # which it has
     peer.echo()
     moved = site.clients("pin", "a", f"{site.tunnel.pool[77 << 64]}/64")["prefix"]
-    assert peer.ends_at_once()
+    assert peer.ended()
     server.wait_for("'a' from .*: gone, its prefix was changed;")
-    assert str(tls_visit(site, "a", new)) == moved
+    assert str(site.visit("a", new)) == moved
     other.echo()
 
 
@@ -5450,13 +5398,13 @@ def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> 
 
 def certificate_shown(site: Site) -> str:
     """The fingerprint that a newcomer sees."""
-    return str(tls_connect(site).tls.fingerprint())
+    return str(site.connect().tls.fingerprint())
 
 
 def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(site: Site) -> None:
     keys = {id_: site.issue(id_) for id_ in ("stays", "removed", "revoked", "has another key")}
     server = site.serve()
-    peers = {id_: tls_peer(site, id_, key).connected() for id_, key in keys.items()}
+    peers = {id_: site.peer(id_, key).connected() for id_, key in keys.items()}
     entries = json.loads(site.keys.read_text())
     del entries["removed"]
     entries["revoked"]["revoked"] = True
@@ -5479,7 +5427,7 @@ def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_i
 
 @pytest.mark.parametrize("broken", ["keys", "cert", "no cert"])
 def test_sighup_with_a_broken_file_keeps_keys_and_certificate(site: Site, key: str, keyed_server: Program, broken: str) -> None:
-    peer = tls_peer(site, "a", key).connected()
+    peer = site.peer("a", key).connected()
     if broken == "keys":
         make_certificate(site.cert)
         site.keys.write_text('{"a": {}}')
@@ -5494,7 +5442,7 @@ def test_sighup_with_a_broken_file_keeps_keys_and_certificate(site: Site, key: s
     assert certificate_shown(site) == site.fingerprint
     assert site.answer("a", "wrong")["Error"] == "denied"
     peer.echo()
-    tls_visit(site, "a", key)
+    site.visit("a", key)
     assert keyed_server.process.poll() is None
 
 
@@ -5635,7 +5583,7 @@ def test_status_says_how_the_running_server_is(tunnel: Tunnel, server: Program) 
     assert full["latency"]["samples"] > empty["latency"]["samples"]
     assert 0 <= full["latency"]["median"] <= full["latency"]["p99"] <= full["latency"]["max"] < 10  # and not in ms
     for peer in peers:
-        peer.sock.close()
+        peer.close()
     kinds = ("sessions", "files", "greenlets")
     wait_until("all they had is released", lambda: [status_of(server)[kind] for kind in kinds] == [empty[kind] for kind in kinds])
     assert status_of(server)["assignments"] == 3
@@ -5781,10 +5729,10 @@ def test_while_the_disk_does_not_answer_only_those_wait_who_need_it(tunnel: Tunn
 
 def test_a_prefix_that_the_operator_pins_is_told_to_nobody_before_it_is_on_disk(tunnel: Tunnel, tmp_path: Path) -> None:
     disk, path = Disk(tmp_path), tmp_path / "assignments.json"
-    config = config_of(disk.server(tunnel))
+    server = disk.server(tunnel)
     old, new = tunnel.visit("pinned"), list(tunnel.pool.subnets(new_prefix=64))[200]
     with ThreadPoolExecutor() as pool, disk.stuck():
-        pin = pool.submit(run_tun6, "clients", "-c", config, "pin", "pinned", str(new))
+        pin = pool.submit(run_tun6, "clients", "-c", str(server.config), "pin", "pinned", str(new))
         wait_until("the pin is under way", (tmp_path / "assignments.json.new").exists)
         peer = tunnel.peer("pinned")
         assert not select.select([peer.sock], [], [], 0.3)[0] or peer.connected().prefix == assignments_in(path)["pinned"]
@@ -5878,7 +5826,7 @@ def test_a_server_or_client_whose_ip_fails_at_the_start_says_so_and_leaves_nothi
     faults += [(role, "can't be run: No such file or directory; it comes with iproute2", ip.missing()) for role in before]
     for role, why, fault in faults:
         with ip.seen(), fault:
-            assert re.search(why, tunnel.fails(role, role))
+            assert re.search(why, tunnel.failure_at_start(role))
         assert state_of(lab, role) == before[role]
 
 
@@ -5929,7 +5877,7 @@ def fails(*args, **options):
         server.wait_for("ERROR 'newcomer' from .*: can't be served: TUN device .*Cannot allocate memory")
         wait_until("nothing of it is left", lambda: len(server_devices(tunnel.lab)) == 1)
         live.echo()
-        assert "Cannot allocate memory" in tunnel.fails("client", "client")
+        assert "Cannot allocate memory" in tunnel.failure_at_start("client")
     out.unlink()
     tunnel.visit("newcomer")
     live.echo()
@@ -6137,18 +6085,6 @@ def forget_connections(lab: Lab) -> None:
 
 
 @contextmanager
-def changed(lab: Lab, host: str, *commands: str) -> Iterator[None]:
-    """Runs commands of `ip` that add or delete something, and undoes them at the end."""
-    opposite = {"add": "del", "del": "add"}
-    with ExitStack() as undo:
-        for command in commands:
-            what, do, which = re.split(" (add|del) ", command)
-            lab.ip(host, command)
-            undo.callback(lab.ip, host, f"{what} {opposite[do]} {which}")
-        yield
-
-
-@contextmanager
 def running(lab: Lab, host: str, *command: str) -> Iterator[None]:
     """A program runs on the host meanwhile."""
     process = lab.popen(host, *command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -6167,9 +6103,8 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
     lone: dict[str, Any] = {"default_route": "no"}
 
     with ExitStack() as undo:
-        loose = "net.netfilter.nf_conntrack_tcp_loose"  # without it the NAT knows no connection whose beginning it did not see
-        lab.set_sysctl("nat", loose, "0")
-        undo.callback(lab.set_sysctl, "nat", loose, "1")
+        # so that the NAT knows no connection whose beginning it did not see
+        undo.enter_context(sysctl(lab, "nat", "net.netfilter.nf_conntrack_tcp_loose", "0"))
         undo.enter_context(cut(lab, "nat", "ct state invalid", "ct state invalid"))
         clients = {
             "NAT forgets, idle": tunnel.client(id="NAT forgets, idle", tun="idle", **lone),
@@ -6478,8 +6413,7 @@ def repeated(action: Callable[[], None], pause: float) -> Iterator[None]:
 def udp_flood(lab: Lab, targets: Iterable[IPv6Network], rate: int, train: int = 20) -> Iterator[None]:
     """Meanwhile the Internet host sends so many UDP packets a second to a client of each prefix; the kernel gets them in trains."""
     data = bytes(1400 * train)
-    with lab.inside("internet"):
-        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock = socket_on(lab, "internet")
     sock.setsockopt(socket.SOL_UDP, 103, 1400)  # UDP_SEGMENT, linux/udp.h
 
     def send() -> None:
@@ -6538,7 +6472,7 @@ def test_thirty_peers_that_do_not_read_share_a_bounded_memory(lab: Lab, tunnel: 
         bystander.echo()
         assert memory(server) - before < bound + (16 << 20)
     for peer in [bystander, *deaf]:
-        peer.sock.close()
+        peer.close()
     wait_until("what waited is forgotten", lambda: status_of(server)["queued"] == 0)
     wait_until("its memory is given back", lambda: memory(server) - before < bound // 4)
 
@@ -6602,7 +6536,7 @@ def test_forty_clients_at_once_have_forty_prefixes_devices_and_routes_until_they
     for peer, number in [(peer, peer.send_echo()) for peer in peers]:
         peer.expect_reply(number)
     for peer in peers:
-        peer.sock.close()
+        peer.close()
     wait_until_no_sessions(lab)
     server.wait_for(": gone, (?:the peer closed the connection|Connection reset by peer);", 40)
 
@@ -6682,28 +6616,17 @@ def test_new_ids_are_so_many_an_hour_and_those_that_are_known_go_on(tunnel: Tunn
     assert tunnel.refusal("newer")["Error"] == "busy"
 
 
-def served(tunnel: Tunnel, id_: str, host: str, seconds: float) -> None:
-    """A client that comes again whenever it is turned away is served within this time."""
-    began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        with suppress(EOFError, OSError):
-            tunnel.visit(id_, host)
-            break
-        time.sleep(0.1)
-    assert time.monotonic() - began < seconds, "an honest client is locked out"
-
-
 def test_a_thousand_silent_connections_keep_no_honest_client_waiting(tunnel: Tunnel, server: Program) -> None:
     listening = pending(server)
     silent = []
     for number in range(1000):
         silent.append(tunnel.connect())
         if number % 250 == 249:
-            served(tunnel, f"elsewhere {number}", "server", 2)  # another IPv4 address
-            served(tunnel, f"same {number}", "second", 2)  # behind the same NAT
+            served(tunnel.visit, f"elsewhere {number}", "server", 2)  # another IPv4 address
+            served(tunnel.visit, f"same {number}", "second", 2)  # behind the same NAT
     assert pending(server) - listening <= tun6.HANDSHAKES_PER_HOST_MAX  # they wait in the kernel
     for peer in silent:
-        peer.sock.close()
+        peer.close()
     wait_until("all are gone", lambda: pending(server) == listening)
 
 
@@ -6718,23 +6641,16 @@ def test_connections_that_are_reset_while_others_come_do_no_harm(tunnel: Tunnel,
 def test_those_who_say_a_byte_and_no_more_lock_nobody_out(tunnel: Tunnel, server: Program) -> None:
     for number in range(12 * 8):  # more than there is room for
         tunnel.connect("server", f"127.0.3.{1 + number // 8}").sock.sendall(b"{")
-    served(tunnel, "elsewhere", "client", 3)
+    served(tunnel.visit, "elsewhere", "client", 3)
     for _ in range(20):
         tunnel.connect().sock.sendall(b"{")
-    served(tunnel, "same", "second", 3)
+    served(tunnel.visit, "same", "second", 3)
     trickling = [tunnel.connect() for _ in range(8)]
     for _ in range(3):
         for peer in trickling:
             with suppress(OSError):  # it had to go
                 peer.sock.sendall(b" ")
-        served(tunnel, "same", "second", 3)
-
-
-def test_only_an_address_with_all_its_handshakes_under_way_has_to_wait(tunnel: Tunnel, server: Program) -> None:
-    for _ in range(tun6.HANDSHAKES_PER_HOST_MAX):
-        tunnel.connect().sock.sendall(b"{")
-    tunnel.visit("elsewhere", "server")
-    served(tunnel, "same", "second", 3)
+        served(tunnel.visit, "same", "second", 3)
 
 
 def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out(lab: Lab, tunnel: Tunnel, server: Program) -> None:
@@ -6744,8 +6660,7 @@ def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out(lab:
     def connect() -> None:
         """Makes the connections that are due; each says one byte and stays."""
         while len(socks) < 200 * (time.monotonic() - began):
-            with lab.inside("server"):
-                socks.append(socket.socket())
+            socks.append(socket_on(lab, "server", socket.AF_INET, socket.SOCK_STREAM))
             socks[-1].setblocking(False)
             socks[-1].bind((f"127.0.6.{1 + len(socks) % 40}", 0))
             socks[-1].connect_ex((Lab.SERVER, tunnel.port))
@@ -6755,7 +6670,7 @@ def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out(lab:
     with repeated(connect, 0.005):
         wait_until("there are many", lambda: len(socks) > 400)
         for number in range(5):
-            served(tunnel, f"honest {number}", "client", 2)
+            served(tunnel.visit, f"honest {number}", "client", 2)
     for sock in socks:
         sock.close()
 
@@ -6763,13 +6678,13 @@ def test_two_hundred_of_those_a_second_from_forty_addresses_lock_nobody_out(lab:
 def come_and_go(tunnel: Tunnel, number: int, id_: str) -> None:
     """One connection from beginning to end, in one of the ways that there are."""
     hello, half = json.dumps({"Id": id_}).encode(), b'{"Id": '
-    ways: list[list[bytes | Callable[[Peer], object]]] = [  # bytes: what the client sends
+    ways: list[list[Step]] = [
         [hello, Peer.connected],
         [hello, Peer.connected, Peer.echo],
         [hello, Peer.connected, Peer.reset],
         [hello, Peer.reset],  # before the answer
-        [hello, Peer.connected, send_garbage, Peer.ended],
-        [hello, Peer.connected, half_close, Peer.ended],
+        [hello, Peer.connected, GARBAGE, Peer.ended],
+        [hello, Peer.connected, Peer.half_close, Peer.ended],
         [half],
         [half, Peer.reset],
         [b"GET / HTTP/1.0\r\n\r\n", Peer.ended],
@@ -6778,11 +6693,7 @@ def come_and_go(tunnel: Tunnel, number: int, id_: str) -> None:
         [Peer.reset],
     ]
     with Peer(tunnel.lab, tunnel.port, ("client", "second", "server")[number % 3]) as peer:
-        for step in ways[number % len(ways)]:
-            if isinstance(step, bytes):
-                peer.sock.sendall(step)
-            else:
-                step(peer)
+        peer.do(*ways[number % len(ways)])
 
 
 def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, tunnel: Tunnel, server: Program) -> None:
@@ -6841,8 +6752,8 @@ def test_without_descriptors_newcomers_hear_it_and_when_some_leave_there_is_room
         for peer in connected:
             peer.echo()
         for peer in [*crowd, *connected[:3]]:
-            peer.sock.close()
-        served(tunnel, "newcomer", "client", 10)
+            peer.close()
+        served(tunnel.visit, "newcomer", "client", 10)
         for peer in connected[3:]:
             peer.echo()
 
@@ -7145,16 +7056,6 @@ def set_long_timeout(sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 86_400_000)
     with suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 2000)
-
-
-def becomes_true(condition: Callable[[], object], seconds: float) -> bool:
-    """Whether it does within so many seconds, in which other greenlets go on."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        gevent.sleep(0.02)
-    return True
 
 
 class SoakLab(Lab):
