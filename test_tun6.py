@@ -581,6 +581,40 @@ class Echo(SocketOwner):
 
 
 @contextmanager
+def repeated(action: Callable[[], None], pause: float) -> Iterator[None]:
+    """Meanwhile a thread does this again and again, with a pause of so many seconds before each time."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(pause):
+            action()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
+
+
+@contextmanager
+def udp_flood(lab: Lab, targets: Iterable[IPv6Network], rate: int, train: int = 20) -> Iterator[None]:
+    """Meanwhile the Internet host sends so many UDP packets a second to a client of each prefix; the kernel gets them in trains."""
+    data = bytes(1400 * train)
+    sock = socket_on(lab, "internet")
+    sock.setsockopt(socket.SOL_UDP, 103, 1400)  # UDP_SEGMENT, linux/udp.h
+
+    def send() -> None:
+        for target in targets:
+            with suppress(OSError):  # it hears that nobody listens there
+                sock.sendto(data, (str(target[1]), 9))
+
+    with sock, repeated(send, train / rate):
+        yield
+
+
+@contextmanager
 def tcp_between(lab: Lab, source: str, sink: str, address: str) -> Iterator[tuple[socket.socket, socket.socket]]:
     """One TCP connection to this address of the sink: its end on the source, and that on the sink."""
     with lab.inside(sink):
@@ -3207,7 +3241,8 @@ class Admission:
         return f"{host} port {number}"
 
     def inside(self) -> list[str]:
-        gevent.sleep(0.01)
+        for _ in range(10):
+            gevent.sleep(0)  # all runs that was due before
         return [peer for peer in self.peers if not self.greenlets[peer].dead]
 
 
@@ -4152,14 +4187,11 @@ def test_a_server_told_to_stop_in_the_midst_of_a_hello_ends_in_time(tunnel: Tunn
 def test_a_server_stops_in_time_while_a_client_does_not_read(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     not_reading, other = tunnel.crowd(2)
     (device,) = [route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {not_reading.prefix}"))]
-    sender = socket_on(lab, "internet")
 
     def drops() -> int:
-        for _ in range(500):
-            sender.sendto(bytes(1400), (str(not_reading.prefix[1]), 9))
         return int(json.loads(lab.ip("server", f"-s -j link show {device}"))[0]["stats64"]["tx"]["dropped"])
 
-    with sender:
+    with udp_flood(lab, [not_reading.prefix], rate=20_000):
         wait_until("the connection and the TUN's queue are full", drops)
         other.echo()
         assert server.stop() < SERVER_ENDS_S
@@ -4904,10 +4936,9 @@ def test_older_tls_is_not_spoken(site: Site, open_server: Program) -> None:
         context.wrap_socket(site.tunnel.connect().sock)
 
 
-def garbage_behind_0x16() -> list[bytes]:
-    """What begins as TLS does and is none."""
-    hello = tls_client_hello()
-    return [
+def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site, open_server: Program) -> None:
+    live, hello = site.peer("live").connected(), tls_client_hello()
+    for garbage in (
         b"\x16",
         b"\x16\x03\x01",
         b"\x16" * 1000,
@@ -4921,12 +4952,7 @@ def garbage_behind_0x16() -> list[bytes]:
         hello + hello,
         hello + b'{"Id": "a"}' + bytes(100),
         hello + os.urandom(20_000),
-    ]
-
-
-def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site, open_server: Program) -> None:
-    live = site.peer("live").connected()
-    for garbage in garbage_behind_0x16():
+    ):
         with site.tunnel.connect() as peer:
             peer.sock.sendall(garbage)
             with suppress(OSError):
@@ -6329,40 +6355,6 @@ def test_a_clock_that_jumps_to_1970_or_2040_changes_nothing(lab: Lab, site: Site
     witness.echo()
     server.said("INFO 'witness'", 1)
     assert all(program.stop() < SERVER_ENDS_S for program in (client, server))
-
-
-@contextmanager
-def repeated(action: Callable[[], None], pause: float) -> Iterator[None]:
-    """Meanwhile a thread does this again and again, with a pause of so many seconds before each time."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(pause):
-            action()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(10)
-
-
-@contextmanager
-def udp_flood(lab: Lab, targets: Iterable[IPv6Network], rate: int, train: int = 20) -> Iterator[None]:
-    """Meanwhile the Internet host sends so many UDP packets a second to a client of each prefix; the kernel gets them in trains."""
-    data = bytes(1400 * train)
-    sock = socket_on(lab, "internet")
-    sock.setsockopt(socket.SOL_UDP, 103, 1400)  # UDP_SEGMENT, linux/udp.h
-
-    def send() -> None:
-        for target in targets:
-            with suppress(OSError):  # it hears that nobody listens there
-                sock.sendto(data, (str(target[1]), 9))
-
-    with sock, repeated(send, train / rate):
-        yield
 
 
 @pytest.mark.waits
