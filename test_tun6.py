@@ -109,6 +109,14 @@ from tun6 import Lab, wait_until
 settings.register_profile("tun6", deadline=None)
 settings.load_profile("tun6")
 
+FEW_EXAMPLES = settings(
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example takes seconds: no shrinking
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
 T = TypeVar("T")
 
 # ---- kit: packet builders --------------------------------------------------------------------------------------------
@@ -195,9 +203,9 @@ def with_checksum(packet: bytes) -> bytes:
     return packet[:46] + struct.pack(">H", checksum or 0xFFFF) + packet[48:]
 
 
-def udp_between(source: IPv6Address, destination: IPv6Address, payload: bytes) -> bytes:
-    """A UDP packet as RFC 768 wants it, to the port that throws away."""
-    return with_checksum(between(source, destination, struct.pack(">HHHH", 1000, 9, 8 + len(payload), 0) + payload, UDP))
+def udp_between(source: IPv6Address, destination: IPv6Address, payload: bytes, port: int = 9) -> bytes:
+    """A UDP packet as RFC 768 wants it; port 9 throws it away."""
+    return with_checksum(between(source, destination, struct.pack(">HHHH", 1000, port, 8 + len(payload), 0) + payload, UDP))
 
 
 def icmp_between(source: IPv6Address, destination: IPv6Address, kind: int, body: bytes) -> bytes:
@@ -298,22 +306,6 @@ def join(frames: list[bytes]) -> list[bytes]:
         joined += [bytes(frame) for frame in deframer.push(stream[at : at + tun6.MESSAGE_MAX])]
     assert ends == list(accumulate(map(len, joined)))
     return joined
-
-
-def refused_as(source: IPv6Address, destination: IPv6Address, from_client: bool = True, closed: IPv6Network | None = None) -> str:
-    """Why a packet may not cross the ingress_filter of HOME, by the words of IngressFilter; "" when it may."""
-    near, far = (source, destination) if from_client else (destination, source)
-    if near not in HOME:
-        return "outside its /64"
-    if far in HOME:
-        return "within its /64"
-    if far.is_multicast:
-        return "multicast"
-    if far.is_link_local:
-        return "link-local"
-    if far in IPv6Network("::/64"):
-        return "loopback"
-    return "to another client" if closed and far in closed else ""
 
 
 def spawn(function: Callable[..., object], *args: object) -> Any:
@@ -661,6 +653,11 @@ def write_ini(path: Path, **sections: Mapping[str, object]) -> Path:
     return path
 
 
+def many(ci: int, long: int) -> int:
+    """How many times, in CI or with TUN6_LONG=1 in the environment."""
+    return long if os.environ.get("TUN6_LONG") == "1" else ci
+
+
 class Program:
     """A tun6 that runs on a host of the lab."""
 
@@ -970,6 +967,12 @@ def echo_request(source: IPv6Address, number: int, size: int = 16) -> bytes:
 
 def is_reply(packet: bytes, number: int) -> bool:
     return packet[6] == 58 and packet[40] == 129 and packet[44:48] == struct.pack(">HH", number, number)
+
+
+def parts_of(stream: bytes, at: set[int]) -> list[bytes]:
+    """The parts of the stream between these places."""
+    ends = [*sorted(at & set(range(len(stream)))), len(stream)]
+    return [stream[start:end] for start, end in zip([0, *ends], ends)]
 
 
 def send_segments(sock: socket.socket, segments: Iterable[bytes]) -> None:
@@ -3887,19 +3890,6 @@ def test_a_server_that_starts_warns_once(tunnel: Tunnel, host: str, options: dic
     server.said("WARNING (?!open: whoever reaches port)", 1)
 
 
-def parts_of(stream: bytes, at: set[int]) -> list[bytes]:
-    """The parts of the stream between these places."""
-    ends = [*sorted(at & set(range(len(stream)))), len(stream)]
-    return [stream[start:end] for start, end in zip([0, *ends], ends)]
-
-
-FEW_EXAMPLES = settings(
-    max_examples=12,
-    deadline=None,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example takes seconds: no shrinking
-    report_multiple_bugs=False,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 BARE_HELLO: dict[str, object] = {"Id": "cut } { anyhow"}
 OFFLOAD_HELLO: dict[str, object] = {"Offload": ["tso6"], "Id": 'a "quoted" one'}
 
@@ -3909,8 +3899,7 @@ OFFLOAD_HELLO: dict[str, object] = {"Offload": ["tso6"], "Id": 'a "quoted" one'}
 @example(hello=BARE_HELLO, cuts=set())  # the packets in the same segment as the hello
 @given(hello=st.sampled_from([BARE_HELLO, OFFLOAD_HELLO]), cuts=st.sets(st.integers(1, 800), max_size=6))
 def test_however_hello_and_packets_are_cut_all_arrives(tunnel: Tunnel, server: Program, hello: dict[str, object], cuts: set[int]) -> None:
-    with tunnel.peer(str(hello["Id"])) as peer:
-        prefix = peer.connected().prefix
+    prefix = tunnel.visit(str(hello["Id"]))
     with tunnel.connect() as peer:
         peer._header = bytes(10) if "Offload" in hello else b""
         stream = json.dumps(hello).encode() + b"".join(peer._header + echo_request(prefix[1], number) for number in range(50, 60))
@@ -4198,20 +4187,17 @@ def test_a_server_stops_in_time_while_a_client_does_not_read(lab: Lab, tunnel: T
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("connected", [True, False])
-def test_a_client_told_to_stop_undoes_everything_in_two_seconds(lab: Lab, tunnel: Tunnel, number: int, connected: bool) -> None:
-    if connected:
+@pytest.mark.parametrize("when", ["it has its TUN", "connected", "outage"])
+def test_a_client_told_to_stop_undoes_everything_in_two_seconds(lab: Lab, tunnel: Tunnel, number: int, when: str) -> None:
+    if when != "outage":
         tunnel.server()
     client = tunnel.client()
-    client.wait_for(r": has \S+ on" if connected else "no connection")
+    if when == "it has its TUN":
+        wait_until("there is a TUN", lambda: tun_of(lab))
+    else:
+        client.wait_for(r": has \S+ on" if when == "connected" else "no connection")
     assert client.stop(number) < SERVER_ENDS_S
     wait_until_no_sessions(lab)
-
-
-def test_a_client_told_to_stop_as_soon_as_it_has_its_tun_leaves_nothing(lab: Lab, tunnel: Tunnel, server: Program) -> None:
-    client = tunnel.client()
-    wait_until("there is a TUN", lambda: tun_of(lab))
-    assert client.stop() < SERVER_ENDS_S
 
 
 @pytest.mark.parametrize("said", [b"", b'{"Prefix": "2001:db8'])
@@ -4554,8 +4540,8 @@ def send_datagrams(lab: Lab, payloads: list[bytes], finished: bool) -> None:
     with socket_on(lab, "client", socket.AF_INET6, *((socket.SOCK_RAW, UDP) if finished else (socket.SOCK_DGRAM, 0))) as sock:
         sock.bind((str(source), 0 if finished else 1000))
         for payload in payloads:
-            made = between(source, ABROAD, struct.pack(">HHHH", 1000, 4000, 8 + len(payload), 0) + payload, UDP)
-            sock.sendto(with_checksum(made)[40:] if finished else payload, (Lab.INTERNET, 0 if finished else 4000))
+            made = udp_between(source, ABROAD, payload, 4000)
+            sock.sendto(made[40:] if finished else payload, (Lab.INTERNET, 0 if finished else 4000))
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -5376,11 +5362,6 @@ def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> 
     assert site.tunnel.visit("a") == pinned
 
 
-def certificate_shown(site: Site) -> str:
-    """The fingerprint that a newcomer sees."""
-    return str(site.connect().tls.fingerprint())
-
-
 def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(site: Site) -> None:
     keys = {id_: site.issue(id_) for id_ in ("stays", "removed", "revoked", "has another key")}
     server = site.serve()
@@ -5399,7 +5380,7 @@ def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_i
         assert peers[id_].ended() == "closed"
         server.wait_for(f"'{id_}' from .*: gone, its key was taken away;")
     peers["stays"].echo()
-    assert certificate_shown(site) == certificate != site.fingerprint
+    assert site.connect().tls.fingerprint() == certificate != site.fingerprint
     assert "Prefix" in site.answer("added", added)
     peers["stays"].echo()
     assert (site.answer("removed", keys["removed"])["Error"], site.answer("revoked", keys["revoked"])["Error"]) == ("denied", "revoked")
@@ -5419,7 +5400,7 @@ def test_sighup_with_a_broken_file_keeps_keys_and_certificate(site: Site, key: s
     keyed_server.process.send_signal(signal.SIGHUP)
     keyed_server.wait_for(f"ERROR keys and certificate stay as they were: {site.keys if broken == 'keys' else site.cert}")
     peer.echo()
-    assert certificate_shown(site) == site.fingerprint
+    assert site.connect().tls.fingerprint() == site.fingerprint
     assert site.answer("a", "wrong")["Error"] == "denied"
     peer.echo()
     site.visit("a", key)
@@ -5597,11 +5578,6 @@ def test_a_server_that_stood_still_says_for_how_long(server: Program) -> None:
 # ---- end to end: faults ----------------------------------------------------------------------------------------------
 
 
-def many(ci: int, long: int) -> int:
-    """How many times, in CI or with TUN6_LONG=1 in the environment."""
-    return long if os.environ.get("TUN6_LONG") == "1" else ci
-
-
 def test_a_server_killed_at_any_moment_of_an_assignment_keeps_what_was_told(tunnel: Tunnel, tmp_path: Path) -> None:
     pool, path = IPv6Network(f"{tunnel.pool.network_address}/48"), tmp_path / "assignments.json"
     told: dict[str, IPv6Network] = {}
@@ -5682,8 +5658,7 @@ def test_a_disk_that_takes_no_assignment_stops_newcomers_only(tunnel: Tunnel, sm
         assert (untouched(path), os.listdir(small_disk)) == before
         subprocess.run(end, shell=True, cwd=small_disk, check=True)
         for id_ in reversed(newcomers):
-            with tunnel.peer(id_) as peer:
-                told[id_] = peer.connected().prefix
+            told[id_] = tunnel.visit(id_)
         assert assignments_in(path) == told
         server.wait_for(rf"INFO {path}.* can be written again", outage)
         errors = server.said(r"(?:ERROR|CRITICAL) .*", outage)
@@ -6701,6 +6676,22 @@ def test_a_server_without_descriptors_stops_in_time_and_undoes_everything(tunnel
 
 
 # ---- fuzzing ---------------------------------------------------------------------------------------------------------
+
+
+def refused_as(source: IPv6Address, destination: IPv6Address, from_client: bool = True, closed: IPv6Network | None = None) -> str:
+    """Why a packet may not cross the ingress_filter of HOME, by the words of IngressFilter; "" when it may."""
+    near, far = (source, destination) if from_client else (destination, source)
+    if near not in HOME:
+        return "outside its /64"
+    if far in HOME:
+        return "within its /64"
+    if far.is_multicast:
+        return "multicast"
+    if far.is_link_local:
+        return "link-local"
+    if far in IPv6Network("::/64"):
+        return "loopback"
+    return "to another client" if closed and far in closed else ""
 
 
 class Fuzz:
