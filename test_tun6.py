@@ -4006,8 +4006,8 @@ def test_two_clients_that_take_one_id_from_each_other_are_slowed_and_the_log_say
         peer.connected().echo()
         took.append(time.monotonic() - began)
         other.echo()
-    assert max(took[: tun6.TAKEOVERS_MAX]) < 2, took
-    assert all(4.5 < slow < 7 for slow in took[tun6.TAKEOVERS_MAX :]), took
+    assert max(took[: tun6.CONTENTION_TAKEOVERS]) < 2, took
+    assert all(4.5 < slow < 7 for slow in took[tun6.CONTENTION_TAKEOVERS :]), took
     server.said("WARNING 'twin': clients at .* and .* take it from each other", 1)
 
 
@@ -5069,7 +5069,7 @@ def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no
 
 
 def test_a_newcomer_that_waits_is_not_served_when_its_id_is_revoked(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
-    for _ in range(tun6.TAKEOVERS_MAX + 1):
+    for _ in range(tun6.CONTENTION_TAKEOVERS + 1):
         last = site.peer("a", key).connected()
     newcomer = site.peer("a", key)
     keyed_server.wait_for("take it from each other")
@@ -6678,7 +6678,7 @@ def test_a_server_without_descriptors_stops_in_time_and_undoes_everything(tunnel
 # ---- fuzzing ---------------------------------------------------------------------------------------------------------
 
 
-def refused_as(source: IPv6Address, destination: IPv6Address, from_client: bool = True, closed: IPv6Network | None = None) -> str:
+def refused_as(source: IPv6Address, destination: IPv6Address, from_client: bool = True, denied: IPv6Network | None = None) -> str:
     """Why a packet may not cross the ingress_filter of HOME, by the words of IngressFilter; "" when it may."""
     near, far = (source, destination) if from_client else (destination, source)
     if near not in HOME:
@@ -6691,7 +6691,7 @@ def refused_as(source: IPv6Address, destination: IPv6Address, from_client: bool 
         return "link-local"
     if far in IPv6Network("::/64"):
         return "loopback"
-    return "to another client" if closed and far in closed else ""
+    return "to another client" if denied and far in denied else ""
 
 
 class Fuzz:
@@ -6847,7 +6847,7 @@ class Fuzz:
             if end > len(stream) or not self.is_good(stream[at:end], skip, kinds):
                 break
             source, destination = (IPv6Address(stream[at + skip + begin : at + skip + begin + 16]) for begin in (8, 24))
-            reason = refused_as(source, destination, from_client, ingress_filter._closed)
+            reason = refused_as(source, destination, from_client, ingress_filter._denied)
             if reason:
                 refused[reason] += 1
             else:

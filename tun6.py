@@ -337,11 +337,11 @@ class IngressFilter:
     can send router advertisements or redirects to the other's kernel, or packets in somebody else's name.
     """
 
-    def __init__(self, prefix: IPv6Network, from_client: bool, closed: IPv6Network | None = None) -> None:
-        """`prefix` is the client's /64, `closed` a range that must not be reached either."""
+    def __init__(self, prefix: IPv6Network, from_client: bool, denied: IPv6Network | None = None) -> None:
+        """`prefix` is the client's /64, `denied` a range that must not be reached either."""
         self._prefix = int(prefix.network_address) >> 64
         self.from_client = from_client
-        self._closed = closed
+        self._denied = denied
         self.refused: Counter[str] = Counter()  # packets, by reason
 
     def permits(self, source: int, destination: int) -> bool:
@@ -357,7 +357,7 @@ class IngressFilter:
             reason = "link-local"
         elif not other:
             reason = "loopback"
-        elif self._closed and IPv6Address(other << 64) in self._closed:
+        elif self._denied and IPv6Address(other << 64) in self._denied:
             reason = "to another client"
         else:
             return True
@@ -1463,15 +1463,15 @@ class DeviceMonitor:
 
     def __init__(self) -> None:
         self._callbacks: dict[int, Callable[[str, bytes], None]] = {}  # by index of the device
-        self._pending: set[tuple[int, str, bytes]] = set()  # losses that are to be verified
+        self._pending: set[tuple[int, str, bytes]] = set()  # removals that are to be verified
 
-    def watch(self, device: str, on_loss: Callable[[str, bytes], None]) -> int:
-        """From now on calls `on_loss(what, address)` for each loss of the device. Returns the number that `unwatch` takes."""
+    def watch(self, device: str, on_removal: Callable[[str, bytes], None]) -> int:
+        """From now on calls `on_removal(what, address)` for what is removed of the device. Returns the number that `unwatch` takes."""
         try:
             index = system_socket.if_nametoindex(device)
         except OSError:  # it is gone already, which the next read or write of it reports
             return 0
-        self._callbacks[index] = on_loss
+        self._callbacks[index] = on_removal
         return index
 
     def unwatch(self, index: int) -> None:
@@ -1499,14 +1499,14 @@ class DeviceMonitor:
             for index in list(self._callbacks):
                 self._verify_later(index, EVENTS_LOST, b"")
         else:
-            for index, what, address in parse_losses(messages):
+            for index, what, address in parse_removals(messages):
                 self._verify_later(index, what, address)
 
     def _open(self) -> socket.socket:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
         with suppress(OSError):  # refused in an unprivileged container, where EVENTS_LOST is more frequent
             sock.setsockopt(socket.SOL_SOCKET, self.SO_RCVBUFFORCE, 4 << 20)
-        with suppress(OSError):  # the filter only saves work: parse_losses ignores the same messages
+        with suppress(OSError):  # the filter only saves work: parse_removals ignores the same messages
             sock.setsockopt(socket.SOL_SOCKET, self.SO_ATTACH_FILTER, self._filter())
         sock.bind((0, self.GROUPS))
         return sock
@@ -1528,15 +1528,15 @@ class DeviceMonitor:
         return struct.pack("HP", len(program), ctypes.addressof(self._program))
 
     def _verify_later(self, index: int, what: str, address: bytes) -> None:
-        loss = index, what, address
-        if index in self._callbacks and loss not in self._pending:
-            self._pending.add(loss)
-            gevent.spawn_later(SETTLE_S, self._verify, loss)
+        removal = index, what, address
+        if index in self._callbacks and removal not in self._pending:
+            self._pending.add(removal)
+            gevent.spawn_later(SETTLE_S, self._verify, removal)
 
-    def _verify(self, loss: tuple[int, str, bytes]) -> None:
-        """Reports the loss as what it became: a removed device loses its address and routes first, a new one was not up at first."""
-        self._pending.discard(loss)
-        index, what, address = loss
+    def _verify(self, removal: tuple[int, str, bytes]) -> None:
+        """Reports the removal as what it became: a removed device loses its address and routes first, a new one was not up at first."""
+        self._pending.discard(removal)
+        index, what, address = removal
         try:
             name = system_socket.if_indextoname(index)
             with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
@@ -1560,7 +1560,7 @@ def split_netlink(data: bytes, header: struct.Struct) -> Iterator[tuple[int, byt
         at += max(length, header.size) + 3 & ~3
 
 
-def parse_losses(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
+def parse_removals(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
     """Yields what rtnetlink messages say was removed: index of the device, what ("" for the device itself), the address."""
     for kind, body in split_netlink(messages, DeviceMonitor.MESSAGE_HEADER):
         if kind in (DeviceMonitor.NEWLINK, DeviceMonitor.DELLINK) and len(body) >= 16:
@@ -1608,7 +1608,7 @@ SIOCOUTQ, SIOCOUTQNSD = 0x5411, 0x894B  # linux/sockios.h: bytes that are not ac
 LEGACY_READ_TIME_S = 0.2  # for a legacy client to read the answer, once its kernel has it, before the first frame follows
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs neither BBR nor a paced writer
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
-UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR takes us for a sender without data
+UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR counts the connection as application-limited
 PACING_UPDATE_S = 0.05  # between two computations of that
 RECORD_DATA_MAX = 16 << 10  # bytes of data in a TLS record: RFC 8446 section 5.1
 RECORD_HEADER = 5  # bytes, the last two are the length of the record
@@ -1670,7 +1670,7 @@ class TlsStream(Stream):
         self._header = b""  # the beginning of a record's header, which is not in `_incoming` yet
         self._missing = 0  # bytes that a record in `_incoming` lacks
         self._handshake_bytes = 0  # that came before the pumps began
-        self._divisor = 1  # a read takes the free bytes of the buffer divided by this
+        self._read_divisor = 1  # a read takes the free bytes of the buffer divided by this
         server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, None if server_side else server_name)
         self._wait_for(self._tls.do_handshake)
@@ -1740,7 +1740,7 @@ class TlsStream(Stream):
         """A Read for the pump. It reads so little that all complete records fit the view; less than one record stays in memory."""
         begin = len(self._header)
         _ciphertext_buffer[:begin] = self._header
-        got = self._read_socket(_ciphertext_buffer[begin : begin + (len(view) - RECORD_MAX - begin) // self._divisor])
+        got = self._read_socket(_ciphertext_buffer[begin : begin + (len(view) - RECORD_MAX - begin) // self._read_divisor])
         if not got:
             return got
         if self._outgoing.pending > RECORD_MAX:
@@ -1757,7 +1757,7 @@ class TlsStream(Stream):
                         post_handshake_records += 1
                         if post_handshake_records > POST_HANDSHAKE_RECORDS_MAX:
                             raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
-        self._divisor = 8 if records > BATCH_FRAMES // self._divisor else 1
+        self._read_divisor = 8 if records > BATCH_FRAMES // self._read_divisor else 1
         return filled or None
 
 
@@ -1844,7 +1844,7 @@ def read_tcp_info(sock: socket.socket, kind: str, at: int) -> int:
 class CongestionControls(NamedTuple):
     """Names of TCP congestion controls, None for the system's default."""
 
-    link: str | None  # on a real link
+    real: str | None  # on a real link
     lan: str | None
 
 
@@ -1870,7 +1870,7 @@ def choose_congestion_control(sock: socket.socket, controls: CongestionControls)
     """
     rtt_us = read_tcp_info(sock, "I", 148)  # tcpi_min_rtt
     lan = rtt_us < LAN_RTT_US
-    name = controls.lan if lan else controls.link
+    name = controls.lan if lan else controls.real
     if name:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name.encode())
     log.debug("round trip %.1f ms: congestion control %s", rtt_us / 1000, name or "as the system has it")
@@ -2207,8 +2207,8 @@ ACCEPT_PAUSE_S = 0.5  # after an accept that failed for want of descriptors or m
 DEFER_ACCEPT_S = 5  # that the kernel keeps a connection without data from us, TCP_DEFER_ACCEPT; it rounds this up
 HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all, of one IPv4 address
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
-TAKEOVERS_MAX, TAKEOVERS_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
-TAKEOVER_PAUSE_S = 5.0  # before each takeover then
+CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
+CONTENTION_PAUSE_S = 5.0  # before each takeover then
 
 
 @dataclass(frozen=True)
@@ -2376,7 +2376,7 @@ class Server:
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._new_ids = TokenBucket(config.new_ids_per_hour)
-        self._successors: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
+        self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
         self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
         self._connections = gevent.pool.Group()  # one greenlet each
@@ -2551,13 +2551,13 @@ class Server:
                 plan = server_plan(tun.name, self._config.mtu, prefix)
                 self._kernel.apply(plan)
 
-                def on_loss(what: str, _: bytes) -> None:
+                def on_removal(what: str, _: bytes) -> None:
                     if what == EVENTS_LOST:
                         self._kernel.reapply(plan)
                     elif what != ADDRESS_REMOVED:  # the device has no address of ours
                         session.close(KernelError(f"TUN device {tun.name}: {what}"))
 
-                undo.callback(self._monitor.unwatch, self._monitor.watch(tun.name, on_loss))
+                undo.callback(self._monitor.unwatch, self._monitor.watch(tun.name, on_removal))
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 if gso_kinds is not None:
                     answer["Offload"] = sorted(tun.gso_kinds)
@@ -2576,33 +2576,33 @@ class Server:
 
     def _take_over(self, id_: str, peer: str) -> None:
         """Ends the running session of the Id and waits until it is released. The newest of several newcomers wins. Raises Refusal."""
-        if id_ in self._successors:
-            self._successors.pop(id_).set()
+        if id_ in self._superseded:
+            self._superseded.pop(id_).set()
         if id_ not in self.sessions:
             return
-        superseded = self._successors[id_] = gevent.event.Event()  # set when a newer connection waits
+        superseded = self._superseded[id_] = gevent.event.Event()  # set when a newer connection waits
         live = not self.sessions[id_].ending
-        past = self._takeovers.setdefault(id_, deque(maxlen=TAKEOVERS_MAX))
-        if live and len(past) == TAKEOVERS_MAX and time.monotonic() - past[0] < TAKEOVERS_S:
+        past = self._takeovers.setdefault(id_, deque(maxlen=CONTENTION_TAKEOVERS))
+        if live and len(past) == CONTENTION_TAKEOVERS and time.monotonic() - past[0] < CONTENTION_WINDOW_S:
             if id_ not in self._contended:
                 self._contended.add(id_)
                 other = self.sessions[id_].peer
                 log.warning("%s: clients at %s and %s take it from each other; give each an `id` of its own", quote_id(id_), other, peer)
-            superseded.wait(TAKEOVER_PAUSE_S)
+            superseded.wait(CONTENTION_PAUSE_S)
         elif live:
             self._contended.discard(id_)
-        while id_ in self.sessions and self._successors.get(id_) is superseded:
+        while id_ in self.sessions and self._superseded.get(id_) is superseded:
             old = self.sessions[id_]
             old.close(SessionError(f"a newcomer from {peer} has its Id"))
             old.released.wait()
-        if self._successors.get(id_) is not superseded:
+        if self._superseded.get(id_) is not superseded:
             raise Refusal("busy", "a newer connection has this Id")
-        del self._successors[id_]
+        del self._superseded[id_]
         if live:
             past.append(time.monotonic())
         if len(self._takeovers) > self._config.max_clients:
             self._takeovers = {
-                each: times for each, times in self._takeovers.items() if times and time.monotonic() - times[-1] < TAKEOVERS_S
+                each: times for each, times in self._takeovers.items() if times and time.monotonic() - times[-1] < CONTENTION_WINDOW_S
             }
             self._contended &= set(self._takeovers)
 
@@ -2656,7 +2656,7 @@ class Client:
         self._monitor = DeviceMonitor()
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
-        self._tun_lost: KernelError | None = None  # what somebody did to the TUN
+        self._tun_error: KernelError | None = None  # what somebody did to the TUN
         self._prefix: IPv6Network | None = None  # whose address the TUN has
         self._session: Session | None = None
         self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
@@ -2688,10 +2688,10 @@ class Client:
         return client_plan(tun.name, self._config.mtu, self._config.default_route)
 
     def _open_tun(self) -> Tun:
-        self._tun_lost = None
+        self._tun_error = None
         self._tun = Tun(self._config.tun)
         self._kernel.apply(self._tun_plan(self._tun))
-        self._watched = self._monitor.watch(self._tun.name, self._on_loss)
+        self._watched = self._monitor.watch(self._tun.name, self._on_removal)
         return self._tun
 
     def _close_tun(self) -> None:
@@ -2708,21 +2708,21 @@ class Client:
         if self._prefix:
             self._kernel.reapply(pool_plan(self._prefix, os.getpid()))
 
-    def _on_loss(self, what: str, address: bytes) -> None:
+    def _on_removal(self, what: str, address: bytes) -> None:
         if self._tun and what == EVENTS_LOST:
             address_steps = address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else []
             self._kernel.reapply([*self._tun_plan(self._tun), *address_steps])
             return
         earlier_address = bool(address and self._prefix and address != self._prefix[1].packed)
         if self._tun and not earlier_address:
-            self._tun_lost = KernelError(f"TUN device {self._tun.name}: {what}")
+            self._tun_error = KernelError(f"TUN device {self._tun.name}: {what}")
             if self._session:
-                self._session.close(self._tun_lost)
+                self._session.close(self._tun_error)
 
     def _run_session(self, tun: Tun) -> NoReturn:
         """Connects and runs the session. Raises the reason of its end."""
-        if self._tun_lost:
-            raise self._tun_lost
+        if self._tun_error:
+            raise self._tun_error
         self._id = self._id or default_id()
         with self._connect() as sock:
             set_tcp_options(sock)
@@ -2740,8 +2740,8 @@ class Client:
             self._logged_outage = None
             self._last_good = [sock.getpeername()]
             self._session = Session("the server")
-            if self._tun_lost:
-                raise self._tun_lost
+            if self._tun_error:
+                raise self._tun_error
             raise self._session.run(stream, tun, IngressFilter(prefix, from_client=False), self._congestion, gso_kinds, trailing)
 
     def _open_stream(self, sock: socket.socket) -> Stream:
