@@ -32,11 +32,11 @@ The file, top to bottom. A section uses only names defined above it; those marke
     send queue                   SharedBuffer, FqCodelQueue, SendQueue: what waits for a connection that is full (pure)
     network plans                the commands for `ip`, as pairs of do and undo (pure)
     storage                      GroupCommit, JsonFile, AssignmentStore, KeyStore
-    kernel                       Kernel (runs `ip`), Tun, DeviceMonitor (netlink), default_id
+    kernel                       Kernel (runs `ip`), Tun, DeviceMonitor (netlink), default_id, find_dropping_chains (runs `nft`)
     connections                  Stream, TlsStream, TCP options, congestion control, PacedWriter
-    pumps                        ReadinessCallbacks and the two hot loops
-    session                      Session: one connection, one TUN, two pumps
-    server                       ServerConfig, TokenBucket, AdmissionControl, Server
+    pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
+    session                      PathMonitor, Session: one connection, one TUN, two pumps
+    server                       ServerConfig, AdmissionControl, Server
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     demo                         Lab, a network of namespaces on this machine, and Demo
@@ -64,7 +64,9 @@ import json
 import logging
 import math
 import os
+import platform
 import queue
+import random
 import re
 import resource
 import secrets
@@ -76,6 +78,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -163,6 +166,15 @@ class ProtocolError(SessionError):
     """The peer broke a rule of the wire. Ends the session, as a stream of frames cannot be resynchronised."""
 
 
+class OffloadRefused(SessionError):
+    """This kernel refuses the peer's frames of a GSO kind, as several kernels do by mistake. The peer is not offered this kind again."""
+
+    def __init__(self, kind: str) -> None:
+        what, setting = f"this kernel refuses its {kind} frames, so it is not offered {kind} again", "tso6" if kind == "uso6" else "no"
+        super().__init__(f"{what}; `offload = {setting}` in config.ini does so from the start")
+        self.kind = kind
+
+
 class Refusal(SessionError):
     """The server refuses this client. `code` is one of those in docs/wire.md, `text` is for people."""
 
@@ -240,6 +252,14 @@ def is_valid_id(text: object) -> bool:
     return isinstance(text, str) and 1 <= len(text) <= ID_MAX and text.isprintable()
 
 
+def canonical_id(id_: str) -> str:
+    """Returns the Id in the spelling that stands for it: a MAC address in lower case with colons, any other Id as it is."""
+    if re.fullmatch("[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}|[0-9a-fA-F]{4}([.][0-9a-fA-F]{4}){2}", id_):
+        digits = re.sub("[:.-]", "", id_).lower()
+        return ":".join(digits[at : at + 2] for at in range(0, 12, 2))
+    return id_
+
+
 def parse_offload(message: dict[str, Any]) -> frozenset[str] | None:
     """Returns the GSO kinds that the sender of this message accepts, None for a legacy peer. Raises ProtocolError."""
     kinds = message.get("Offload")
@@ -253,7 +273,7 @@ def parse_offload(message: dict[str, Any]) -> frozenset[str] | None:
 class Hello(NamedTuple):
     """The message of a client."""
 
-    id: str
+    id: str  # as canonical_id returns it
     gso_kinds: frozenset[str] | None  # as parse_offload returns them
     key: str  # "" when the client sent none
 
@@ -265,7 +285,7 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    return Hello(message["Id"], parse_offload(message), key)
+    return Hello(canonical_id(message["Id"]), parse_offload(message), key)
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -339,6 +359,7 @@ class IngressFilter:
 
     def __init__(self, prefix: IPv6Network, from_client: bool, denied: IPv6Network | None = None) -> None:
         """`prefix` is the client's /64, `denied` a range that must not be reached either."""
+        self.prefix = prefix
         self._prefix = int(prefix.network_address) >> 64
         self.from_client = from_client
         self._denied = denied
@@ -363,6 +384,26 @@ class IngressFilter:
             return True
         self.refused[reason] += 1
         return False
+
+    def reverse(self) -> IngressFilter:
+        """Returns the filter of the other side, so that nothing is sent that it must refuse."""
+        return IngressFilter(self.prefix, not self.from_client)
+
+
+def source_refused(packet: memoryview, sender: IPv6Address) -> bytes | None:
+    """Returns the ICMPv6 error "source address failed ingress/egress policy" for a packet: RFC 4443 section 3.1, type 1, code 5.
+
+    None for packets that must not be answered: section 2.4 (e).
+    """
+    source, destination = IPv6Address(bytes(packet[8:24])), IPv6Address(bytes(packet[24:40]))
+    is_error = packet[6] == 58 and len(packet) > IPV6_HEADER and packet[IPV6_HEADER] < 128
+    if is_error or source.is_unspecified or source.is_multicast or source.is_link_local or destination.is_multicast:
+        return None
+    body = struct.pack(">BBHI", 1, 5, 0, 0) + bytes(packet[: 1280 - IPV6_HEADER - 8])  # section 2.4 (c): no more than the least MTU
+    addresses = sender.packed + source.packed
+    summed = sum(struct.unpack(f">{(len(body) + 1) // 2 + 16}H", addresses + body + bytes(len(body) % 2))) + len(body) + 58
+    body = body[:2] + struct.pack(">H", 0xFFFF - summed % 0xFFFF) + body[4:]
+    return struct.pack(">IHBB", 6 << 28, len(body), 58, 64) + addresses + body
 
 
 class Deframer:
@@ -431,6 +472,7 @@ class Deframer:
 
 
 _FRAME_MIN = OFFLOAD_HEADER.size + IPV6_HEADER  # bytes
+unpack_addresses = struct.Struct("!18xQ8xQ").unpack_from  # upper halves of source and destination in a frame with offload header
 _unpack_to_send = struct.Struct(">BBxxxxxxxxBxxxHB").unpack_from  # flags, gso_type; byte with version, payload length, next header
 
 
@@ -524,7 +566,10 @@ def _write_gso_headers(frame: memoryview, size: int) -> None:
 
 
 class PrefixPool:
-    """Which Id owns which /64 of a range. Every method takes constant time (`assign`: amortised), however full the pool is."""
+    """Which Id owns which /64 of a range. Every method takes constant time (`assign`: amortised), however full the pool is.
+
+    Only `keep` takes longer, for each /64 at the end that has an owner.
+    """
 
     def __init__(self, network: IPv6Network) -> None:
         """`network` is /64 or shorter."""
@@ -567,11 +612,20 @@ class PrefixPool:
         if not 0 <= index < self.size:
             raise ValueError(f"{prefix} is outside {self.network}")
         if self._owner_of.get(index, id_) != id_:
-            raise ValueError(f"{prefix} is already the prefix of {self._owner_of[index]!r}")
+            owner = self._owner_of[index]
+            raise ValueError(f"{prefix} is already the prefix of {repr(owner) if owner else 'the server itself'}")
         self._set_owner(id_, index)
 
+    def keep(self) -> IPv6Network | None:
+        """Reserves the last /64 without an owner for the server itself until `unreserve`. Returns None when it would be the only one."""
+        index = next((at for at in range(self.size - 1, 0, -1) if at not in self._owner_of), None)
+        if index is None:
+            return None
+        self._owner_of[index] = ""  # no Id
+        return self._prefix(index)
+
     def unreserve(self, prefix: IPv6Network) -> None:
-        """Makes a /64 assignable again that is reserved for an Id which owns another one by now. Otherwise does nothing."""
+        """Makes a /64 assignable again that is reserved for the server or an Id which owns another one by now. Otherwise does nothing."""
         index = (int(prefix.network_address) >> 64) - self._base
         if index in self._owner_of and self._index_of.get(self._owner_of[index]) != index:
             del self._owner_of[index]
@@ -830,6 +884,10 @@ class SendQueue:
         """Number of packets that the queue dropped."""
         return self._queue.dropped
 
+    def pace(self, write: Write) -> None:
+        """From now on uses this paced writer."""
+        self._write, self._whole_batches = write, not self._encrypt
+
     def close(self) -> None:
         """Discards all that waits."""
         self._queue.clear()
@@ -906,8 +964,8 @@ class SendQueue:
 # ---- network plans ---------------------------------------------------------------------------------------------------
 
 ROUTE_PROTOCOL = 116  # marks our routes, `ip -6 route show proto 116`; free in iproute2's rt_protos
-OWNER_BASE = 0x74000000  # with our process id added: the metric of the pool's route, behind all real ones, and our device group
-DEFAULT_METRIC = 1  # of the client's default route: before all others (router advertisements get 1024)
+OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of what we add to lo, behind all others
+RULE_PRIORITY = 11_600  # of the client's rules, which have this and the next one; the rule for the table main has 32766
 
 
 class Step(NamedTuple):
@@ -917,16 +975,38 @@ class Step(NamedTuple):
     undo: str | None = None
 
 
+def reject_step(what: str, process: int) -> Step:
+    """A route, behind all others, by which the kernel rejects packets."""
+    route = f"unreachable {what} metric {OWNER_BASE + process} proto {ROUTE_PROTOCOL}"
+    return Step(f"route add {route}", f"route del {route}")
+
+
 def pool_plan(pool: IPv6Network, process: int) -> list[Step]:
-    """The route that rejects traffic to prefixes without a client, which would otherwise loop between us and the next router."""
-    route = f"unreachable {pool} metric {OWNER_BASE + process} proto {ROUTE_PROTOCOL}"
-    return [Step(f"route add {route}", f"route del {route}")]
+    """Rejects traffic to prefixes without a client, which would otherwise loop between us and the next router."""
+    return [reject_step(str(pool), process)]
 
 
-def parse_pools(routes: str) -> list[tuple[IPv6Network, int]]:
-    """Returns pool and process of each pool_plan in the output of `ip -6 route show proto 116`."""
+def parse_rejects(routes: str) -> list[tuple[str, int]]:
+    """Returns prefix and process of each reject_step in the output of `ip -6 route show proto 116`."""
     found = re.findall(r"^unreachable (\S+) .*metric (\d+)", routes, re.MULTILINE)
-    return [(IPv6Network(pool), int(metric) - OWNER_BASE) for pool, metric in found if int(metric) > OWNER_BASE]
+    return [(what, int(metric) - OWNER_BASE) for what, metric in found if int(metric) > OWNER_BASE]
+
+
+def own_address_step(prefix: IPv6Network, process: int) -> Step:
+    """The server's own address, ::1 of a prefix that no client gets: the source of its ICMPv6 errors when it has no other."""
+    address = f"{prefix[1]}/128 dev lo"
+    return Step(f"addr add {address} nodad metric {OWNER_BASE + process}", f"addr del {address}")
+
+
+def parse_own_addresses(addresses: str) -> list[tuple[IPv6Network, int]]:
+    """Returns the arguments of each own_address_step in the output of `ip -6 addr show dev lo`."""
+    found = re.findall(r"^ *inet6 (\S+)/128 metric (\d+)", addresses, re.MULTILINE)
+    return [(IPv6Network((address, 64), False), int(metric) - OWNER_BASE) for address, metric in found if int(metric) > OWNER_BASE]
+
+
+def multicast_step(device: str) -> Step:
+    """Removes the route by which multicast without an interface may go into the tunnel. `up` makes it, and so does each address."""
+    return Step(f"route flush table local root ff00::/8 dev {device}")
 
 
 def device_plan(device: str, mtu: int) -> list[Step]:
@@ -934,29 +1014,56 @@ def device_plan(device: str, mtu: int) -> list[Step]:
     return [
         Step(f"link set dev {device} mtu {mtu} gso_max_segs {GSO_SEGMENTS_MAX} addrgenmode none"),
         Step(f"link set dev {device} up"),  # in one command with addrgenmode, `ip` would do this first
+        multicast_step(device),
     ]
 
 
 def server_plan(device: str, mtu: int, prefix: IPv6Network) -> list[Step]:
-    """The device of a session on the server, with the route to its prefix."""
-    return [*device_plan(device, mtu), Step(f"route add {prefix} dev {device} proto {ROUTE_PROTOCOL}")]
+    """The device of a session on the server, with the route to its prefix, which a device whose close hangs may still have."""
+    return [*device_plan(device, mtu), Step(f"route replace {prefix} dev {device} proto {ROUTE_PROTOCOL}")]
 
 
-def client_plan(device: str, mtu: int, default_route: bool) -> list[Step]:
-    """The client's device before it has an address. An existing default route stays, behind ours."""
-    route = f"route add default dev {device} metric {DEFAULT_METRIC} proto {ROUTE_PROTOCOL}"
-    return [*device_plan(device, mtu), *([Step(route)] if default_route else [])]
+def source_plan(source: str, process: int) -> list[Step]:
+    """Looks up packets with this source in the client's table, behind all routes of the table main that are no default routes."""
+    rules = [
+        f"priority {RULE_PRIORITY} {source} lookup main suppress_prefixlength 0 proto {ROUTE_PROTOCOL}",
+        f"priority {RULE_PRIORITY + 1} {source} lookup {OWNER_BASE + process} proto {ROUTE_PROTOCOL}",
+    ]
+    return [Step(f"rule add {rule}", f"rule del {rule}") for rule in rules]
+
+
+def parse_sources(rules: str) -> list[tuple[str, int]]:
+    """Returns source and process of each source_plan in the output of `ip -6 rule show`."""
+    found = re.findall(rf"^{RULE_PRIORITY + 1}:\s+((?:not )?from \S+) lookup (\d+)", rules, re.MULTILINE)
+    return [(source, int(table) - OWNER_BASE) for source, table in found]
+
+
+def reject_plan(prefix: IPv6Network, process: int) -> list[Step]:
+    """Rejects what goes to addresses that no LAN of the client has (RFC 7084, WPD-5), and what comes from it while there is no tunnel."""
+    table = f"default table {OWNER_BASE + process}"
+    return [reject_step(str(prefix), process), reject_step(table, process), *source_plan(f"from {prefix}", process)]
 
 
 def address_plan(device: str, prefix: IPv6Network, process: int) -> list[Step]:
-    """The client's own address, ::1 of its prefix, and the route that rejects what no LAN of the client has (RFC 7084, WPD-5)."""
+    """The client's own address, ::1 of its prefix, and what is rejected as long as it has this prefix."""
     address = f"{prefix[1]}/128 dev {device}"
-    return [Step(f"addr add {address} nodad", f"addr del {address}"), *pool_plan(prefix, process)]
+    return [Step(f"addr add {address} nodad", f"addr del {address}"), multicast_step(device), *reject_plan(prefix, process)]
+
+
+def tunnel_plan(device: str, default_route: bool, process: int) -> list[Step]:
+    """The client's route into the tunnel, while there is one, for what has a source in its prefix (source_plan).
+
+    With `default_route` what this machine begins goes there too, whose source is not chosen yet. What has another global source
+    goes its own way: replies of the machine's native address, and packets that carry IPv4.
+    """
+    route = f"default dev {device} table {OWNER_BASE + process} proto {ROUTE_PROTOCOL}"
+    return [Step(f"route add {route}", f"route del {route}"), *(source_plan("not from 2000::/3", process) if default_route else [])]
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------
 
 SECRET_MODE = 0o600  # of a file with keys
+BACKUP_S = 86_400  # between two backups of the assignments, at most
 
 
 class GroupCommit(Generic[T, R]):
@@ -1030,8 +1137,9 @@ class JsonFile:
         if not text.strip():
             return []
         try:
-            entries = json.loads(text.decode("utf-8"), object_pairs_hook=list)
-            if not text.lstrip().startswith(b"{"):
+            decoded = text.decode("utf-8-sig")  # editors on Windows put a byte order mark before it
+            entries = json.loads(decoded, object_pairs_hook=list)
+            if not decoded.lstrip().startswith("{"):
                 raise ValueError('it is not one object {"<id>": ..., ...}')
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.path} is not a file of {self._content}: {error}; {self.ADVICE}") from None
@@ -1042,6 +1150,13 @@ class JsonFile:
             if id_ in ids:
                 raise self.entry_error(id_, "the Id is there twice")
             ids.add(id_)
+        for number, (id_, value) in enumerate(entries):
+            canonical = canonical_id(id_)
+            if canonical in ids and canonical != id_:
+                log.warning("%s: %s is there in several spellings; %r is not used, remove it", self.path, canonical, id_)
+            else:
+                ids.add(canonical)
+                entries[number] = canonical, value
         return cast("list[tuple[str, Any]]", entries)
 
     def entry_error(self, id_: object, reason: object) -> ConfigError:
@@ -1055,27 +1170,39 @@ class JsonFile:
         except OSError as error:
             raise StorageError(f"{self.path} can't be written: {error.strerror}") from error
 
-    def _write(self, entries: dict[str, Any]) -> None:
-        new = self.path.with_name(self.path.name + ".new")
+    @property
+    def backup(self) -> Path:
+        """Path of the last good copy."""
+        return self.path.with_name(self.path.name + ".bak")
+
+    def back_up(self) -> None:
+        """Copies the file beside it, in a thread. A copy that fails is logged; the old one stays."""
         try:
-            self._replace(new, entries)
+            run_in_thread(lambda: self._replace(self.backup, self.path.read_bytes()))
+        except OSError as error:
+            log.warning("%s can't be written: %s", self.backup, error.strerror)
+
+    def _write(self, entries: dict[str, Any]) -> None:
+        # One line for each entry; a single json.dumps of all entries would hold the interpreter, and so the event loop, too long.
+        lines = (f"{json.dumps(id_)}: {json.dumps(value)}" for id_, value in entries.items())
+        self._replace(self.path, ("{\n " + ",\n ".join(lines) + "\n}\n").encode("ascii"))
+
+    def _replace(self, path: Path, content: bytes) -> None:
+        new = path.with_name(path.name + ".new")
+        try:
+            new.unlink(missing_ok=True)
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode), "wb") as file:
+                if self.path.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode) & self._mode_mask)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
         except OSError:
             with suppress(OSError):
                 new.unlink()  # others need the space on a full disk
             raise
-
-    def _replace(self, new: Path, entries: dict[str, Any]) -> None:
-        # One line for each entry; a single json.dumps of all entries would hold the interpreter, and so the event loop, too long.
-        lines = (f"{json.dumps(id_)}: {json.dumps(value)}" for id_, value in entries.items())
-        new.unlink(missing_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode), "w", encoding="ascii") as file:
-            if self.path.exists():
-                os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode) & self._mode_mask)
-            file.write("{\n " + ",\n ".join(lines) + "\n}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
@@ -1085,7 +1212,9 @@ class JsonFile:
 class AssignmentStore:
     """The map Id -> /64, in memory and, with a path, in a JSON file {"<id>": "<prefix>/64", ...}.
 
-    One process at a time may use the file. The lock is on `<path>.lock`, as `<path>` itself is replaced by each save.
+    One process at a time may use the file. The lock is on `<path>.lock`, as `<path>` itself is replaced by each save. The last good
+    copy, `<path>.bak`, is made before each change of several entries and at the first change in BACKUP_S. A file that is empty beside
+    such a copy has been lost by accident: all clients would be renumbered.
     """
 
     def __init__(self, pool: PrefixPool, path: str | None = None) -> None:
@@ -1094,6 +1223,7 @@ class AssignmentStore:
         self._file = JsonFile(path, "assignments", 0o644) if path else None
         self._saved: dict[str, str] = {}
         self._failing = False  # whether saves fail, which the log has said
+        self._backed_up = -math.inf  # time of the last backup
         self._changing: dict[str, gevent.event.Event] = {}  # by Id, set when the change is done
         self._saves = GroupCommit(self._save_batch)
         if self._file:
@@ -1184,10 +1314,18 @@ class AssignmentStore:
             except ValueError as error:
                 raise file.entry_error(id_, error) from None
             self._saved[id_] = prefix
+        if not self._saved and file.backup.exists():
+            raise ConfigError(
+                f"{file.path} has no assignments, but {file.backup} has, so it was lost; to go on with those, copy that file to this one;"
+                " to give all clients new prefixes, remove it"
+            )
 
     def _save_batch(self, entries: list[tuple[str, str]]) -> list[None]:
         if self._file:
             everything = {**self._saved, **dict(entries)}
+            due = len(entries) > 1 or time.monotonic() - self._backed_up > BACKUP_S
+            if due and self._saved:
+                self._back_up(self._file)
             try:
                 self._file.save(everything)
             except Exception as error:  # whatever it is, an Id that is not on disk must not count as known
@@ -1197,10 +1335,16 @@ class AssignmentStore:
                 self._failing = True
                 raise
             self._saved = everything
+            if due and not self._file.backup.exists():
+                self._back_up(self._file)
             if self._failing:
                 log.info("%s can be written again", self.path)
                 self._failing = False
         return [None] * len(entries)
+
+    def _back_up(self, file: JsonFile) -> None:
+        file.back_up()
+        self._backed_up = time.monotonic()
 
 
 class KeyEntry(NamedTuple):
@@ -1295,11 +1439,33 @@ class KeyStore:
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
 
-TUN_CLOSERS = 64  # threads: to close a TUN takes 24 ms, and in threads the closes overlap
+IP_S = 5.0  # for one run of `ip`, which takes 2 ms, or of `nft`
+IP_KILLED = "somebody killed `ip`"
+TUN_CLOSE_S = 5.0  # for the close of a TUN, which takes 24 ms
+TUN_CLOSERS = 64  # threads: in threads the closes overlap
 DEVICE_REMOVED, DEVICE_SET_DOWN = "somebody removed it", "somebody set it down"  # what others may do to a device of ours
 ADDRESS_REMOVED, ROUTE_REMOVED = "somebody removed its address", "somebody removed its route"
 EVENTS_LOST = "perhaps somebody removed something of it"  # the kernel had more netlink messages than we read
+REPAIRS_MAX, REPAIRS_S = 5, 60  # of the client's TUN in place, in so many seconds; more and it is made again
+MANAGERS = {  # that may change devices which are not theirs, by a path that is there while they run
+    "/run/systemd/netif/links": "systemd-networkd, see contrib/networkd-tun6.conf",
+    "/run/NetworkManager": "NetworkManager, see contrib/NetworkManager-tun6.conf",
+}
 SETTLE_S = 0.1  # from the first message about a change of a device until all of the change has happened
+
+
+def run_program(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs a program that reads this text; to be called in a thread. Raises OSError, after IP_S subprocess.TimeoutExpired."""
+    # It inherits the blocked signals: what ends this program and all of its children must not end `ip` in the midst.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace")
+    try:
+        output, errors = process.communicate(text, IP_S)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    except subprocess.TimeoutExpired:
+        process.kill()  # its end is not waited for, as it may hang in the kernel
+        raise
 
 
 class Kernel:
@@ -1316,26 +1482,37 @@ class Kernel:
             number, reason = min(failures.items())
             raise KernelError(f"`ip -6 {plan[number].do}` failed: {reason}")
 
-    def reapply(self, plan: Sequence[Step]) -> None:
-        """Does those steps again that others may have undone. Those that nobody undid fail, which changes nothing."""
-        self._commands.submit([step.do for step in plan])
+    def reapply(self, plan: Sequence[Step]) -> bool:
+        """Does those steps again that others may have undone. Those that nobody undid fail. Returns whether any was undone."""
+        return len(self._commands.submit([step.do for step in plan])) < len(plan)
 
     def undo(self, plan: Sequence[Step]) -> None:
         """Undoes the steps in reverse order. A step that others have undone already is no error."""
         undone = [step.undo for step in reversed(plan) if step.undo]
-        for number, reason in self._commands.submit(undone).items() if undone else ():
+        failures = self._commands.submit(undone) if undone else {}
+        if IP_KILLED in failures.values():
+            failures = self._commands.submit(undone)
+        for number, reason in failures.items():
             log.debug("`ip -6 %s` failed: %s", undone[number], reason)
 
-    def remove_stale_pools(self) -> None:
-        """Removes the unreachable routes of servers and clients that were killed."""
+    def remove_stale(self) -> None:
+        """Removes the routes, rules and addresses that servers and clients have left which were killed."""
         try:
             routes = run_in_thread(self._ip, f"route show proto {ROUTE_PROTOCOL}").stdout
-        except OSError:  # the next command reports it
+            rules = run_in_thread(self._ip, "rule show").stdout
+            addresses = run_in_thread(self._ip, "addr show dev lo").stdout
+        except (OSError, subprocess.TimeoutExpired):  # the next command reports it
             return
-        for pool, process in parse_pools(routes):
+        stale = [(f"the route of {what}", process, [reject_step(what, process)]) for what, process in parse_rejects(routes)]
+        own = parse_own_addresses(addresses)
+        stale += [(f"the address {prefix[1]}", process, [own_address_step(prefix, process)]) for prefix, process in own]
+        for source, process in parse_sources(rules):
+            left = [*source_plan(source, process), reject_step(f"default table {OWNER_BASE + process}", process)]
+            stale.append((f"the rules for packets {source}", process, left))
+        for what, process, plan in stale:
             if process == os.getpid() or not Path(f"/proc/{process}").exists():  # in a container each start has the same process id
-                log.info("removing the route of %s, which a killed tun6 has left", pool)
-                self.undo(pool_plan(pool, process))
+                log.info("removing %s, which a killed tun6 has left", what)
+                self.undo(plan)
 
     def remove_devices(self, names: Sequence[str]) -> None:
         """Removes many devices at once: 1,000 in 0.3 s, where one after the other takes 24 ms each."""
@@ -1351,6 +1528,12 @@ class Kernel:
         except OSError as error:
             reason = f"`ip` can't be run: {error.strerror}; it comes with iproute2"
             return [dict.fromkeys(range(len(commands)), reason) for commands in jobs]
+        except subprocess.TimeoutExpired:
+            log.error("`ip` did not end within %.0f s and was killed; `ip monitor` or the kernel's log may show what it waits for", IP_S)
+            return [dict.fromkeys(range(len(commands)), f"`ip` did not end within {IP_S:.0f} s") for commands in jobs]
+        if "BusyBox" in done.stderr:
+            reason = "this `ip` is BusyBox's, which can't do that; install iproute2 (on OpenWrt the package ip-full)"
+            return [dict.fromkeys(range(len(commands)), reason) for commands in jobs]
         reasons: list[str] = []
         for line in done.stderr.splitlines():
             failed = re.fullmatch(r"Command failed -:(\d+)", line)
@@ -1360,13 +1543,21 @@ class Kernel:
                 reasons = []
             else:
                 reasons.append(line.replace("RTNETLINK answers: ", "").strip())
-        if done.returncode < 0 or (done.returncode and not any(failures)):  # it is not known which commands were run
+        if done.returncode < 0:  # it is not known which commands were run
+            return [{0: IP_KILLED} for _ in jobs]
+        if done.returncode and not any(failures):
             return [{0: "; ".join(reasons) or f"`ip` ended with {done.returncode}"} for _ in jobs]
         return failures
 
     @staticmethod
     def _ip(arguments: str, commands: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["ip", "-6", *arguments.split()], input=commands, capture_output=True, text=True)
+        return run_program(["ip", "-6", *arguments.split()], commands)
+
+
+def write_ioctl(kind: str, number: int) -> int:
+    """Returns the number of an ioctl that reads an int from the caller: _IOW of asm/ioctl.h on this machine."""
+    direction = 0x8000_0000 if platform.machine().startswith(("mips", "ppc", "sparc", "alpha")) else 0x4000_0000
+    return direction | 4 << 16 | ord(kind) << 8 | number
 
 
 class Tun:
@@ -1376,7 +1567,7 @@ class Tun:
     `gso_kinds` are the GSO kinds that this kernel supports.
     """
 
-    IFF_VNET_HDR, TUNSETVNETLE, TUNSETOFFLOAD = 0x4000, 0x400454DC, 0x400454D0  # linux/if_tun.h, as are the next
+    IFF_VNET_HDR, TUNSETVNETLE, TUNSETOFFLOAD = 0x4000, write_ioctl("T", 220), write_ioctl("T", 208)  # linux/if_tun.h, as are the next
     CSUM, TSO6, USO = 0x01, 0x04, 0x20 | 0x40  # TUN_F_...; USO for both IP versions, since Linux 6.2
 
     def __init__(self, name: str) -> None:
@@ -1385,10 +1576,13 @@ class Tun:
             self._device = pytun.TunTapDevice(name, flags=pytun.IFF_TUN | pytun.IFF_NO_PI | self.IFF_VNET_HDR)
         except (pytun.Error, OSError) as error:
             code, reason = error.args if len(error.args) == 2 else (0, str(error))
+            root = "run tun6 as root" if os.geteuid() else "let this container have the device /dev/net/tun and CAP_NET_ADMIN"
             advice = {
-                errno.ENOENT: "load the kernel's module with `modprobe tun`",
-                errno.EPERM: "run tun6 as root",
-                errno.EACCES: "run tun6 as root",
+                errno.ENOENT: "load the kernel's module with `modprobe tun`, or give /dev/net/tun to this container",
+                errno.ENODEV: "this kernel's module `tun` can't be loaded; if the kernel was upgraded since the last boot, reboot",
+                errno.ENXIO: "this kernel's module `tun` can't be loaded; if the kernel was upgraded since the last boot, reboot",
+                errno.EPERM: root,
+                errno.EACCES: root,
                 errno.EBUSY: "another program has a device of this name; end it, or set another `tun` in config.ini",
             }.get(code, "see the kernel's log")
             raise KernelError(f"TUN device {name} can't be made: {reason}; {advice}") from None
@@ -1409,7 +1603,7 @@ class Tun:
             try:
                 Path(f"/proc/sys/net/ipv6/conf/{self.name}/{key}").write_text("0")
             except OSError as error:
-                log.warning("TUN device %s: %s can't be turned off: %s", self.name, key, error.strerror)
+                log_unwritable_sysctl(key, error.errno, error.strerror)
         self.gso_kinds = frozenset({"tso6", "uso6"} if self._try_offload(self.USO) else {"tso6"} if self._try_offload(0) else ())
         if "uso6" not in self.gso_kinds:
             log_missing_offloads(self.gso_kinds)
@@ -1427,8 +1621,14 @@ class Tun:
             raise tun_error(self.name, error) from None
 
     def close(self) -> None:
-        """Removes the device with its addresses and routes. Takes 24 ms, in a thread. Nothing may wait for `fd` any more."""
-        run_in_thread(self._device.close)
+        """Removes the device with its addresses and routes, in a thread. Nothing may wait for `fd` any more.
+
+        Returns after TUN_CLOSE_S at the latest; a close that takes longer goes on.
+        """
+        with gevent.Timeout(TUN_CLOSE_S, False):
+            run_in_thread(self._device.close)
+            return
+        log.error("TUN device %s: its close does not end, see the kernel's log", self.name)
 
     def _try_offload(self, more: int, tso: bool = True) -> bool:
         try:
@@ -1442,6 +1642,13 @@ def tun_error(name: str, error: OSError) -> KernelError:
     """Returns the error for a read or write of a TUN that failed."""
     reason = {errno.EBADFD: DEVICE_REMOVED, errno.EIO: DEVICE_SET_DOWN}.get(error.errno or 0, error.strerror)
     return KernelError(f"TUN device {name}: {reason}")
+
+
+@functools.cache
+def log_unwritable_sysctl(key: str, code: int | None, reason: str | None) -> None:
+    """Warns once of a sysctl of our TUNs that can't be written, which is no harm while the ingress filter of each session works."""
+    advice = "; make /proc/sys writable in this container" if code == errno.EROFS else ""
+    log.warning("%s of our TUN devices can't be turned off: %s%s", key, reason, advice)
 
 
 @functools.cache
@@ -1575,20 +1782,55 @@ def parse_removals(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
             yield int.from_bytes(index, sys.byteorder), ROUTE_REMOVED, b""
 
 
+def interface_addresses(interface: str, family: int) -> list[str]:
+    """Returns the addresses of an interface; none when the interface has just been removed."""
+    try:
+        return [entry["addr"] for entry in netifaces.ifaddresses(interface).get(family, ()) if "addr" in entry]
+    except ValueError:
+        return []
+
+
+def machine_addresses() -> list[tuple[str, IPv6Address]]:
+    """Returns all IPv6 addresses of this machine, each with its interface."""
+    pairs = [(interface, text) for interface in netifaces.interfaces() for text in interface_addresses(interface, netifaces.AF_INET6)]
+    return [(interface, IPv6Address(text.partition("%")[0])) for interface, text in pairs]
+
+
 def default_interface(family: int = netifaces.AF_INET) -> str | None:
-    """Returns the name of the interface with the default route, None when there is none."""
-    return cast("str | None", netifaces.gateways()["default"].get(family, (None, None))[1])
+    """Returns the name of the interface with the default route, None when there is none.
+
+    netifaces knows only routes with one gateway in the table main. For others the kernel is asked: the source address to a far
+    address (RFC 5737, RFC 3849; nothing is sent) is one of that interface.
+    """
+    name: str | None = netifaces.gateways()["default"].get(family, (None, None))[1]
+    if name:
+        return name
+    with system_socket.socket(family, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
+        source = probe.getsockname()[0]
+        return next((each for each in netifaces.interfaces() if source in interface_addresses(each, family)), None)
+    return None
 
 
 def default_id() -> str:
-    """Returns the MAC address of the interface with the IPv4 default route. Raises SessionError when there is none."""
+    """Returns the MAC address of the interface with the IPv4 default route. Raises SessionError when there is none.
+
+    Warns when the hardware does not have that address, as a bridge, a container or a privacy setting makes it up anew.
+    """
     interface = default_interface()
     if interface is None:
         raise SessionError("no IPv4 default route, whose interface would give the Id; connect the network, or set `id` in config.ini")
-    try:
-        return cast(str, netifaces.ifaddresses(interface)[netifaces.AF_LINK][0]["addr"])
-    except (KeyError, ValueError):
-        raise SessionError(f"{interface} has the IPv4 default route but no MAC address to be the Id; set `id` in config.ini") from None
+    addresses = interface_addresses(interface, netifaces.AF_LINK)
+    if not addresses:
+        raise SessionError(f"{interface} has the IPv4 default route but no MAC address to be the Id; set `id` in config.ini")
+    with suppress(OSError, ValueError):
+        if int(Path(f"/sys/class/net/{interface}/addr_assign_type").read_text()):  # NET_ADDR_PERM of linux/netdevice.h is 0
+            log.warning(
+                "the Id is the MAC address of %s, which its hardware does not have: it may be another one after the next boot, and the"
+                " prefix with it; set `id` in config.ini",
+                interface,
+            )
+    return addresses[0]
 
 
 def read_sysctl(name: str) -> str:
@@ -1599,12 +1841,70 @@ def read_sysctl(name: str) -> str:
         return ""
 
 
+def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
+    """Returns the firewall's chains that drop forwarded packets unless a rule accepts them -> whose each is, and what helps.
+
+    A table with a rule for our devices (a pattern such as tun6-*) or the pool is left out: somebody has thought of us there. Raises
+    OSError, subprocess.TimeoutExpired, or ValueError when the firewall can't be read.
+    """
+
+    def run(*command: str) -> str:
+        done = run_program(list(command))
+        if done.returncode:
+            raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+        return done.stdout
+
+    def nft(*what: str) -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = json.loads(run("nft", "-j", "list", *what)).get("nftables", [])
+        return listed
+
+    def is_ours(rules: str) -> bool:
+        return any(word in rules for word in (devices, devices.replace("*", "+"), str(pool)))
+
+    def advice(chain: str, names: str) -> str:
+        iptables = f"`ip6tables -I %s -i {devices.replace('*', '+')} -j ACCEPT` and the same with -o"
+        if "firewalld" in names:
+            return f"firewalld's; `firewall-cmd --permanent --zone=trusted --add-source={pool}` and `firewall-cmd --reload` help"
+        if "ufw" in names:
+            return f"ufw's; `ufw route allow from {pool}` and `ufw route allow to {pool}` help"
+        if "DOCKER-USER" in names:
+            return f"Docker's; {iptables % 'DOCKER-USER'} help"
+        if chain == "ip6 filter FORWARD":
+            return f"that of ip6tables; {iptables % 'FORWARD'} help"
+        owner = "Docker's" if "docker" in names.lower() else "nftables'"
+        return f"""{owner}; `nft insert rule {chain} iifname '"{devices}"' accept` and the same with oifname help"""
+
+    try:
+        chains = [entry["chain"] for entry in nft("chains") if "chain" in entry]
+    except FileNotFoundError:
+        with suppress(FileNotFoundError):
+            table = run("ip6tables", "-w", "-S")
+            if re.search("^-P FORWARD DROP|^-A FORWARD -j (DROP|REJECT)", table, re.MULTILINE) and not is_ours(table):
+                return {"ip6 filter FORWARD": advice("ip6 filter FORWARD", table)}
+        return {}
+    dropping = {}
+    for chain in chains:
+        family, table = place = chain["family"], chain["table"]
+        if chain.get("hook") != "forward" or family not in ("inet", "ip6"):
+            continue
+        name = f"{family} {table} {chain['name']}"
+        rules = [entry["rule"]["expr"] for entry in nft("chain", *name.split()) if "rule" in entry]
+        kinds = [{kind for statement in rule for kind in statement} for rule in rules]
+        drops = any(each & {"drop", "reject"} and each <= {"drop", "reject", "counter", "log"} for each in kinds)
+        if (drops or chain.get("policy") == "drop") and not is_ours(run("nft", "-t", "list", "table", *place)):
+            names = [table, *(other["name"] for other in chains if (other["family"], other["table"]) == place)]
+            dropping[name] = advice(name, " ".join(names))
+    return dropping
+
+
 # ---- connections -----------------------------------------------------------------------------------------------------
 
 KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
 USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged for so long ends the connection
 TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
-SIOCOUTQ, SIOCOUTQNSD = 0x5411, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
+SIOCOUTQ, SIOCOUTQNSD = termios.TIOCOUTQ, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
+IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
+STALLED_RETRANSMITS = 3  # of one segment, after which it may be too large for the path
 LEGACY_READ_TIME_S = 0.2  # for a legacy client to read the answer, once its kernel has it, before the first frame follows
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs neither BBR nor a paced writer
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
@@ -1841,15 +2141,21 @@ def read_tcp_info(sock: socket.socket, kind: str, at: int) -> int:
     return cast(int, struct.unpack_from(kind, info.ljust(256, b"\0"), at)[0])
 
 
+def allow_fragmentation(sock: socket.socket) -> None:
+    """Lets routers fragment what this connection sends: on some paths nobody says that a packet was too large (RFC 2923)."""
+    sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+
+
 class CongestionControls(NamedTuple):
-    """Names of TCP congestion controls, None for the system's default."""
+    """Names of TCP congestion controls, None for the system's default, and when to use which."""
 
     real: str | None  # on a real link
     lan: str | None
+    kind: str  # of the path: real, lan, or auto, which is found by its round trip
 
 
-def find_congestion_controls(setting: str) -> CongestionControls:
-    """Returns what the setting `congestion` means on this kernel. Raises ConfigError when the kernel has no such one."""
+def find_congestion_controls(setting: str, kind: str) -> CongestionControls:
+    """Returns what the settings `congestion` and `link` mean on this kernel. Raises ConfigError when the kernel has no such one."""
     name = "bbr" if setting == "auto" else setting
     with socket.socket() as probe:
         try:
@@ -1859,8 +2165,8 @@ def find_congestion_controls(setting: str) -> CongestionControls:
             if setting != "auto":
                 raise ConfigError(f"congestion = {name}: this kernel has no such congestion control; it has {available}") from None
             log.warning("this kernel has no BBR (`modprobe tcp_bbr`), which makes the tunnel fast over links that lose packets")
-            return CongestionControls(None, None)
-    return CongestionControls(name, None if setting == "auto" else name)
+            return CongestionControls(None, None, kind)
+    return CongestionControls(name, None if setting == "auto" else name, kind)
 
 
 def choose_congestion_control(sock: socket.socket, controls: CongestionControls) -> bool:
@@ -1869,7 +2175,7 @@ def choose_congestion_control(sock: socket.socket, controls: CongestionControls)
     On a real link BBR hides losses from the TCP inside the tunnel. On a LAN BBR's pacing would cost half of the speed.
     """
     rtt_us = read_tcp_info(sock, "I", 148)  # tcpi_min_rtt
-    lan = rtt_us < LAN_RTT_US
+    lan = rtt_us < LAN_RTT_US if controls.kind == "auto" else controls.kind == "lan"
     name = controls.lan if lan else controls.real
     if name:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name.encode())
@@ -1931,9 +2237,31 @@ def wait_until_answer_is_read(sock: socket.socket) -> None:
 
 # ---- pumps -----------------------------------------------------------------------------------------------------------
 
+ICMP_ERRORS_MAX = 10  # ICMPv6 errors of a session in a second, RFC 4443 section 2.4 (f)
+REFUSED_FRAMES_MAX = 8  # frames of one GSO kind in a session that the kernel may refuse before the kind is not offered any more
+
 # One pair of buffers for the process, not for each session: no other greenlet runs while a pump has something in them.
 _tun_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))
 _tcp_buffer = bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX)
+
+
+class TokenBucket:
+    """Allows so many events in so many seconds; the bucket is full at first."""
+
+    def __init__(self, size: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`size` 0: no limit."""
+        self._size, self._seconds, self._clock = size, seconds, clock
+        self._tokens, self._updated = float(size), clock()
+
+    def take(self) -> bool:
+        """Takes a token. Returns False when there is none."""
+        now = self._clock()
+        self._tokens = min(self._tokens + (now - self._updated) * self._size / self._seconds, self._size)
+        self._updated = now
+        if self._size and self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
 
 
 @dataclass
@@ -1943,6 +2271,7 @@ class TrafficCounters:
     sent: int = 0  # bytes of frames, TUN -> TCP; those that the send queue dropped are counted too
     received: int = 0  # bytes of frames, TCP -> TUN
     dropped: int = 0  # packets that the TUN or the peer could not take
+    refused: Counter[str] = dataclasses.field(default_factory=Counter)  # those of them that the kernel refused, by GSO kind or "none"
     queue_dropped: int = 0  # packets that waited too long in the send queue
 
 
@@ -1997,16 +2326,28 @@ class ReadinessCallbacks:
         self._sink.stop()
 
 
-def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, gso_kinds: frozenset[str] | None, traffic: TrafficCounters) -> NoReturn:
+def pump_tun_to_tcp(
+    tun: Tun, fd: int, send_queue: SendQueue, gso_kinds: frozenset[str] | None, peer_filter: IngressFilter, traffic: TrafficCounters
+) -> NoReturn:
     """Sends all that waits in the TUN as one batch, through the send queue of the connection `fd`, again and again.
 
-    `gso_kinds` are those that the peer accepts, None for a legacy peer. Raises KernelError when the TUN fails, OSError when the
-    connection does.
+    `gso_kinds` are those that the peer accepts, None for a legacy peer, `peer_filter` is its ingress filter. Raises KernelError when
+    the TUN fails, OSError when the connection does.
     """
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
     coalesces = gso_kinds is not None and "uso6" in gso_kinds
     callbacks = ReadinessCallbacks(tun.fd, fd)
     most = 1  # reads of the TUN
+    errors = TokenBucket(ICMP_ERRORS_MAX, 1)
+
+    def reject(packet: memoryview) -> None:
+        # The kernels' own messages to their link, such as multicast listener reports, are dropped without a word.
+        error = source_refused(packet, peer_filter.prefix[1]) if peer_filter.from_client else None
+        if error:
+            traffic.dropped += 1
+            if errors.take():
+                with suppress(OSError):
+                    os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, error])
 
     def on_ready() -> None:
         nonlocal most
@@ -2017,13 +2358,15 @@ def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, gso_kinds: frozens
                 got = read(room)
                 if got is None:
                     break
-                if is_sendable(view, have, got, gso_kinds):
+                if not is_sendable(view, have, got, gso_kinds):
+                    traffic.dropped += 1
+                elif not peer_filter.permits(*unpack_addresses(view, have)):
+                    reject(view[have + OFFLOAD_HEADER.size : have + got])
+                else:
                     have += got
                     ends.append(have)
                     if have >= BATCH_BYTES:
                         break
-                else:
-                    traffic.dropped += 1
                 room = view[have : have + frame_max]
         except OSError as error:
             raise tun_error(tun.name, error) from None
@@ -2046,7 +2389,8 @@ def pump_tun_to_tcp(tun: Tun, fd: int, send_queue: SendQueue, gso_kinds: frozens
 def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing: bytes, bare: bool, traffic: TrafficCounters) -> NoReturn:
     """Writes the frames that `read` brings from the connection `fd` into the TUN; `trailing` are the bytes behind the handshake.
 
-    Raises EOFError or OSError when the connection ends, KernelError when the TUN fails, ProtocolError.
+    A frame that the kernel refuses is dropped. Raises EOFError or OSError when the connection ends, KernelError when the TUN fails,
+    OffloadRefused when more than REFUSED_FRAMES_MAX frames of one GSO kind were refused, ProtocolError.
     """
 
     def write_bare(packet: memoryview) -> int:
@@ -2062,11 +2406,14 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                     traffic.dropped += 1
                 traffic.received += len(frame)
             except OSError as error:
-                if error.errno == errno.EINVAL:
-                    raise ProtocolError("frame that the kernel refuses as a packet") from None
-                if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
                     raise tun_error(tun.name, error) from None
                 traffic.dropped += 1
+                if error.errno == errno.EINVAL:
+                    kind = "none" if bare else GSO_KINDS.get(frame[1], "none")
+                    traffic.refused[kind] += 1
+                    if kind != "none" and traffic.refused[kind] > REFUSED_FRAMES_MAX:
+                        raise OffloadRefused(kind) from None
 
     def on_ready() -> None:
         nonlocal size
@@ -2081,6 +2428,14 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
 # ---- session ---------------------------------------------------------------------------------------------------------
 
 HANDSHAKE_S = 10.0  # for the whole handshake
+# GSO kinds that a peer is offered at most, by the setting `offload`:
+OFFLOADS: dict[str, frozenset[str]] = {"auto": frozenset({"tso6", "uso6"}), "tso6": frozenset({"tso6"}), "no": frozenset()}
+PROBE_AFTER_S = 10.0  # of silence, and between two probes
+DEAD_PATH_S = 30.0  # of silence, in which probes were not answered
+PROBE_FIRST_S = 1.0, 2.0  # from the begin of a session to its first probe: at random between these
+PROBES_TO_BELIEVE, PROBE_AGAIN_S = 3, 0.2  # probes with a long round trip on a path that looked like a LAN; between two of them
+PATH_CHECK_S = 2.0  # between two looks at all sessions
+FAR_ADDRESS = IPv6Address("2000::1")  # to which probes go whose hop limit ends at the server
 TRIM_INTERVAL_S = 1.0  # between two looks at how much waits
 TRIM_MIN = 1 << 20  # bytes that must have waited to make trimming worthwhile
 
@@ -2117,6 +2472,118 @@ def trim_heap() -> None:
             run_in_thread(malloc_trim, 0)
 
 
+class PeerPath:
+    """The path to a peer's program, which may be longer than that to the next TCP, and may be dead while that lives."""
+
+    def __init__(self, device: str, source: IPv6Address, target: IPv6Address, hops: int) -> None:
+        """Probes go from `source` (:: for the kernel's choice) to `target` out of this device and are answered after so many hops."""
+        self.target, self.hops = target, hops
+        self.packet_info = source.packed + struct.pack("i", system_socket.if_nametoindex(device))  # struct in6_pktinfo, linux/ipv6.h
+        self.answers = 0  # probes that were answered
+        self.round_trip_s = math.inf  # the shortest one
+        self.asked = 0.0  # time of the last probe
+        self.heard = time.monotonic()  # when anything came last
+        self.received = 0  # bytes until then
+
+
+class PathMonitor:
+    """Finds sessions whose peer is dead although TCP acknowledges, as behind a relay or when the peer's program hangs.
+
+    When nothing has come for PROBE_AFTER_S, it sends an echo request into the tunnel, which the kernel at the other end answers: the
+    client's with a reply, the server's, as the hop limit is 1, with Time Exceeded; so does that of the original program. A session
+    from which nothing comes for DEAD_PATH_S ends, if a probe was ever answered there.
+    """
+
+    ICMPV6_FILTER = 1  # linux/icmpv6.h
+    UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
+
+    def __init__(self) -> None:
+        self._number = random.getrandbits(32)
+        self._sessions: dict[int, tuple[Session, PeerPath]] = {}  # by identifier and sequence number of their probes, as one number
+        self._sock: socket.socket | None = None
+
+    @contextmanager
+    def watch(self, session: Session, path: PeerPath) -> Iterator[None]:
+        """Monitors a session meanwhile."""
+        number = self._number = (self._number + 1) % 2**32
+        self._sessions[number] = session, path
+        first = gevent.spawn_later(random.uniform(*PROBE_FIRST_S), self._probe, number, path)
+        try:
+            yield
+        finally:
+            first.kill()
+            del self._sessions[number]
+
+    def run(self) -> None:
+        """Probes and reads the answers until it is killed."""
+        try:
+            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+            passed = (self.UNREACHABLE, self.TIME_EXCEEDED, self.ECHO_REPLY)
+            blocked = ((1 << 256) - 1) ^ sum(1 << kind for kind in passed)
+            words = [blocked >> at & 0xFFFF_FFFF for at in range(0, 256, 32)]  # struct icmp6_filter
+            self._sock.setsockopt(socket.IPPROTO_ICMPV6, self.ICMPV6_FILTER, struct.pack("8I", *words))
+        except OSError as error:
+            log.warning("dead paths behind relays can't be noticed: %s", error.strerror)
+            return
+        with self._sock:
+            ticks = gevent.spawn(self._check_all)
+            try:
+                while True:
+                    message = self._sock.recv(IPV6_HEADER + 64)
+                    with suppress(OSError):  # the session's connection has just ended
+                        self._take_answer(message)
+            finally:
+                ticks.kill()
+
+    def _check_all(self) -> NoReturn:
+        while True:
+            gevent.sleep(PATH_CHECK_S)
+            for count, (number, (session, path)) in enumerate(list(self._sessions.items())):
+                with suppress(OSError):  # its connection has just ended
+                    self._check(number, session, path)
+                if count % BATCH_FRAMES == BATCH_FRAMES - 1:
+                    gevent.sleep()
+
+    def _check(self, number: int, session: Session, path: PeerPath) -> None:
+        now = time.monotonic()
+        session.check_stall()
+        if session.traffic.received != path.received:
+            path.received, path.heard = session.traffic.received, now
+        elif path.answers and now - path.heard >= DEAD_PATH_S:
+            session.close(SessionError(f"no sign of life for {DEAD_PATH_S:.0f} s"))
+        elif now - max(path.heard, path.asked) >= PROBE_AFTER_S:
+            self._probe(number, path)
+
+    def _probe(self, number: int, path: PeerPath) -> None:
+        path.asked = time.monotonic()
+        request = struct.pack(">BBHI", self.ECHO_REQUEST, 0, 0, number)  # the kernel fills in the checksum
+        options = [
+            (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, path.packet_info),
+            (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", path.hops)),
+        ]
+        with suppress(OSError):  # no answer comes, as when it is lost
+            if self._sock:
+                system_socket.socket.sendmsg(self._sock._sock, [request], options, socket.MSG_DONTWAIT, (str(path.target), 0))
+
+    def _take_answer(self, message: bytes) -> None:
+        """Notes the answer to a probe: a reply to it, or an error that quotes it."""
+        quoted = message[8 + IPV6_HEADER :] if message[0] in (self.UNREACHABLE, self.TIME_EXCEEDED) else message
+        if len(quoted) < 8 or quoted[0] not in (self.ECHO_REQUEST, self.ECHO_REPLY):
+            return
+        (number,) = struct.unpack_from(">I", quoted, 4)
+        if number in self._sessions:
+            session, path = self._sessions[number]
+            if not path.answers:
+                log.debug("the path answers to %s", path.target)
+            path.answers += 1
+            path.round_trip_s = min(path.round_trip_s, time.monotonic() - path.asked)
+            if path.round_trip_s > 2 * LAN_RTT_US / 1e6 and session.lan:  # the next TCP is nearer than the peer
+                if path.answers < PROBES_TO_BELIEVE:
+                    gevent.spawn_later(PROBE_AGAIN_S, self._probe, number, path)
+                else:
+                    session.use_real_link()
+
+
 class Session:
     """A connection after its handshake and a TUN, with a pump each way, from `run` until the first pump ends.
 
@@ -2130,6 +2597,10 @@ class Session:
         self.refused: Counter[str] = Counter()  # packets that the ingress filter refused, by reason
         self.released = gevent.event.Event()  # set when all that the session owned is released
         self.traffic = TrafficCounters()
+        self.lan = False  # whether the connection was taken for one over a LAN, by its round trip
+        self.use_real_link: Callable[[], None] = lambda: None  # set by `run`
+        self.fragments = False  # whether routers may fragment what it sends
+        self._sock: socket.socket | None = None
         self.started = time.monotonic()
         self._end: gevent.event.AsyncResult = gevent.event.AsyncResult()
 
@@ -2149,26 +2620,35 @@ class Session:
         tun: Tun,
         ingress_filter: IngressFilter,
         congestion: CongestionControls,
+        offered: frozenset[str],
         gso_kinds: frozenset[str] | None,
         trailing: bytes,
     ) -> BaseException:
         """Moves frames until the session ends, and returns the reason.
 
-        `ingress_filter` is for what the peer sends; `gso_kinds` are those that it accepts, None for a legacy peer; `trailing` are
-        the bytes behind its message.
+        `ingress_filter` is for what the peer sends; `offered` are the GSO kinds that it was offered, `gso_kinds` those that it
+        accepts, None for a legacy peer; `trailing` are the bytes behind its message.
         """
         bare = gso_kinds is None
-        sock = stream.sock
+        sock = self._sock = stream.sock
         self.refused = ingress_filter.refused
         lan = choose_congestion_control(sock, congestion)
         write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
         send_queue = SendQueue(write, bare, stream.encrypt, whole_batches=lan or not stream.encrypt, shared=SHARED_BUFFER)
-        deframer = Deframer(_tcp_buffer, None if bare else tun.gso_kinds, ingress_filter)
+        deframer = Deframer(_tcp_buffer, None if bare else offered, ingress_filter)
+        self.lan = lan and congestion.kind == "auto" and not bare
+
+        def use_real_link() -> None:
+            self.lan = False
+            choose_congestion_control(sock, congestion._replace(kind="real"))
+            send_queue.pace(PacedWriter(sock, stream.write, whole=bare))
+
+        self.use_real_link = use_real_link
 
         def tun_to_tcp() -> None:
             if bare and ingress_filter.from_client:
                 wait_until_answer_is_read(sock)
-            pump_tun_to_tcp(tun, sock.fileno(), send_queue, gso_kinds, self.traffic)
+            pump_tun_to_tcp(tun, sock.fileno(), send_queue, gso_kinds, ingress_filter.reverse(), self.traffic)
 
         pumps = [
             gevent.spawn(self._guard, pump_tcp_to_tun, sock.fileno(), stream.readinto, tun, deframer, trailing, bare, self.traffic),
@@ -2180,6 +2660,13 @@ class Session:
             gevent.killall(pumps)
             send_queue.close()
         return reason
+
+    def check_stall(self) -> None:
+        """Allows fragmentation when a segment was sent again and again."""
+        if self._sock and not self.fragments and read_tcp_info(self._sock, "B", 2) >= STALLED_RETRANSMITS:  # tcpi_retransmits
+            self.fragments = True
+            allow_fragmentation(self._sock)
+            log.warning("%s does not get what is sent, perhaps large packets vanish on the path: they may be fragmented now", self.peer)
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
         try:
@@ -2196,7 +2683,8 @@ class Session:
         traffic = self.traffic
         refused = "".join(f", {count} refused as {reason}" for reason, count in self.refused.items())
         dropped = traffic.dropped + traffic.queue_dropped
-        return f"after {age:.0f} s, {traffic.received} bytes received, {traffic.sent} sent, {dropped} packets dropped{refused}"
+        by_kernel = "".join(f" ({count} as the kernel refused them, offload {kind})" for kind, count in traffic.refused.items())
+        return f"after {age:.0f} s, {traffic.received} bytes received, {traffic.sent} sent, {dropped} packets dropped{by_kernel}{refused}"
 
 
 # ---- server ----------------------------------------------------------------------------------------------------------
@@ -2209,17 +2697,21 @@ HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all,
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
 CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
+FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off
+GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The section [server] of config.ini, whose path is `file`. Other paths are complete or relative to the working folder."""
+    """The section [server] of config.ini, whose path is `file`. A new setting is a field here and a parser in _PARSERS."""
 
     localhost: str
     listenport: int
     prefixrange: IPv6Network
     assignments: str | None = None
     congestion: str = "auto"
+    link: str = "auto"
+    offload: str = "auto"
     tun: str = "tun6-%d"
     mtu: int = 1500
     max_clients: int = 1000
@@ -2245,23 +2737,51 @@ def quote_id(id_: str) -> str:
     return repr(id_[:ID_MAX])
 
 
-class TokenBucket:
-    """Allows so many events an hour; the bucket is full at first."""
+def warn_of_overlap(pool: IPv6Network) -> None:
+    """Warns of addresses of this machine in the pool: the client that gets their /64 would get no traffic."""
+    for interface, address in machine_addresses():
+        if address in pool:
+            log.warning("%s of %s is in prefixrange %s; give a range without it", address, interface, pool)
 
-    def __init__(self, per_hour: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`per_hour` 0: no limit."""
-        self._per_hour, self._clock = per_hour, clock
-        self._tokens, self._updated = float(per_hour), clock()
 
-    def take(self) -> bool:
-        """Takes a token. Returns False when there is none."""
-        now = self._clock()
-        self._tokens = min(self._tokens + (now - self._updated) * self._per_hour / 3600, self._per_hour)
-        self._updated = now
-        if self._per_hour and self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+def has_routed_address(pool: IPv6Network) -> bool:
+    """Returns whether this machine has an address that is routed where the pool's are, on other devices than those of tun6."""
+    kind = GLOBAL if pool[0] in GLOBAL else UNIQUE_LOCAL
+    return any(address in kind for interface, address in machine_addresses() if not interface.startswith("tun6"))
+
+
+def watch_forwarding(devices: str, pool: IPv6Network) -> None:
+    """Says once what keeps the machine from forwarding our packets, and once that it is gone. Runs until it is killed.
+
+    Docker, a firewall or a sysctl may do that at any time. That forwarding was off at the start has been said already.
+    """
+    was_on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
+    known: dict[str, str] = {}
+    while True:
+        gevent.sleep(FORWARDING_CHECK_S)
+        on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
+        if was_on and not on:
+            log.warning(
+                "somebody turned IPv6 forwarding off, clients reach this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1` turns it"
+                " on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here"
+            )
+        elif on and not was_on:
+            log.info("IPv6 forwarding is on again")
+        was_on = on
+        try:
+            dropping = run_in_thread(find_dropping_chains, devices, pool)
+        except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+            log.debug("the firewall can't be looked at: %s", error)
+        else:
+            for chain in dropping.keys() - known.keys():
+                log.warning(
+                    "the firewall's chain %s drops what it does not accept, and does not know %s and %s: clients reach this machine only;"
+                    " it is %s",
+                    *(chain, devices, pool, dropping[chain]),
+                )
+            for chain in known.keys() - dropping.keys():
+                log.info("the firewall's chain %s does not stand in the way of clients any more", chain)
+            known = dropping
 
 
 def has_data(sock: socket.socket) -> bool:
@@ -2368,17 +2888,19 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         """Reads certificate, keys and assignments. Raises ConfigError."""
         self._config = config
-        self._congestion = find_congestion_controls(config.congestion)
+        self._congestion = find_congestion_controls(config.congestion, config.link)
         self._tls = server_tls_context(config.cert) if config.cert else None
         self.keys = open_keys(config)
         self.store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
         self.sessions: dict[str, Session] = {}  # by Id
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
-        self._new_ids = TokenBucket(config.new_ids_per_hour)
+        self._paths = PathMonitor()
+        self._new_ids = TokenBucket(config.new_ids_per_hour, 3600)
         self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
         self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
+        self._not_offered: dict[str, set[str]] = {}  # by Id: GSO kinds of which our kernel refused its frames; at most max_clients
         self._connections = gevent.pool.Group()  # one greenlet each
         self._killable: set[gevent.Greenlet] = set()  # those of them that have nothing to undo yet
         self._admission = AdmissionControl(self._start_handshake)
@@ -2387,29 +2909,59 @@ class Server:
     def run(self) -> NoReturn:
         """Serves until it is killed, then undoes everything. Raises KernelError when it can't begin."""
         gevent.get_hub().threadpool.maxsize = TUN_CLOSERS
+        with suppress(OSError):  # gevent loads a module at the first exception in a thread, for which there may be no descriptor later
+            run_in_thread(os.close, -1)
         route = pool_plan(self._config.prefixrange, os.getpid())
         with ExitStack() as undo:
             undo.callback(self.store.close)
             listener = undo.enter_context(self._listen())
             self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            self._kernel.remove_stale_pools()
+            self._kernel.remove_stale()
+            warn_of_overlap(self._config.prefixrange)
             undo.callback(self._kernel.undo, route)
             self._kernel.apply(route)
-            self._monitor.watch("lo", lambda what, _: self._restore(route))
-            for work in (self._monitor.run, trim_heap):
+            ours = {f"route of {self._config.prefixrange}": route}
+            if not has_routed_address(self._config.prefixrange):
+                ours.update(self._give_address(undo))
+            self._monitor.watch("lo", lambda *_: self._restore(ours))
+            forwarding = functools.partial(watch_forwarding, self._config.tun.replace("%d", "*"), self._config.prefixrange)
+            for work in (self._monitor.run, self._paths.run, trim_heap, forwarding):
                 undo.callback(gevent.spawn(work).kill)
             undo.callback(self._end_sessions)
-            log.info("serving %s on %s port %d", self._config.prefixrange, self._config.localhost, self._config.listenport)
+            where = self._config.localhost, self._config.listenport
+            log.info("serving %s on %s port %d, with %d assignments", self._config.prefixrange, *where, len(self.store.pool.owners()))
             while True:
                 for _ in range(ACCEPT_BATCH):
                     self._accept(listener)
                 gevent.sleep()  # accept returns at once while connections wait
 
-    def _restore(self, route: list[Step]) -> None:
-        """Restores the pool's route after somebody removed a route of our protocol, which may have been another tun6's own."""
-        with suppress(KernelError):
-            self._kernel.apply(route)
-            log.warning("somebody removed the route of %s; it is back", self._config.prefixrange)
+    def _give_address(self, undo: ExitStack) -> dict[str, list[Step]]:
+        """Gives lo an address of the pool, from which the kernel then sends ICMPv6 errors. Returns what others might remove."""
+        given: dict[str, list[Step]] = {}
+        prefix = self.store.pool.keep()
+        outcome = f"{self._config.prefixrange} has no /64 to spare for it; give it one"
+        if prefix:
+            plan = [own_address_step(prefix, os.getpid())]
+            undo.callback(self._kernel.undo, plan)
+            try:
+                self._kernel.apply(plan)
+                outcome, given = f"so lo has {prefix[1]}, and no client gets {prefix}", {f"address {prefix[1]}": plan}
+            except KernelError as error:
+                self.store.pool.unreserve(prefix)
+                outcome = f"and it can't be given one of the pool: {error}"
+        log.warning(
+            "this machine has no IPv6 address that is routed, from which it could say that a packet is too big or has made too many hops:"
+            " uploads would hang and traceroute would lack a hop; %s",
+            outcome,
+        )
+        return given
+
+    def _restore(self, ours: dict[str, list[Step]]) -> None:
+        """Restores what somebody removed from lo. It may also have been another tun6's own: then ours is there, and this fails."""
+        for what, plan in ours.items():
+            with suppress(KernelError):
+                self._kernel.apply(plan)
+                log.warning("somebody removed the %s; it is back", what)
 
     def reload(self) -> None:
         """Reads keys and certificate again, and ends the sessions whose key was removed, revoked or replaced. Raises ConfigError."""
@@ -2559,13 +3111,18 @@ class Server:
 
                 undo.callback(self._monitor.unwatch, self._monitor.watch(tun.name, on_removal))
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
+                offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered.get(id_, set())
                 if gso_kinds is not None:
-                    answer["Offload"] = sorted(tun.gso_kinds)
+                    answer["Offload"] = sorted(offered)
                 stream.send(encode_message(answer))
                 log.info("%s from %s: has %s on %s%s", quote_id(id_), peer, prefix, tun.name, stream.security)
                 ingress_filter = IngressFilter(prefix, True, None if self._config.client_to_client else self._config.prefixrange)
-                reason = session.run(stream, tun, ingress_filter, self._congestion, gso_kinds, trailing)
-            log.info("%s from %s: gone, %s; %s", quote_id(id_), peer, describe_end(reason), session.summary())
+                with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 64)):
+                    reason = session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
+            if isinstance(reason, OffloadRefused):
+                self._stop_offering(id_, reason.kind)
+            level = logging.WARNING if isinstance(reason, OffloadRefused) else logging.INFO
+            log.log(level, "%s from %s: gone, %s; %s", quote_id(id_), peer, describe_end(reason), session.summary())
         except (StorageError, KernelError) as error:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store has logged its error, once
             log.log(level, "%s from %s: can't be served: %s", quote_id(id_), peer, error)
@@ -2573,6 +3130,12 @@ class Server:
         finally:
             del self.sessions[id_]
             session.released.set()
+
+    def _stop_offering(self, id_: str, kind: str) -> None:
+        """From now on the answers to this Id, and to no other, lack the GSO kind. When there are too many, the oldest Id is forgotten."""
+        self._not_offered[id_] = self._not_offered.pop(id_, set()) | {kind}
+        if len(self._not_offered) > self._config.max_clients:
+            del self._not_offered[next(iter(self._not_offered))]
 
     def _take_over(self, id_: str, peer: str) -> None:
         """Ends the running session of the Id and waits until it is released. The newest of several newcomers wins. Raises Refusal."""
@@ -2617,7 +3180,8 @@ class Server:
 
 # ---- client ----------------------------------------------------------------------------------------------------------
 
-RETRY_S = 2.0  # between two attempts to connect
+RETRY_S = 2.0  # between two attempts to connect, on average
+RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so that many clients don't come back in step
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
 FINAL_RETRY_S = 60.0  # between two attempts after one of those
 CONNECT_S = 10.0  # for one TCP connect
@@ -2626,15 +3190,19 @@ LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """The section [client] of config.ini, whose path is `file`."""
+    """The section [client] of config.ini, whose path is `file`. A new setting is a field here and a parser in _PARSERS."""
 
     remotehost: str
     remoteport: int
     id: str | None = None
     congestion: str = "auto"
+    link: str = "auto"
+    offload: str = "auto"
     tun: str = "tun6"
     mtu: int = 1500
     default_route: bool = True
+    grace: int | None = 10  # seconds; None: for ever
+    mss: int | None = None
     tls: bool = False
     fingerprint: str | None = None
     key: str | None = None
@@ -2648,73 +3216,112 @@ class Client:
         """Raises ConfigError when the kernel does not have the congestion control."""
         self._config = config
         self._server = f"{config.remotehost} port {config.remoteport}"  # for the log
-        self._congestion = find_congestion_controls(config.congestion)
+        self._congestion = find_congestion_controls(config.congestion, config.link)
         encrypted = config.tls or config.fingerprint or config.key
         self._tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
         self._id = config.id
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
+        self._paths = PathMonitor()
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
         self._prefix: IPv6Network | None = None  # whose address the TUN has
+        self._routes: list[Step] = []  # into the tunnel, as long as there is one
+        self._withdrawal: gevent.Greenlet | None = None  # of the routes, after `grace`
+        self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
         self._session: Session | None = None
+        self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
         self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
         self._last_good: list[tuple[str, int]] = []  # the address of the last connection
+        self._fragments = False  # whether routers have to fragment on the path to the server
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
         self._retry_s = RETRY_S
 
     def run(self) -> NoReturn:
         """Serves until it is killed, then removes the TUN. Raises KernelError when the TUN can't be made at the start."""
-        self._kernel.remove_stale_pools()
-        self._monitor.watch("lo", lambda what, _: self._restore_route())
-        helpers = [gevent.spawn(self._monitor.run), gevent.spawn(trim_heap)]
+        self._kernel.remove_stale()
+        self._monitor.watch("lo", lambda what, _: self._restore_rejects())
+        helpers = [gevent.spawn(work) for work in (self._monitor.run, self._paths.run, trim_heap)]
         try:
             self._open_tun()
             while True:
                 try:
-                    self._run_session(self._tun or self._open_tun())
+                    try:
+                        self._run_session(self._tun or self._open_tun())
+                    finally:
+                        self._fragments = bool(self._session and self._session.fragments)
+                        self._withdraw_later()
                 except KernelError as error:  # somebody removed the device or what belongs to it: everything is made again
                     self._log_outage(error)
                     self._close_tun()
                 except (SessionError, gevent.Timeout, EOFError, OSError) as error:
+                    if isinstance(error, OffloadRefused):
+                        self._not_offered.add(error.kind)
                     self._log_outage(error)
-                gevent.sleep(self._retry_s)
+                gevent.sleep(self._retry_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER))
         finally:
             gevent.killall(helpers)
             self._close_tun()
 
-    def _tun_plan(self, tun: Tun) -> list[Step]:
-        return client_plan(tun.name, self._config.mtu, self._config.default_route)
-
     def _open_tun(self) -> Tun:
         self._tun_error = None
         self._tun = Tun(self._config.tun)
-        self._kernel.apply(self._tun_plan(self._tun))
+        self._kernel.apply(device_plan(self._tun.name, self._config.mtu))
         self._watched = self._monitor.watch(self._tun.name, self._on_removal)
         return self._tun
 
     def _close_tun(self) -> None:
         self._monitor.unwatch(self._watched)
+        if self._withdrawal:
+            self._withdrawal.kill()
         prefix, self._prefix = self._prefix, None
+        routes, self._routes = self._routes, []
         if prefix and self._tun:
-            self._kernel.undo(address_plan(self._tun.name, prefix, os.getpid()))
+            self._kernel.undo([*address_plan(self._tun.name, prefix, os.getpid()), *routes])
         if self._tun:
             self._tun.close()
         self._tun = None
 
-    def _restore_route(self) -> None:
-        """Restores the unreachable route of our prefix, in case it was this one that somebody removed."""
+    def _withdraw_later(self) -> None:
+        """Ends the routes into the tunnel after `grace`, unless there is a tunnel by then."""
+        if self._routes and self._config.grace is not None and (self._withdrawal is None or self._withdrawal.dead):
+            self._withdrawal = gevent.spawn_later(self._config.grace, self._withdraw)
+
+    def _withdraw(self) -> None:
+        """Ends the routes into the tunnel, so that new traffic fails at once, and discards what has waited for too long."""
+        log.warning("no tunnel for %d s: IPv6 traffic is rejected until it is back", self._config.grace)
+        routes, self._routes = self._routes, []
+        self._kernel.undo(routes)
+        with suppress(OSError):  # the next session finds out
+            while self._tun and self._tun.file.readinto(bytearray(OFFLOAD_HEADER.size + PACKET_MAX)):
+                pass
+
+    def _restore(self) -> bool:
+        """Restores what somebody may have removed of the TUN's address and routes. Returns whether anything was missing."""
+        if not self._tun or not self._prefix:
+            return False
+        steps = [*address_plan(self._tun.name, self._prefix, os.getpid()), *self._routes]
+        self._kernel.reapply(device_plan(self._tun.name, self._config.mtu))
+        missing = self._kernel.reapply([step for step in steps if step.undo])
+        self._kernel.reapply([multicast_step(self._tun.name)])
+        return missing
+
+    def _restore_rejects(self) -> None:
+        """Restores the routes that reject, in case it was one of these that somebody removed."""
         if self._prefix:
-            self._kernel.reapply(pool_plan(self._prefix, os.getpid()))
+            self._kernel.reapply(reject_plan(self._prefix, os.getpid()))
 
     def _on_removal(self, what: str, address: bytes) -> None:
-        if self._tun and what == EVENTS_LOST:
-            address_steps = address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else []
-            self._kernel.reapply([*self._tun_plan(self._tun), *address_steps])
+        if what == EVENTS_LOST or (what == ROUTE_REMOVED and not self._routes):  # or we have removed it
+            self._restore()
             return
         earlier_address = bool(address and self._prefix and address != self._prefix[1].packed)
-        if self._tun and not earlier_address:
+        if self._tun and not earlier_address and what in (ADDRESS_REMOVED, ROUTE_REMOVED) and self._repairs.take():
+            if self._restore():  # else we have removed an earlier one ourselves
+                managers = " or ".join(name for path, name in MANAGERS.items() if Path(path).exists())
+                log.warning("TUN device %s: %s; it is back%s", self._tun.name, what, managers and f" (perhaps it was {managers})")
+        elif self._tun and not earlier_address:
             self._tun_error = KernelError(f"TUN device {self._tun.name}: {what}")
             if self._session:
                 self._session.close(self._tun_error)
@@ -2723,12 +3330,15 @@ class Client:
         """Connects and runs the session. Raises the reason of its end."""
         if self._tun_error:
             raise self._tun_error
-        self._id = self._id or default_id()
+        if self._id is None:
+            self._id = default_id()
+            self._warn_of_another_id(self._id)
         with self._connect() as sock:
             set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
                 stream = self._open_stream(sock)
-                hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(tun.gso_kinds)}
+                offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered
+                hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(offered)}
                 if self._config.key:
                     hello["Key"] = self._config.key
                 stream.send(encode_message(hello))
@@ -2736,13 +3346,29 @@ class Client:
             prefix, gso_kinds = parse_answer(message)
             tun.set_offload(gso_kinds)
             self._set_prefix(tun, prefix)
+            self._open_routes(tun)
             log.info("%s at %s: has %s on %s%s", quote_id(self._id), self._server, prefix, tun.name, stream.security)
             self._logged_outage = None
             self._last_good = [sock.getpeername()]
             self._session = Session("the server")
+            self._session.fragments = self._fragments
             if self._tun_error:
                 raise self._tun_error
-            raise self._session.run(stream, tun, IngressFilter(prefix, from_client=False), self._congestion, gso_kinds, trailing)
+            with self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
+                ingress_filter = IngressFilter(prefix, from_client=False)
+                raise self._session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
+
+    def _warn_of_another_id(self, id_: str) -> None:
+        """Compares the Id, which nobody has set, with that of the last start. It is remembered for this only, beside config.ini."""
+        path = Path(f"{self._config.file}.last-id")
+        try:
+            last = path.read_text("utf-8").strip() if path.exists() else id_
+            if last != id_:
+                log.warning("the Id is %s and was %s at the last start: it gets another prefix; set `id` in config.ini", id_, last)
+            if last != id_ or not path.exists():
+                path.write_text(f"{id_}\n", "utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            log.debug("%s: %s; a change of the Id will not be noticed", path, error)
 
     def _open_stream(self, sock: socket.socket) -> Stream:
         """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
@@ -2759,6 +3385,10 @@ class Client:
             with ExitStack() as undo:
                 sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
                 try:
+                    if self._config.mss:
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, self._config.mss)  # also limits what the server sends
+                    if self._fragments:
+                        allow_fragmentation(sock)
                     with gevent.Timeout(CONNECT_S):
                         sock.connect(address)
                 except (gevent.Timeout, OSError) as error:
@@ -2792,10 +3422,18 @@ class Client:
         if prefix == self._prefix:
             return
         old, self._prefix = self._prefix, prefix  # set first, so that a kill meanwhile undoes the plan
-        self._kernel.apply(address_plan(tun.name, prefix, os.getpid()))
         if old:
             log.warning("the server changed our prefix from %s to %s", old, prefix)
-            self._kernel.undo(address_plan(tun.name, old, os.getpid()))
+            routes, self._routes = self._routes, []
+            self._kernel.undo([*address_plan(tun.name, old, os.getpid()), *routes])
+        self._kernel.apply(address_plan(tun.name, prefix, os.getpid()))
+
+    def _open_routes(self, tun: Tun) -> None:
+        if self._withdrawal:
+            self._withdrawal.kill()
+        if not self._routes:
+            self._routes = tunnel_plan(tun.name, self._config.default_route, os.getpid())  # set first, so that a kill undoes the plan
+            self._kernel.apply(self._routes)
 
     def _log_outage(self, error: BaseException) -> None:
         """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
@@ -2848,7 +3486,7 @@ def process_resources() -> dict[str, int]:
 class AdminRequestHandler:
     """Does what an operator asks for with `tun6.py clients` and `status`: on the running server, or on its files when none runs."""
 
-    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore")  # methods that a request may name
+    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore")  # methods that a request may name; build_parser has their arguments
 
     def __init__(
         self,
@@ -2875,8 +3513,10 @@ class AdminRequestHandler:
             inspect.signature(action).bind(**arguments)
         except (KeyError, TypeError):
             raise RequestError("the server that runs here is of another version of tun6; restart it") from None
-        if not is_valid_id(arguments.get("id", "-")):
-            raise RequestError(f"the Id must be 1 to {ID_MAX} printable characters")
+        if "id" in arguments:
+            if not is_valid_id(arguments["id"]):
+                raise RequestError(f"the Id must be 1 to {ID_MAX} printable characters")
+            arguments["id"] = canonical_id(arguments["id"])
         with self._one_at_a_time:
             return action(**arguments)
 
@@ -3340,6 +3980,7 @@ class Demo:
 
 CONFIG_FILES = ("config.ini", "/etc/tun6/config.ini")  # the first that exists is read
 WARNINGS_MAX, WARNINGS_INTERVAL_S = 20, 60  # so many warnings of one kind are logged in so many seconds
+CLIENTS_OPTIONS = {"command", "function", "verbose", "config", "json", "action"}  # of `clients`; the others are arguments of the request
 LOG_LINES_MAX = 10_000  # lines that may wait for the reader of the log
 LOG_FLUSH_S = 1.0  # at the end, for those lines
 
@@ -3403,6 +4044,15 @@ def _path(text: str) -> str:
     return text  # read_config completes it
 
 
+def _grace(text: str) -> int | None:
+    if text.lower() == "off":
+        return None
+    try:
+        return _integer(0, 3600)(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or off") from None
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in configparser.ConfigParser.BOOLEAN_STATES:
         raise ValueError("must be yes or no")
@@ -3411,6 +4061,8 @@ def _boolean(text: str) -> bool:
 
 _MTU = _integer(1280, 65_500)  # RFC 8200 section 5; a TUN takes no more
 _CONGESTION = _matching("[a-z0-9_-]{1,15}", "must be auto or the name of a TCP congestion control, such as bbr or cubic")
+_LINK = _matching("auto|real|lan", "must be auto, real or lan")
+_OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
@@ -3419,6 +4071,8 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "prefixrange": _pool,
         "assignments": _path,
         "congestion": _CONGESTION,
+        "link": _LINK,
+        "offload": _OFFLOAD,
         "tun": _matching(r"(?=.{2,13}$)[\w.-]*%d[\w.-]*", "must be a device name of at most 13 characters with one %d"),
         "mtu": _MTU,
         "max_clients": _integer(1, 1_000_000),
@@ -3433,9 +4087,13 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "remoteport": _integer(1, 65_535),
         "id": _id,
         "congestion": _CONGESTION,
+        "link": _LINK,
+        "offload": _OFFLOAD,
         "tun": _matching(r"(?!\.\.?$)[\w.-]{1,15}", "must be a device name of at most 15 characters"),
         "mtu": _MTU,
         "default_route": _boolean,
+        "grace": _grace,
+        "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
         "tls": _boolean,
         "fingerprint": _fingerprint,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
@@ -3458,7 +4116,7 @@ def read_config(path: str, section: str) -> Any:
     """
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"), default_section="")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # editors on Windows put a byte order mark before it
             parser.read_file(file, path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a readable file with -c FILE") from None
@@ -3476,6 +4134,8 @@ def read_config(path: str, section: str) -> Any:
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: unknown key; {_suggest(key, _PARSERS[name], '%s')}")
             if "\n" in value:
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: an indented line follows, don't indent")
+            if re.fullmatch(r"(['\"]).*\1", value):
+                raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: it is in quotes, write it without")
     if section not in parser:
         raise ConfigError(f"{path}: there is no section [{section}]; add one with its keys, as in the config.ini that came with tun6")
     values: dict[str, Any] = {"file": path}
@@ -3503,7 +4163,6 @@ def server_command(options: argparse.Namespace) -> None:
     require_privilege()
     require_ipv6()
     warn_of_forwarding()
-    warn_of_overlap(config.prefixrange)
     raise_descriptor_limit()
     if config.assignments is None:
         log.warning("no `assignments` file in %s: all prefixes are forgotten when the server ends", config.file)
@@ -3620,7 +4279,7 @@ def status_command(options: argparse.Namespace) -> None:
 def clients_command(options: argparse.Namespace) -> None:
     """`tun6.py clients`: asks the running server, or works on its files while none runs."""
     config: ServerConfig = read_config(find_config(options.config), "server")
-    arguments = {name: getattr(options, name) for name in ("id", "prefix", "new_key") if hasattr(options, name)}
+    arguments = {name: value for name, value in vars(options).items() if name not in CLIENTS_OPTIONS}
     fingerprint = ""
     if options.action == "add":  # checked before anything changes, as the key is printed only once
         if re.search(r"^ | $|(^| )[#;]", options.id):
@@ -3643,9 +4302,8 @@ def format_client_section(config: ServerConfig, added: dict[str, str]) -> str:
     """Returns the section [client] of config.ini for a client that was added."""
     host = config.localhost
     if host == "0.0.0.0":
-        host = "192.0.2.1"
-        with suppress(KeyError, ValueError):
-            host = netifaces.ifaddresses(default_interface() or "")[netifaces.AF_INET][0]["addr"]
+        interface = default_interface()
+        host = next(iter(interface_addresses(interface, netifaces.AF_INET) if interface else ()), "192.0.2.1")
     return textwrap.dedent(f"""\
         # config.ini of the client; its prefix is {added["prefix"]}. The key is shown only now; whoever has it is this client.
         [client]
@@ -3695,16 +4353,8 @@ def require_privilege() -> None:
 def require_ipv6() -> None:
     """Raises KernelError where a new device gets no IPv6."""
     if read_sysctl("net.ipv6.conf.default.disable_ipv6") != "0":
-        raise KernelError("IPv6 is off in this kernel; turn it on with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`")
-
-
-def warn_of_overlap(pool: IPv6Network) -> None:
-    """Warns of addresses of this machine in the pool: the client that gets their /64 would get no traffic."""
-    for interface in netifaces.interfaces():
-        for entry in netifaces.ifaddresses(interface).get(netifaces.AF_INET6, ()):
-            address = ipaddress.IPv6Address(entry["addr"].partition("%")[0])
-            if address in pool:
-                log.warning("%s of %s is in prefixrange %s; give a range without it", address, interface, pool)
+        where = " for this container, from outside" if not os.access("/proc/sys/net/ipv6/conf/all/disable_ipv6", os.W_OK) else ""
+        raise KernelError(f"IPv6 is off in this kernel; turn it on{where} with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`")
 
 
 def warn_of_forwarding() -> None:
