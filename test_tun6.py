@@ -3084,7 +3084,7 @@ def test_a_mac_address_is_one_id_in_every_spelling(tmp_path: Path, open_store: O
     tun6.KeyStore(str(tmp_path / "keys.json")).check(MAC, "k")
 
 
-@pytest.mark.parametrize("order", itertools.permutations([MAC, *SPELLINGS[1:3]]))
+@pytest.mark.parametrize("order", list(itertools.permutations([MAC, *SPELLINGS[1:3]])))
 def test_of_several_spellings_in_a_file_one_counts_and_no_prefix_is_lost(
     tmp_path: Path, open_store: OpenStore, caplog: pytest.LogCaptureFixture, order: tuple[str, ...]
 ) -> None:
