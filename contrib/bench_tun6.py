@@ -612,7 +612,8 @@ def start_tun6(client_code: str, encrypted: bool = False) -> Callable[[Testbed],
     def start(testbed: Testbed) -> None:
         config = testbed.folder / "config.ini"
         config.write_text(TUN6_CONFIG)
-        (testbed.folder / "assignments.json").unlink(missing_ok=True)  # so that the first client gets CLIENT_PREFIX
+        for file in testbed.folder.glob("assignments.json*"):  # so that the first client gets CLIENT_PREFIX
+            file.unlink()
         if encrypted:
             (testbed.folder / "server.pem").unlink(missing_ok=True)
             output = testbed.run_program(f"{sys.executable} {REPOSITORY}/tun6.py keygen -c config.ini")
