@@ -1210,7 +1210,10 @@ class TlsSocket:
     def new_keys(self, times: int, ask: bool = False) -> bytes:
         """Records that announce new keys so many times, and ask for those of the other side. Python can't say that, OpenSSL can."""
         openssl = ctypes.CDLL(sys.modules["_ssl"].__file__)
-        connection = ctypes.c_void_p.from_address(id(cast(Any, self.tls)._sslobj) + 24)  # struct PySSLSocket: its head, a pointer, this one
+        at = (
+            id(cast(Any, self.tls)._sslobj) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p)
+        )  # struct PySSLSocket: head, pointer, this one
+        connection = ctypes.c_void_p.from_address(at)
         for _ in range(times):
             assert openssl.SSL_key_update(connection, int(ask)) == 1
             openssl.SSL_do_handshake(connection)
@@ -5765,6 +5768,7 @@ def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(la
         said = b""
         raw = socket_on(lab, "server", socket.AF_INET, socket.SOCK_STREAM)
         with raw, suppress(OSError), context.wrap_socket(sock, server_side=True) as to_client:
+            raw.settimeout(5)  # a client that is deceived would otherwise keep the test for ever
             raw.connect((Lab.SERVER, site.tunnel.port))
             with trusting().wrap_socket(raw) as to_server:
                 while more := to_client.recv(1 << 16):
