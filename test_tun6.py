@@ -4677,12 +4677,8 @@ def test_without_a_tunnel_new_connections_fail_at_once_and_nothing_old_arrives_l
     prefix = client.prefix()
     with lan_behind(lab, prefix) as lan:
         ping(lab, "lan")
-        with lab.inside("internet"):
-            arrived = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        with socket_on(lab, "internet") as arrived, socket_on(lab, "client") as sender:
             arrived.bind((Lab.INTERNET, 5005))
-        with lab.inside("client"):
-            sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        with arrived, sender:
             arrived.settimeout(5)
             server.kill()
             client.wait_for("no connection", 2)
@@ -4700,12 +4696,8 @@ def test_without_a_tunnel_new_connections_fail_at_once_and_nothing_old_arrives_l
 def test_an_outage_within_the_grace_is_a_pause_that_loses_nothing(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(id="c")
     client.prefix()
-    with lab.inside("internet"):
-        arrived = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    with socket_on(lab, "internet") as arrived, socket_on(lab, "client") as sender:
         arrived.bind((Lab.INTERNET, 5006))
-    with lab.inside("client"):
-        sender = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    with arrived, sender:
         arrived.settimeout(10)
         server.kill()
         client.wait_for("no connection")

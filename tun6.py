@@ -3294,14 +3294,14 @@ class Client:
         routes, self._routes = self._routes, []
         self._kernel.undo(routes)
         with suppress(OSError):  # the next session finds out
-            while self._tun and self._tun.file.readinto(bytearray(OFFLOAD_HEADER.size + PACKET_MAX)):
+            while self._tun and self._tun.file.readinto(_tun_buffer):
                 pass
 
     def _restore(self) -> bool:
         """Restores what somebody may have removed of the TUN's address and routes. Returns whether anything was missing."""
-        if not self._tun or not self._prefix:
+        if not self._tun:
             return False
-        steps = [*address_plan(self._tun.name, self._prefix, os.getpid()), *self._routes]
+        steps = [*(address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else ()), *self._routes]
         self._kernel.reapply(device_plan(self._tun.name, self._config.mtu))
         missing = self._kernel.reapply([step for step in steps if step.undo])
         self._kernel.reapply([multicast_step(self._tun.name)])
@@ -3313,8 +3313,10 @@ class Client:
             self._kernel.reapply(reject_plan(self._prefix, os.getpid()))
 
     def _on_removal(self, what: str, address: bytes) -> None:
-        if what == EVENTS_LOST or (what == ROUTE_REMOVED and not self._routes):  # or we have removed it
+        if what == EVENTS_LOST:
             self._restore()
+            return
+        if what == ROUTE_REMOVED and not self._routes:  # we have removed it
             return
         earlier_address = bool(address and self._prefix and address != self._prefix[1].packed)
         if self._tun and not earlier_address and what in (ADDRESS_REMOVED, ROUTE_REMOVED) and self._repairs.take():
