@@ -6519,29 +6519,42 @@ def session_of(server: Program, id_: str) -> tuple[IPv6Network, str]:
     return IPv6Network(prefix), str(device)
 
 
-def test_what_somebody_takes_from_a_session_ends_it_and_the_client_comes_back(lab: Lab, tunnel: Tunnel, server: Program) -> None:
-    damages = {
-        "device": ("link del dev {device}", "removed it"),
-        "state": ("link set dev {device} down", "set it down"),
-        "route": ("-6 route del {prefix} dev {device}", "removed its route"),
-    }
+def test_what_somebody_takes_from_a_session_is_put_back_in_place_or_the_client_comes_back(
+    lab: Lab, tunnel: Tunnel, server: Program
+) -> None:
+    damages = {"device": "link del dev {device}", "state": "link set dev {device} down", "route": "-6 route del {prefix} dev {device}"}
+    in_place = {"state": "set it down", "route": "removed its route"}
     clients = {id_: tunnel.client(id=id_, tun=id_, default_route="yes" if id_ == "device" else "no") for id_ in damages}
     prefixes = {id_: client.prefix() for id_, client in clients.items()}
     bystander = tunnel.peer("by-stander").connected()
     for do in ("add", "del"):  # what is not ours may go
         lab.ip("server", f"addr {do} 2001:db8:f000::1/128 dev {session_of(server, 'by-stander')[1]} nodad")
-    for id_, (command, what) in damages.items():
+    for id_, command in damages.items():
         prefix, device = session_of(server, id_)
         assert prefix == prefixes[id_]
         lab.ip("server", command.format(device=device, prefix=prefix))
-        server.wait_for(f"'{id_}' from .*: gone, TUN device {device}: somebody {what}; after", seconds=4)
-    for id_, client in clients.items():
-        assert client.prefix(times=2) == prefixes[id_]
+        said = (
+            f"WARNING TUN device {device}: somebody {in_place[id_]}; it is back"
+            if id_ in in_place
+            else (f"'{id_}' from .*: gone, TUN device {device}: somebody removed it; after")
+        )
+        server.wait_for(said, seconds=4)
+    assert clients["device"].prefix(times=2) == prefixes["device"]
     assert server_routes(lab) == {*map(str, prefixes.values()), str(bystander.prefix)}
     assert len(server_devices(lab)) == 4
     bystander.echo()
-    ping(lab, "client")
-    server.said(": gone,", 3)
+    for prefix in prefixes.values():
+        ping(lab, "internet", str(prefix[1]))
+    for id_ in in_place:
+        assert f"ff00::/8 dev {session_of(server, id_)[1]} " not in lab.ip("server", "-6 route show table local")
+    server.said(": gone,", 1)
+    prefix, device = session_of(server, "state")
+    for number in range(2, tun6.REPAIRS_MAX + 1):
+        lab.ip("server", f"link set dev {device} down")
+        server.wait_for(f"TUN device {device}: somebody set it down; it is back", number)
+    lab.ip("server", f"link set dev {device} down")  # too often for one session
+    server.wait_for(f"'state' from .*: gone, TUN device {device}: somebody set it down; after")
+    assert clients["state"].prefix(times=2) == prefixes["state"]
 
 
 @pytest.mark.waits
@@ -6553,7 +6566,7 @@ def test_what_somebody_takes_from_the_client_is_restored(lab: Lab, tunnel: Tunne
         "address": ("addr del {address}/128 dev {device}", "removed its address"),
         "tun6": ("-6 route del default dev {device} table {table}", "removed its route"),
     }
-    in_place = {"address", "tun6"}
+    in_place = damages.keys() - {"device"}
     clients = {
         device: tunnel.client(id=device, tun=device, grace=60, default_route="yes" if device == "tun6" else "no") for device in damages
     }
@@ -6655,13 +6668,13 @@ def test_a_flood_of_news_about_other_routes_and_addresses_hides_nothing(lab: Lab
         lab.ip("server", f"-6 route del unreachable {tunnel.pool}")
         lab.ip("client", f"addr del {prefix[1]}/128 dev tun6")
         assert all(netlink_drops(lab, host) for host in hosts), "the flood was too small"
-    server.wait_for(f"'downed' from .*: gone, TUN device {device}: somebody set it down;", seconds=3)
-    left = {str(tunnel.pool)}, {str(each) for each in (prefix, bystander.prefix, cut_off.prefix)}
+    server.wait_for(f"WARNING TUN device {device}: somebody set it down; it is back", seconds=3)
+    left = {str(tunnel.pool)}, {str(each) for each in (prefix, bystander.prefix, downed.prefix, cut_off.prefix)}
     wait_until("the routes are back", lambda: (server_routes(lab, "unreachable"), server_routes(lab)) == left, 3)
     wait_until("the address is back", lambda: addresses(lab) == [f"{prefix[1]}/128"], 5)
     client.prefix(times=client.log().count("no connection") + 1)
     ping(lab, "client")
-    for peer in (bystander, cut_off):
+    for peer in (bystander, downed, cut_off):
         peer.echo()
     for program, earlier in before.items():
         assert memory(program) < earlier + (8 << 20), program.role
@@ -7368,11 +7381,14 @@ def test_what_a_manager_strips_from_the_client_is_put_back_in_place(lab: Lab, tu
     ping(lab, "client")
     index = tun_of(lab)["ifindex"]
     table = tun6.OWNER_BASE + client.process.pid
-    steps = [f"addr del {prefix[1]}/128 dev tun6", f"-6 route del default dev tun6 table {table}"]
-    for number, command in enumerate([*steps, *steps, steps[0]], 1):
-        lab.ip("client", command)
-        client.wait_for("WARNING TUN device tun6: somebody removed its (?:address|route); it is back", number)
-        wait_until("it works again", lambda: lab.pings("client"))
+    steps = [f"addr del {prefix[1]}/128 dev tun6", f"-6 route del default dev tun6 table {table}", "link set dev tun6 down"]
+    with running(lab, "internet", "ping", "-6", "-q", "-i", "0.01", str(prefix[1])):  # so that something comes in the midst of each
+        for number, command in enumerate([*steps, *steps[1:]], 1):
+            lab.ip("client", command)
+            client.wait_for("WARNING TUN device tun6: somebody .*; it is back", number)
+            wait_until("it works again", lambda: lab.pings("client"))
+    assert addresses(lab) == [f"{prefix[1]}/128"]
+    assert "ff00::/8 dev tun6" not in lab.ip("client", "-6 route show table local")
     assert (tun_of(lab)["ifindex"], len(re.findall(": has ", client.log()))) == (index, 1)
     lab.ip("client", steps[0])  # the sixth time in a minute
     client.prefix(2)

@@ -1446,12 +1446,12 @@ TUN_CLOSERS = 64  # threads: in threads the closes overlap
 DEVICE_REMOVED, DEVICE_SET_DOWN = "somebody removed it", "somebody set it down"  # what others may do to a device of ours
 ADDRESS_REMOVED, ROUTE_REMOVED = "somebody removed its address", "somebody removed its route"
 EVENTS_LOST = "perhaps somebody removed something of it"  # the kernel had more netlink messages than we read
-REPAIRS_MAX, REPAIRS_S = 5, 60  # of the client's TUN in place, in so many seconds; more and it is made again
+REPAIRS_MAX, REPAIRS_S = 5, 60  # of one TUN in place, in so many seconds; more and it is made again
 MANAGERS = {  # that may change devices which are not theirs, by a path that is there while they run
     "/run/systemd/netif/links": "systemd-networkd, see contrib/networkd-tun6.conf",
     "/run/NetworkManager": "NetworkManager, see contrib/NetworkManager-tun6.conf",
 }
-SETTLE_S = 0.1  # from the first message about a change of a device until all of the change has happened
+SETTLE_S = 0.02  # from the first message about a change of a device until all of the change has happened
 
 
 def run_program(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
@@ -1482,9 +1482,10 @@ class Kernel:
             number, reason = min(failures.items())
             raise KernelError(f"`ip -6 {plan[number].do}` failed: {reason}")
 
-    def reapply(self, plan: Sequence[Step]) -> bool:
-        """Does those steps again that others may have undone. Those that nobody undid fail. Returns whether any was undone."""
-        return len(self._commands.submit([step.do for step in plan])) < len(plan)
+    def reapply(self, plan: Sequence[Step]) -> list[Step]:
+        """Does those steps again that others may have undone. Those that nobody undid fail. Returns the others."""
+        failures = self._commands.submit([step.do for step in plan])
+        return [step for number, step in enumerate(plan) if number not in failures]
 
     def undo(self, plan: Sequence[Step]) -> None:
         """Undoes the steps in reverse order. A step that others have undone already is no error."""
@@ -1640,8 +1641,13 @@ class Tun:
 
 def tun_error(name: str, error: OSError) -> KernelError:
     """Returns the error for a read or write of a TUN that failed."""
-    reason = {errno.EBADFD: DEVICE_REMOVED, errno.EIO: DEVICE_SET_DOWN}.get(error.errno or 0, error.strerror)
-    return KernelError(f"TUN device {name}: {reason}")
+    return KernelError(f"TUN device {name}: {DEVICE_REMOVED if error.errno == errno.EBADFD else error.strerror}")
+
+
+def log_repair(name: str, what: str) -> None:
+    """Warns that somebody has changed a TUN, which is as before again, and names who may have been it."""
+    managers = " or ".join(manager for path, manager in MANAGERS.items() if Path(path).exists())
+    log.warning("TUN device %s: %s; it is back%s", name, what, managers and f" (perhaps it was {managers})")
 
 
 @functools.cache
@@ -1670,7 +1676,7 @@ class DeviceMonitor:
 
     def __init__(self) -> None:
         self._callbacks: dict[int, Callable[[str, bytes], None]] = {}  # by index of the device
-        self._pending: set[tuple[int, str, bytes]] = set()  # removals that are to be verified
+        self._pending: dict[int, set[tuple[str, bytes]]] = {}  # by index: what was removed and is to be verified
 
     def watch(self, device: str, on_removal: Callable[[str, bytes], None]) -> int:
         """From now on calls `on_removal(what, address)` for what is removed of the device. Returns the number that `unwatch` takes."""
@@ -1735,27 +1741,37 @@ class DeviceMonitor:
         return struct.pack("HP", len(program), ctypes.addressof(self._program))
 
     def _verify_later(self, index: int, what: str, address: bytes) -> None:
-        removal = index, what, address
-        if index in self._callbacks and removal not in self._pending:
-            self._pending.add(removal)
-            gevent.spawn_later(SETTLE_S, self._verify, removal)
+        if index in self._callbacks:
+            if index not in self._pending:
+                self._pending[index] = set()
+                gevent.spawn(self._verify_pending, index)
+            self._pending[index].add((what, address))
 
-    def _verify(self, removal: tuple[int, str, bytes]) -> None:
-        """Reports the removal as what it became: a removed device loses its address and routes first, a new one was not up at first."""
-        self._pending.discard(removal)
-        index, what, address = removal
+    def _verify_pending(self, index: int) -> None:
+        """Reports what was removed of a device, a report at a time, until nothing more is."""
+        try:
+            while self._pending[index]:
+                gevent.sleep(SETTLE_S)
+                removals, self._pending[index] = self._pending[index], set()
+                for what, address in self._verify(index, removals):
+                    if index in self._callbacks:
+                        self._callbacks[index](what, address)
+        finally:
+            del self._pending[index]
+
+    def _verify(self, index: int, removals: set[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        """Returns what the removals became: a device that is removed or set down loses the rest, a new one was not up at first."""
         try:
             name = system_socket.if_indextoname(index)
             with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
                 ifreq = fcntl.ioctl(sock, self.SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
             if not struct.unpack_from("H", ifreq, 16)[0] & self.IFF_UP:
-                what = DEVICE_SET_DOWN
+                return [(DEVICE_SET_DOWN, b"")]
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.ENODEV):  # without a free descriptor it cannot be verified
-                return
-            what = DEVICE_REMOVED
-        if what and index in self._callbacks:
-            self._callbacks[index](what, address)
+                return []
+            return [(DEVICE_REMOVED, b"")]
+        return sorted(removal for removal in removals if removal[0])
 
 
 def split_netlink(data: bytes, header: struct.Struct) -> Iterator[tuple[int, bytes]]:
@@ -2389,7 +2405,8 @@ def pump_tun_to_tcp(
 def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing: bytes, bare: bool, traffic: TrafficCounters) -> NoReturn:
     """Writes the frames that `read` brings from the connection `fd` into the TUN; `trailing` are the bytes behind the handshake.
 
-    A frame that the kernel refuses is dropped. Raises EOFError or OSError when the connection ends, KernelError when the TUN fails,
+    A frame that the kernel refuses is dropped, also while the TUN is down (EIO), which the DeviceMonitor finds and repairs. Raises
+    EOFError or OSError when the connection ends, KernelError when the TUN fails,
     OffloadRefused when more than REFUSED_FRAMES_MAX frames of one GSO kind were refused, ProtocolError.
     """
 
@@ -2406,7 +2423,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                     traffic.dropped += 1
                 traffic.received += len(frame)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EIO):
                     raise tun_error(tun.name, error) from None
                 traffic.dropped += 1
                 if error.errno == errno.EINVAL:
@@ -3103,9 +3120,13 @@ class Server:
                 plan = server_plan(tun.name, self._config.mtu, prefix)
                 self._kernel.apply(plan)
 
+                repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+
                 def on_removal(what: str, _: bytes) -> None:
-                    if what == EVENTS_LOST:
+                    if what == EVENTS_LOST or (what in (DEVICE_SET_DOWN, ROUTE_REMOVED) and repairs.take()):
                         self._kernel.reapply(plan)
+                        if what != EVENTS_LOST:
+                            log_repair(tun.name, what)
                     elif what != ADDRESS_REMOVED:  # the device has no address of ours
                         session.close(KernelError(f"TUN device {tun.name}: {what}"))
 
@@ -3230,6 +3251,7 @@ class Client:
         self._routes: list[Step] = []  # into the tunnel, as long as there is one
         self._withdrawal: gevent.Greenlet | None = None  # of the routes, after `grace`
         self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        self._changes = gevent.lock.RLock()  # held while address and routes are changed, so that nobody restores half of them
         self._session: Session | None = None
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
         self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
@@ -3299,13 +3321,12 @@ class Client:
 
     def _restore(self) -> bool:
         """Restores what somebody may have removed of the TUN's address and routes. Returns whether anything was missing."""
-        if not self._tun:
-            return False
-        steps = [*(address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else ()), *self._routes]
-        self._kernel.reapply(device_plan(self._tun.name, self._config.mtu))
-        missing = self._kernel.reapply([step for step in steps if step.undo])
-        self._kernel.reapply([multicast_step(self._tun.name)])
-        return missing
+        with self._changes:
+            if not self._tun:
+                return False
+            address = address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else []
+            again = self._kernel.reapply([*device_plan(self._tun.name, self._config.mtu), *address, *self._routes])
+        return any(step.undo for step in again)
 
     def _restore_rejects(self) -> None:
         """Restores the routes that reject, in case it was one of these that somebody removed."""
@@ -3318,15 +3339,17 @@ class Client:
             return
         if what == ROUTE_REMOVED and not self._routes:  # we have removed it
             return
-        earlier_address = bool(address and self._prefix and address != self._prefix[1].packed)
-        if self._tun and not earlier_address and what in (ADDRESS_REMOVED, ROUTE_REMOVED) and self._repairs.take():
-            if self._restore():  # else we have removed an earlier one ourselves
-                managers = " or ".join(name for path, name in MANAGERS.items() if Path(path).exists())
-                log.warning("TUN device %s: %s; it is back%s", self._tun.name, what, managers and f" (perhaps it was {managers})")
-        elif self._tun and not earlier_address:
-            self._tun_error = KernelError(f"TUN device {self._tun.name}: {what}")
-            if self._session:
-                self._session.close(self._tun_error)
+        if not self._tun or (address and self._prefix and address != self._prefix[1].packed):  # we have removed an earlier one ourselves
+            return
+        if what != DEVICE_REMOVED:
+            if not self._restore() and what != DEVICE_SET_DOWN:  # nothing was missing
+                return
+            if self._repairs.take():
+                log_repair(self._tun.name, what)
+                return
+        self._tun_error = KernelError(f"TUN device {self._tun.name}: {what}")
+        if self._session:
+            self._session.close(self._tun_error)
 
     def _run_session(self, tun: Tun) -> NoReturn:
         """Connects and runs the session. Raises the reason of its end."""
@@ -3347,8 +3370,9 @@ class Client:
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
             tun.set_offload(gso_kinds)
-            self._set_prefix(tun, prefix)
-            self._open_routes(tun)
+            with self._changes:
+                self._set_prefix(tun, prefix)
+                self._open_routes(tun)
             log.info("%s at %s: has %s on %s%s", quote_id(self._id), self._server, prefix, tun.name, stream.security)
             self._logged_outage = None
             self._last_good = [sock.getpeername()]
@@ -3422,6 +3446,7 @@ class Client:
 
     def _set_prefix(self, tun: Tun, prefix: IPv6Network) -> None:
         if prefix == self._prefix:
+            self._restore()  # in case that nobody told us of a removal
             return
         old, self._prefix = self._prefix, prefix  # set first, so that a kill meanwhile undoes the plan
         if old:
