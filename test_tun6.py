@@ -3250,14 +3250,20 @@ def test_an_undo_whose_ip_was_killed_is_tried_again(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("pool", "has"), [("2001:db8::/48", "2001:db8:1::1"), ("fd00:1::/48", "fd00:2::1")])
 def test_which_address_of_the_machine_is_routed_where_the_pool_is(monkeypatch: pytest.MonkeyPatch, pool: str, has: str) -> None:
-    found = {"lo": ["::1"], "eth0": ["fe80::1%eth0"], "tun6": [has]}
-    monkeypatch.setattr(cast(Any, tun6).netifaces, "interfaces", lambda: list(found))
-    monkeypatch.setattr(tun6, "interface_addresses", lambda interface, family: found[interface])
+    found = [("lo", IPv6Address("::1")), ("eth0", IPv6Address("fe80::1")), ("tun6", IPv6Address(has))]
+    monkeypatch.setattr(tun6, "machine_addresses", lambda: found)
     assert not tun6.has_routed_address(IPv6Network(pool))
-    found["eth1"] = ["fd00:2::1" if has.startswith("2") else "2001:db8:1::1"]
+    found.append(("eth1", IPv6Address("fd00:2::1" if has.startswith("2") else "2001:db8:1::1")))
     assert not tun6.has_routed_address(IPv6Network(pool))
-    found["eth2"] = [has]
+    found.append(("eth2", IPv6Address(has)))
     assert tun6.has_routed_address(IPv6Network(pool))
+    assert not tun6.has_routed_address(IPv6Network(pool), IPv6Address(has))
+
+
+def test_the_addresses_of_the_machine_are_those_that_ip_shows() -> None:
+    shown = json.loads(subprocess.run(["ip", "-6", "-j", "addr"], capture_output=True, text=True, check=True).stdout)
+    expected = {(link["ifname"], IPv6Address(entry["local"])) for link in shown for entry in link["addr_info"]}
+    assert set(tun6.machine_addresses()) == expected
 
 
 # ---- connections -----------------------------------------------------------------------------------------------------
@@ -7405,6 +7411,9 @@ def test_a_client_whose_prefix_is_changed_does_not_blame_others(tunnel: Tunnel, 
     assert "somebody" not in client.log()
 
 
+OFTEN = "tun6.FORWARDING_CHECK_S = 0.2"
+
+
 BEHIND = "2001:db8:cccc::2"  # on the Internet, over a link with a smaller MTU
 
 
@@ -7499,6 +7508,29 @@ def test_an_owner_of_the_last_prefix_keeps_it_and_nobody_gets_the_servers(lab: L
         assert f"{kept} is already the prefix of the server itself" in only_line(done, 2)
 
 
+def test_a_server_whose_machine_gets_and_loses_its_address_lends_itself_one_meanwhile(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    last, uplink = last_of(tunnel.pool), "2001:db8:ffff::1/64 dev eth1"
+    with link_local_server(lab), tun6_with(tmp_path, OFTEN):
+        server = tunnel.server()  # at the boot, before its router or DHCPv6 has told it one
+        assert own_addresses(lab) == [str(last[1])]
+        with changed(lab, "server", f"addr add {uplink} nodad"):
+            server.wait_for(f"INFO this machine has an IPv6 address that is routed; {last[1]} is gone from lo")
+            assert own_addresses(lab) == []
+            assert tunnel.visit("a") == prefix_of_pool(tunnel, 0)
+            assert run_tun6("clients", "pin", "b", str(last), "-c", str(server.config)).returncode == 0
+        kept = last_of(tunnel.pool, 2)
+        server.wait_for(f"WARNING this machine has no IPv6 address .*; so lo has {kept[1]}, and no client gets {kept}")
+        assert own_addresses(lab) == [str(kept[1])]
+        lab.ip("server", f"addr del {kept[1]}/128 dev lo")
+        server.wait_for(f"WARNING somebody removed the address {kept[1]}; it is back")
+        lab.ip("server", f"addr add {uplink} nodad valid_lft 2 preferred_lft 1")  # it expires
+        server.wait_for("INFO this machine has an IPv6 address", 2)
+        server.wait_for(f"WARNING this machine has no IPv6 address .*; so lo has {kept[1]}", 2)
+        server.said("WARNING this machine has no IPv6 address", 3)
+        server.stop()
+        assert own_addresses(lab) == []
+
+
 @pytest.mark.parametrize("how", ["a /64", "lo without IPv6"])
 def test_a_server_that_can_have_no_address_warns_and_serves(lab: Lab, tunnel: Tunnel, how: str) -> None:
     pool = IPv6Network((tunnel.pool.network_address, 64 if how == "a /64" else 63))
@@ -7524,9 +7556,6 @@ def test_a_server_with_an_address_that_is_routed_gets_no_other(lab: Lab, tunnel:
     last = last_of(tunnel.pool)
     assert run_tun6("clients", "pin", "a", str(last), "-c", str(server.config)).returncode == 0
     assert tunnel.visit("a") == last
-
-
-OFTEN = "tun6.FORWARDING_CHECK_S = 0.2"
 
 
 def test_forwarding_that_somebody_turns_off_is_said_once_and_so_is_its_return(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:

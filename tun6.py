@@ -628,8 +628,8 @@ class PrefixPool:
         """Makes a /64 assignable again that is reserved for the server or an Id which owns another one by now. Otherwise does nothing."""
         index = (int(prefix.network_address) >> 64) - self._base
         if index in self._owner_of and self._index_of.get(self._owner_of[index]) != index:
-            del self._owner_of[index]
-            self._released.append(index)
+            owner = self._owner_of.pop(index)
+            self._released += [index] if owner or index < self._next else []  # what the server had at the end is not given first
 
     def release(self, id_: str) -> None:
         """Takes back the Id's /64, which the Id has never heard of. Raises KeyError when it owns none."""
@@ -1807,9 +1807,12 @@ def interface_addresses(interface: str, family: int) -> list[str]:
 
 
 def machine_addresses() -> list[tuple[str, IPv6Address]]:
-    """Returns all IPv6 addresses of this machine, each with its interface."""
-    pairs = [(interface, text) for interface in netifaces.interfaces() for text in interface_addresses(interface, netifaces.AF_INET6)]
-    return [(interface, IPv6Address(text.partition("%")[0])) for interface, text in pairs]
+    """Returns all IPv6 addresses of this machine, each with its interface. At once, also beside a thousand TUNs."""
+    try:
+        fields = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    except OSError:  # there is no IPv6
+        return []
+    return [(interface, IPv6Address(int(address, 16))) for address, *_, interface in fields]
 
 
 def default_interface(family: int = netifaces.AF_INET) -> str | None:
@@ -2714,7 +2717,7 @@ HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all,
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
 CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
-FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off
+FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
 
@@ -2761,10 +2764,10 @@ def warn_of_overlap(pool: IPv6Network) -> None:
             log.warning("%s of %s is in prefixrange %s; give a range without it", address, interface, pool)
 
 
-def has_routed_address(pool: IPv6Network) -> bool:
-    """Returns whether this machine has an address that is routed where the pool's are, on other devices than those of tun6."""
+def has_routed_address(pool: IPv6Network, own: IPv6Address | None = None) -> bool:
+    """Returns whether this machine has an address besides `own` that is routed where the pool's are, on devices that are not tun6's."""
     kind = GLOBAL if pool[0] in GLOBAL else UNIQUE_LOCAL
-    return any(address in kind for interface, address in machine_addresses() if not interface.startswith("tun6"))
+    return any(address in kind and address != own for interface, address in machine_addresses() if not interface.startswith("tun6"))
 
 
 def watch_forwarding(devices: str, pool: IPv6Network) -> None:
@@ -2913,6 +2916,8 @@ class Server:
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
+        self._lacks_address = False  # whether this machine has no address that is routed
+        self._own: tuple[IPv6Network, list[Step]] | None = None  # the prefix of the server itself, by whose address lo has one
         self._new_ids = TokenBucket(config.new_ids_per_hour, 3600)
         self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
         self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
@@ -2937,14 +2942,14 @@ class Server:
             warn_of_overlap(self._config.prefixrange)
             undo.callback(self._kernel.undo, route)
             self._kernel.apply(route)
-            ours = {f"route of {self._config.prefixrange}": route}
-            if not has_routed_address(self._config.prefixrange):
-                ours.update(self._give_address(undo))
-            self._monitor.watch("lo", lambda *_: self._restore(ours))
+            undo.callback(self._take_address)
+            self._give_address()
+            self._monitor.watch("lo", lambda *_: self._restore(route))
             forwarding = functools.partial(watch_forwarding, self._config.tun.replace("%d", "*"), self._config.prefixrange)
-            for work in (self._monitor.run, self._paths.run, trim_heap, forwarding):
+            for work in (self._monitor.run, self._paths.run, trim_heap, forwarding, self._watch_address):
                 undo.callback(gevent.spawn(work).kill)
             undo.callback(self._end_sessions)
+            gevent.sleep()  # so that each has begun, and sees what changes from now on
             where = self._config.localhost, self._config.listenport
             log.info("serving %s on %s port %d, with %d assignments", self._config.prefixrange, *where, len(self.store.pool.owners()))
             while True:
@@ -2952,29 +2957,52 @@ class Server:
                     self._accept(listener)
                 gevent.sleep()  # accept returns at once while connections wait
 
-    def _give_address(self, undo: ExitStack) -> dict[str, list[Step]]:
-        """Gives lo an address of the pool, from which the kernel then sends ICMPv6 errors. Returns what others might remove."""
-        given: dict[str, list[Step]] = {}
-        prefix = self.store.pool.keep()
-        outcome = f"{self._config.prefixrange} has no /64 to spare for it; give it one"
+    def _give_address(self) -> None:
+        """Gives lo an address of the pool, from which the kernel then sends ICMPv6 errors, if this machine has none that is routed."""
+        pool, network = self.store.pool, self._config.prefixrange
+        if has_routed_address(network):
+            return
+        self._lacks_address = True
+        prefix = pool.keep()
+        outcome = f"{network} has no /64 to spare for it; give it one"
         if prefix:
-            plan = [own_address_step(prefix, os.getpid())]
-            undo.callback(self._kernel.undo, plan)
+            self._own = prefix, [own_address_step(prefix, os.getpid())]  # set first, so that a kill meanwhile undoes the plan
+            outcome = f"so lo has {prefix[1]}, and no client gets {prefix}"
             try:
-                self._kernel.apply(plan)
-                outcome, given = f"so lo has {prefix[1]}, and no client gets {prefix}", {f"address {prefix[1]}": plan}
+                self._kernel.apply(self._own[1])
             except KernelError as error:
-                self.store.pool.unreserve(prefix)
+                self._take_address()
                 outcome = f"and it can't be given one of the pool: {error}"
         log.warning(
             "this machine has no IPv6 address that is routed, from which it could say that a packet is too big or has made too many hops:"
             " uploads would hang and traceroute would lack a hop; %s",
             outcome,
         )
-        return given
 
-    def _restore(self, ours: dict[str, list[Step]]) -> None:
+    def _take_address(self) -> None:
+        """Takes the address of the pool from lo."""
+        if self._own:
+            (prefix, plan), self._own = self._own, None
+            self._kernel.undo(plan)
+            self.store.pool.unreserve(prefix)
+
+    def _watch_address(self) -> NoReturn:
+        """Gives lo an address when this machine loses its last one that is routed, and takes it when one comes, as after a boot."""
+        while True:
+            gevent.sleep(FORWARDING_CHECK_S)
+            if not self._lacks_address:
+                self._give_address()
+            elif has_routed_address(self._config.prefixrange, self._own[0][1] if self._own else None):
+                self._lacks_address = False
+                gone = f"; {self._own[0][1]} is gone from lo" if self._own else ""
+                self._take_address()
+                log.info("this machine has an IPv6 address that is routed%s", gone)
+
+    def _restore(self, route: list[Step]) -> None:
         """Restores what somebody removed from lo. It may also have been another tun6's own: then ours is there, and this fails."""
+        ours = {f"route of {self._config.prefixrange}": route}
+        if self._own:
+            ours[f"address {self._own[0][1]}"] = self._own[1]
         for what, plan in ours.items():
             with suppress(KernelError):
                 self._kernel.apply(plan)
