@@ -7608,6 +7608,7 @@ FIREWALLS = {  # table -> its chains, and what the server says of it
 
 OF_IPTABLES = {  # a chain beside ip6 filter FORWARD -> what the server says of it
     "DOCKER-USER": "it is Docker's; `ip6tables -I DOCKER-USER -i tun6-\\+ -j ACCEPT` and the same with -o help",
+    "DOCKER": "it is Docker's; `ip6tables -I FORWARD -i tun6-\\+ -j ACCEPT` and the same with -o help",  # 20.10 with ip6tables
     "ufw6-before-forward": "it is ufw's; `ufw route allow from 2001:",
 }
 
@@ -7661,6 +7662,7 @@ def test_what_the_warning_says_helps(lab: Lab, tunnel: Tunnel, tmp_path: Path) -
     [
         ("ip filter", f"chain FORWARD {{ {HOOK} policy drop; }}"),
         ("inet a", "chain input { type filter hook input priority 0; policy accept; ip6 saddr 2001:db8:dead::1 drop; }"),
+        ("inet firewalld_policy_drop", f"chain filter_forward {{ {HOOK} policy drop; ct state established,related accept; }}"),
         ("inet a", f"chain onward {{ {HOOK} policy accept; ip6 saddr 2001:db8:dead::1 drop; counter; }}"),
         ("inet a", f'chain onward {{ {HOOK} policy drop; iifname "tun6-*" accept; oifname "tun6-*" accept; }}'),
     ],

@@ -1883,15 +1883,15 @@ def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
     def advice(chain: str, names: str) -> str:
         iptables = f"`ip6tables -I %s -i {devices.replace('*', '+')} -j ACCEPT` and the same with -o"
         if "firewalld" in names:
-            return f"firewalld's; `firewall-cmd --permanent --zone=trusted --add-source={pool}` and `firewall-cmd --reload` help"
+            source = f"`firewall-cmd --permanent --zone=trusted --add-source={pool}` and `firewall-cmd --reload`"
+            return f"firewalld's; {source} help, and docs/operating.md has what lets connections from outside in"
         if "ufw" in names:
             return f"ufw's; `ufw route allow from {pool}` and `ufw route allow to {pool}` help"
-        if "DOCKER-USER" in names:
-            return f"Docker's; {iptables % 'DOCKER-USER'} help"
+        docker = "Docker's" if "docker" in names.lower() else ""
         if chain == "ip6 filter FORWARD":
-            return f"that of ip6tables; {iptables % 'FORWARD'} help"
-        owner = "Docker's" if "docker" in names.lower() else "nftables'"
-        return f"""{owner}; `nft insert rule {chain} iifname '"{devices}"' accept` and the same with oifname help"""
+            first = "DOCKER-USER" if "DOCKER-USER" in names else "FORWARD"  # Docker 20.10 has no DOCKER-USER for IPv6
+            return f"{docker or 'that of ip6tables'}; {iptables % first} help"
+        return f"""{docker or "nftables'"}; `nft insert rule {chain} iifname '"{devices}"' accept` and the same with oifname help"""
 
     try:
         chains = [entry["chain"] for entry in nft("chains") if "chain" in entry]
@@ -1904,8 +1904,8 @@ def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
     dropping = {}
     for chain in chains:
         family, table = place = chain["family"], chain["table"]
-        if chain.get("hook") != "forward" or family not in ("inet", "ip6"):
-            continue
+        if chain.get("hook") != "forward" or family not in ("inet", "ip6") or table == "firewalld_policy_drop":
+            continue  # the last of these is there only while firewalld reloads
         name = f"{family} {table} {chain['name']}"
         rules = [entry["rule"]["expr"] for entry in nft("chain", *name.split()) if "rule" in entry]
         kinds = [{kind for statement in rule for kind in statement} for rule in rules]
