@@ -2144,7 +2144,11 @@ def has_aes_instructions() -> bool:
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """Disables Nagle's algorithm, and makes TCP notice a dead peer: after KEEPALIVE when idle, after USER_TIMEOUT_MS when not."""
+    """Disables Nagle's algorithm, and makes TCP notice a dead peer after USER_TIMEOUT_MS: of unacknowledged data or, when idle, of silence.
+
+    When idle, KEEPALIVE says when TCP asks. How often in vain, TCP_USER_TIMEOUT decides, as in tcp_keepalive_timer() of the kernel; the
+    number of probes counts only where that is not supported.
+    """
     idle, interval, probes = KEEPALIVE
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
