@@ -3626,7 +3626,8 @@ def test_the_demo_shows_every_step_and_leaves_nothing(hosts: Lab, tmp_path: Path
         finally:
             demo.kill()
     assert demo.returncode == 0, out + err
-    for step in ("hello and prefix", "a LAN host reaches", "bulk transfer up", "bulk transfer down", "server killed", "a second client"):
+    steps = ["hello and prefix", "a LAN host reaches", "bulk transfer up", "bulk transfer down", "server killed", "a second client"]
+    for step in [*steps, "native IPv6 beside the tunnel", "keys and encryption"]:
         assert f"  ok  {step}" in out
     assert not [name for name in os.listdir("/run/netns") if name.startswith(f"tun6-{demo.pid}-")]
     assert not list(tmp_path.iterdir())

@@ -3924,7 +3924,34 @@ class Demo:
         if other == prefix:
             raise KernelError(f"the second client got the first one's prefix, {prefix}")
         say("a second client", f"it got {other} and pinged {Lab.INTERNET}: {self._ping('second')}")
+        say("native IPv6 beside the tunnel", self._show_native(prefix))
         say("keys and encryption", self._show_keys())
+
+    def _show_native(self, prefix: IPv6Network) -> str:
+        """Gives the client's host IPv6 of a provider, too, and starts the client again beside it. Takes it away afterwards."""
+        lab, native = self._lab, "2001:db8:aaaa::5"
+        self._running["client"].terminate()
+        wait_until("the client ends", lambda: self._running["client"].poll() is not None, 5)
+        lab.ip("internet", f"link add eth1 type veth peer name eth2 netns {lab._names['client']}")
+        for host, device, address in (("internet", "eth1", "2001:db8:aaaa::1"), ("client", "eth2", native)):
+            lab.ip(host, f"link set {device} up")
+            lab.ip(host, f"addr add {address}/64 dev {device} nodad")
+        lab.ip("client", "-6 route add default via 2001:db8:aaaa::1 metric 1")
+        wait_until("native IPv6 works", lambda: lab.pings("client"))
+        with lab.inside("internet"):
+            listener = system_socket.create_server((Lab.INTERNET, 5002), family=system_socket.AF_INET6)
+        with lab.inside("client"):
+            near = system_socket.create_connection((Lab.INTERNET, 5002), 5)
+        with listener, near, listener.accept()[0] as far:
+            self._start("client", "client")
+            for address in (str(prefix[1]), native):
+                wait_until(f"{address} answers", lambda address=address: lab.pings("internet", address))  # type: ignore[misc]
+            far.settimeout(5)
+            near.sendall(b"alive")
+            if far.recv(5) != b"alive":
+                raise KernelError("a connection of the native address did not survive the tunnel's coming")
+        lab.ip("internet", "link del eth1")
+        return f"a connection from {native} went on when the tunnel came, and {prefix[1]} and {native} both answer"
 
     def _show_keys(self) -> str:
         """Starts everything again with keys, of which only one client has one."""
