@@ -3860,11 +3860,18 @@ def test_warnings_that_differ_only_in_their_arguments_are_collapsed_and_counted(
     assert log("%s: refused", "y") == "y: refused"
 
 
-@pytest.mark.parametrize("value", ['"assignments.json"', "'a b'", '""'])
+@pytest.mark.parametrize("value", ['"assignments.json"', "'a b'", '""', "\u201ca\u201d", "\u2018a b\u2019"])
 def test_a_value_in_quotes_is_refused(tmp_path: Path, value: str) -> None:
     config = write_config(tmp_path, server={**SERVER, "assignments": value})
     with pytest.raises(tun6.ConfigError, match=re.escape(f"[server] assignments = {value}: it is in quotes, write it without")):
         tun6.read_config(config, "server")
+
+
+def test_a_config_in_utf_16_is_refused_with_what_helps(tmp_path: Path) -> None:
+    config = tmp_path / "config.ini"
+    config.write_text("[client]\n", "utf-16")  # as Windows calls "Unicode"
+    with pytest.raises(tun6.ConfigError, match="it is not UTF-8 text; save it as UTF-8"):
+        tun6.read_config(str(config), "client")
 
 
 def test_an_interface_that_goes_while_it_is_looked_at_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4637,6 +4644,32 @@ def test_native_ipv6_and_the_tunnel_work_beside_each_other(lab: Lab, tunnel: Tun
         assert talks(lab, native)
 
 
+def test_a_unique_local_address_that_has_a_way_of_its_own_keeps_it(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    with native_ipv6(lab), changed(lab, "internet", "addr add fd00:9::1/64 dev eth1 nodad"):  # as of a VPN
+        lab.ip("client", "addr add fd00:9::5/64 dev eth2 nodad")
+        wait_until("the local address works", lambda: talks(lab, "fd00:9::5"))
+        client = tunnel.client()
+        own = str(client.prefix()[1])
+        wait_until("the tunnel works", lambda: talks(lab, own))
+        wait_until("the local address still works", lambda: talks(lab, "fd00:9::5"), 5)
+
+
+def test_a_second_client_of_one_machine_leaves_the_first_ones_rules_alone(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    def rules() -> str:
+        return lab.ip("client", "-6 rule show")
+
+    first = tunnel.client(id="first")
+    first.prefix()
+    before = rules()
+    second = tunnel.client(id="second", tun="tun7")
+    own = str(second.prefix()[1])
+    wait_until("the second tunnel works", lambda: talks(lab, own))
+    second.stop()
+    assert "failed" not in second.log()
+    assert rules() == before
+    ping(lab, "client")
+
+
 def test_ipv4_that_comes_inside_ipv6_lives_and_carries_the_tunnel(lab: Lab, tunnel: Tunnel) -> None:
     tunnel.server()
     with native_ipv6(lab):
@@ -4728,9 +4761,9 @@ def test_rules_and_routes_of_a_killed_client_are_removed_at_the_next_start(lab: 
 
     client = tunnel.client()
     client.prefix()
-    assert rules() == 4
+    assert rules() == 5
     client.kill()
-    assert rules() == 4
+    assert rules() == 5
     again = tunnel.client(default_route="no")
     again.prefix()
     assert rules() == 2

@@ -965,6 +965,7 @@ class SendQueue:
 
 ROUTE_PROTOCOL = 116  # marks our routes, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of what we add to lo, behind all others
+BEGUN_HERE = "not from 2000::/3"  # what this machine begins, whose source is not chosen yet
 RULE_PRIORITY = 11_600  # of the client's rules, which have this and the next one; the rule for the table main has 32766
 
 
@@ -1024,12 +1025,16 @@ def server_plan(device: str, mtu: int, prefix: IPv6Network) -> list[Step]:
 
 
 def source_plan(source: str, process: int) -> list[Step]:
-    """Looks up packets with this source in the client's table, behind all routes of the table main that are no default routes."""
-    rules = [
-        f"priority {RULE_PRIORITY} {source} lookup main suppress_prefixlength 0 proto {ROUTE_PROTOCOL}",
-        f"priority {RULE_PRIORITY + 1} {source} lookup {OWNER_BASE + process} proto {ROUTE_PROTOCOL}",
-    ]
-    return [Step(f"rule add {rule}", f"rule del {rule}") for rule in rules]
+    """Looks up packets with this source in the client's table, behind all routes of the table main that are no default routes.
+
+    For BEGUN_HERE a unique local source (RFC 4193) comes first, which goes its own way, too, if it has one.
+    """
+    ours = f"suppress_ifgroup {OWNER_BASE + process}"  # in which no device is: only so that another client's rules are others
+    rules = [f"priority {RULE_PRIORITY} {source} lookup main suppress_prefixlength 0 {ours}"]
+    if source == BEGUN_HERE:
+        rules.append(f"priority {RULE_PRIORITY + 1} from fc00::/7 lookup main {ours}")
+    rules.append(f"priority {RULE_PRIORITY + 1} {source} lookup {OWNER_BASE + process}")
+    return [Step(f"rule add {rule} proto {ROUTE_PROTOCOL}", f"rule del {rule} proto {ROUTE_PROTOCOL}") for rule in rules]
 
 
 def parse_sources(rules: str) -> list[tuple[str, int]]:
@@ -1057,7 +1062,7 @@ def tunnel_plan(device: str, default_route: bool, process: int) -> list[Step]:
     goes its own way: replies of the machine's native address, and packets that carry IPv4.
     """
     route = f"default dev {device} table {OWNER_BASE + process} proto {ROUTE_PROTOCOL}"
-    return [Step(f"route add {route}", f"route del {route}"), *(source_plan("not from 2000::/3", process) if default_route else [])]
+    return [Step(f"route add {route}", f"route del {route}"), *(source_plan(BEGUN_HERE, process) if default_route else [])]
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------
@@ -4207,7 +4212,7 @@ def read_config(path: str, section: str) -> Any:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a readable file with -c FILE") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: it is not UTF-8 text") from None
+        raise ConfigError(f"{path}: it is not UTF-8 text; save it as UTF-8") from None
     except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
         raise ConfigError(f"{' '.join(str(error).split())}; keep one of them") from None
     except configparser.Error as error:
@@ -4220,7 +4225,7 @@ def read_config(path: str, section: str) -> Any:
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: unknown key; {_suggest(key, _PARSERS[name], '%s')}")
             if "\n" in value:
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: an indented line follows, don't indent")
-            if re.fullmatch(r"(['\"]).*\1", value):
+            if re.fullmatch(r"(['\"]).*\1|[\u2018-\u201f\xab\xbb].*[\u2018-\u201f\xab\xbb]", value):
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: it is in quotes, write it without")
     if section not in parser:
         raise ConfigError(f"{path}: there is no section [{section}]; add one with its keys, as in the config.ini that came with tun6")
