@@ -25,6 +25,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     kernel
     connections
     session
+    hooks
     server
     client
     administration
@@ -32,6 +33,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     command line
     sources and documents        maps, order of definitions, links
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
+    end to end: hooks
     end to end: legacy peers
     end to end: offload
     end to end: ingress filter
@@ -3407,6 +3409,182 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
         )
 
 
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def hook_file(folder: Path, *lines: str, shebang: str = "#!/bin/sh") -> str:
+    """An executable hook of these lines; $OUT is a file beside it, for what it has to tell."""
+    path = folder / "hook"
+    path.write_text("\n".join([shebang, f"OUT={folder / 'told'}", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def told(folder: Path) -> list[str]:
+    """The whole lines that the hook has put into $OUT."""
+    path = folder / "told"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+@contextmanager
+def hooks_of(*lines: str, folder: Path, shebang: str = "#!/bin/sh") -> Iterator[tun6.Hooks]:
+    hooks = tun6.Hooks(hook_file(folder, *lines, shebang=shebang))
+    try:
+        yield hooks
+    finally:
+        hooks.close()
+
+
+def test_a_hook_runs_in_order_for_each_id_and_for_few_ids_at_a_time(tmp_path: Path) -> None:
+    ids = [f"{number:02d}" for number in range(2 * tun6.HOOKS_AT_ONCE)]
+    with hooks_of('echo "+ $TUN6_ID $TUN6_PEER" >> $OUT', "sleep 0.1", 'echo "- $TUN6_ID $TUN6_PEER" >> $OUT', folder=tmp_path) as hooks:
+        began = time.monotonic()
+        for number, id_ in itertools.product("123", ids):
+            assert hooks.run("session-up", id_, peer=number)
+        assert time.monotonic() - began < 0.1  # nobody waits
+    lines = told(tmp_path)
+    for id_ in ids:
+        assert [line for line in lines if f" {id_} " in line] == [f"{sign} {id_} {number}" for number in "123" for sign in "+-"]
+    at_once = list(accumulate(1 if line.startswith("+") else -1 for line in lines))
+    assert 2 <= max(at_once) <= tun6.HOOKS_AT_ONCE
+
+
+def test_a_hook_gets_values_in_a_clean_environment(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("SECRET", "not for hooks")
+    id_ = "$(touch /tmp/x); \"'*` é\u6c34"
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the new threads inherit this
+    near, far = socket.socketpair()
+    near.set_inheritable(True)
+    commands = (
+        "/usr/bin/env | sort > $OUT",
+        "echo at $(pwd)",
+        "wc -c",
+        "grep -E 'SigBlk|SigIgn' /proc/self/status",
+        "ls /proc/self/fd",
+        "exit 0",
+    )
+    with near, far, hooks_of(*commands, folder=tmp_path) as hooks:
+        hooks.run("session-up", id_, prefix=POOL, peer="a\nb\0c")
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    values = dict(line.split("=", 1) for line in told(tmp_path))
+    assert {name: value for name, value in values.items() if name.startswith("TUN6_")} == {
+        **{"TUN6_EVENT": "session-up", "TUN6_ID": id_, "TUN6_PREFIX": str(POOL), "TUN6_PEER": "a?b?c"},
+        **dict.fromkeys(("TUN6_OLD_PREFIX", "TUN6_DEVICE", "TUN6_REASON"), ""),
+    }
+    assert "/usr/sbin" in values["PATH"] and "SECRET" not in values
+    output = [message.rpartition(": ")[2] for message in caplog.messages]
+    assert all(message.startswith(f"hook for session-up of {id_!r}: ") for message in caplog.messages)
+    assert output[:2] == ["at /", "0"]  # and nothing to read
+    assert output[2:4] == ["0" * 16] * 2  # no signals blocked or ignored
+    assert output[4:] == ["0", "1", "2", "3"]  # 3 is the folder that `ls` reads
+
+
+@pytest.mark.parametrize(
+    ("commands", "shebang", "failure"),
+    [
+        (("echo fine",), "#!/bin/sh", ""),
+        (("exit 3",), "#!/bin/sh", "ended with status 3"),
+        (("kill -TERM $$",), "#!/bin/sh", "was ended by signal 15"),
+        (("exit 0",), "# no interpreter", "can't be run: Exec format error; its first line must be like #!/bin/sh"),
+        (("exit 0",), "#!/nobody/has/this", "can't be run: No such file or directory; its first line names a missing program"),
+        (("sleep 987654 & echo $! > $OUT; wait",), "#!/bin/sh", "did not end within 1 s and was killed"),
+        (("exec >&- 2>&-; sleep 987654",), "#!/bin/sh", "did not end within 1 s and was killed"),
+        (("yes 'a lot of text'",), "#!/bin/sh", "did not end within 1 s and was killed"),
+    ],
+    ids=[
+        "fine",
+        "status",
+        "signal",
+        "no shebang",
+        "no interpreter",
+        "hangs with a child",
+        "closes its output and hangs",
+        "writes without end",
+    ],
+)
+def test_a_hook_that_fails_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, commands: Sequence[str], shebang: str, failure: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(tun6, "HOOK_S", 1.0)
+    used = time.process_time()
+    with hooks_of(*commands, folder=tmp_path, shebang=shebang) as hooks:
+        hooks.run("up", "a")
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == (
+        [f"hook for up of 'a': it {failure}"] if failure else []
+    )
+    assert len(caplog.messages) <= tun6.HOOK_LINES_MAX + 2
+    assert time.process_time() - used < 0.5, "what is left out costs time"
+    if "yes" in commands[0]:
+        assert "hook for up of 'a': ..., the rest of its output is left out" in caplog.messages
+    for pid in told(tmp_path):
+        assert becomes_true(lambda pid=pid: not processes_named(f"/proc/{pid}", "sleep"), 3), "its child lives on"  # type: ignore[misc]
+
+
+def processes_named(process: str, name: str) -> bool:
+    """Whether this process in /proc has this name and lives."""
+    with suppress(OSError):
+        fields = Path(process, "stat").read_text()
+        return f"({name})" in fields and fields.rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_what_a_hook_leaves_running_holds_nobody_up(tmp_path: Path) -> None:
+    with hooks_of("sleep 60 & echo $! >> $OUT", folder=tmp_path) as hooks:
+        hooks.run("up", "a")
+        hooks.run("down", "a")
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+    left = [int(pid) for pid in told(tmp_path)]
+    assert len(left) == 2
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)  # that it lives is the operator's will
+
+
+def test_when_too_many_wait_for_their_hook_whole_sessions_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tun6, "HOOKS_WAITING_MAX", 2)
+    with hooks_of('echo "$TUN6_EVENT $TUN6_ID" >> $OUT; sleep 0.1', folder=tmp_path) as hooks:
+        assert [hooks.run("session-up", id_) for id_ in "aab"] == [True, True, False]
+        assert hooks.run("session-down", "a", required=True)  # as it was told of the beginning
+    assert told(tmp_path) == ["session-up a", "session-up a", "session-down a"]
+    assert caplog.messages == ["hook for session-up of 'b': left out, and its end too, as 2 others wait already"]
+
+
+def test_the_end_waits_for_hooks_and_kills_those_that_take_too_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tun6, "HOOKS_END_S", 1.0)
+    with hooks_of("echo $$ >> $OUT; [ $TUN6_ID = quick ] || exec sleep 987654", folder=tmp_path) as hooks:
+        hooks.run("session-down", "quick")
+        for id_ in range(20):
+            hooks.run("session-up", str(id_))
+            hooks.run("session-down", str(id_))
+        began = time.monotonic()
+        hooks.close()
+    assert 0.9 < time.monotonic() - began < 2.5
+    assert caplog.messages == ["hook: 40 runs did not end within 1 s and are killed or left out"]
+    assert len(told(tmp_path)) == 1 + tun6.HOOKS_AT_ONCE
+    assert not any(processes_named(f"/proc/{pid}", "sleep") for pid in told(tmp_path))
+
+
+@pytest.mark.parametrize("section", ["server", "client"])
+def test_a_hook_that_is_not_there_or_not_executable_stops_the_start(tmp_path: Path, section: str) -> None:
+    make: Callable[[str], object] = {
+        "server": lambda hook: tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, hook=hook)),
+        "client": lambda hook: tun6.Client(tun6.ClientConfig("192.0.2.1", 1, hook=hook)),
+    }[section]
+    path = tmp_path / "hook"
+    for prepare, complaint in ((path.touch, "it is not executable; `chmod"), (path.unlink, "no such file"), (path.mkdir, "no such file")):
+        prepare()
+        with pytest.raises(tun6.ConfigError, match=f"^hook = {path}: .*{complaint}"):
+            make(str(path))
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 
@@ -4736,6 +4914,63 @@ def test_serving_says_how_many_assignments_there_are(tunnel: Tunnel, server: Pro
     tunnel.visit("a")
     server.stop()
     tunnel.server().wait_for(r" serving .*, with 1 assignments")
+
+
+# ---- end to end: hooks -----------------------------------------------------------------------------------------------
+
+
+def events(folder: Path) -> list[list[str]]:
+    return [line.split("|") for line in told(folder)]
+
+
+def test_hooks_hear_of_each_session_and_packets_do_not_wait_for_them(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    sides = {side: tmp_path / f"{side}-hook" for side in ("server", "client")}
+    for folder in sides.values():
+        folder.mkdir()
+    values = 'echo "$TUN6_EVENT|$TUN6_ID|$TUN6_PREFIX|$TUN6_OLD_PREFIX|$TUN6_DEVICE|$TUN6_PEER|$TUN6_REASON" >> $OUT'
+    slow = hook_file(sides["server"], values, f"[ $TUN6_EVENT = session-down ] || while [ -e {tmp_path}/busy ]; do sleep 0.05; done")
+    (tmp_path / "busy").touch()
+    server = tunnel.server(hook=slow)
+    client = tunnel.client(id="pi", hook=hook_file(sides["client"], values))
+    prefix = str(client.prefix())
+    wait_until("both hooks run", lambda: len(events(sides["server"])) == 1 and len(events(sides["client"])) == 2)
+    ping(lab, "client")  # although the server's hook is still at work
+    assert [event[:5] for event in events(sides["client"])] == [[name, "pi", prefix, "", "tun6"] for name in ("prefix", "up")]
+    ((event, id_, given, _, device, peer, reason),) = events(sides["server"])
+    assert (event, id_, given, device, reason) == ("session-up", "pi", prefix, "tun6-0", "")
+    assert re.fullmatch(r"10\.9\.0\.2 port \d+", peer)
+
+    assert client.stop() < SERVER_ENDS_S
+    assert events(sides["client"])[2] == ["down", "pi", prefix, "", "tun6", f"{Lab.SERVER} port {tunnel.port}", "the client stops"]
+    with tunnel.peer("pi") as newcomer:  # takes the Id over while the hook still runs for its first session
+        newcomer.connected().echo()
+        with tunnel.peer("pi") as newer:
+            newer.connected().echo()
+            assert [event for event, *_ in events(sides["server"])] == ["session-up"]
+            (tmp_path / "busy").unlink()
+            expected = ["session-up", "session-down"] * 2 + ["session-up"]
+            wait_until("the hooks catch up", lambda: [event for event, *_ in events(sides["server"])] == expected)
+            assert "newcomer" in events(sides["server"])[3][6]
+            assert server.stop() < SERVER_ENDS_S
+    assert [event[0] for event in events(sides["server"])] == [*expected, "session-down"]
+    assert events(sides["server"])[-1][6] == "the server stops"
+
+
+def test_a_client_whose_prefix_changes_tells_its_hook_of_both(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    server = tunnel.server()
+    hook = hook_file(tmp_path, 'echo "$TUN6_EVENT $TUN6_OLD_PREFIX $TUN6_PREFIX" >> $OUT')
+    client = tunnel.client(id="pi", hook=hook)
+    old, new = client.prefix(), prefix_of_pool(tunnel, 7)
+    asked(server.config, "clients", "pin", "pi", str(new))
+    assert client.prefix(2) == new
+    expected = [f"prefix  {old}", f"up  {old}", f"down  {old}", f"prefix {old} {new}", f"up  {new}"]
+    wait_until("the hook ran", lambda: told(tmp_path) == expected)
+
+
+def test_a_hook_that_is_missing_ends_the_start_with_2(tunnel: Tunnel, tmp_path: Path) -> None:
+    for role in ("server", "client"):
+        sentence = tunnel.failure_at_start(role, 2, hook="missing")
+        assert sentence == f"hook = {tmp_path / 'missing'}: there is no such file"
 
 
 # ---- end to end: legacy peers ----------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     connections                  Stream, TlsStream, TCP options, congestion control, PacedWriter
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
     session                      PathMonitor, Session: one connection, one TUN, two pumps
+    hooks                        Hooks: the operator's program, run when sessions begin and end
     server                       ServerConfig, AdmissionControl, Server
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
@@ -70,6 +71,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import signal
 import socket as system_socket
 import ssl
@@ -95,6 +97,7 @@ try:
     import gevent.event
     import gevent.lock
     import gevent.pool
+    import gevent.threadpool
     import netifaces
     import pytun
     from gevent import socket
@@ -306,6 +309,11 @@ def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] |
 def to_printable(text: object, limit: int = 200) -> str:
     """Makes a peer's text safe for one line of a log or terminal, and no longer than `limit` characters."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:limit])
+
+
+def quote_id(id_: str) -> str:
+    """Returns an Id as the log shows it."""
+    return repr(id_[:ID_MAX])
 
 
 def parse_network(text: object, strict: bool = True) -> IPv6Network:
@@ -2614,6 +2622,10 @@ class Session:
         if not self._end.ready():
             self._end.set(reason)
 
+    def end(self) -> str:
+        """Returns why it ended, in words."""
+        return describe_end(self._end.get_nowait()) if self.ending else "internal error"
+
     def run(
         self,
         stream: Stream,
@@ -2687,6 +2699,125 @@ class Session:
         return f"after {age:.0f} s, {traffic.received} bytes received, {traffic.sent} sent, {dropped} packets dropped{by_kernel}{refused}"
 
 
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+HOOK_S = 30.0  # for one run
+HOOKS_AT_ONCE = 8  # runs at a time, each for another Id
+HOOKS_WAITING_MAX = 4096  # events that may wait for their run; at more no session is told of that begins then
+HOOKS_END_S = 5.0  # at the end, for all that wait and run
+HOOK_POLL_S = 0.05  # between two looks at whether a run is to be killed
+HOOK_OUTPUT_MAX, HOOK_LINES_MAX = 16 << 10, 50  # bytes and lines of a run's output that the log gets
+HOOK_READ_S = 0.01  # between two reads of the output behind that, so that a run which writes without end takes no CPU of ours
+HOOK_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Hooks:
+    """Runs the operator's program `hook` for events: in order and one at a time for an Id. Nobody waits for it but `close`."""
+
+    def __init__(self, path: str | None) -> None:
+        """Raises ConfigError when it can't be run."""
+        self._path = os.path.abspath(path) if path else None
+        self._events: dict[str, deque[tuple[str, dict[bytes, bytes]]]] = {}  # that wait or run, by Id: name, environment
+        self._waiting = 0  # events in all of them
+        self._greenlets = gevent.pool.Group()  # one for each of these Ids
+        self._cancelled = False
+        if self._path is None:
+            return
+        if not os.path.isfile(self._path):
+            raise ConfigError(f"hook = {path}: there is no such file")
+        if not os.access(self._path, os.X_OK):
+            raise ConfigError(f"hook = {path}: it is not executable; `chmod +x {path}` makes it so")
+        self._threads = gevent.threadpool.ThreadPool(HOOKS_AT_ONCE)  # not the hub's, in which `ip` and the disk would wait for it
+
+    def run(self, event: str, id_: str, required: bool = False, **values: object) -> bool:
+        """Runs the hook when its turn has come, with TUN6_PREFIX and so on of these values. Never waits.
+
+        Returns False when too many wait and it is left out. `required`: it is not, as the beginning was not either.
+        """
+        if self._path is None:
+            return True
+        if self._waiting >= HOOKS_WAITING_MAX and not required:
+            log.warning("hook for %s of %s: left out, and its end too, as %d others wait already", event, quote_id(id_), self._waiting)
+            return False
+        known = {"event": event, "id": id_, **dict.fromkeys(("prefix", "old_prefix", "device", "peer", "reason"), ""), **values}
+        environment = {f"TUN6_{name.upper()}".encode(): to_printable(value).encode() for name, value in known.items()}
+        events = self._events.setdefault(id_, deque())
+        events.append((event, {b"PATH": HOOK_PATH.encode(), **environment}))
+        self._waiting += 1
+        if len(events) == 1:
+            self._greenlets.spawn(self._run_events, id_, events)
+        return True
+
+    def close(self) -> None:
+        """Waits for all that were to be run, HOOKS_END_S at most. Then kills those that run, and leaves out the others."""
+        if not self._greenlets.join(HOOKS_END_S):
+            log.warning("hook: %d runs did not end within %.0f s and are killed or left out", self._waiting, HOOKS_END_S)
+            self._cancelled = True
+            self._greenlets.join(1)
+        if self._path:
+            with gevent.Timeout(1, False):
+                self._threads.kill()
+
+    def _run_events(self, id_: str, events: deque[tuple[str, dict[bytes, bytes]]]) -> None:
+        while events:
+            event, environment = events[0]
+            where = f"hook for {event} of {quote_id(id_)}"
+            try:
+                failure, output = self._threads.apply(self._run_program, (environment,))
+                lines = output[:HOOK_OUTPUT_MAX].decode(errors="replace").splitlines()
+                for line in lines[:HOOK_LINES_MAX]:
+                    log.info("%s: %s", where, to_printable(line.expandtabs()))
+                if len(output) > HOOK_OUTPUT_MAX or len(lines) > HOOK_LINES_MAX:
+                    log.info("%s: ..., the rest of its output is left out", where)
+                if failure and not self._cancelled:
+                    log.warning("%s: it %s", where, failure)
+            except Exception as error:  # a defect of ours ends this run only
+                log_defect(where, error)
+            events.popleft()
+            self._waiting -= 1
+        del self._events[id_]
+
+    def _run_program(self, environment: dict[bytes, bytes]) -> tuple[str, bytes]:
+        """Runs the hook, in a thread. Returns what went wrong, "" for nothing, and the begin of its output."""
+        if self._cancelled:
+            return "", b""
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what the hook starts has no signals blocked
+        pipe, null, path = subprocess.PIPE, subprocess.DEVNULL, cast(str, self._path)
+        try:
+            options: dict[str, Any] = {"env": environment, "cwd": "/", "start_new_session": True}
+            process = subprocess.Popen([path], stdin=null, stdout=pipe, stderr=subprocess.STDOUT, bufsize=0, **options)
+        except OSError as error:
+            hints = {errno.ENOEXEC: "; its first line must be like #!/bin/sh", errno.ENOENT: "; its first line names a missing program"}
+            return f"can't be run: {error.strerror}{hints.get(error.errno or 0, '')}", b""
+        assert process.stdout
+        output, deadline, is_open = bytearray(), time.monotonic() + HOOK_S, True
+        with process.stdout as source:  # not read to its end: what the hook leaves running may keep it open
+            os.set_blocking(source.fileno(), False)
+            readable = select.poll()
+            readable.register(source.fileno(), select.POLLIN)
+            while process.poll() is None and time.monotonic() < deadline and not self._cancelled:
+                if len(output) > HOOK_OUTPUT_MAX:
+                    time.sleep(HOOK_READ_S)
+                if not is_open:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(HOOK_POLL_S)
+                elif readable.poll(HOOK_POLL_S * 1000):
+                    data = source.read(1 << 16) or b""
+                    is_open = bool(data)
+                    output += data[: HOOK_OUTPUT_MAX + 1 - len(output)]
+            killed = process.returncode is None
+            if killed:
+                os.killpg(process.pid, signal.SIGKILL)
+            output += (source.read(1 << 16) or b"")[: HOOK_OUTPUT_MAX + 1 - len(output)]
+        if killed:
+            with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel
+                process.wait(1)
+            return f"did not end within {HOOK_S:.0f} s and was killed", bytes(output)
+        status = process.returncode
+        how = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}"
+        return how if status else "", bytes(output)
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 BACKLOG = 1024  # connections that wait for accept, or of one host for admission
@@ -2720,6 +2851,7 @@ class ServerConfig:
     control: str = "/run/tun6/server.sock"
     new_ids_per_hour: int = 0
     client_to_client: bool = True
+    hook: str | None = None
     file: str = "config.ini"
 
 
@@ -2730,11 +2862,6 @@ def open_keys(config: ServerConfig) -> KeyStore | None:
             f"{config.file}: [server] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"
         )
     return KeyStore(config.keys) if config.keys else None
-
-
-def quote_id(id_: str) -> str:
-    """Returns an Id as the log shows it."""
-    return repr(id_[:ID_MAX])
 
 
 def warn_of_overlap(pool: IPv6Network) -> None:
@@ -2893,6 +3020,7 @@ class Server:
         self.keys = open_keys(config)
         self.store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
         self.sessions: dict[str, Session] = {}  # by Id
+        self._hooks = Hooks(config.hook)
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
@@ -2914,6 +3042,7 @@ class Server:
         route = pool_plan(self._config.prefixrange, os.getpid())
         with ExitStack() as undo:
             undo.callback(self.store.close)
+            undo.callback(self._hooks.close)
             listener = undo.enter_context(self._listen())
             self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             self._kernel.remove_stale()
@@ -3117,6 +3246,9 @@ class Server:
                 stream.send(encode_message(answer))
                 log.info("%s from %s: has %s on %s%s", quote_id(id_), peer, prefix, tun.name, stream.security)
                 ingress_filter = IngressFilter(prefix, True, None if self._config.client_to_client else self._config.prefixrange)
+                told: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": peer}
+                if self._hooks.run("session-up", id_, **told):
+                    undo.callback(lambda: self._hooks.run("session-down", id_, True, reason=session.end(), **told))
                 with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 64)):
                     reason = session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
             if isinstance(reason, OffloadRefused):
@@ -3206,6 +3338,7 @@ class ClientConfig:
     tls: bool = False
     fingerprint: str | None = None
     key: str | None = None
+    hook: str | None = None
     file: str = "config.ini"
 
 
@@ -3220,6 +3353,8 @@ class Client:
         encrypted = config.tls or config.fingerprint or config.key
         self._tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
         self._id = config.id
+        self._hooks = Hooks(config.hook)
+        self._told: IPv6Network | None = None  # the last prefix that the hook was told of
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
@@ -3263,6 +3398,7 @@ class Client:
         finally:
             gevent.killall(helpers)
             self._close_tun()
+            self._hooks.close()
 
     def _open_tun(self) -> Tun:
         self._tun_error = None
@@ -3356,9 +3492,27 @@ class Client:
             self._session.fragments = self._fragments
             if self._tun_error:
                 raise self._tun_error
-            with self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
+            with self._announce(self._id, prefix, tun), self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
                 ingress_filter = IngressFilter(prefix, from_client=False)
                 raise self._session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
+
+    @contextmanager
+    def _announce(self, id_: str, prefix: IPv6Network, tun: Tun) -> Iterator[None]:
+        """Runs the hook for a session that begins, and at the end of the block for its end."""
+        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self._server}
+        if prefix != self._told and self._hooks.run("prefix", id_, old_prefix=self._told or "", **values):
+            self._told = prefix
+        if not self._hooks.run("up", id_, **values):
+            yield
+            return
+        reason = "the client stops"
+        try:
+            yield
+        except Exception as error:
+            reason = describe_end(error)
+            raise
+        finally:
+            self._hooks.run("down", id_, True, reason=reason, **values)
 
     def _warn_of_another_id(self, id_: str) -> None:
         """Compares the Id, which nobody has set, with that of the last start. It is remembered for this only, beside config.ini."""
@@ -4083,6 +4237,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "control": _path,
         "new_ids_per_hour": _integer(0, 1_000_000),
         "client_to_client": _boolean,
+        "hook": _path,
     },
     "client": {
         "remotehost": _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server"),
@@ -4099,6 +4254,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "tls": _boolean,
         "fingerprint": _fingerprint,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
+        "hook": _path,
     },
 }
 
