@@ -26,6 +26,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     connections
     session
     hooks
+    neighbour proxy
     server
     client
     administration
@@ -34,6 +35,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     sources and documents        maps, order of definitions, links
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
     end to end: hooks
+    end to end: neighbour proxy  and a tunnel of Hurricane Electric's to the server
     end to end: legacy peers
     end to end: offload
     end to end: ingress filter
@@ -3585,6 +3587,134 @@ def test_a_hook_that_is_not_there_or_not_executable_stops_the_start(tmp_path: Pa
             make(str(path))
 
 
+# ---- neighbour proxy -------------------------------------------------------------------------------------------------
+
+ROUTER, HOST = IPv6Address("fe80::1"), subnet(3)[0x99]
+LINK_ADDRESS = bytes.fromhex("02000000aa01")
+
+
+def solicited_node(target: IPv6Address) -> IPv6Address:
+    """RFC 4291 section 2.7.1."""
+    return IPv6Address(b"\xff\x02" + bytes(9) + b"\x01\xff" + target.packed[13:])
+
+
+def solicitation(target: IPv6Address, source: IPv6Address = ROUTER, options: bytes | None = None) -> bytes:
+    """Somebody looks for the target, RFC 4861 section 4.3, or for duplicates of it."""
+    usual = b"" if source.is_unspecified else b"\1\1" + LINK_ADDRESS
+    return icmp_between(source, solicited_node(target), 135, bytes(4) + target.packed + (usual if options is None else options))
+
+
+def advertisement(packet: bytes) -> tuple[IPv6Address, IPv6Address, IPv6Address, int, bytes] | None:
+    """Source, destination, target, flags and options of a neighbour advertisement, None for anything else; its checksum must be right."""
+    if len(packet) < 64 or packet[6] != 58 or packet[40] != 136:
+        return None
+    assert packet[7] == 255 and len(packet) == packet_length(packet)
+    assert internet_sum(packet[8:40] + struct.pack(">II", len(packet) - 40, 58) + packet[40:]) == 0xFFFF
+    source, destination, target = (IPv6Address(packet[at : at + 16]) for at in (8, 24, 48))
+    return source, destination, target, packet[44], packet[64:]
+
+
+ADDRESSES = st.integers(0, 2**128 - 1).map(IPv6Address)
+
+
+@given(ADDRESSES, ADDRESSES, ADDRESSES)
+def test_a_solicitation_is_answered_as_by_a_proxy(target: IPv6Address, source: IPv6Address, own: IPv6Address) -> None:
+    found = tun6.parse_solicitation(solicitation(target, source))
+    if target.is_multicast or source.is_multicast:
+        assert found is None
+        return
+    assert found == (source, target)
+    for_all = source.is_unspecified
+    expected = own, ALL_NODES if for_all else source, target, 0x80 if for_all else 0xC0, b"\2\1" + LINK_ADDRESS
+    assert advertisement(tun6.encode_advertisement(found, own, LINK_ADDRESS)) == expected
+
+
+ALL_NODES = IPv6Address("ff02::1")
+GOOD = solicitation(HOST)
+WRONG_SOLICITATIONS = {
+    "hop limit": GOOD[:7] + b"\xfe" + GOOD[8:],
+    "checksum": GOOD[:42] + bytes([GOOD[42] ^ 1]) + GOOD[43:],
+    "short": icmp_between(ROUTER, solicited_node(HOST), 135, bytes(4) + HOST.packed[:15]),
+    "cut": GOOD[:-1],
+    "code": icmp_between(ROUTER, solicited_node(HOST), 135, b"").replace(b"\x87\0", b"\x87\1"),
+    "kind": icmp_between(ROUTER, solicited_node(HOST), 136, GOOD[44:]),
+    "multicast target": icmp_between(ROUTER, solicited_node(HOST), 135, bytes(4) + ALL_NODES.packed),
+    "multicast source": solicitation(HOST, ALL_NODES),
+    "option of length 0": solicitation(HOST, options=b"\1\0" + LINK_ADDRESS),
+    "option beyond the end": solicitation(HOST, options=b"\1\2" + LINK_ADDRESS),
+    "half an option": solicitation(HOST, options=b"\1"),
+    "duplicates with an option": solicitation(HOST, IPv6Address(0), b"\1\1" + LINK_ADDRESS),
+    "duplicates to the host": icmp_between(IPv6Address(0), HOST, 135, bytes(4) + HOST.packed),
+    "behind an extension header": between(ROUTER, solicited_node(HOST), b"\x3a\0" + bytes(6) + GOOD[40:], 0)[:7] + b"\xff" + GOOD[8:],
+    "IPv4": b"\x45" + GOOD[1:],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SOLICITATIONS)
+def test_a_wrong_solicitation_is_none(name: str) -> None:
+    assert tun6.parse_solicitation(GOOD)
+    assert tun6.parse_solicitation(GOOD + bytes(6)), "padding is no fault"
+    assert tun6.parse_solicitation(solicitation(HOST, options=b"\x0e\1" + bytes(6))), "a nonce (RFC 7527) is no fault"
+    assert tun6.parse_solicitation(WRONG_SOLICITATIONS[name]) is None
+
+
+@given(st.one_of(st.binary(max_size=200), st.tuples(st.binary(max_size=64), st.booleans())))
+def test_no_bytes_upset_the_parser_of_solicitations(data: bytes | tuple[bytes, bool]) -> None:
+    made = data if isinstance(data, bytes) else solicitation(HOST, IPv6Address(0) if data[1] else ROUTER, data[0])
+    found = tun6.parse_solicitation(made)
+    assert found is None or found.target == HOST
+    for cut in range(len(made)):
+        assert found is None or tun6.parse_solicitation(made[:cut]) is None
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))
+def test_a_damaged_solicitation_is_none_or_another(at: int, change: int) -> None:
+    damaged = GOOD[:at] + bytes([GOOD[at] ^ change]) + GOOD[at + 1 :]
+    assert tun6.parse_solicitation(damaged) in (None, tun6.Solicitation(ROUTER, HOST))
+    if at >= 4:  # the bytes before are traffic class and flow label, which the checksum leaves out
+        assert tun6.parse_solicitation(damaged) is None
+
+
+def neighbour_proxy(pool: IPv6Network = POOL) -> tun6.NeighbourProxy:
+    with mock.patch.object(tun6.NeighbourProxy, "ARPHRD_ETHER", 772):  # the loopback's kind, ARPHRD_LOOPBACK
+        return tun6.NeighbourProxy("lo", pool)
+
+
+def test_the_proxy_answers_for_prefixes_with_a_session_up_to_its_rates() -> None:
+    now = 1000.0
+    with mock.patch.object(time, "monotonic", lambda: now), mock.patch.object(tun6.TokenBucket.__init__, "__defaults__", (lambda: now,)):
+        proxy = neighbour_proxy()
+        prefixes = list(itertools.islice(POOL.subnets(new_prefix=64), 20))
+        assert not proxy._answers_for(prefixes[0][1])
+        for prefix in prefixes[:-1]:
+            proxy.add(prefix)
+        answered = [sum(proxy._answers_for(prefix[number]) for number in range(1, 200)) for prefix in prefixes]
+        assert answered == [100] * 10 + [0] * 10  # one prefix's scan leaves room for others, up to the rate of all
+        now += 1
+        assert proxy._answers_for(prefixes[18][1])
+        proxy.remove(prefixes[18])
+        assert not proxy._answers_for(prefixes[18][1])
+
+
+def test_the_proxy_leaves_addresses_and_networks_of_this_machine_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = subnet(3)
+    lines = [(prefix[1], 128, "lo"), (prefix[0x10_0000_0001], 112, "eth0"), (POOL[5], POOL.prefixlen, "eth1"), (ROUTER, 64, "eth1")]
+    text = "".join(f"{address.packed.hex()} 02 {length:02x} 00 80 {name:>8}\n" for address, length, name in lines)
+    monkeypatch.setattr(Path, "read_text", lambda _: text)
+    assert tun6.parse_addresses(text) == [(name, address, length) for address, length, name in lines]
+    proxy = neighbour_proxy()
+    for each in (prefix, subnet(0)):
+        proxy.add(each)
+    ours = (prefix[1], prefix[0x10_0000_0002], POOL[5])
+    assert [proxy._answers_for(target) for target in (*ours, prefix[2], POOL[6])] == [False] * 3 + [True] * 2
+
+
+def test_ndp_needs_an_interface_that_can_have_neighbours() -> None:
+    for interface, complaint in (("lo", "it is not like Ethernet"), ("eth-none", "No such device; `ip link` shows")):
+        with pytest.raises(tun6.ConfigError, match=f"^ndp = {interface}: {complaint}"):
+            tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, ndp=interface))
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 
@@ -3837,12 +3967,13 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
     assert dataclasses.asdict(tun6.read_config(path, "server")) == {
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
-        "keys": None, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True, "file": path,
+        "keys": None, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True,
+        "hook": None, "ndp": None, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
-        "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "file": path,
+        "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "hook": None, "file": path,
     }  # fmt: skip
 
 
@@ -3858,6 +3989,7 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
         ("server", "mtu", "1280", 1280),
         ("server", "max_clients", "1", 1),
+        ("server", "ndp", "enp1s0.100", "enp1s0.100"),
         ("client", "remotehost", "203.0.113.7", "203.0.113.7"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
@@ -4971,6 +5103,197 @@ def test_a_hook_that_is_missing_ends_the_start_with_2(tunnel: Tunnel, tmp_path: 
     for role in ("server", "client"):
         sentence = tunnel.failure_at_start(role, 2, hook="missing")
         assert sentence == f"hook = {tmp_path / 'missing'}: there is no such file"
+
+
+# ---- end to end: neighbour proxy -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def on_link(lab: Lab, pool: IPv6Network) -> Iterator[None]:
+    """A second link between the Internet and the server, on which the Internet looks for the pool's addresses instead of routing them."""
+    lab.ip("internet", f"link add eth7 type veth peer name eth7 netns {lab._names['server']}")
+    try:
+        for host in ("internet", "server"):
+            lab.ip(host, "link set eth7 up")
+        for host in ("internet", "server"):
+            wait_until("the link has its address", lambda host=host: "fe80" in lab.ip(host, "-6 addr show dev eth7 -tentative"))  # type: ignore[misc]
+        lab.ip("internet", f"-6 route add {pool} dev eth7")
+        yield
+    finally:
+        lab.ip("internet", "link del eth7")
+
+
+class Neighbour(SocketOwner):
+    """Speaks on that link by hand, from the Internet's end."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.sock = socket_on(lab, "internet", socket.AF_PACKET, socket.SOCK_DGRAM)
+        self.sock.bind(("eth7", 0x86DD))
+        self.sock.settimeout(5)
+        self.mac = self.sock.getsockname()[4]
+
+    def solicit(self, target: IPv6Address, source: IPv6Address = ROUTER) -> None:
+        group = solicited_node(target).packed
+        self.sock.sendto(solicitation(target, source), ("eth7", 0x86DD, 0, 0, b"\x33\x33" + group[12:]))
+
+    def advertisements(self, last: IPv6Address) -> list[Any]:
+        """Those that come until the last target is answered, which this asks for."""
+        self.solicit(last)
+        found: list[Any] = []
+        while not found or found[-1][2] != last:
+            answer = advertisement(self.sock.recv(2000))
+            found += [answer] if answer else []
+        return found
+
+
+def test_a_range_that_is_only_on_the_link_works_by_answers_to_solicitations(lab: Lab, tunnel: Tunnel) -> None:
+    with on_link(lab, tunnel.pool):
+        tunnel.server()
+        first = tunnel.client(id="pi")
+        address = str(first.prefix()[1])
+        assert not any(lab.pings("internet", address) for _ in range(3))  # the control: nobody answers the router
+        for program in reversed(tunnel._programs):
+            program.stop()
+        server = tunnel.server(ndp="eth7")
+        server.wait_for("neighbours on eth7 are told")
+        prefix = tunnel.client(id="pi").prefix()
+        ping(lab, "internet", str(prefix[1]))
+        with lan_behind(lab, prefix) as behind, Neighbour(lab) as neighbour:
+            ping(lab, "internet", behind)
+            transfer(lab, "internet", "lan", behind, 1 << 20)
+            mac = json.loads(lab.ip("server", "-j link show eth7"))[0]["address"]
+            of_the_link = IPv6Address(re.findall(r"fe80::\S+(?=/)", lab.ip("server", "-6 addr show dev eth7"))[0])
+            own, elsewhere, nobody = prefix[0x77], prefix[0x10_0000_0005], prefix_of_pool(tunnel, 9)[1]
+            with changed(lab, "server", f"addr add {own}/128 dev lo nodad", f"addr add {prefix[0x10_0000_0001]}/112 dev eth0 nodad"):
+                time.sleep(tun6.OWN_ADDRESSES_S)  # after so long the server looks at its addresses again
+                for target in (own, elsewhere, nobody):
+                    neighbour.solicit(target)
+                neighbour.solicit(prefix[0xDAD], IPv6Address(0))
+                answers = neighbour.advertisements(prefix[2])
+            options = b"\2\1" + bytes.fromhex(mac.replace(":", ""))
+            assert [answer for answer in answers if answer[1] in (ROUTER, ALL_NODES)] == [  # the others are for the Internet's kernel
+                (of_the_link, ALL_NODES, prefix[0xDAD], 0x80, options),
+                (of_the_link, ROUTER, prefix[2], 0xC0, options),
+            ]
+
+
+def test_a_flood_of_solicitations_costs_little_and_an_uplink_may_go_and_come_back(lab: Lab, tunnel: Tunnel) -> None:
+    with on_link(lab, tunnel.pool):
+        server = tunnel.server(ndp="eth7")
+        prefix = tunnel.client().prefix()
+        with Neighbour(lab) as neighbour:
+            began, used, targets = time.monotonic(), cpu_s(server), itertools.count(1000)
+            while time.monotonic() - began < 2:
+                neighbour.solicit(prefix[next(targets)])
+                neighbour.solicit(IPv6Address(int(POOL[0]) + next(targets)))
+            used, seconds = cpu_s(server) - used, time.monotonic() - began
+            ping(lab, "client", count=2)
+            answers = []
+            neighbour.sock.settimeout(0.5)
+            with suppress(TimeoutError, socket.timeout):
+                while True:
+                    answers.append(advertisement(neighbour.sock.recv(2000)))
+            number, sent = sum(map(bool, answers)), next(targets) - 1000
+            assert sent > 4000 and 100 <= number <= tun6.ADVERTISEMENTS_OF_PREFIX_MAX * (seconds + 2), (sent, number)
+            assert used < 0.4 * seconds, (used, sent)
+        wait_until("it answers again", lambda: lab.pings("internet", str(prefix[1])))
+    server.said("ndp = eth7: Network is down; nobody there can reach clients until that changes", 1)
+    with on_link(lab, tunnel.pool):
+        server.wait_for("neighbours on eth7 are told", 2)
+        wait_until("it answers again", lambda: lab.pings("internet", str(prefix[1])))
+    server.said("nobody there can reach clients", 2)
+
+
+@contextmanager
+def beyond(lab: Lab) -> Iterator[None]:
+    """A host `far` of the IPv6 Internet, behind that of the tunnel's provider; both ends of its link carry 1500 bytes."""
+    lab._names["far"] = f"tun6-{os.getpid()}-far"
+    try:
+        lab._ip(f"netns add {lab._names['far']}")
+        lab.ip("internet", f"link add eth8 type veth peer name eth8 netns {lab._names['far']}")
+        for host, address in (("internet", f"{FAR_NETWORK[0xFF]}/64"), ("far", f"{FAR_NETWORK[1]}/64")):
+            lab.ip(host, "link set eth8 up")
+            lab.ip(host, f"addr add {address} dev eth8 nodad")
+        lab.ip("far", f"-6 route add default via {FAR_NETWORK[0xFF]}")
+        yield
+    finally:
+        with suppress(tun6.KernelError):
+            lab.ip("internet", "link del eth8")
+        lab._ip(f"netns del {lab._names.pop('far')}")
+
+
+@contextmanager
+def six_in_four(lab: Lab, host: str, device: str, local: str, remote: str) -> Iterator[None]:
+    """A TUN that carries its packets to another host in IPv4, protocol 41 (RFC 4213), as the kernel's sit does, which not every one has."""
+    with lab.inside(host):
+        tun = pytun.TunTapDevice(device, pytun.IFF_TUN | pytun.IFF_NO_PI)
+    sock, stop = socket_on(lab, host, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_IPV6), threading.Event()
+    sock.bind((local, 0))
+    sock.connect((remote, 0))
+    sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER is DO: what is too long with its 20 bytes more is not sent, in no way
+
+    def move() -> None:
+        while not stop.is_set():
+            readable, _, _ = select.select([tun, sock], [], [], 0.1)
+            with suppress(OSError):  # the device is not up yet, or the packet is too long
+                if sock in readable:
+                    packet = sock.recv(65_536)
+                    os.write(tun.fileno(), packet[(packet[0] & 15) * 4 :])
+            with suppress(OSError):
+                if tun in readable:
+                    sock.send(os.read(tun.fileno(), 65_536))
+
+    thread = threading.Thread(target=move, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
+        sock.close()
+        tun.close()
+
+
+FAR_NETWORK = IPv6Network("2001:db8:fa00::/64")
+TUNNEL_BROKER, VPS = "198.51.100.1", "203.0.113.5"  # as in the recipe
+BROKERS_PREFIX = IPv6Network("2001:db8:4700::/48")
+
+
+def test_a_tunnel_brokers_range_goes_on_to_clients_by_the_recipes_commands(lab: Lab, tunnel: Tunnel) -> None:
+    """All but the first, which makes the device that `six_in_four` stands in for."""
+    text = (Path(__file__).parent / "docs" / "operating.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"<!-- 6in4 -->\n```sh\n(.*?)```", text, re.DOTALL)
+    first, *commands = recipe.splitlines()
+    assert first == f"ip tunnel add he-ipv6 mode sit local {VPS} remote {TUNNEL_BROKER} ttl 255"
+    tunnel.pool = BROKERS_PREFIX
+    with ExitStack() as undo:
+        for host, device, own, far in (("server", "eth1", VPS, TUNNEL_BROKER), ("internet", "eth0", TUNNEL_BROKER, VPS)):
+            undo.enter_context(changed(lab, host, f"addr add {own}/32 dev {device}", f"-4 route add {far}/32 dev {device} src {own}"))
+            undo.enter_context(six_in_four(lab, host, "he-ipv6", own, far))
+        undo.enter_context(beyond(lab))
+        undo.enter_context(sysctl(lab, "internet", "net.ipv6.conf.all.forwarding", "1"))
+        lab.ip("internet", "link set he-ipv6 up mtu 1480")
+        lab.ip("internet", "addr add 2001:db8:470a::1/64 dev he-ipv6 nodad")
+        lab.ip("internet", f"-6 route add {BROKERS_PREFIX} dev he-ipv6")
+        # the VPS has IPv6 of its own, by a router that takes nothing from the range
+        undo.enter_context(changed(lab, "server", "-6 route add default via 2001:db8:ffff::dead dev eth1"))
+        for command in commands:
+            done = lab.run("server", "sh", "-c", command)
+            assert done.returncode == 0, (command, done.stderr)
+            if " rule add " in command:
+                undo.callback(lab.ip, "server", command.removeprefix("ip ").replace(" add ", " del "))
+        tunnel.server(mtu=1480)
+        prefix, other = tunnel.client(mtu=1480).prefix(), tunnel.client("second", id="with the default MTU").prefix()
+        with lan_behind(lab, prefix) as behind:
+            for host, address in (("lan", behind), ("second", str(other[1]))):
+                ping(lab, host, str(FAR_NETWORK[1]), 1432, count=1)  # 1480 bytes, as many as pass
+                ping(lab, host, str(FAR_NETWORK[1]), 1452, count=1)  # 1500: it is told of the path's MTU
+                ping(lab, "far", address, 1452, count=1)
+                transfer(lab, host, "far", str(FAR_NETWORK[1]), 2 << 20)
+                transfer(lab, "far", host, address, 2 << 20)
+            ping(lab, "client", str(other[1]), count=2)  # it does not go to the broker and back:
+            route = lab.ip("server", f"-6 route get {other[1]} from {prefix[1]} iif {min(server_devices(lab))}")
+            assert "dev tun6-" in route, route
 
 
 # ---- end to end: legacy peers ----------------------------------------------------------------------------------------
