@@ -25,6 +25,8 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     kernel
     connections
     session
+    hooks
+    neighbour proxy
     server
     client
     administration
@@ -32,6 +34,8 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     command line
     sources and documents        maps, order of definitions, links
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
+    end to end: hooks
+    end to end: neighbour proxy  and a tunnel of Hurricane Electric's to the server
     end to end: legacy peers
     end to end: offload
     end to end: ingress filter
@@ -3413,6 +3417,310 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
         )
 
 
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def hook_file(folder: Path, *lines: str, shebang: str = "#!/bin/sh") -> str:
+    """An executable hook of these lines; $OUT is a file beside it, for what it has to tell."""
+    path = folder / "hook"
+    path.write_text("\n".join([shebang, f"OUT={folder / 'told'}", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def told(folder: Path) -> list[str]:
+    """The whole lines that the hook has put into $OUT."""
+    path = folder / "told"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+@contextmanager
+def hooks_of(*lines: str, folder: Path, shebang: str = "#!/bin/sh") -> Iterator[tun6.Hooks]:
+    hooks = tun6.Hooks(hook_file(folder, *lines, shebang=shebang))
+    try:
+        yield hooks
+    finally:
+        hooks.close()
+
+
+def test_a_hook_runs_in_order_for_each_id_and_for_few_ids_at_a_time(tmp_path: Path) -> None:
+    ids = [f"{number:02d}" for number in range(2 * tun6.HOOKS_AT_ONCE)]
+    with hooks_of('echo "+ $TUN6_ID $TUN6_PEER" >> $OUT', "sleep 0.1", 'echo "- $TUN6_ID $TUN6_PEER" >> $OUT', folder=tmp_path) as hooks:
+        began = time.monotonic()
+        for number, id_ in itertools.product("123", ids):
+            assert hooks.run("session-up", id_, peer=number)
+        assert time.monotonic() - began < 0.1  # nobody waits
+    lines = told(tmp_path)
+    for id_ in ids:
+        assert [line for line in lines if f" {id_} " in line] == [f"{sign} {id_} {number}" for number in "123" for sign in "+-"]
+    at_once = list(accumulate(1 if line.startswith("+") else -1 for line in lines))
+    assert 2 <= max(at_once) <= tun6.HOOKS_AT_ONCE
+
+
+def test_a_hook_gets_values_in_a_clean_environment(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("SECRET", "not for hooks")
+    id_ = "$(touch /tmp/x); \"'*` é\u6c34"
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the new threads inherit this
+    near, far = socket.socketpair()
+    near.set_inheritable(True)
+    commands = (
+        "/usr/bin/env | sort > $OUT",
+        "echo at $(pwd)",
+        "wc -c",
+        "grep -E 'SigBlk|SigIgn' /proc/self/status",
+        "ls /proc/self/fd",
+        "exit 0",
+    )
+    with near, far, hooks_of(*commands, folder=tmp_path) as hooks:
+        hooks.run("session-up", id_, prefix=POOL, peer="a\nb\0c")
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    values = dict(line.split("=", 1) for line in told(tmp_path))
+    assert {name: value for name, value in values.items() if name.startswith("TUN6_")} == {
+        **{"TUN6_EVENT": "session-up", "TUN6_ID": id_, "TUN6_PREFIX": str(POOL), "TUN6_PEER": "a?b?c"},
+        **dict.fromkeys(("TUN6_OLD_PREFIX", "TUN6_DEVICE", "TUN6_REASON"), ""),
+    }
+    assert "/usr/sbin" in values["PATH"] and "SECRET" not in values
+    output = [message.rpartition(": ")[2] for message in caplog.messages]
+    assert all(message.startswith(f"hook for session-up of {id_!r}: ") for message in caplog.messages)
+    assert output[:2] == ["at /", "0"]  # and nothing to read
+    assert output[2:4] == ["0" * 16] * 2  # no signals blocked or ignored
+    assert output[4:] == ["0", "1", "2", "3"]  # 3 is the folder that `ls` reads
+
+
+@pytest.mark.parametrize(
+    ("commands", "shebang", "failure"),
+    [
+        (("echo fine",), "#!/bin/sh", ""),
+        (("exit 3",), "#!/bin/sh", "ended with status 3"),
+        (("kill -TERM $$",), "#!/bin/sh", "was ended by signal 15"),
+        (("exit 0",), "# no interpreter", "can't be run: Exec format error; its first line must be like #!/bin/sh"),
+        (("exit 0",), "#!/nobody/has/this", "can't be run: No such file or directory; its first line names a missing program"),
+        (("sleep 987654 & echo $! > $OUT; wait",), "#!/bin/sh", "did not end within 1 s and was killed"),
+        (("exec >&- 2>&-; sleep 987654",), "#!/bin/sh", "did not end within 1 s and was killed"),
+        (("yes 'a lot of text'",), "#!/bin/sh", "did not end within 1 s and was killed"),
+    ],
+    ids=[
+        "fine",
+        "status",
+        "signal",
+        "no shebang",
+        "no interpreter",
+        "hangs with a child",
+        "closes its output and hangs",
+        "writes without end",
+    ],
+)
+def test_a_hook_that_fails_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, commands: Sequence[str], shebang: str, failure: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(tun6, "HOOK_S", 1.0)
+    used = time.process_time()
+    with hooks_of(*commands, folder=tmp_path, shebang=shebang) as hooks:
+        hooks.run("up", "a")
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == (
+        [f"hook for up of 'a': it {failure}"] if failure else []
+    )
+    assert len(caplog.messages) <= tun6.HOOK_LINES_MAX + 2
+    assert time.process_time() - used < 0.5, "what is left out costs time"
+    if "yes" in commands[0]:
+        assert "hook for up of 'a': ..., the rest of its output is left out" in caplog.messages
+    for pid in told(tmp_path):
+        assert becomes_true(lambda pid=pid: not processes_named(f"/proc/{pid}", "sleep"), 3), "its child lives on"  # type: ignore[misc]
+
+
+def processes_named(process: str, name: str) -> bool:
+    """Whether this process in /proc has this name and lives."""
+    with suppress(OSError):
+        fields = Path(process, "stat").read_text()
+        return f"({name})" in fields and fields.rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_what_a_hook_leaves_running_holds_nobody_up(tmp_path: Path) -> None:
+    with hooks_of("sleep 60 & echo $! >> $OUT", folder=tmp_path) as hooks:
+        hooks.run("up", "a")
+        hooks.run("down", "a")
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+    left = [int(pid) for pid in told(tmp_path)]
+    assert len(left) == 2
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)  # that it lives is the operator's will
+
+
+def test_when_too_many_wait_for_their_hook_whole_sessions_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tun6, "HOOKS_WAITING_MAX", 2)
+    with hooks_of('echo "$TUN6_EVENT $TUN6_ID" >> $OUT; sleep 0.1', folder=tmp_path) as hooks:
+        assert [hooks.run("session-up", id_) for id_ in "aab"] == [True, True, False]
+        assert hooks.run("session-down", "a", required=True)  # as it was told of the beginning
+    assert told(tmp_path) == ["session-up a", "session-up a", "session-down a"]
+    assert caplog.messages == ["hook for session-up of 'b': left out, and its end too, as 2 others wait already"]
+
+
+def test_the_end_waits_for_hooks_and_kills_those_that_take_too_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tun6, "HOOKS_END_S", 1.0)
+    with hooks_of("echo $$ >> $OUT; [ $TUN6_ID = quick ] || exec sleep 987654", folder=tmp_path) as hooks:
+        hooks.run("session-down", "quick")
+        for id_ in range(20):
+            hooks.run("session-up", str(id_))
+            hooks.run("session-down", str(id_))
+        began = time.monotonic()
+        hooks.close()
+    assert 0.9 < time.monotonic() - began < 2.5
+    assert caplog.messages == ["hook: 40 runs did not end within 1 s and are killed or left out"]
+    assert len(told(tmp_path)) == 1 + tun6.HOOKS_AT_ONCE
+    assert not any(processes_named(f"/proc/{pid}", "sleep") for pid in told(tmp_path))
+
+
+@pytest.mark.parametrize("section", ["server", "client"])
+def test_a_hook_that_is_not_there_or_not_executable_stops_the_start(tmp_path: Path, section: str) -> None:
+    make: Callable[[str], object] = {
+        "server": lambda hook: tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, hook=hook)),
+        "client": lambda hook: tun6.Client(tun6.ClientConfig("192.0.2.1", 1, hook=hook)),
+    }[section]
+    path = tmp_path / "hook"
+    for prepare, complaint in ((path.touch, "it is not executable; `chmod"), (path.unlink, "no such file"), (path.mkdir, "no such file")):
+        prepare()
+        with pytest.raises(tun6.ConfigError, match=f"^hook = {path}: .*{complaint}"):
+            make(str(path))
+
+
+# ---- neighbour proxy -------------------------------------------------------------------------------------------------
+
+ROUTER, HOST = IPv6Address("fe80::1"), subnet(3)[0x99]
+LINK_ADDRESS = bytes.fromhex("02000000aa01")
+
+
+def solicited_node(target: IPv6Address) -> IPv6Address:
+    """RFC 4291 section 2.7.1."""
+    return IPv6Address(b"\xff\x02" + bytes(9) + b"\x01\xff" + target.packed[13:])
+
+
+def solicitation(target: IPv6Address, source: IPv6Address = ROUTER, options: bytes | None = None) -> bytes:
+    """Somebody looks for the target, RFC 4861 section 4.3, or for duplicates of it."""
+    usual = b"" if source.is_unspecified else b"\1\1" + LINK_ADDRESS
+    return icmp_between(source, solicited_node(target), 135, bytes(4) + target.packed + (usual if options is None else options))
+
+
+def advertisement(packet: bytes) -> tuple[IPv6Address, IPv6Address, IPv6Address, int, bytes] | None:
+    """Source, destination, target, flags and options of a neighbour advertisement, None for anything else; its checksum must be right."""
+    if len(packet) < 64 or packet[6] != 58 or packet[40] != 136:
+        return None
+    assert packet[7] == 255 and len(packet) == packet_length(packet)
+    assert internet_sum(packet[8:40] + struct.pack(">II", len(packet) - 40, 58) + packet[40:]) == 0xFFFF
+    source, destination, target = (IPv6Address(packet[at : at + 16]) for at in (8, 24, 48))
+    return source, destination, target, packet[44], packet[64:]
+
+
+ADDRESSES = st.integers(0, 2**128 - 1).map(IPv6Address)
+
+
+@given(ADDRESSES, ADDRESSES, ADDRESSES)
+def test_a_solicitation_is_answered_as_by_a_proxy(target: IPv6Address, source: IPv6Address, own: IPv6Address) -> None:
+    found = tun6.parse_solicitation(solicitation(target, source))
+    if target.is_multicast or source.is_multicast:
+        assert found is None
+        return
+    assert found == (source, target)
+    for_all = source.is_unspecified
+    expected = own, ALL_NODES if for_all else source, target, 0x80 if for_all else 0xC0, b"\2\1" + LINK_ADDRESS
+    assert advertisement(tun6.encode_advertisement(found, own, LINK_ADDRESS)) == expected
+
+
+ALL_NODES = IPv6Address("ff02::1")
+GOOD = solicitation(HOST)
+WRONG_SOLICITATIONS = {
+    "hop limit": GOOD[:7] + b"\xfe" + GOOD[8:],
+    "checksum": GOOD[:42] + bytes([GOOD[42] ^ 1]) + GOOD[43:],
+    "short": icmp_between(ROUTER, solicited_node(HOST), 135, bytes(4) + HOST.packed[:15]),
+    "cut": GOOD[:-1],
+    "code": icmp_between(ROUTER, solicited_node(HOST), 135, b"").replace(b"\x87\0", b"\x87\1"),
+    "kind": icmp_between(ROUTER, solicited_node(HOST), 136, GOOD[44:]),
+    "multicast target": icmp_between(ROUTER, solicited_node(HOST), 135, bytes(4) + ALL_NODES.packed),
+    "multicast source": solicitation(HOST, ALL_NODES),
+    "option of length 0": solicitation(HOST, options=b"\1\0" + LINK_ADDRESS),
+    "option beyond the end": solicitation(HOST, options=b"\1\2" + LINK_ADDRESS),
+    "half an option": solicitation(HOST, options=b"\1"),
+    "duplicates with an option": solicitation(HOST, IPv6Address(0), b"\1\1" + LINK_ADDRESS),
+    "duplicates to the host": icmp_between(IPv6Address(0), HOST, 135, bytes(4) + HOST.packed),
+    "behind an extension header": between(ROUTER, solicited_node(HOST), b"\x3a\0" + bytes(6) + GOOD[40:], 0)[:7] + b"\xff" + GOOD[8:],
+    "IPv4": b"\x45" + GOOD[1:],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SOLICITATIONS)
+def test_a_wrong_solicitation_is_none(name: str) -> None:
+    assert tun6.parse_solicitation(GOOD)
+    assert tun6.parse_solicitation(GOOD + bytes(6)), "padding is no fault"
+    assert tun6.parse_solicitation(solicitation(HOST, options=b"\x0e\1" + bytes(6))), "a nonce (RFC 7527) is no fault"
+    assert tun6.parse_solicitation(WRONG_SOLICITATIONS[name]) is None
+
+
+@given(st.one_of(st.binary(max_size=200), st.tuples(st.binary(max_size=64), st.booleans())))
+def test_no_bytes_upset_the_parser_of_solicitations(data: bytes | tuple[bytes, bool]) -> None:
+    made = data if isinstance(data, bytes) else solicitation(HOST, IPv6Address(0) if data[1] else ROUTER, data[0])
+    found = tun6.parse_solicitation(made)
+    assert found is None or found.target == HOST
+    for cut in range(len(made)):
+        assert found is None or tun6.parse_solicitation(made[:cut]) is None
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))
+def test_a_damaged_solicitation_is_none_or_another(at: int, change: int) -> None:
+    damaged = GOOD[:at] + bytes([GOOD[at] ^ change]) + GOOD[at + 1 :]
+    assert tun6.parse_solicitation(damaged) in (None, tun6.Solicitation(ROUTER, HOST))
+    if at >= 4:  # the bytes before are traffic class and flow label, which the checksum leaves out
+        assert tun6.parse_solicitation(damaged) is None
+
+
+def neighbour_proxy(pool: IPv6Network = POOL) -> tun6.NeighbourProxy:
+    with mock.patch.object(tun6.NeighbourProxy, "ARPHRD_ETHER", 772):  # the loopback's kind, ARPHRD_LOOPBACK
+        return tun6.NeighbourProxy("lo", pool)
+
+
+def test_the_proxy_answers_for_prefixes_with_a_session_up_to_its_rates() -> None:
+    now = 1000.0
+    with mock.patch.object(time, "monotonic", lambda: now), mock.patch.object(tun6.TokenBucket.__init__, "__defaults__", (lambda: now,)):
+        proxy = neighbour_proxy()
+        prefixes = list(itertools.islice(POOL.subnets(new_prefix=64), 20))
+        assert not proxy._answers_for(prefixes[0][1])
+        for prefix in prefixes[:-1]:
+            proxy.add(prefix)
+        answered = [sum(proxy._answers_for(prefix[number]) for number in range(1, 200)) for prefix in prefixes]
+        assert answered == [100] * 10 + [0] * 10  # one prefix's scan leaves room for others, up to the rate of all
+        now += 1
+        assert proxy._answers_for(prefixes[18][1])
+        proxy.remove(prefixes[18])
+        assert not proxy._answers_for(prefixes[18][1])
+
+
+def test_the_proxy_leaves_addresses_and_networks_of_this_machine_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = subnet(3)
+    lines = [(prefix[1], 128, "lo"), (prefix[0x10_0000_0001], 112, "eth0"), (POOL[5], POOL.prefixlen, "eth1"), (ROUTER, 64, "eth1")]
+    text = "".join(f"{address.packed.hex()} 02 {length:02x} 00 80 {name:>8}\n" for address, length, name in lines)
+    monkeypatch.setattr(Path, "read_text", lambda _: text)
+    assert tun6.parse_addresses(text) == [(name, address, length) for address, length, name in lines]
+    proxy = neighbour_proxy()
+    for each in (prefix, subnet(0)):
+        proxy.add(each)
+    ours = (prefix[1], prefix[0x10_0000_0002], POOL[5])
+    assert [proxy._answers_for(target) for target in (*ours, prefix[2], POOL[6])] == [False] * 3 + [True] * 2
+
+
+def test_ndp_needs_an_interface_that_can_have_neighbours() -> None:
+    for interface, complaint in (("lo", "it is not like Ethernet"), ("eth-none", "No such device; `ip link` shows")):
+        with pytest.raises(tun6.ConfigError, match=f"^ndp = {interface}: {complaint}"):
+            tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, ndp=interface))
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 
@@ -3666,12 +3974,13 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
     assert dataclasses.asdict(tun6.read_config(path, "server")) == {
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
-        "keys": None, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True, "file": path,
+        "keys": None, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True,
+        "hook": None, "ndp": None, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
-        "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "file": path,
+        "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "hook": None, "file": path,
     }  # fmt: skip
 
 
@@ -3687,6 +3996,7 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
         ("server", "mtu", "1280", 1280),
         ("server", "max_clients", "1", 1),
+        ("server", "ndp", "enp1s0.100", "enp1s0.100"),
         ("client", "remotehost", "203.0.113.7", "203.0.113.7"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
@@ -4776,6 +5086,254 @@ def test_serving_says_how_many_assignments_there_are(tunnel: Tunnel, server: Pro
     tunnel.visit("a")
     server.stop()
     tunnel.server().wait_for(r" serving .*, with 1 assignments")
+
+
+# ---- end to end: hooks -----------------------------------------------------------------------------------------------
+
+
+def events(folder: Path) -> list[list[str]]:
+    return [line.split("|") for line in told(folder)]
+
+
+def test_hooks_hear_of_each_session_and_packets_do_not_wait_for_them(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    sides = {side: tmp_path / f"{side}-hook" for side in ("server", "client")}
+    for folder in sides.values():
+        folder.mkdir()
+    values = 'echo "$TUN6_EVENT|$TUN6_ID|$TUN6_PREFIX|$TUN6_OLD_PREFIX|$TUN6_DEVICE|$TUN6_PEER|$TUN6_REASON" >> $OUT'
+    slow = hook_file(sides["server"], values, f"[ $TUN6_EVENT = session-down ] || while [ -e {tmp_path}/busy ]; do sleep 0.05; done")
+    (tmp_path / "busy").touch()
+    server = tunnel.server(hook=slow)
+    client = tunnel.client(id="pi", hook=hook_file(sides["client"], values))
+    prefix = str(client.prefix())
+    wait_until("both hooks run", lambda: len(events(sides["server"])) == 1 and len(events(sides["client"])) == 2)
+    ping(lab, "client")  # although the server's hook is still at work
+    assert [event[:5] for event in events(sides["client"])] == [[name, "pi", prefix, "", "tun6"] for name in ("prefix", "up")]
+    ((event, id_, given, _, device, peer, reason),) = events(sides["server"])
+    assert (event, id_, given, device, reason) == ("session-up", "pi", prefix, "tun6-0", "")
+    assert re.fullmatch(r"10\.9\.0\.2 port \d+", peer)
+
+    assert client.stop() < SERVER_ENDS_S
+    assert events(sides["client"])[2] == ["down", "pi", prefix, "", "tun6", f"{Lab.SERVER} port {tunnel.port}", "the client stops"]
+    with tunnel.peer("pi") as newcomer:  # takes the Id over while the hook still runs for its first session
+        newcomer.connected().echo()
+        with tunnel.peer("pi") as newer:
+            newer.connected().echo()
+            assert [event for event, *_ in events(sides["server"])] == ["session-up"]
+            (tmp_path / "busy").unlink()
+            expected = ["session-up", "session-down"] * 2 + ["session-up"]
+            wait_until("the hooks catch up", lambda: [event for event, *_ in events(sides["server"])] == expected)
+            assert "newcomer" in events(sides["server"])[3][6]
+            assert server.stop() < SERVER_ENDS_S
+    assert [event[0] for event in events(sides["server"])] == [*expected, "session-down"]
+    assert events(sides["server"])[-1][6] == "the server stops"
+
+
+def test_a_client_whose_prefix_changes_tells_its_hook_of_both(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    server = tunnel.server()
+    hook = hook_file(tmp_path, 'echo "$TUN6_EVENT $TUN6_OLD_PREFIX $TUN6_PREFIX" >> $OUT')
+    client = tunnel.client(id="pi", hook=hook)
+    old, new = client.prefix(), prefix_of_pool(tunnel, 7)
+    asked(server.config, "clients", "pin", "pi", str(new))
+    assert client.prefix(2) == new
+    expected = [f"prefix  {old}", f"up  {old}", f"down  {old}", f"prefix {old} {new}", f"up  {new}"]
+    wait_until("the hook ran", lambda: told(tmp_path) == expected)
+
+
+def test_a_hook_that_is_missing_ends_the_start_with_2(tunnel: Tunnel, tmp_path: Path) -> None:
+    for role in ("server", "client"):
+        sentence = tunnel.failure_at_start(role, 2, hook="missing")
+        assert sentence == f"hook = {tmp_path / 'missing'}: there is no such file"
+
+
+# ---- end to end: neighbour proxy -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def on_link(lab: Lab, pool: IPv6Network) -> Iterator[None]:
+    """A second link between the Internet and the server, on which the Internet looks for the pool's addresses instead of routing them."""
+    lab.ip("internet", f"link add eth7 type veth peer name eth7 netns {lab._names['server']}")
+    try:
+        for host in ("internet", "server"):
+            lab.ip(host, "link set eth7 up")
+        for host in ("internet", "server"):
+            wait_until("the link has its address", lambda host=host: "fe80" in lab.ip(host, "-6 addr show dev eth7 -tentative"))  # type: ignore[misc]
+        lab.ip("internet", f"-6 route add {pool} dev eth7")
+        yield
+    finally:
+        lab.ip("internet", "link del eth7")
+
+
+class Neighbour(SocketOwner):
+    """Speaks on that link by hand, from the Internet's end."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.sock = socket_on(lab, "internet", socket.AF_PACKET, socket.SOCK_DGRAM)
+        self.sock.bind(("eth7", 0x86DD))
+        self.sock.settimeout(5)
+        self.mac = self.sock.getsockname()[4]
+
+    def solicit(self, target: IPv6Address, source: IPv6Address = ROUTER) -> None:
+        group = solicited_node(target).packed
+        self.sock.sendto(solicitation(target, source), ("eth7", 0x86DD, 0, 0, b"\x33\x33" + group[12:]))
+
+    def advertisements(self, last: IPv6Address) -> list[Any]:
+        """Those that come until the last target is answered, which this asks for."""
+        self.solicit(last)
+        found: list[Any] = []
+        while not found or found[-1][2] != last:
+            answer = advertisement(self.sock.recv(2000))
+            found += [answer] if answer else []
+        return found
+
+
+def test_a_range_that_is_only_on_the_link_works_by_answers_to_solicitations(lab: Lab, tunnel: Tunnel) -> None:
+    with on_link(lab, tunnel.pool):
+        tunnel.server()
+        first = tunnel.client(id="pi")
+        address = str(first.prefix()[1])
+        assert not any(lab.pings("internet", address) for _ in range(3))  # the control: nobody answers the router
+        for program in reversed(tunnel._programs):
+            program.stop()
+        server = tunnel.server(ndp="eth7")
+        server.wait_for("neighbours on eth7 are told")
+        prefix = tunnel.client(id="pi").prefix()
+        ping(lab, "internet", str(prefix[1]))
+        with lan_behind(lab, prefix) as behind, Neighbour(lab) as neighbour:
+            ping(lab, "internet", behind)
+            transfer(lab, "internet", "lan", behind, 1 << 20)
+            mac = json.loads(lab.ip("server", "-j link show eth7"))[0]["address"]
+            of_the_link = IPv6Address(re.findall(r"fe80::\S+(?=/)", lab.ip("server", "-6 addr show dev eth7"))[0])
+            own, elsewhere, nobody = prefix[0x77], prefix[0x10_0000_0005], prefix_of_pool(tunnel, 9)[1]
+            with changed(lab, "server", f"addr add {own}/128 dev lo nodad", f"addr add {prefix[0x10_0000_0001]}/112 dev eth0 nodad"):
+                time.sleep(tun6.OWN_ADDRESSES_S)  # after so long the server looks at its addresses again
+                for target in (own, elsewhere, nobody):
+                    neighbour.solicit(target)
+                neighbour.solicit(prefix[0xDAD], IPv6Address(0))
+                answers = neighbour.advertisements(prefix[2])
+            options = b"\2\1" + bytes.fromhex(mac.replace(":", ""))
+            assert [answer for answer in answers if answer[1] in (ROUTER, ALL_NODES)] == [  # the others are for the Internet's kernel
+                (of_the_link, ALL_NODES, prefix[0xDAD], 0x80, options),
+                (of_the_link, ROUTER, prefix[2], 0xC0, options),
+            ]
+
+
+def test_a_flood_of_solicitations_costs_little_and_an_uplink_may_go_and_come_back(lab: Lab, tunnel: Tunnel) -> None:
+    with on_link(lab, tunnel.pool):
+        server = tunnel.server(ndp="eth7")
+        prefix = tunnel.client().prefix()
+        with Neighbour(lab) as neighbour:
+            began, used, targets = time.monotonic(), cpu_s(server), itertools.count(1000)
+            while time.monotonic() - began < 2:
+                neighbour.solicit(prefix[next(targets)])
+                neighbour.solicit(IPv6Address(int(POOL[0]) + next(targets)))
+            used, seconds = cpu_s(server) - used, time.monotonic() - began
+            ping(lab, "client", count=2)
+            answers = []
+            neighbour.sock.settimeout(0.5)
+            with suppress(TimeoutError, socket.timeout):
+                while True:
+                    answers.append(advertisement(neighbour.sock.recv(2000)))
+            number, sent = sum(map(bool, answers)), next(targets) - 1000
+            assert sent > 4000 and 100 <= number <= tun6.ADVERTISEMENTS_OF_PREFIX_MAX * (seconds + 2), (sent, number)
+            assert used < 0.4 * seconds, (used, sent)
+        wait_until("it answers again", lambda: lab.pings("internet", str(prefix[1])))
+    server.said("ndp = eth7: Network is down; nobody there can reach clients until that changes", 1)
+    with on_link(lab, tunnel.pool):
+        server.wait_for("neighbours on eth7 are told", 2)
+        wait_until("it answers again", lambda: lab.pings("internet", str(prefix[1])))
+    server.said("nobody there can reach clients", 2)
+
+
+@contextmanager
+def beyond(lab: Lab) -> Iterator[None]:
+    """A host `far` of the IPv6 Internet, behind that of the tunnel's provider; both ends of its link carry 1500 bytes."""
+    lab._names["far"] = f"tun6-{os.getpid()}-far"
+    try:
+        lab._ip(f"netns add {lab._names['far']}")
+        lab.ip("internet", f"link add eth8 type veth peer name eth8 netns {lab._names['far']}")
+        for host, address in (("internet", f"{FAR_NETWORK[0xFF]}/64"), ("far", f"{FAR_NETWORK[1]}/64")):
+            lab.ip(host, "link set eth8 up")
+            lab.ip(host, f"addr add {address} dev eth8 nodad")
+        lab.ip("far", f"-6 route add default via {FAR_NETWORK[0xFF]}")
+        yield
+    finally:
+        with suppress(tun6.KernelError):
+            lab.ip("internet", "link del eth8")
+        lab._ip(f"netns del {lab._names.pop('far')}")
+
+
+@contextmanager
+def six_in_four(lab: Lab, host: str, device: str, local: str, remote: str) -> Iterator[None]:
+    """A TUN that carries its packets to another host in IPv4, protocol 41 (RFC 4213), as the kernel's sit does, which not every one has."""
+    with lab.inside(host):
+        tun = pytun.TunTapDevice(device, pytun.IFF_TUN | pytun.IFF_NO_PI)
+    sock, stop = socket_on(lab, host, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_IPV6), threading.Event()
+    sock.bind((local, 0))
+    sock.connect((remote, 0))
+    sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER is DO: what is too long with its 20 bytes more is not sent, in no way
+
+    def move() -> None:
+        while not stop.is_set():
+            readable, _, _ = select.select([tun, sock], [], [], 0.1)
+            with suppress(OSError):  # the device is not up yet, or the packet is too long
+                if sock in readable:
+                    packet = sock.recv(65_536)
+                    os.write(tun.fileno(), packet[(packet[0] & 15) * 4 :])
+            with suppress(OSError):
+                if tun in readable:
+                    sock.send(os.read(tun.fileno(), 65_536))
+
+    thread = threading.Thread(target=move, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
+        sock.close()
+        tun.close()
+
+
+FAR_NETWORK = IPv6Network("2001:db8:fa00::/64")
+TUNNEL_BROKER, VPS = "198.51.100.1", "203.0.113.5"  # as in the recipe
+BROKERS_PREFIX = IPv6Network("2001:db8:4700::/48")
+
+
+def test_a_tunnel_brokers_range_goes_on_to_clients_by_the_recipes_commands(lab: Lab, tunnel: Tunnel) -> None:
+    """All but the first, which makes the device that `six_in_four` stands in for."""
+    text = (Path(__file__).parent / "docs" / "operating.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"<!-- 6in4 -->\n```sh\n(.*?)```", text, re.DOTALL)
+    first, *commands = recipe.splitlines()
+    assert first == f"ip tunnel add he-ipv6 mode sit local {VPS} remote {TUNNEL_BROKER} ttl 255"
+    tunnel.pool = BROKERS_PREFIX
+    with ExitStack() as undo:
+        for host, device, own, far in (("server", "eth1", VPS, TUNNEL_BROKER), ("internet", "eth0", TUNNEL_BROKER, VPS)):
+            undo.enter_context(changed(lab, host, f"addr add {own}/32 dev {device}", f"-4 route add {far}/32 dev {device} src {own}"))
+            undo.enter_context(six_in_four(lab, host, "he-ipv6", own, far))
+        undo.enter_context(beyond(lab))
+        undo.enter_context(sysctl(lab, "internet", "net.ipv6.conf.all.forwarding", "1"))
+        lab.ip("internet", "link set he-ipv6 up mtu 1480")
+        lab.ip("internet", "addr add 2001:db8:470a::1/64 dev he-ipv6 nodad")
+        lab.ip("internet", f"-6 route add {BROKERS_PREFIX} dev he-ipv6")
+        # the VPS has IPv6 of its own, by a router that takes nothing from the range
+        undo.enter_context(changed(lab, "server", "-6 route add default via 2001:db8:ffff::dead dev eth1"))
+        for command in commands:
+            done = lab.run("server", "sh", "-c", command)
+            assert done.returncode == 0, (command, done.stderr)
+            if " rule add " in command:
+                undo.callback(lab.ip, "server", command.removeprefix("ip ").replace(" add ", " del "))
+        tunnel.server(mtu=1480)
+        prefix, other = tunnel.client(mtu=1480).prefix(), tunnel.client("second", id="with the default MTU").prefix()
+        with lan_behind(lab, prefix) as behind:
+            for host, address in (("lan", behind), ("second", str(other[1]))):
+                ping(lab, host, str(FAR_NETWORK[1]), 1432, count=1)  # 1480 bytes, as many as pass
+                ping(lab, host, str(FAR_NETWORK[1]), 1452, count=1)  # 1500: it is told of the path's MTU
+                ping(lab, "far", address, 1452, count=1)
+                transfer(lab, host, "far", str(FAR_NETWORK[1]), 2 << 20)
+                transfer(lab, "far", host, address, 2 << 20)
+            ping(lab, "client", str(other[1]), count=2)  # it does not go to the broker and back:
+            route = lab.ip("server", f"-6 route get {other[1]} from {prefix[1]} iif {min(server_devices(lab))}")
+            assert "dev tun6-" in route, route
 
 
 # ---- end to end: legacy peers ----------------------------------------------------------------------------------------

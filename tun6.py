@@ -36,6 +36,8 @@ The file, top to bottom. A section uses only names defined above it; those marke
     connections                  Stream, TlsStream, TCP options, congestion control, PacedWriter
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
     session                      PathMonitor, Session: one connection, one TUN, two pumps
+    hooks                        Hooks: the operator's program, run when sessions begin and end
+    neighbour proxy              NeighbourProxy: answers for the prefixes of a range that is on-link, not routed
     server                       ServerConfig, AdmissionControl, Server
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
@@ -70,6 +72,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import signal
 import socket as system_socket
 import ssl
@@ -95,6 +98,7 @@ try:
     import gevent.event
     import gevent.lock
     import gevent.pool
+    import gevent.threadpool
     import netifaces
     import pytun
     from gevent import socket
@@ -306,6 +310,11 @@ def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] |
 def to_printable(text: object, limit: int = 200) -> str:
     """Makes a peer's text safe for one line of a log or terminal, and no longer than `limit` characters."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:limit])
+
+
+def quote_id(id_: str) -> str:
+    """Returns an Id as the log shows it."""
+    return repr(id_[:ID_MAX])
 
 
 def parse_network(text: object, strict: bool = True) -> IPv6Network:
@@ -1669,6 +1678,16 @@ def log_missing_offloads(gso_kinds: frozenset[str]) -> None:
     log.info("this kernel hands %s to a TUN only one by one: it works, but slower", what)
 
 
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+LOAD_WORD, LOAD_HALF, LOAD_BYTE, AND, IF_EQUAL, GIVE = 0x20, 0x28, 0x30, 0x54, 0x15, 0x06  # linux/bpf_common.h
+
+
+def attach_filter(sock: socket.socket, program: list[tuple[int, int, int, int]]) -> None:
+    """The kernel gives the socket only what the program passes, whose lines are code, jt, jf and k of linux/filter.h. Raises OSError."""
+    lines = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(lines)))
+
+
 class DeviceMonitor:
     """Reports when somebody removes a device of ours, sets it down, or removes its address or route: rtnetlink(7)."""
 
@@ -1676,7 +1695,7 @@ class DeviceMonitor:
     GROUPS = 0x1 | 0x100 | 0x400  # RTMGRP_LINK, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE
     IFA_ADDRESS, RTA_OIF = 1, 4
     MESSAGE_HEADER, ATTRIBUTE_HEADER = struct.Struct("=IH10x"), struct.Struct("=HH")  # length with the header, type
-    SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # asm-generic/socket.h
+    SO_RCVBUFFORCE = 33  # asm-generic/socket.h
     IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
 
     def __init__(self) -> None:
@@ -1725,25 +1744,22 @@ class DeviceMonitor:
         with suppress(OSError):  # refused in an unprivileged container, where EVENTS_LOST is more frequent
             sock.setsockopt(socket.SOL_SOCKET, self.SO_RCVBUFFORCE, 4 << 20)
         with suppress(OSError):  # the filter only saves work: parse_removals ignores the same messages
-            sock.setsockopt(socket.SOL_SOCKET, self.SO_ATTACH_FILTER, self._filter())
+            attach_filter(sock, self._filter())
         sock.bind((0, self.GROUPS))
         return sock
 
-    def _filter(self) -> bytes:
-        """Returns a struct sock_fprog (linux/filter.h) that drops messages of new routes, and of removed ones that are not ours."""
-        load_half, load_byte, equal, give = 0x28, 0x30, 0x15, 0x06
+    def _filter(self) -> list[tuple[int, int, int, int]]:
+        """Returns the program that drops messages of new routes, and of removed ones that are not ours."""
         deleted, new = (int.from_bytes(struct.pack("=H", kind), "big") for kind in (self.DELROUTE, self.NEWROUTE))
-        program = [
-            (load_half, 0, 0, 4),  # nlmsg_type, which the filter reads as big-endian
-            (equal, 0, 2, deleted),
-            (load_byte, 0, 0, 16 + 5),  # rtm_protocol
-            (equal, 1, 2, ROUTE_PROTOCOL),
-            (equal, 1, 0, new),
-            (give, 0, 0, 0xFFFF_FFFF),
-            (give, 0, 0, 0),
+        return [
+            (LOAD_HALF, 0, 0, 4),  # nlmsg_type, which the filter reads as big-endian
+            (IF_EQUAL, 0, 2, deleted),
+            (LOAD_BYTE, 0, 0, 16 + 5),  # rtm_protocol
+            (IF_EQUAL, 1, 2, ROUTE_PROTOCOL),
+            (IF_EQUAL, 1, 0, new),
+            (GIVE, 0, 0, 0xFFFF_FFFF),
+            (GIVE, 0, 0, 0),
         ]
-        self._program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-        return struct.pack("HP", len(program), ctypes.addressof(self._program))
 
     def _verify_later(self, index: int, what: str, address: bytes) -> None:
         if index in self._callbacks:
@@ -2643,6 +2659,10 @@ class Session:
         if not self._end.ready():
             self._end.set(reason)
 
+    def end(self) -> str:
+        """Returns why it ended, in words."""
+        return describe_end(self._end.get_nowait()) if self.ending else "internal error"
+
     def run(
         self,
         stream: Stream,
@@ -2716,6 +2736,291 @@ class Session:
         return f"after {age:.0f} s, {traffic.received} bytes received, {traffic.sent} sent, {dropped} packets dropped{by_kernel}{refused}"
 
 
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+HOOK_S = 30.0  # for one run
+HOOKS_AT_ONCE = 8  # runs at a time, each for another Id
+HOOKS_WAITING_MAX = 4096  # events that may wait for their run; at more no session is told of that begins then
+HOOKS_END_S = 5.0  # at the end, for all that wait and run
+HOOK_POLL_S = 0.05  # between two looks at whether a run is to be killed
+HOOK_OUTPUT_MAX, HOOK_LINES_MAX = 16 << 10, 50  # bytes and lines of a run's output that the log gets
+HOOK_READ_S = 0.01  # between two reads of the output behind that, so that a run which writes without end takes no CPU of ours
+HOOK_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Hooks:
+    """Runs the operator's program `hook` for events: in order and one at a time for an Id. Nobody waits for it but `close`."""
+
+    def __init__(self, path: str | None) -> None:
+        """Raises ConfigError when it can't be run."""
+        self._path = os.path.abspath(path) if path else None
+        self._events: dict[str, deque[tuple[str, dict[bytes, bytes]]]] = {}  # that wait or run, by Id: name, environment
+        self._waiting = 0  # events in all of them
+        self._greenlets = gevent.pool.Group()  # one for each of these Ids
+        self._cancelled = False
+        if self._path is None:
+            return
+        if not os.path.isfile(self._path):
+            raise ConfigError(f"hook = {path}: there is no such file")
+        if not os.access(self._path, os.X_OK):
+            raise ConfigError(f"hook = {path}: it is not executable; `chmod +x {path}` makes it so")
+        self._threads = gevent.threadpool.ThreadPool(HOOKS_AT_ONCE)  # not the hub's, in which `ip` and the disk would wait for it
+
+    def run(self, event: str, id_: str, required: bool = False, **values: object) -> bool:
+        """Runs the hook when its turn has come, with TUN6_PREFIX and so on of these values. Never waits.
+
+        Returns False when too many wait and it is left out. `required`: it is not, as the beginning was not either.
+        """
+        if self._path is None:
+            return True
+        if self._waiting >= HOOKS_WAITING_MAX and not required:
+            log.warning("hook for %s of %s: left out, and its end too, as %d others wait already", event, quote_id(id_), self._waiting)
+            return False
+        known = {"event": event, "id": id_, **dict.fromkeys(("prefix", "old_prefix", "device", "peer", "reason"), ""), **values}
+        environment = {f"TUN6_{name.upper()}".encode(): to_printable(value).encode() for name, value in known.items()}
+        events = self._events.setdefault(id_, deque())
+        events.append((event, {b"PATH": HOOK_PATH.encode(), **environment}))
+        self._waiting += 1
+        if len(events) == 1:
+            self._greenlets.spawn(self._run_events, id_, events)
+        return True
+
+    def close(self) -> None:
+        """Waits for all that were to be run, HOOKS_END_S at most. Then kills those that run, and leaves out the others."""
+        if not self._greenlets.join(HOOKS_END_S):
+            log.warning("hook: %d runs did not end within %.0f s and are killed or left out", self._waiting, HOOKS_END_S)
+            self._cancelled = True
+            self._greenlets.join(1)
+        if self._path:
+            with gevent.Timeout(1, False):
+                self._threads.kill()
+
+    def _run_events(self, id_: str, events: deque[tuple[str, dict[bytes, bytes]]]) -> None:
+        while events:
+            event, environment = events[0]
+            where = f"hook for {event} of {quote_id(id_)}"
+            try:
+                failure, output = self._threads.apply(self._run_program, (environment,))
+                lines = output[:HOOK_OUTPUT_MAX].decode(errors="replace").splitlines()
+                for line in lines[:HOOK_LINES_MAX]:
+                    log.info("%s: %s", where, to_printable(line.expandtabs()))
+                if len(output) > HOOK_OUTPUT_MAX or len(lines) > HOOK_LINES_MAX:
+                    log.info("%s: ..., the rest of its output is left out", where)
+                if failure and not self._cancelled:
+                    log.warning("%s: it %s", where, failure)
+            except Exception as error:  # a defect of ours ends this run only
+                log_defect(where, error)
+            events.popleft()
+            self._waiting -= 1
+        del self._events[id_]
+
+    def _run_program(self, environment: dict[bytes, bytes]) -> tuple[str, bytes]:
+        """Runs the hook, in a thread. Returns what went wrong, "" for nothing, and the begin of its output."""
+        if self._cancelled:
+            return "", b""
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what the hook starts has no signals blocked
+        pipe, null, path = subprocess.PIPE, subprocess.DEVNULL, cast(str, self._path)
+        try:
+            options: dict[str, Any] = {"env": environment, "cwd": "/", "start_new_session": True}
+            process = subprocess.Popen([path], stdin=null, stdout=pipe, stderr=subprocess.STDOUT, bufsize=0, **options)
+        except OSError as error:
+            hints = {errno.ENOEXEC: "; its first line must be like #!/bin/sh", errno.ENOENT: "; its first line names a missing program"}
+            return f"can't be run: {error.strerror}{hints.get(error.errno or 0, '')}", b""
+        assert process.stdout
+        output, deadline, is_open = bytearray(), time.monotonic() + HOOK_S, True
+        with process.stdout as source:  # not read to its end: what the hook leaves running may keep it open
+            os.set_blocking(source.fileno(), False)
+            readable = select.poll()
+            readable.register(source.fileno(), select.POLLIN)
+            while process.poll() is None and time.monotonic() < deadline and not self._cancelled:
+                if len(output) > HOOK_OUTPUT_MAX:
+                    time.sleep(HOOK_READ_S)
+                if not is_open:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(HOOK_POLL_S)
+                elif readable.poll(HOOK_POLL_S * 1000):
+                    data = source.read(1 << 16) or b""
+                    is_open = bool(data)
+                    output += data[: HOOK_OUTPUT_MAX + 1 - len(output)]
+            killed = process.returncode is None
+            if killed:
+                os.killpg(process.pid, signal.SIGKILL)
+            output += (source.read(1 << 16) or b"")[: HOOK_OUTPUT_MAX + 1 - len(output)]
+        if killed:
+            with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel
+                process.wait(1)
+            return f"did not end within {HOOK_S:.0f} s and was killed", bytes(output)
+        status = process.returncode
+        how = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}"
+        return how if status else "", bytes(output)
+
+
+# ---- neighbour proxy -------------------------------------------------------------------------------------------------
+
+NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT, ICMPV6 = 135, 136, 58  # RFC 4861 sections 4.3 and 4.4, RFC 4443
+ROUTER_FLAG, SOLICITED_FLAG = 0x80, 0x40  # RFC 4861 section 4.4; a proxy does not set the flag override, section 7.2.8
+SOLICITATION_MAX = 1280  # bytes of one with its options
+SOLICITATIONS_AT_ONCE, SOLICITATIONS_PAUSE_S = 32, 0.01  # are handled, then this pause: 3,200 a second, the kernel drops the others
+ADVERTISEMENTS_MAX, ADVERTISEMENTS_OF_PREFIX_MAX = 1000, 100  # in a second: of all, of one prefix
+OWN_ADDRESSES_S = 1.0  # between two looks at the addresses of this machine
+UPLINK_RETRY_S = 2.0  # between two attempts to open the interface
+ALL_NODES, ALL_NODES_MAC = IPv6Address("ff02::1"), bytes.fromhex("333300000001")  # RFC 4291 section 2.7.1, RFC 2464 section 7
+SOLICITED_NODES, LINK_LOCAL = IPv6Network("ff02::1:ff00:0/104"), IPv6Network("fe80::/10")  # RFC 4291 sections 2.7.1 and 2.5.6
+
+
+class Solicitation(NamedTuple):
+    """Somebody on the link asks who has an address."""
+
+    source: IPv6Address  # ::  when it wants to have the address itself, RFC 4862 section 5.4
+    target: IPv6Address
+
+
+def _sum(packet: bytes) -> int:
+    """Returns the sum, modulo 0xFFFF, over an ICMPv6 packet and its pseudo header: 0 when its checksum is right."""
+    return ((int.from_bytes(packet[8:], "big") << 8 * (len(packet) % 2)) + len(packet) - IPV6_HEADER + ICMPV6) % 0xFFFF
+
+
+def parse_solicitation(packet: bytes) -> Solicitation | None:
+    """Returns the neighbour solicitation in an IPv6 packet, None when it is none, or not a valid one (RFC 4861 section 7.1.1).
+
+    One with extension headers, which nobody sends, is none.
+    """
+    if len(packet) < IPV6_HEADER + 24 or packet[0] >> 4 != 6 or packet[6:8] != bytes([ICMPV6, 255]):
+        return None
+    length = int.from_bytes(packet[4:6], "big")
+    packet = packet[: IPV6_HEADER + length]  # behind it may be padding
+    if not 24 <= length == len(packet) - IPV6_HEADER or packet[40:42] != bytes([NEIGHBOUR_SOLICITATION, 0]) or _sum(packet):
+        return None
+    source, destination, target = (IPv6Address(packet[at : at + 16]) for at in (8, 24, 48))
+    at, kinds = IPV6_HEADER + 24, set()
+    while at < len(packet):
+        size = packet[at + 1] * 8 if at + 1 < len(packet) else 0
+        if not size or at + size > len(packet):
+            return None
+        kinds.add(packet[at])
+        at += size
+    if source.is_unspecified and (destination not in SOLICITED_NODES or 1 in kinds):  # 1: source link-layer address
+        return None
+    return None if source.is_multicast or target.is_multicast else Solicitation(source, target)
+
+
+def encode_advertisement(solicitation: Solicitation, source: IPv6Address, mac: bytes) -> bytes:
+    """Returns the packet that answers: the target is at this MAC address. To one who wants to have the address, all nodes hear it."""
+    for_all = solicitation.source.is_unspecified
+    flags = ROUTER_FLAG if for_all else ROUTER_FLAG | SOLICITED_FLAG
+    message = struct.pack(">BBHB3x16sBB6s", NEIGHBOUR_ADVERTISEMENT, 0, 0, flags, solicitation.target.packed, 2, 1, mac)
+    destination = ALL_NODES if for_all else solicitation.source
+    packet = struct.pack(">IHBB16s16s", 6 << 28, len(message), ICMPV6, 255, source.packed, destination.packed) + message
+    return packet[:42] + (0xFFFF - _sum(packet)).to_bytes(2, "big") + packet[44:]
+
+
+def parse_addresses(if_inet6: str) -> list[tuple[str, IPv6Address, int]]:
+    """Returns interface, address and prefix length of each line of /proc/net/if_inet6."""
+    lines = [line.split() for line in if_inet6.splitlines()]
+    return [(line[5], IPv6Address(bytes.fromhex(line[0])), int(line[2], 16)) for line in lines]
+
+
+class NeighbourProxy:
+    """Answers neighbour solicitations on an interface for all addresses of the prefixes that were added.
+
+    So a range works that the provider does not route here, but looks for on the link. The kernel's proxy_ndp knows single addresses.
+    """
+
+    SOL_PACKET, ADD_MEMBERSHIP, ALLMULTI = 263, 1, 2  # linux/socket.h, linux/if_packet.h
+    ETH_P_IPV6, OTHER_HOST = 0x86DD, 3  # linux/if_ether.h, linux/if_packet.h
+    SIOCGIFHWADDR, ARPHRD_ETHER = 0x8927, 1  # linux/sockios.h, linux/if_arp.h
+
+    def __init__(self, interface: str, pool: IPv6Network) -> None:
+        """Raises ConfigError for an interface that can't have neighbours."""
+        self._interface, self._pool = interface, pool
+        self._prefixes: dict[int, TokenBucket] = {}  # by the first 64 bits
+        self._all = TokenBucket(ADVERTISEMENTS_MAX, 1)
+        self._own: set[IPv6Address] = set()  # addresses of this machine, for which the kernel answers
+        self._on_link: list[IPv6Network] = []  # its networks that are as long as a prefix or longer, where others answer
+        self._source: IPv6Address | None = None  # the link-local address of the interface
+        self._looked = -math.inf  # time of the last look at these
+        try:
+            with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+                ifreq = fcntl.ioctl(sock, self.SIOCGIFHWADDR, struct.pack("16s24x", interface.encode()))
+        except OSError as error:
+            raise ConfigError(f"ndp = {interface}: {error.strerror}; `ip link` shows which interfaces there are") from None
+        if struct.unpack_from("H", ifreq, 16)[0] != self.ARPHRD_ETHER:
+            raise ConfigError(f"ndp = {interface}: it is not like Ethernet, so nobody looks for neighbours there; leave ndp out")
+
+    def add(self, prefix: IPv6Network) -> None:
+        """From now on answers for this /64."""
+        self._prefixes[int(prefix.network_address) >> 64] = TokenBucket(ADVERTISEMENTS_OF_PREFIX_MAX, 1)
+
+    def remove(self, prefix: IPv6Network) -> None:
+        """Ends that."""
+        del self._prefixes[int(prefix.network_address) >> 64]
+
+    def run(self) -> NoReturn:
+        """Answers until it is killed, also when the interface has been away."""
+        lost = False
+        while True:
+            try:
+                with self._open() as sock:
+                    log.info("neighbours on %s are told that the clients' addresses are here", self._interface)
+                    lost = False
+                    while True:
+                        for _ in range(SOLICITATIONS_AT_ONCE):
+                            self._handle(sock, *sock.recvfrom(SOLICITATION_MAX))
+                        gevent.sleep(SOLICITATIONS_PAUSE_S)
+            except OSError as error:
+                if not lost:
+                    log.warning("ndp = %s: %s; nobody there can reach clients until that changes", self._interface, error.strerror)
+                lost = True
+            gevent.sleep(UPLINK_RETRY_S)
+
+    def _open(self) -> socket.socket:
+        with ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0))
+            attach_filter(sock, self._filter())
+            sock.bind((self._interface, self.ETH_P_IPV6))
+            # solicitations go to a multicast address for each 24 bits of targets; the membership ends with the socket
+            membership = struct.pack("iHH8x", system_socket.if_nametoindex(self._interface), self.ALLMULTI, 0)
+            sock.setsockopt(self.SOL_PACKET, self.ADD_MEMBERSHIP, membership)
+            down = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if down:
+                raise OSError(down, os.strerror(down))
+            undo.pop_all()
+            return sock
+
+    def _filter(self) -> list[tuple[int, int, int, int]]:
+        """Returns the program that passes solicitations for the pool: others cost no time of ours, however many there are."""
+        mask, base = int(self._pool.netmask) >> 64, int(self._pool.network_address) >> 64
+        fields = [(LOAD_BYTE, 6, 0xFF, ICMPV6), (LOAD_BYTE, 7, 0xFF, 255), (LOAD_BYTE, 40, 0xFF, NEIGHBOUR_SOLICITATION)]
+        fields += [(LOAD_WORD, at, mask >> shift & 0xFFFF_FFFF, base >> shift & 0xFFFF_FFFF) for at, shift in ((48, 32), (52, 0))]
+        program = []
+        for left, (load, at, bits, value) in zip(range(len(fields) - 1, -1, -1), fields):
+            program += [(load, 0, 0, at), (AND, 0, 0, bits), (IF_EQUAL, 0, 3 * left + 1, value)]
+        return [*program, (GIVE, 0, 0, 0xFFFF_FFFF), (GIVE, 0, 0, 0)]
+
+    def _handle(self, sock: socket.socket, packet: bytes, sender: tuple[str, int, int, int, bytes]) -> None:
+        solicitation = parse_solicitation(packet) if sender[2] != self.OTHER_HOST else None
+        if solicitation and self._answers_for(solicitation.target) and self._source:
+            answer = encode_advertisement(solicitation, self._source, sock.getsockname()[4])
+            mac = ALL_NODES_MAC if solicitation.source.is_unspecified else sender[4]
+            with suppress(OSError):  # it is asked again
+                target = self._interface, self.ETH_P_IPV6, 0, 0, mac
+                system_socket.socket.sendto(sock._sock, answer, socket.MSG_DONTWAIT, target)
+
+    def _answers_for(self, target: IPv6Address) -> bool:
+        bucket = self._prefixes.get(int(target) >> 64)
+        if not bucket:
+            return False
+        if time.monotonic() - self._looked >= OWN_ADDRESSES_S:
+            self._looked = time.monotonic()
+            addresses = parse_addresses(Path("/proc/net/if_inet6").read_text())
+            self._own = {address for _, address, _ in addresses}
+            self._on_link = [IPv6Network((address, length), False) for _, address, length in addresses if 64 <= length < 128]
+            of_interface = [address for name, address, _ in addresses if name == self._interface]
+            self._source = next((address for address in of_interface if address in LINK_LOCAL), None)
+        elsewhere = target in self._own or any(target in network for network in self._on_link)
+        return not elsewhere and bucket.take() and self._all.take()
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 BACKLOG = 1024  # connections that wait for accept, or of one host for admission
@@ -2749,6 +3054,8 @@ class ServerConfig:
     control: str = "/run/tun6/server.sock"
     new_ids_per_hour: int = 0
     client_to_client: bool = True
+    hook: str | None = None
+    ndp: str | None = None
     file: str = "config.ini"
 
 
@@ -2759,11 +3066,6 @@ def open_keys(config: ServerConfig) -> KeyStore | None:
             f"{config.file}: [server] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"
         )
     return KeyStore(config.keys) if config.keys else None
-
-
-def quote_id(id_: str) -> str:
-    """Returns an Id as the log shows it."""
-    return repr(id_[:ID_MAX])
 
 
 def warn_of_overlap(pool: IPv6Network) -> None:
@@ -2922,6 +3224,8 @@ class Server:
         self.keys = open_keys(config)
         self.store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
         self.sessions: dict[str, Session] = {}  # by Id
+        self._hooks = Hooks(config.hook)
+        self._proxy = NeighbourProxy(config.ndp, config.prefixrange) if config.ndp else None
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
@@ -2945,6 +3249,7 @@ class Server:
         route = pool_plan(self._config.prefixrange, os.getpid())
         with ExitStack() as undo:
             undo.callback(self.store.close)
+            undo.callback(self._hooks.close)
             listener = undo.enter_context(self._listen())
             self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             self._kernel.remove_stale()
@@ -2957,6 +3262,8 @@ class Server:
             forwarding = functools.partial(watch_forwarding, self._config.tun.replace("%d", "*"), self._config.prefixrange)
             for work in (self._monitor.run, self._paths.run, trim_heap, forwarding, self._watch_address):
                 undo.callback(gevent.spawn(work).kill)
+            if self._proxy:
+                undo.callback(gevent.spawn(self._proxy.run).kill)
             undo.callback(self._end_sessions)
             gevent.sleep()  # so that each has begun, and sees what changes from now on
             where = self._config.localhost, self._config.listenport
@@ -3156,6 +3463,9 @@ class Server:
                 tun.set_offload(gso_kinds)
                 plan = server_plan(tun.name, self._config.mtu, prefix)
                 self._kernel.apply(plan)
+                if self._proxy:
+                    self._proxy.add(prefix)
+                    undo.callback(self._proxy.remove, prefix)
 
                 repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
 
@@ -3175,6 +3485,9 @@ class Server:
                 stream.send(encode_message(answer))
                 log.info("%s from %s: has %s on %s%s", quote_id(id_), peer, prefix, tun.name, stream.security)
                 ingress_filter = IngressFilter(prefix, True, None if self._config.client_to_client else self._config.prefixrange)
+                told: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": peer}
+                if self._hooks.run("session-up", id_, **told):
+                    undo.callback(lambda: self._hooks.run("session-down", id_, True, reason=session.end(), **told))
                 with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 64)):
                     reason = session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
             if isinstance(reason, OffloadRefused):
@@ -3264,6 +3577,7 @@ class ClientConfig:
     tls: bool = False
     fingerprint: str | None = None
     key: str | None = None
+    hook: str | None = None
     file: str = "config.ini"
 
 
@@ -3278,6 +3592,8 @@ class Client:
         encrypted = config.tls or config.fingerprint or config.key
         self._tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
         self._id = config.id
+        self._hooks = Hooks(config.hook)
+        self._told: IPv6Network | None = None  # the last prefix that the hook was told of
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
@@ -3322,6 +3638,7 @@ class Client:
         finally:
             gevent.killall(helpers)
             self._close_tun()
+            self._hooks.close()
 
     def _open_tun(self) -> Tun:
         self._tun_error = None
@@ -3417,9 +3734,27 @@ class Client:
             self._session.fragments = self._fragments
             if self._tun_error:
                 raise self._tun_error
-            with self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
+            with self._announce(self._id, prefix, tun), self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
                 ingress_filter = IngressFilter(prefix, from_client=False)
                 raise self._session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
+
+    @contextmanager
+    def _announce(self, id_: str, prefix: IPv6Network, tun: Tun) -> Iterator[None]:
+        """Runs the hook for a session that begins, and at the end of the block for its end."""
+        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self._server}
+        if prefix != self._told and self._hooks.run("prefix", id_, old_prefix=self._told or "", **values):
+            self._told = prefix
+        if not self._hooks.run("up", id_, **values):
+            yield
+            return
+        reason = "the client stops"
+        try:
+            yield
+        except Exception as error:
+            reason = describe_end(error)
+            raise
+        finally:
+            self._hooks.run("down", id_, True, reason=reason, **values)
 
     def _warn_of_another_id(self, id_: str) -> None:
         """Compares the Id, which nobody has set, with that of the last start. It is remembered for this only, beside config.ini."""
@@ -4172,6 +4507,8 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "control": _path,
         "new_ids_per_hour": _integer(0, 1_000_000),
         "client_to_client": _boolean,
+        "hook": _path,
+        "ndp": _matching(r"(?!\.\.?$)[^\s/]{1,15}", "must be the name of an interface, such as eth0"),
     },
     "client": {
         "remotehost": _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server"),
@@ -4188,6 +4525,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "tls": _boolean,
         "fingerprint": _fingerprint,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
+        "hook": _path,
     },
 }
 
