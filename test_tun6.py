@@ -3566,7 +3566,9 @@ def test_a_server_remembers_refused_kinds_for_each_id_and_for_no_more_ids_than_c
 @pytest.mark.parametrize("device", ["tun6", "ip", "0", "-", "...", "_", "6in4", "table", "inet", "drop", "tun6-tun6", "x" * 15, "a-b.c_d"])
 def test_nft_takes_the_rules_of_every_device_and_opening(device: str) -> None:
     openings = tun6.parse_openings("::22 tcp 443, ::ffff:ffff:ffff:ffff udp 1-65535, ::1.2.3.4 tcp 080, this tcp 22, this udp 5-5")
-    done = subprocess.run(["nft", "-c", "-f", "-"], input=tun6.firewall_rules(device, openings), text=True, capture_output=True)
+    done = subprocess.run(
+        ["nft", "-c", "-f", "-"], input=tun6.firewall_rules(f"tun6-{device}", device, openings), text=True, capture_output=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -5734,13 +5736,26 @@ def test_a_firewall_that_somebody_flushes_is_back_and_what_is_connected_stays(la
         client.said(FIREWALL_BACK, times)
 
 
-def test_the_paths_probes_pass_the_firewall_both_ways(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
-    with tun6_with(tmp_path, QUICK_PROBES):
+def test_the_paths_probes_and_its_mtu_pass_the_firewall_however_many_pings_come(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    target = str(prefix_of_pool(tunnel, 0)[1])
+    with socket_on(lab, "internet", kind=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMPV6) as sock, ExitStack() as undo:
+        undo.enter_context(tun6_with(tmp_path, QUICK_PROBES))
+
+        def flood() -> None:
+            """Pings from the server's own /64, each of which is new to the connection tracking."""
+            for _ in range(10):
+                sock.sendto(struct.pack(">BBHI", 128, 0, 0, random.getrandbits(32)), (target, 0))
+
+        undo.enter_context(repeated(flood, 0.002))
         server, client = tunnel.server(), tunnel.client(firewall="yes")
-    target = str(client.prefix()[1])
-    with running(lab, "internet", "ping", "-6", "-f", target):  # no more than a few of these pass
+        assert client.prefix()[1] == IPv6Address(target)
         for program in (server, client):
             program.wait_for("DEBUG the path answers")
+        lab.ip("server", "link set eth1 mtu 1400")
+        try:
+            transfer(lab, "client", "internet", Lab.INTERNET, 1 << 18)
+        finally:
+            lab.ip("server", "link set eth1 mtu 1500")
 
 
 def nft_that(folder: Path, script: str) -> str:

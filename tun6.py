@@ -3221,12 +3221,7 @@ def parse_openings(text: str) -> tuple[Opening, ...]:
     return tuple(openings)
 
 
-def firewall_table(device: str) -> str:
-    """Returns the name of a device's table, in words that nft takes for no others, whatever the device is called."""
-    return "tun6" if device == "tun6" else f"tun6-{device}"
-
-
-def firewall_rules(device: str, openings: Iterable[Opening]) -> str:
+def firewall_rules(table: str, device: str, openings: Iterable[Opening]) -> str:
     """Returns the table in nft's language. Of what comes from the device it admits what RFC 4890 and the openings say, and answers.
 
     A probe of the server, which is no hop away, has the hop limit 255 that nothing forwarded has (RFC 5082). An error about a connection
@@ -3236,7 +3231,17 @@ def firewall_rules(device: str, openings: Iterable[Opening]) -> str:
     for host, protocol, first, last in openings:
         target = "" if host is None else f"ip6 daddr & ::ffff:ffff:ffff:ffff == {IPv6Address(host)} "
         opened[host is None] += f"{target}{protocol} dport {first}-{last} ct state new accept\n"
-    return f"""table inet {firewall_table(device)} {{
+    probes = "icmpv6 type echo-request ip6 hoplimit 255 accept\n"
+    hooks = "".join(
+        f"""
+        chain {hook} {{
+            type filter hook {hook} priority filter; policy accept;
+            iifname != "{device}" accept
+            {rules}goto rest
+        }}"""
+        for hook, rules in (("input", f"{probes}jump common\n{opened[True]}"), ("forward", f"jump common\n{opened[False]}"))
+    )
+    return f"""table inet {table} {{
         set pinging {{ type ipv6_addr; size 1024; flags dynamic,timeout; timeout 10s; }}
         chain pings {{
             update @pinging {{ ip6 saddr & ffff:ffff:ffff:ffff:: limit rate over {PINGS_PER_SOURCE_PER_S}/second }} drop
@@ -3248,23 +3253,7 @@ def firewall_rules(device: str, openings: Iterable[Opening]) -> str:
             icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem, echo-request }} goto pings
             ct state invalid drop
         }}
-        chain rest {{
-            limit rate {REFUSALS_PER_S}/second reject with icmpv6 type admin-prohibited
-            drop
-        }}
-        chain input {{
-            type filter hook input priority filter; policy accept;
-            iifname != "{device}" accept
-            icmpv6 type echo-request ip6 hoplimit 255 accept
-            jump common
-            {opened[True]}goto rest
-        }}
-        chain forward {{
-            type filter hook forward priority filter; policy accept;
-            iifname != "{device}" accept
-            jump common
-            {opened[False]}goto rest
-        }}
+        chain rest {{ limit rate {REFUSALS_PER_S}/second reject with icmpv6 type admin-prohibited; drop; }}{hooks}
     }}"""
 
 
@@ -3273,8 +3262,9 @@ class Firewall:
 
     def __init__(self, device: str, wanted: bool, openings: Iterable[Opening], on_failure: Callable[[KernelError], None]) -> None:
         """`on_failure` is called when somebody has removed the table and it can't be put back."""
-        self._name = firewall_table(device)
-        self._rules = firewall_rules(device, openings) if wanted else ""
+        self._name = device if device == "tun6" else f"tun6-{device}"  # nft takes a name like ip or 6in4 for another word
+        self._remove = f"table inet {self._name}\ndelete table inet {self._name}\n"  # also when there is none
+        self._rules = firewall_rules(self._name, device, openings) if wanted else ""
         self._on_failure = on_failure
         self._one_at_a_time = gevent.lock.Semaphore()
         self._listing = ""  # of the table as we made it; "" while it is not open
@@ -3285,20 +3275,22 @@ class Firewall:
             self._listing = self._make()
         else:
             with suppress(KernelError):  # mostly there is none, or not even nft
-                self._nft("-f", "-", text=f"delete table inet {self._name}\n")
+                self._nft("-f -", f"delete table inet {self._name}\n")
                 log.info("removing the firewall's table inet %s, which a killed tun6 has left", self._name)
 
     def close(self) -> None:
         """Removes the table."""
-        self._listing = ""
+        was_open, self._listing = bool(self._listing), ""
         if self._rules:
             try:
-                self._nft("-f", "-", text=f"table inet {self._name}\ndelete table inet {self._name}\n")
+                self._nft("-f -", self._remove)
             except KernelError as error:
-                log.error("the firewall's table inet %s is left: %s", self._name, error)
+                log.log(logging.ERROR if was_open else logging.DEBUG, "the firewall's table inet %s is left: %s", self._name, error)
 
     def watch(self) -> None:
         """Puts the table back whenever somebody has removed or changed it, as `nft flush ruleset` does. Runs until it is killed."""
+        if not self._rules:
+            return
         try:
             with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as sock:
                 sock.bind((0, NFTABLES_GROUP))
@@ -3321,41 +3313,41 @@ class Firewall:
             return True  # it had more messages than we read
 
     def _restore(self) -> None:
-        try:
-            with suppress(KernelError):  # it is not there
-                if not self._listing or self._list() == self._listing:
-                    return
-            if self._listing:  # it was not closed meanwhile
+        with suppress(KernelError):  # it is not there
+            if self._list() == self._listing:
+                return
+        if self._listing:  # it is open, also after that switch
+            try:
                 self._listing = self._make()
                 why = "`nft flush ruleset` does that, and with it each restart of nftables.service"
                 log.warning("somebody removed or changed the firewall's table inet %s; it is back (%s)", self._name, why)
-        except KernelError as error:
-            self._on_failure(error)
+            except KernelError as error:
+                self._on_failure(error)
 
     def _make(self) -> str:
         """Makes or replaces the table in one transaction, and returns its listing."""
-        self._nft("-f", "-", text=f"table inet {self._name}\ndelete table inet {self._name}\n{self._rules}\n")
+        self._nft("-f -", self._remove + self._rules + "\n")
         return self._list()
 
     def _list(self) -> str:
-        return self._nft("-s", "-t", "list", "table", "inet", self._name)
+        return self._nft(f"-s -t list table inet {self._name}")
 
-    def _nft(self, *arguments: str, text: str = "") -> str:
+    def _nft(self, arguments: str, text: str = "") -> str:
         """Runs nft, to its end even when the caller is killed, and returns its output. Raises KernelError."""
-        return cast(str, gevent.spawn(self._run, ["nft", *arguments], text).get())
+        return cast(str, gevent.spawn(self._run, ["nft", *arguments.split()], text).get())
 
     def _run(self, command: list[str], text: str) -> str:
-        with self._one_at_a_time:
-            try:
+        try:
+            with self._one_at_a_time:
                 done = run_in_thread(run_program, command, text)
-                if not done.returncode:
-                    return done.stdout
-                reason = (done.stderr.strip() or f"it ended with {done.returncode}").splitlines()[0]
-            except OSError as error:
-                reason = error.strerror or str(error)
-            except subprocess.TimeoutExpired:
-                reason = f"it did not end within {IP_S:.0f} s"
-            raise KernelError(f"the firewall can't be set, `nft` failed: {reason}")
+            if not done.returncode:
+                return done.stdout
+            reason = (done.stderr.strip() or f"it ended with {done.returncode}").splitlines()[0]
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except subprocess.TimeoutExpired:
+            reason = f"it did not end within {IP_S:.0f} s"
+        raise KernelError(f"the firewall can't be set, `nft` failed: {reason}")
 
 
 # ---- client ----------------------------------------------------------------------------------------------------------
@@ -3637,7 +3629,7 @@ class Client:
 
     def _log_outage(self, error: BaseException) -> None:
         """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
-        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, ProtocolError) else ""
+        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
         final = kind in FINAL_REFUSALS
         self._retry_s = FINAL_RETRY_S if final else RETRY_S
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
