@@ -3190,6 +3190,7 @@ class Server:
 PINGS_PER_S, PINGS_PER_SOURCE_PER_S = 20, 5  # admitted, in all and from each /64, so that a sweep can't fill the neighbour table (RFC 6583)
 REFUSALS_PER_S = 10  # that are told to the sender by an ICMPv6 error
 NETLINK_NETFILTER, NFTABLES_GROUP = 12, 0x40  # linux/netlink.h; NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h, as a bit
+NFT_SETTLE_S = 0.01  # from the first message about a change until all of them have come, as a change is one transaction
 
 
 class Opening(NamedTuple):
@@ -3296,7 +3297,7 @@ class Firewall:
                 sock.bind((0, NFTABLES_GROUP))
                 while True:
                     if self._is_concerned(sock):
-                        with gevent.Timeout(SETTLE_S, False):
+                        with gevent.Timeout(NFT_SETTLE_S, False):
                             while True:  # the other messages about the same change
                                 self._is_concerned(sock)
                         self._restore()
