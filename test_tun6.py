@@ -6,7 +6,7 @@ The first half needs no root. The second runs the real tun6 in the namespaces of
     2001:db8:ffff::2    10.9.0.1          masquerades    10.8.0.2
                                           +------------- second, 10.8.1.2
 
-There each test proves at its end that addresses, routes and sysctls of all six hosts are as they were, that no process, device,
+There each test proves at its end that addresses, routes, firewalls and sysctls of all six hosts are as they were, that no process, device,
 namespace or thread is left, that every tun6 exits with 0 when told to, and that none of them logged a traceback. It takes
 root; without it those tests are skipped, and with CI=true in the environment a skipped test is a failed one.
 
@@ -28,6 +28,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     hooks
     neighbour proxy
     server
+    firewall
     client
     administration
     demo
@@ -39,6 +40,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: legacy peers
     end to end: offload
     end to end: ingress filter
+    end to end: firewall
     end to end: TLS and keys
     end to end: administration
     end to end: faults           of disks, files, links, names, devices, `ip`
@@ -424,9 +426,18 @@ def without_volatile(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in VOLATILE}
 
 
+def tables_on(lab: Lab, host: str) -> list[bytes]:
+    """The tables of nftables with the number of their chains, as the kernel tells them: a run of `nft` would take ten times as long."""
+    with socket_on(lab, host, socket.AF_NETLINK, socket.SOCK_RAW, tun6.NETLINK_NETFILTER) as sock:
+        # NFT_MSG_GETTABLE, NLM_F_REQUEST and NLM_F_DUMP (linux/netlink.h), struct nfgenmsg; the answer is NFT_MSG_NEWTABLE = 0
+        sock.send(struct.pack("=IHHII4x", 20, 10 << 8 | 1, 0x301, 0, 0))
+        messages = tun6.split_netlink(sock.recv(1 << 16), tun6.DeviceMonitor.MESSAGE_HEADER)
+        return [body[4:] for kind, body in messages if kind == 10 << 8]
+
+
 def state_of(lab: Lab, host: str) -> dict[str, Any]:
-    """Links, addresses, routes and sysctls of a host, comparable."""
-    state: dict[str, Any] = {}
+    """Links, addresses, routes, tables of nftables and sysctls of a host, comparable."""
+    state: dict[str, Any] = {"tables": tables_on(lab, host)}
     for what in ("addr", "-4 route show table all", "-6 route show table all"):
         for entry in json.loads(lab.ip(host, f"-j {what}") or "[]", object_hook=without_volatile):
             name = f"{what} {entry.get('ifname') or entry.get('dst')} {entry.get('dev', '')} {entry.get('metric', '')}"
@@ -3862,6 +3873,19 @@ def test_a_server_remembers_refused_kinds_for_each_id_and_for_no_more_ids_than_c
     assert server._not_offered == {"a": {"tso6", "uso6"}, "c": {"tso6"}}
 
 
+# ---- firewall --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="asks nft, which takes root")
+@pytest.mark.parametrize("device", ["tun6", "ip", "0", "-", "...", "_", "6in4", "table", "inet", "drop", "tun6-tun6", "x" * 15, "a-b.c_d"])
+def test_nft_takes_the_rules_of_every_device_and_opening(device: str) -> None:
+    openings = tun6.parse_openings("::22 tcp 443, ::ffff:ffff:ffff:ffff udp 1-65535, ::1.2.3.4 tcp 080, this tcp 22, this udp 5-5")
+    done = subprocess.run(
+        ["nft", "-c", "-f", "-"], input=tun6.firewall_rules(f"tun6-{device}", device, openings), text=True, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ---- client ----------------------------------------------------------------------------------------------------------
 
 
@@ -3980,7 +4004,8 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
-        "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "hook": None, "file": path,
+        "lan": None, "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "hook": None,
+        "file": path,
     }  # fmt: skip
 
 
@@ -4002,6 +4027,9 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("client", "tun", "t" * 15, "t" * 15),
         ("client", "default_route", "No", False),
         ("client", "default_route", "on", True),
+        ("client", "firewall", "yes", True),
+        ("client", "open", "::22 tcp 443, this TCP 22", (tun6.Opening(0x22, "tcp", 443, 443), tun6.Opening(None, "tcp", 22, 22))),
+        ("client", "open", "0:0:0:0:1:2:3:4  udp 5000-5010", (tun6.Opening(0x0001_0002_0003_0004, "udp", 5000, 5010),)),
     ],
 )
 def test_good_values_are_taken_without_their_comments(section: str, key: str, text: str, value: object, tmp_path: Path) -> None:
@@ -4026,6 +4054,16 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("client", "id", text, "1 to 64 printable") for text in ("x" * 65, "a\tb", "a\x1bb")],
         *[("client", "tun", text, "at most 15 characters") for text in ("t" * 16, "tun%d", "a/b", ".", "..")],
         *[("client", "default_route", text, "yes or no") for text in ("maybe", "2")],
+        *[
+            ("client", "open", text, "entries like ::22 tcp 443")
+            for text in ("443", "::22", "::22 tcp", "::22 sctp 5", "this tcp ssh", ",")
+        ],
+        *[("client", "open", text, "entries like ::22 tcp 443") for text in ("x tcp 1", "::22%eth0 tcp 1", "::22/64 tcp 1", "::5 tcp 1 2")],
+        *[("client", "open", f"this tcp 1, this udp {ports}", "ports from 1 to 65535") for ports in ("0", "65536", "2-1", "0-9", "00000")],
+        *[
+            ("client", "open", f"{host} tcp 443", "lower half of its address")
+            for host in ("2001:db8::22", "::", "::1", "::1::2", "1.2.3.4")
+        ],
         # An indented line is a part of the value above it.
         *[(section, key, f"{value}\n  mtu = 1400", "") for section in REQUIRED for key, value in REQUIRED[section].items()],
         ("server", "assignments", "a.json\n  mtu = 1400", ""),
@@ -6040,6 +6078,357 @@ def test_a_source_of_another_prefix_on_the_lan_hears_at_once_that_it_is_refused(
         lab.ip("client", "addr del fd00:1::1/64 dev eth1")
         lab.ip("lan", "addr del fd00:1::2/64 dev eth0")
         lab.ip("lan", "-6 route del default via fd00:1::1")
+
+
+# ---- end to end: firewall --------------------------------------------------------------------------------------------
+
+
+def knock(lab: Lab, address: str, port: int, source: str = "internet", seconds: float = 2) -> str:
+    """How a TCP connection from another host goes: open, or the error that it ends with."""
+    with socket_on(lab, source, kind=socket.SOCK_STREAM) as sock:
+        sock.settimeout(seconds)
+        try:
+            sock.connect((address, port))
+            return "open"
+        except OSError as error:
+            return errno.errorcode.get(error.errno or 0, "silent")
+
+
+@contextmanager
+def open_ports(lab: Lab, host: str, *ports: int) -> Iterator[None]:
+    """TCP on these ports of all of the host's addresses."""
+    with ExitStack() as undo:
+        for port in ports:
+            with lab.inside(host):
+                undo.enter_context(socket.create_server(("::", port), family=socket.AF_INET6))
+        yield
+
+
+def table_of(lab: Lab, name: str = "tun6", host: str = "client") -> str:
+    """The firewall's table, without its counters and sets; "" when there is none."""
+    return lab.run(host, "nft", "-s", "-t", "list", "table", "inet", name).stdout
+
+
+def neighbours(lab: Lab) -> int:
+    """How many hosts of the LAN the client's kernel looks for, or has found."""
+    return len(lab.ip("client", "-6 neigh show dev eth1").splitlines())
+
+
+@contextmanager
+def from_abroad(lab: Lab) -> Iterator[str]:
+    """An address of the Internet host in another network than its own."""
+    route = f"-6 route add 2001:db8:fffe::/64 via {Lab.INTERNET}"
+    with changed(lab, "internet", "addr add 2001:db8:fffe::2/128 dev lo nodad"), changed(lab, "server", route):
+        yield "2001:db8:fffe::2"
+
+
+def test_the_internet_reaches_only_what_is_opened_and_what_began_inside(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client(firewall="yes", open="::10 tcp 4430, ::10 udp 5000-5010, this tcp 2200, this UDP 53")
+    prefix = client.prefix()
+    this = str(prefix[1])
+    with lan_behind(lab, prefix) as host, open_ports(lab, "lan", 4430, 4431, 2200), open_ports(lab, "client", 4430, 2200):
+        assert [knock(lab, host, port) for port in (4430, 4431, 2200)] == ["open", "EACCES", "EACCES"]
+        assert [knock(lab, address, port) for address in (this, str(prefix[2])) for port in (4430, 2200)] == ["EACCES", "open"] * 2
+        with socket_on(lab, "lan") as udp, socket_on(lab, "internet") as sender:
+            udp.settimeout(5)
+            udp.bind(("::", 5010))
+            sender.connect((host, 5011))
+            sender.send(b"refused")
+            with pytest.raises(PermissionError):
+                sender.recv(1)
+            sender.sendto(b"taken", (host, 5010))
+            assert udp.recv(10) == b"taken"
+        for inside in ("lan", "client"):  # also large packets, of which a router on the way says that they are too big
+            ping(lab, inside, count=1)
+            lab.ip("server", "link set eth1 mtu 1400")
+            try:
+                transfer(lab, inside, "internet", Lab.INTERNET, 1 << 20)
+            finally:
+                lab.ip("server", "link set eth1 mtu 1500")
+        with lab.inside("internet"):
+            listener = socket.create_server(("::", 0), family=socket.AF_INET6)
+        with listener, socket_on(lab, "lan", kind=socket.SOCK_STREAM) as sock:
+            sock.connect((Lab.INTERNET, listener.getsockname()[1]))
+            sender, _ = listener.accept()
+            with sender:  # what comes down is let in as an answer
+                sender.sendall(bytes(1 << 16))
+                sock.settimeout(5)
+                assert sock.recv(1)
+        # What does not come from the tunnel is as it was.
+        assert knock(lab, str(prefix[2]), 4430, "lan") == "open"
+        with changed(lab, "nat", "addr add fd00:9::1/64 dev eth1 nodad"), changed(lab, "client", "addr add fd00:9::2/64 dev eth0 nodad"):
+            wait_until("the link carries packets", lambda: knock(lab, "fd00:9::2", 4430, "nat") == "open")
+        assert "`firewall = yes`" not in client.log()
+
+
+def test_a_ping_sweep_does_not_fill_the_neighbour_table_and_others_can_ping(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    prefix = tunnel.client(firewall="yes").prefix()
+    with lan_behind(lab, prefix) as host, from_abroad(lab) as abroad, ExitStack() as undo:
+        sock = undo.enter_context(socket_on(lab, "internet", kind=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMPV6))
+        targets = itertools.count(1 << 32)
+        kinds = itertools.cycle([128, 1, 2, 3, 4])
+
+        def sweep() -> None:
+            for target in itertools.islice(targets, 20):
+                sock.sendto(bytes([next(kinds), 0, 0, 0]) + bytes(100), (str(prefix[target]), 0))
+
+        def passes() -> bool:
+            return lab.run("internet", "ping", "-6", "-c", "1", "-W", "1", "-I", abroad, host).returncode == 0
+
+        ping(lab, "internet", host, count=2)
+        before = neighbours(lab)
+        undo.enter_context(repeated(sweep, 0.005))
+        wait_until("the sweep is at work", lambda: next(targets) > (1 << 32) + 400)
+        assert all(passes() for _ in range(3))
+        wait_until("2,000 addresses are swept", lambda: next(targets) > (1 << 32) + 2000)
+        assert neighbours(lab) - before < 200  # of 1,024 that the table can hold
+
+
+def fragments(packet: bytes, *pieces: tuple[int, int, bool]) -> list[bytes]:
+    """IPv6 fragments of a packet (RFC 8200 section 4.5) from one offset to another, with whether more follow."""
+    made, number = [], random.getrandbits(32)
+    for begin, end, more in pieces:
+        header = struct.pack(">BBHI", packet[6], 0, begin | more, number)
+        piece = header + packet[40:][begin:end]
+        made.append(packet[:4] + struct.pack(">HB", len(piece), 44) + packet[7:40] + piece)
+    return made
+
+
+def tcp_packet(source: IPv6Address, destination: IPv6Address, port: int, flags: int, from_port: int = 443, data: bytes = b"") -> bytes:
+    """A TCP segment with a right checksum."""
+    made = between(source, destination, struct.pack(">HHIIBBHHH", from_port, port, 1, 1, 5 << 4, flags, 1000, 0, 0) + data, TCP)
+    checksum = ~internet_sum(made[8:40] + struct.pack(">II", len(made) - 40, TCP) + made[40:]) & 0xFFFF
+    return made[:56] + struct.pack(">H", checksum) + made[58:]
+
+
+def with_extension(packet: bytes, kind: int, header: bytes) -> bytes:
+    """The packet with an extension header of this kind, whose first byte is filled in."""
+    body = bytes([packet[6]]) + header[1:] + packet[40:]
+    return packet[:4] + struct.pack(">HB", len(body), kind) + packet[7:40] + body
+
+
+def attacks(source: IPv6Address, target: IPv6Address, opened: int) -> Iterator[bytes]:
+    """Packets that have to stay outside; `opened` is an opened TCP port of this target."""
+    closed = opened + 1
+    for flags in (0x02, 0x12, 0x10, 0x04, 0x11, 0x00, 0x29):  # SYN, SYN and ACK, ACK, RST, FIN and ACK, none, "xmas"
+        yield tcp_packet(source, target, closed, flags)
+    yield udp_between(source, target, b"an answer?", 53)
+    syn = tcp_packet(source, target, closed, 0x02)
+    long_syn = tcp_packet(source, target, closed, 0x02, data=bytes(24))
+    for kind, header in (
+        (0, bytes([0, 0, 1, 4, 0, 0, 0, 0])),  # hop-by-hop
+        (60, bytes([0, 0, 1, 4, 0, 0, 0, 0])),  # destination options
+        (43, bytes([0, 2, 0, 1, 0, 0, 0, 0]) + target.packed),  # routing headers of types 0, 2, 4
+        (43, bytes([0, 2, 2, 1, 0, 0, 0, 0]) + target.packed),
+        (43, bytes([0, 2, 4, 0, 0, 0, 0, 0]) + target.packed),
+        (51, bytes([0, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]) + bytes(12)),  # authentication, which says what it likes
+        (135, bytes([0, 0, 0, 0, 0, 0, 0, 0])),  # mobility
+    ):
+        yield with_extension(syn, kind, header)
+        yield (
+            with_extension(tcp_packet(source, target, opened, 0x02), 51, header)
+            if kind == 51
+            else with_extension(with_extension(syn, kind, header), 60, header[:8])
+        )
+    for kind in (4, 41, 47, 50, 59, 103, 132, 253):
+        yield between(source, target, syn[40:], kind)
+    for kind in (0, 129, *range(130, 138), 139, 140, 143, 151, 200, 255):  # ICMPv6: answers, multicast and neighbour discovery, others
+        yield icmp_between(source, target, kind, bytes(4) + target.packed)
+    yield from fragments(long_syn, (0, 24, True), (24, 44, False))
+    yield from fragments(long_syn, (24, 44, False), (0, 24, True))
+    yield from fragments(long_syn, (0, 8, True), (8, 44, False))
+    yield from fragments(long_syn, (0, 44, False))
+    yield from fragments(long_syn, (8, 44, False))
+    # Half of an opened one first, and then other ports over it.
+    yield from fragments(tcp_packet(source, target, opened, 0x02, data=bytes(24)), (0, 16, True))
+    yield from fragments(long_syn, (0, 24, True), (16, 44, False))
+    yield from fragments(long_syn, (8, 44, False), (0, 8, True))
+
+
+AFTER = """table inet after {
+    chain input { type filter hook input priority 10; ip6 saddr 2001:db8:bad::/48 counter; }
+    chain forward { type filter hook forward priority 10; ip6 saddr 2001:db8:bad::/48 counter; ip6 saddr 2001:db8:1bad::1 counter; }
+}"""
+
+
+def test_what_a_hostile_server_sends_stays_outside_even_without_the_ingress_filter(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    prefix = IPv6Network(f"{tunnel.pool[0]}/64")
+    with tun6_with(tmp_path, "tun6.IngressFilter.permits = lambda *_: True"), ServerByHand(lab, tunnel) as server, ExitStack() as undo:
+        client = tunnel.client(firewall="yes", open="::10 tcp 4430, this tcp 4430")
+        sock = undo.enter_context(server.accept(None))
+        client.prefix()
+        host = IPv6Address(undo.enter_context(lan_behind(lab, prefix)))
+        link_local = next(
+            IPv6Address(entry["local"])
+            for link in json.loads(lab.ip("client", "-6 -j addr show dev eth0"))
+            for entry in link["addr_info"]
+            if entry["scope"] == "link"
+        )
+        undo.enter_context(changed(lab, "client", "addr add fd00:9::2/64 dev eth0 nodad"))
+        assert lab.run("client", "nft", AFTER).returncode == 0
+        undo.callback(lab.run, "client", "nft", "delete table inet after")
+        numbers = itertools.count(1)
+
+        def passed() -> tuple[int, int]:
+            """Packets behind the firewall: those of the attacks, and those that have to be let in."""
+            found = re.findall(r"saddr (\S+) counter packets (\d+)", lab.run("client", "nft", "list table inet after").stdout)
+            return sum(int(n) for net, n in found if "1bad" not in net), sum(int(n) for net, n in found if "1bad" in net)
+
+        def source() -> IPv6Address:
+            return IPv6Network(f"2001:db8:bad:{next(numbers):x}::/64")[7]
+
+        def let_in(packets: Iterable[bytes]) -> int:
+            """How many of these are let in, by the time that one is which has to be."""
+            before, last = passed()
+            for each in packets:
+                sock.sendall(each)
+            sock.sendall(tcp_packet(IPv6Address("2001:db8:1bad::1"), host, 4430, 0x02, 1000 + next(numbers)))
+            wait_until("the last packet passes", lambda: passed()[1] > last)
+            return passed()[0] - before
+
+        for target in (host, prefix[1], prefix[2]):
+            assert let_in(attacks(source(), target, 4430)) == 0
+        for target in (
+            prefix[0x11],
+            prefix[(0xABCD << 48) + 0x10],
+            IPv6Address("2001:db8:9::10"),
+            IPv6Address("ff02::1"),
+            IPv6Address("ff0e::1"),
+        ):
+            assert let_in([tcp_packet(source(), target, 4431, 0x02)]) == 0
+        for target in (IPv6Address("fd00:9::2"), link_local, IPv6Address("::1"), IPv6Address("ff02::1"), IPv6Address("ff02::2")):
+            assert let_in([tcp_packet(source(), target, 4431, 0x02), udp_between(source(), target, b"", 5353)]) == 0
+            assert let_in([icmp_between(source(), target, kind, bytes(20)) for kind in (133, 134, 135, 136, 137, 143)]) == 0
+        good = tcp_packet(source(), prefix[1], 4430, 0x02, data=bytes(24))
+        assert let_in([*fragments(good, (0, 24, True), (24, 44, False)), with_extension(good, 60, bytes([0, 0, 1, 4, 0, 0, 0, 0]))]) == 2
+        before = neighbours(lab)
+        let_in(icmp_between(source(), prefix[(1 << 32) + n], (128, 1, 2, 3, 4)[n % 5], bytes(100)) for n in range(2000))
+        assert neighbours(lab) - before < 200  # although each comes from another network
+
+
+FIREWALL_BACK = "WARNING somebody removed or changed the firewall's table inet tun6; it is back"
+
+
+def test_a_firewall_that_somebody_flushes_is_back_and_what_is_connected_stays(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client(firewall="yes", open="this tcp 2200")
+    prefix = client.prefix()
+    table = table_of(lab)
+    with tcp_between(lab, "client", "internet", Lab.INTERNET) as (near, far):
+        for times, command in enumerate(
+            (
+                "flush ruleset",
+                "delete table inet tun6",
+                "flush table inet tun6",
+                "add table inet tun6 { flags dormant; }",
+                "insert rule inet tun6 input accept",
+            ),
+            1,
+        ):
+            assert lab.run("client", "nft", command).returncode == 0
+            wait_until("the table is back", lambda: table_of(lab) == table, 3)
+            client.said(FIREWALL_BACK, times)
+            far.sendall(b"still there")
+            assert near.recv(20) == b"still there"
+        assert knock(lab, str(prefix[1]), 2201) == "EACCES"
+        lab.run("client", "nft", "table inet other { chain tun6 { }; }; delete table inet other")
+        ping(lab, "client", count=1)
+        client.said(FIREWALL_BACK, times)
+
+
+def test_the_paths_probes_and_its_mtu_pass_the_firewall_however_many_pings_come(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    target = str(prefix_of_pool(tunnel, 0)[1])
+    with socket_on(lab, "internet", kind=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMPV6) as sock, ExitStack() as undo:
+        undo.enter_context(tun6_with(tmp_path, QUICK_PROBES))
+
+        def flood() -> None:
+            """Pings from the server's own /64, each of which is new to the connection tracking."""
+            for _ in range(10):
+                sock.sendto(struct.pack(">BBHI", 128, 0, 0, random.getrandbits(32)), (target, 0))
+
+        undo.enter_context(repeated(flood, 0.002))
+        server, client = tunnel.server(), tunnel.client(firewall="yes")
+        assert client.prefix()[1] == IPv6Address(target)
+        for program in (server, client):
+            program.wait_for("DEBUG the path answers")
+        lab.ip("server", "link set eth1 mtu 1400")
+        try:
+            transfer(lab, "client", "internet", Lab.INTERNET, 1 << 18)
+        finally:
+            lab.ip("server", "link set eth1 mtu 1500")
+
+
+def nft_that(folder: Path, script: str) -> str:
+    """A line for tun6_with: before the real nft a shell does this."""
+    (folder / "bin").mkdir(exist_ok=True)
+    nft = folder / "bin" / "nft"
+    nft.write_text(f'#!/bin/sh\n{script}\nexec {shutil.which("nft")} "$@"\n')
+    nft.chmod(0o755)
+    return f"os.environ['PATH'] = '{nft.parent}:' + os.environ['PATH']"
+
+
+def test_without_the_firewall_that_is_wanted_there_is_no_tunnel(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, f"os.environ['PATH'] = '{tmp_path}'"):
+        for wanted in ({"firewall": "yes"}, {"lan": "eth1"}):
+            assert "`apt-get install nftables`" in tunnel.failure_at_start("client", 2, **wanted)
+    with tun6_with(tmp_path, nft_that(tmp_path, "echo 'Error: no nf_tables' >&2; exit 1")):
+        assert "the firewall can't be set, `nft` failed: Error: no nf_tables" in tunnel.failure_at_start("client", firewall="yes")
+    with tun6_with(tmp_path, nft_that(tmp_path, "exec sleep 1"), "tun6.IP_S = 0.3"):
+        assert "`nft` failed: it did not end within" in tunnel.failure_at_start("client", firewall="yes")
+    assert "set `firewall = yes`" in tunnel.failure_at_start("client", 2, open="this tcp 22")
+    assert tun_of(lab) == {}
+
+
+def test_a_firewall_that_can_not_be_put_back_ends_the_tunnel_until_it_can(
+    lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    with tun6_with(tmp_path, nft_that(tmp_path, f"[ -e {broken} ] && exit 1"), "tun6.RETRY_S = 0.2"):
+        client = tunnel.client(firewall="yes")
+    client.prefix()
+    broken.touch()
+    lab.run("client", "nft", "flush ruleset")
+    client.wait_for("WARNING no connection to .*: the firewall can't be set, `nft` failed: it ended with 1")
+    wait_until("the TUN goes", lambda: tun_of(lab) == {})
+    broken.unlink()
+    client.prefix(2)
+    assert table_of(lab)
+
+
+def test_what_a_killed_client_left_of_a_firewall_is_found_and_two_clients_have_one_each(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    wanted = {"tun6": "yes", "-.x": "no"}  # at the next start
+    killed = [tunnel.client(firewall="yes", tun=device, id=device) for device in wanted]
+    for each in killed:
+        each.prefix()
+        each.kill()
+    for device, name in ("tun6", "tun6"), ("-.x", "tun6--.x"):
+        assert f'iifname != "{device}" accept' in table_of(lab, name)
+        wait_until("the TUN of the killed one goes", lambda device=device: tun_of(lab, device=device) == {})  # type: ignore[misc]
+    for client in [tunnel.client(firewall=firewall, tun=device, id=device) for device, firewall in wanted.items()]:
+        client.prefix()
+    client.said("INFO removing the firewall's table inet tun6--.x, which a killed tun6 has left", 1)
+    assert [bool(table_of(lab, name)) for name in ("tun6", "tun6--.x")] == [True, False]
+
+
+def test_a_client_says_once_what_its_address_means_unless_the_config_says_so(tunnel: Tunnel, server: Program) -> None:
+    silent = [tunnel.client(firewall="no", id="a"), tunnel.client(lan="eth1", id="b", tun="b")]
+    client = tunnel.client("second")
+    for each in (*silent, client):
+        each.prefix()
+    client.said("WARNING the whole IPv6 Internet reaches this machine .*`firewall = yes`", 1)
+    assert not any("the whole IPv6 Internet" in each.log() for each in silent)
+
+
+def test_a_client_with_a_lan_has_a_firewall_and_says_which_other_one_drops_what_it_forwards(
+    lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path
+) -> None:
+    with tun6_with(tmp_path, OFTEN):
+        client = tunnel.client(lan="eth1")
+    prefix = client.prefix()
+    assert table_of(lab)
+    with firewall(lab, "inet mine", FIREWALLS["inet mine"][0], "client"):
+        client.said(f"WARNING the firewall's chain inet mine onward .*tun6 and {prefix}: the LAN can reach this machine only", 1)
+    client.said("INFO the firewall's chain inet mine onward does not stand in the way of the LAN", 1)
+    assert client.log().count("WARNING the firewall") == 1
 
 
 # ---- end to end: TLS and keys ----------------------------------------------------------------------------------------
@@ -8212,14 +8601,14 @@ CASES = [(table, *rest) for table, rest in FIREWALLS.items()] + [
 
 
 @contextmanager
-def firewall(lab: Lab, table: str, chains: str) -> Iterator[None]:
-    """A table of nftables on the server's host."""
-    done = lab.run("server", "nft", f"table {table} {{ {chains.replace('};', '}' + chr(10))} \n}}")
+def firewall(lab: Lab, table: str, chains: str, host: str = "server") -> Iterator[None]:
+    """A table of nftables on this host."""
+    done = lab.run(host, "nft", f"table {table} {{ {chains.replace('};', '}' + chr(10))} \n}}")
     assert done.returncode == 0, done.stderr
     try:
         yield
     finally:
-        assert lab.run("server", "nft", f"delete table {table}").returncode == 0
+        assert lab.run(host, "nft", f"delete table {table}").returncode == 0
 
 
 @pytest.mark.parametrize(("table", "chains", "words"), CASES, ids=[f"{case[0]} {case[2][:20]}" for case in CASES])

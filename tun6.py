@@ -39,6 +39,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     hooks                        Hooks: the operator's program, run when sessions begin and end
     neighbour proxy              NeighbourProxy: answers for the prefixes of a range that is on-link, not routed
     server                       ServerConfig, AdmissionControl, Server
+    firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     demo                         Lab, a network of namespaces on this machine, and Demo
@@ -73,6 +74,7 @@ import re
 import resource
 import secrets
 import select
+import shutil
 import signal
 import socket as system_socket
 import ssl
@@ -3081,20 +3083,23 @@ def has_routed_address(pool: IPv6Network, own: IPv6Address | None = None) -> boo
     return any(address in kind and address != own for interface, address in machine_addresses() if not interface.startswith("tun6"))
 
 
-def watch_forwarding(devices: str, pool: IPv6Network) -> None:
+def watch_forwarding(devices: str, find_range: Callable[[], IPv6Network | None], who: str, was_on: bool = True) -> None:
     """Says once what keeps the machine from forwarding our packets, and once that it is gone. Runs until it is killed.
 
-    Docker, a firewall or a sysctl may do that at any time. That forwarding was off at the start has been said already.
+    Docker, a firewall or a sysctl may do that at any time. `find_range` returns the range of `who`, None as long as it is not known.
     """
-    was_on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
     known: dict[str, str] = {}
     while True:
         gevent.sleep(FORWARDING_CHECK_S)
+        pool = find_range()
+        if pool is None:
+            continue
         on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
         if was_on and not on:
             log.warning(
-                "somebody turned IPv6 forwarding off, clients reach this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1` turns it"
-                " on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here"
+                "somebody turned IPv6 forwarding off, %s can reach this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1` turns it"
+                " on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here",
+                who,
             )
         elif on and not was_on:
             log.info("IPv6 forwarding is on again")
@@ -3106,12 +3111,12 @@ def watch_forwarding(devices: str, pool: IPv6Network) -> None:
         else:
             for chain in dropping.keys() - known.keys():
                 log.warning(
-                    "the firewall's chain %s drops what it does not accept, and does not know %s and %s: clients reach this machine only;"
+                    "the firewall's chain %s drops what it does not accept, and does not know %s and %s: %s can reach this machine only;"
                     " it is %s",
-                    *(chain, devices, pool, dropping[chain]),
+                    *(chain, devices, pool, who, dropping[chain]),
                 )
             for chain in known.keys() - dropping.keys():
-                log.info("the firewall's chain %s does not stand in the way of clients any more", chain)
+                log.info("the firewall's chain %s does not stand in the way of %s any more", chain, who)
             known = dropping
 
 
@@ -3259,7 +3264,8 @@ class Server:
             undo.callback(self._take_address)
             self._give_address()
             self._monitor.watch("lo", lambda *_: self._restore(route))
-            forwarding = functools.partial(watch_forwarding, self._config.tun.replace("%d", "*"), self._config.prefixrange)
+            devices, is_on = self._config.tun.replace("%d", "*"), read_sysctl("net.ipv6.conf.all.forwarding") == "1"  # else it was said
+            forwarding = functools.partial(watch_forwarding, devices, lambda: self._config.prefixrange, "clients", is_on)
             for work in (self._monitor.run, self._paths.run, trim_heap, forwarding, self._watch_address):
                 undo.callback(gevent.spawn(work).kill)
             if self._proxy:
@@ -3488,7 +3494,7 @@ class Server:
                 told: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": peer}
                 if self._hooks.run("session-up", id_, **told):
                     undo.callback(lambda: self._hooks.run("session-down", id_, True, reason=session.end(), **told))
-                with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 64)):
+                with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 255)):
                     reason = session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
             if isinstance(reason, OffloadRefused):
                 self._stop_offering(id_, reason.kind)
@@ -3549,6 +3555,173 @@ class Server:
         self._connections.join()
 
 
+# ---- firewall --------------------------------------------------------------------------------------------------------
+
+# Of what comes from the tunnel and belongs to nothing that began here:
+PINGS_PER_S, PINGS_PER_SOURCE_PER_S = 20, 5  # admitted, in all and from each /64, so that a sweep can't fill the neighbour table (RFC 6583)
+REFUSALS_PER_S = 10  # that are told to the sender by an ICMPv6 error
+NETLINK_NETFILTER, NFTABLES_GROUP = 12, 0x40  # linux/netlink.h; NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h, as a bit
+NFT_SETTLE_S = 0.01  # from the first message about a change until all of them have come, as a change is one transaction
+
+
+class Opening(NamedTuple):
+    """Ports that the Internet may connect to."""
+
+    host: int | None  # the lower 64 bits of a LAN host's address; None: this machine
+    protocol: str
+    first: int
+    last: int
+
+
+def parse_openings(text: str) -> tuple[Opening, ...]:
+    """Returns what the setting `open` names. Raises ValueError, which completes a sentence with "it"."""
+    openings = []
+    for entry in text.lower().split(","):
+        found = re.fullmatch(r"\s*(this|[0-9a-f:.]+)\s+(tcp|udp)\s+([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", entry)
+        if not found:
+            raise ValueError("must be entries like ::22 tcp 443, ::5 udp 5000-5010 or this tcp 22, with commas between them")
+        who, protocol, first, last = found.groups(found[3])
+        if not 1 <= int(first) <= int(last) <= 65_535:
+            raise ValueError("must have ports from 1 to 65535, or ranges of them such as 5000-5010")
+        host = None
+        if who != "this":
+            with suppress(ValueError):
+                host = int(IPv6Address(who))
+            if host is None or not 1 < host < 1 << 64:
+                raise ValueError(f"has {who}: a LAN host is written as the lower half of its address, such as ::22, this machine as `this`")
+        openings.append(Opening(host, protocol, int(first), int(last)))
+    return tuple(openings)
+
+
+def firewall_rules(table: str, device: str, openings: Iterable[Opening]) -> str:
+    """Returns the table in nft's language. Of what comes from the device it admits what RFC 4890 and the openings say, and answers.
+
+    A probe of the server, which is no hop away, has the hop limit 255 that nothing forwarded has (RFC 5082). An error about a connection
+    of ours is "related" and not counted as a ping; one about something else might be a sweep.
+    """
+    opened: dict[bool, str] = {False: "", True: ""}  # by whether it is this machine
+    for host, protocol, first, last in openings:
+        target = "" if host is None else f"ip6 daddr & ::ffff:ffff:ffff:ffff == {IPv6Address(host)} "
+        opened[host is None] += f"{target}{protocol} dport {first}-{last} ct state new accept\n"
+    probes = "icmpv6 type echo-request ip6 hoplimit 255 accept\n"
+    hooks = "".join(
+        f"""
+        chain {hook} {{
+            type filter hook {hook} priority filter; policy accept;
+            iifname != "{device}" accept
+            {rules}goto rest
+        }}"""
+        for hook, rules in (("input", f"{probes}jump common\n{opened[True]}"), ("forward", f"jump common\n{opened[False]}"))
+    )
+    return f"""table inet {table} {{
+        set pinging {{ type ipv6_addr; size 1024; flags dynamic,timeout; timeout 10s; }}
+        chain pings {{
+            update @pinging {{ ip6 saddr & ffff:ffff:ffff:ffff:: limit rate over {PINGS_PER_SOURCE_PER_S}/second }} drop
+            limit rate {PINGS_PER_S}/second accept
+            drop
+        }}
+        chain common {{
+            ct state established,related accept
+            icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem, echo-request }} goto pings
+            ct state invalid drop
+        }}
+        chain rest {{ limit rate {REFUSALS_PER_S}/second reject with icmpv6 type admin-prohibited; drop; }}{hooks}
+    }}"""
+
+
+class Firewall:
+    """Keeps the table of a client's device in nftables, from `open` to `close`. Touches no other table."""
+
+    def __init__(self, device: str, wanted: bool, openings: Iterable[Opening], on_failure: Callable[[KernelError], None]) -> None:
+        """`on_failure` is called when somebody has removed the table and it can't be put back."""
+        self._name = device if device == "tun6" else f"tun6-{device}"  # nft takes a name like ip or 6in4 for another word
+        self._remove = f"table inet {self._name}\ndelete table inet {self._name}\n"  # also when there is none
+        self._rules = firewall_rules(self._name, device, openings) if wanted else ""
+        self._on_failure = on_failure
+        self._one_at_a_time = gevent.lock.Semaphore()
+        self._listing = ""  # of the table as we made it; "" while it is not open
+
+    def open(self) -> None:
+        """Makes the table, before the first packet can come, in place of one that a killed tun6 has left. Raises KernelError."""
+        if self._rules:
+            self._listing = self._make()
+        else:
+            with suppress(KernelError):  # mostly there is none, or not even nft
+                self._nft("-f -", f"delete table inet {self._name}\n")
+                log.info("removing the firewall's table inet %s, which a killed tun6 has left", self._name)
+
+    def close(self) -> None:
+        """Removes the table."""
+        was_open, self._listing = bool(self._listing), ""
+        if self._rules:
+            try:
+                self._nft("-f -", self._remove)
+            except KernelError as error:
+                log.log(logging.ERROR if was_open else logging.DEBUG, "the firewall's table inet %s is left: %s", self._name, error)
+
+    def watch(self) -> None:
+        """Puts the table back whenever somebody has removed or changed it, as `nft flush ruleset` does. Runs until it is killed."""
+        if not self._rules:
+            return
+        try:
+            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as sock:
+                sock.bind((0, NFTABLES_GROUP))
+                while True:
+                    if self._is_concerned(sock):
+                        with gevent.Timeout(NFT_SETTLE_S, False):
+                            while True:  # the other messages about the same change
+                                self._is_concerned(sock)
+                        self._restore()
+        except OSError as error:
+            log.warning("what others do to the firewall can't be watched: %s", error.strerror)
+
+    def _is_concerned(self, sock: socket.socket) -> bool:
+        """Waits for the kernel's next message about a change, and returns whether it names our table."""
+        try:
+            return self._name.encode() + b"\0" in sock.recv(1 << 16)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            return True  # it had more messages than we read
+
+    def _restore(self) -> None:
+        with suppress(KernelError):  # it is not there
+            if self._list() == self._listing:
+                return
+        if self._listing:  # it is open, also after that switch
+            try:
+                self._listing = self._make()
+                why = "`nft flush ruleset` does that, and with it each restart of nftables.service"
+                log.warning("somebody removed or changed the firewall's table inet %s; it is back (%s)", self._name, why)
+            except KernelError as error:
+                self._on_failure(error)
+
+    def _make(self) -> str:
+        """Makes or replaces the table in one transaction, and returns its listing."""
+        self._nft("-f -", self._remove + self._rules + "\n")
+        return self._list()
+
+    def _list(self) -> str:
+        return self._nft(f"-s -t list table inet {self._name}")
+
+    def _nft(self, arguments: str, text: str = "") -> str:
+        """Runs nft, to its end even when the caller is killed, and returns its output. Raises KernelError."""
+        return cast(str, gevent.spawn(self._run, ["nft", *arguments.split()], text).get())
+
+    def _run(self, command: list[str], text: str) -> str:
+        try:
+            with self._one_at_a_time:
+                done = run_in_thread(run_program, command, text)
+            if not done.returncode:
+                return done.stdout
+            reason = (done.stderr.strip() or f"it ended with {done.returncode}").splitlines()[0]
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except subprocess.TimeoutExpired:
+            reason = f"it did not end within {IP_S:.0f} s"
+        raise KernelError(f"the firewall can't be set, `nft` failed: {reason}")
+
+
 # ---- client ----------------------------------------------------------------------------------------------------------
 
 RETRY_S = 2.0  # between two attempts to connect, on average
@@ -3572,6 +3745,9 @@ class ClientConfig:
     tun: str = "tun6"
     mtu: int = 1500
     default_route: bool = True
+    lan: str | None = None
+    firewall: bool | None = None  # None: with `lan`
+    open: tuple[Opening, ...] = ()
     grace: int | None = 10  # seconds; None: for ever
     mss: int | None = None
     tls: bool = False
@@ -3585,8 +3761,14 @@ class Client:
     """Keeps a TUN, and a connection to the server whenever that can be reached."""
 
     def __init__(self, config: ClientConfig) -> None:
-        """Raises ConfigError when the kernel does not have the congestion control."""
+        """Raises ConfigError when the kernel does not have the congestion control, or the machine the firewall, that it asks for."""
         self._config = config
+        firewall = config.lan is not None if config.firewall is None else config.firewall
+        if firewall and not shutil.which("nft"):
+            raise ConfigError(f"{config.file}: [client] has a firewall, which needs `nft`; install it with `apt-get install nftables`")
+        if config.open and not firewall:
+            raise ConfigError(f"{config.file}: [client] has `open` but no firewall, so everything is open; set `firewall = yes`")
+        self._firewall = Firewall(config.tun, firewall, config.open, self._on_defect)
         self._server = f"{config.remotehost} port {config.remoteport}"  # for the log
         self._congestion = find_congestion_controls(config.congestion, config.link)
         encrypted = config.tls or config.fingerprint or config.key
@@ -3617,7 +3799,10 @@ class Client:
         """Serves until it is killed, then removes the TUN. Raises KernelError when the TUN can't be made at the start."""
         self._kernel.remove_stale()
         self._monitor.watch("lo", lambda what, _: self._restore_rejects())
-        helpers = [gevent.spawn(work) for work in (self._monitor.run, self._paths.run, trim_heap)]
+        works = [self._monitor.run, self._paths.run, trim_heap, self._firewall.watch]
+        if self._config.lan:
+            works.append(functools.partial(watch_forwarding, self._config.tun, lambda: self._prefix, "the LAN"))
+        helpers = [gevent.spawn(work) for work in works]
         try:
             self._open_tun()
             while True:
@@ -3642,7 +3827,8 @@ class Client:
 
     def _open_tun(self) -> Tun:
         self._tun_error = None
-        self._tun = Tun(self._config.tun)
+        self._tun = Tun(self._config.tun)  # first, as a device of one name is only one program's
+        self._firewall.open()
         self._kernel.apply(device_plan(self._tun.name, self._config.mtu))
         self._watched = self._monitor.watch(self._tun.name, self._on_removal)
         return self._tun
@@ -3656,6 +3842,7 @@ class Client:
         if prefix and self._tun:
             self._kernel.undo([*address_plan(self._tun.name, prefix, os.getpid()), *routes])
         if self._tun:
+            self._firewall.close()
             self._tun.close()
         self._tun = None
 
@@ -3701,9 +3888,13 @@ class Client:
             if self._repairs.take():
                 log_repair(self._tun.name, what)
                 return
-        self._tun_error = KernelError(f"TUN device {self._tun.name}: {what}")
+        self._on_defect(KernelError(f"TUN device {self._tun.name}: {what}"))
+
+    def _on_defect(self, error: KernelError) -> None:
+        """Ends the session, and everything is made again before the next one."""
+        self._tun_error = error
         if self._session:
-            self._session.close(self._tun_error)
+            self._session.close(error)
 
     def _run_session(self, tun: Tun) -> NoReturn:
         """Connects and runs the session. Raises the reason of its end."""
@@ -3836,7 +4027,7 @@ class Client:
 
     def _log_outage(self, error: BaseException) -> None:
         """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
-        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, ProtocolError) else ""
+        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
         final = kind in FINAL_REFUSALS
         self._retry_s = FINAL_RETRY_S if final else RETRY_S
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
@@ -4520,6 +4711,9 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "tun": _matching(r"(?!\.\.?$)[\w.-]{1,15}", "must be a device name of at most 15 characters"),
         "mtu": _MTU,
         "default_route": _boolean,
+        "lan": _matching(r"(?!\.\.?$)[\w.-]{1,15}", "must be the name of one interface"),
+        "firewall": _boolean,
+        "open": parse_openings,
         "grace": _grace,
         "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
         "tls": _boolean,
@@ -4628,7 +4822,14 @@ def client_command(options: argparse.Namespace) -> None:
     config: ClientConfig = read_config(find_config(options.config), "client")
     require_privilege()
     require_ipv6()
-    run_until_signalled(Client(config).run)
+    client = Client(config)
+    if config.firewall is None and not config.lan:
+        log.warning(
+            "the whole IPv6 Internet reaches this machine at the address that it gets; `firewall = yes` in %s lets in only answers, and"
+            " `open` there what is named",
+            config.file,
+        )
+    run_until_signalled(client.run)
 
 
 def keygen_command(options: argparse.Namespace) -> None:
