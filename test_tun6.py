@@ -3539,7 +3539,9 @@ def test_a_hook_has_no_signals_blocked(tmp_path: Path, caplog: pytest.LogCapture
     caplog.set_level(logging.INFO)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the thread inherits this
     try:
-        hooks = tun6.Hooks(python_hook(tmp_path, "print(*[line for line in open('/proc/self/status') if line.startswith('SigBlk')])"))
+        hooks = tun6.Hooks(
+            python_hook(tmp_path, "print(*[line for line in open('/proc/self/status') if line.startswith('SigBlk')], end='')")
+        )
         hooks.run("up", "a")
         hooks.close()
     finally:
