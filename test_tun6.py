@@ -3474,20 +3474,22 @@ def test_a_hook_gets_values_in_a_clean_environment(
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("SECRET", "not for hooks")
     id_ = "$(touch /tmp/x); \"'*` é\u6c34"
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the new threads inherit this
     near, far = socket.socketpair()
+    far.sendall(b"for tun6 itself")
+    own = os.dup(0)
+    os.dup2(near.fileno(), 0)
     near.set_inheritable(True)
     commands = (
         "/usr/bin/env | sort > $OUT",
         "echo at $(pwd)",
         "wc -c",
-        "grep -E 'SigBlk|SigIgn' /proc/self/status",
         "ls /proc/self/fd",
         "exit 0",
     )
     with near, far, hooks_of(*commands, folder=tmp_path) as hooks:
         hooks.run("session-up", id_, prefix=POOL, peer="a\nb\0c")
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    os.dup2(own, 0)
+    os.close(own)
     values = dict(line.split("=", 1) for line in told(tmp_path))
     assert {name: value for name, value in values.items() if name.startswith("TUN6_")} == {
         **{"TUN6_EVENT": "session-up", "TUN6_ID": id_, "TUN6_PREFIX": str(POOL), "TUN6_PEER": "a?b?c"},
@@ -3497,8 +3499,7 @@ def test_a_hook_gets_values_in_a_clean_environment(
     output = [message.rpartition(": ")[2] for message in caplog.messages]
     assert all(message.startswith(f"hook for session-up of {id_!r}: ") for message in caplog.messages)
     assert output[:2] == ["at /", "0"]  # and nothing to read
-    assert output[2:4] == ["0" * 16] * 2  # no signals blocked or ignored
-    assert output[4:] == ["0", "1", "2", "3"]  # 3 is the folder that `ls` reads
+    assert output[2:] == ["0", "1", "2", "3"]  # 3 is the folder that `ls` reads
 
 
 @pytest.mark.parametrize(
@@ -3541,6 +3542,38 @@ def test_a_hook_that_fails_is_one_warning(
         assert "hook for up of 'a': ..., the rest of its output is left out" in caplog.messages
     for pid in told(tmp_path):
         assert becomes_true(lambda pid=pid: not processes_named(f"/proc/{pid}", "sleep"), 3), "its child lives on"  # type: ignore[misc]
+
+
+def python_hook(folder: Path, *lines: str) -> str:
+    """A hook without a shell, which would change its signals."""
+    path = folder / "python-hook"
+    path.write_text("\n".join([f"#!{sys.executable}", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_hook_has_no_signals_blocked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the thread inherits this
+    try:
+        hooks = tun6.Hooks(
+            python_hook(tmp_path, "print(*[line for line in open('/proc/self/status') if line.startswith('SigBlk')], end='')")
+        )
+        hooks.run("up", "a")
+        hooks.close()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert [message.split()[-1] for message in caplog.messages] == ["0" * 16]
+
+
+def test_a_hook_that_writes_without_end_is_slowed_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tun6, "HOOK_S", 1.0)
+    count = tmp_path / "count"
+    writes = ("    os.write(1, bytes(1 << 16))", "    file.write(b'.')")
+    hooks = tun6.Hooks(python_hook(tmp_path, "import os", f"file = open({str(count)!r}, 'wb', 0)", "while True:", *writes))
+    hooks.run("up", "a")
+    hooks.close()
+    assert 1 <= count.stat().st_size <= 1.5 / tun6.HOOK_READ_S
 
 
 def processes_named(process: str, name: str) -> bool:
@@ -3713,6 +3746,28 @@ def test_the_proxy_answers_for_prefixes_with_a_session_up_to_its_rates() -> None
         assert not proxy._answers_for(prefixes[18][1])
 
 
+@pytest.mark.parametrize("pool", ["2001:db8:1::/56", "2001:db0::/28", "2001:db8:1:2::/64", "2001:db8:1::/48"])
+def test_the_kernel_passes_only_solicitations_for_the_pool(pool: str) -> None:
+    network = IPv6Network(pool)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with near, far:
+        near.setblocking(False)
+        tun6.attach_filter(cast(Any, near), neighbour_proxy(network)._filter())
+
+        def passes(data: bytes) -> bool:
+            far.send(data)
+            with suppress(BlockingIOError):
+                return near.recv(2000) == data
+            return False
+
+        inside = network[0], network[1], network.broadcast_address
+        outside = network[0] - 1, network.broadcast_address + 1
+        assert [passes(solicitation(target)) for target in (*inside, *outside)] == [True] * 3 + [False] * 2
+        good = solicitation(network[1])
+        others = good[:6] + b"\0" + good[7:], good[:7] + b"\xfe" + good[8:], good[:40] + b"\x88" + good[41:], good[:40], packet()
+        assert not any(passes(other) for other in others)
+
+
 def test_the_proxy_leaves_addresses_and_networks_of_this_machine_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = subnet(3)
     lines = [(prefix[1], 128, "lo"), (prefix[0x10_0000_0001], 112, "eth0"), (POOL[5], POOL.prefixlen, "eth1"), (ROUTER, 64, "eth1")]
@@ -3724,6 +3779,17 @@ def test_the_proxy_leaves_addresses_and_networks_of_this_machine_to_the_kernel(m
         proxy.add(each)
     ours = (prefix[1], prefix[0x10_0000_0002], POOL[5])
     assert [proxy._answers_for(target) for target in (*ours, prefix[2], POOL[6])] == [False] * 3 + [True] * 2
+
+
+def test_however_many_solicitations_come_the_event_loop_goes_on() -> None:
+    proxy, sock = neighbour_proxy(), mock.MagicMock()
+    sock.__enter__.return_value.recvfrom.side_effect = [(GOOD, ("lo", 0, 0, 0, LINK_ADDRESS))] * 100_000  # there is always one more
+    with mock.patch.object(proxy, "_open", lambda: sock):
+        work, began = spawn(proxy.run), time.monotonic()
+        gevent.sleep(0.1)
+        seconds, read = time.monotonic() - began, sock.__enter__.return_value.recvfrom.call_count
+        work.kill()
+    assert 0 < read <= tun6.SOLICITATIONS_AT_ONCE * (seconds / tun6.SOLICITATIONS_PAUSE_S + 2)
 
 
 def test_ndp_needs_an_interface_that_can_have_neighbours() -> None:
@@ -5138,7 +5204,10 @@ def test_hooks_hear_of_each_session_and_packets_do_not_wait_for_them(lab: Lab, t
     for folder in sides.values():
         folder.mkdir()
     values = 'echo "$TUN6_EVENT|$TUN6_ID|$TUN6_PREFIX|$TUN6_OLD_PREFIX|$TUN6_DEVICE|$TUN6_PEER|$TUN6_REASON" >> $OUT'
-    slow = hook_file(sides["server"], values, f"[ $TUN6_EVENT = session-down ] || while [ -e {tmp_path}/busy ]; do sleep 0.05; done")
+    at_the_end = '[ "$TUN6_REASON" != "the server stops" ] || sleep 0.5'
+    slow = hook_file(
+        sides["server"], at_the_end, values, f"[ $TUN6_EVENT = session-down ] || while [ -e {tmp_path}/busy ]; do sleep 0.05; done"
+    )
     (tmp_path / "busy").touch()
     server = tunnel.server(hook=slow)
     client = tunnel.client(id="pi", hook=hook_file(sides["client"], values))
@@ -5215,12 +5284,13 @@ class Neighbour(SocketOwner):
         self.sock.sendto(solicitation(target, source), ("eth7", 0x86DD, 0, 0, b"\x33\x33" + group[12:]))
 
     def advertisements(self, last: IPv6Address) -> list[Any]:
-        """Those that come until the last target is answered, which this asks for."""
+        """Those that come until the last target is answered, which this asks for; each with the kind of its MAC address (packet(7))."""
         self.solicit(last)
         found: list[Any] = []
         while not found or found[-1][2] != last:
-            answer = advertisement(self.sock.recv(2000))
-            found += [answer] if answer else []
+            data, sender = self.sock.recvfrom(2000)
+            answer = advertisement(data)
+            found += [(*answer, sender[2])] if answer else []
         return found
 
 
@@ -5250,36 +5320,50 @@ def test_a_range_that_is_only_on_the_link_works_by_answers_to_solicitations(lab:
                 answers = neighbour.advertisements(prefix[2])
             options = b"\2\1" + bytes.fromhex(mac.replace(":", ""))
             assert [answer for answer in answers if answer[1] in (ROUTER, ALL_NODES)] == [  # the others are for the Internet's kernel
-                (of_the_link, ALL_NODES, prefix[0xDAD], 0x80, options),
-                (of_the_link, ROUTER, prefix[2], 0xC0, options),
+                (of_the_link, ALL_NODES, prefix[0xDAD], 0x80, options, 2),
+                (of_the_link, ROUTER, prefix[2], 0xC0, options, 0),
             ]
+            with tunnel.peer("another") as peer:
+                peer.connected()
+                tunnel._programs[-1].stop()
+                server.wait_for("'pi' from .*: gone")
+                neighbour.solicit(prefix[3])
+                assert prefix[3] not in [answer[2] for answer in neighbour.advertisements(peer.prefix[1])]
 
 
-def test_a_flood_of_solicitations_costs_little_and_an_uplink_may_go_and_come_back(lab: Lab, tunnel: Tunnel) -> None:
-    with on_link(lab, tunnel.pool):
+def test_a_flood_of_solicitations_costs_little_and_an_uplink_may_go_and_come_back(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    is_multicast_for_all = "test $(($(cat /sys/class/net/eth7/flags) & 0x200)) != 0"  # IFF_ALLMULTI, linux/if.h: an Ethernet card needs it
+    with on_link(lab, tunnel.pool), tun6_with(tmp_path, "tun6.UPLINK_RETRY_S = 0.1"):
+        assert lab.run("server", "sh", "-c", is_multicast_for_all).returncode == 1
         server = tunnel.server(ndp="eth7")
+        server.wait_for("neighbours on eth7 are told")
+        assert lab.run("server", "sh", "-c", is_multicast_for_all).returncode == 0
         prefix = tunnel.client().prefix()
+        packets = [solicitation(base[number]) for number in range(1000, 1500) for base in (prefix, prefix_of_pool(tunnel, 9))]
         with Neighbour(lab) as neighbour:
-            began, used, targets = time.monotonic(), cpu_s(server), itertools.count(1000)
+            began, used, sent = time.monotonic(), cpu_s(server), 0
             while time.monotonic() - began < 2:
-                neighbour.solicit(prefix[next(targets)])
-                neighbour.solicit(IPv6Address(int(POOL[0]) + next(targets)))
+                for data in packets:
+                    with suppress(BlockingIOError, InterruptedError):
+                        neighbour.sock.sendto(data, ("eth7", 0x86DD, 0, 0, b"\x33\x33\xff\0\0\1"))
+                sent += len(packets)
             used, seconds = cpu_s(server) - used, time.monotonic() - began
             ping(lab, "client", count=2)
-            answers = []
+            answers = 0
             neighbour.sock.settimeout(0.5)
             with suppress(TimeoutError, socket.timeout):
                 while True:
-                    answers.append(advertisement(neighbour.sock.recv(2000)))
-            number, sent = sum(map(bool, answers)), next(targets) - 1000
-            assert sent > 4000 and 100 <= number <= tun6.ADVERTISEMENTS_OF_PREFIX_MAX * (seconds + 2), (sent, number)
+                    answers += advertisement(neighbour.sock.recv(2000)) is not None
+            assert sent > 5000 and 50 <= answers <= tun6.ADVERTISEMENTS_OF_PREFIX_MAX * (seconds + 2), (sent, answers)
             assert used < 0.4 * seconds, (used, sent)
         wait_until("it answers again", lambda: lab.pings("internet", str(prefix[1])))
-    server.said("ndp = eth7: Network is down; nobody there can reach clients until that changes", 1)
+        lab.ip("server", "link set eth7 down")
+        server.wait_for("ndp = eth7: Network is down; nobody there can reach clients until that changes")
+        time.sleep(0.5)  # several attempts
     with on_link(lab, tunnel.pool):
-        server.wait_for("neighbours on eth7 are told", 2)
+        server.said("neighbours on eth7 are told", 2)
         wait_until("it answers again", lambda: lab.pings("internet", str(prefix[1])))
-    server.said("nobody there can reach clients", 2)
+    server.said("nobody there can reach clients", 2)  # once for each time it was gone
 
 
 @contextmanager
