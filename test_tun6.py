@@ -8403,47 +8403,179 @@ def test_the_round_trip_to_the_program_tells_a_lan_from_a_real_link(
 
 
 @contextmanager
-def small_link(lab: Lab, mtu: int = 1400) -> Iterator[None]:
-    """The link between NAT and server takes only small packets, and nobody says so."""
-    table = "table inet silent { chain out { type filter hook output priority 0; icmp type destination-unreachable drop; }; }"
-    lab.ip("nat", f"link set eth0 mtu {mtu}")
-    lab.run("nat", "nft", table)
-    try:
+def silent_path(lab: Lab, *rules: str, mtu: int = 1500) -> Iterator[None]:
+    """The NAT, or its link to the server with this MTU, loses what is larger than it takes, and nobody says so.
+
+    The rules are of nftables, of its chain forward, where "up" stands for what goes to the server, and "down" for what comes.
+    """
+    large = "; ".join(rule.replace("up", "oifname eth0").replace("down", "iifname eth0") for rule in rules)
+    silent = "chain out { type filter hook output priority 0; icmp type destination-unreachable drop; }"
+    table = f"table inet silent {{ {silent}; chain on {{ type filter hook forward priority 0; {large}; }}; }}"
+    ends = ("client", "server")
+    with ExitStack() as undo:
+        for host in ends:
+            (link,) = json.loads(lab.ip(host, "-d -j link show dev eth0"))
+            undo.callback(lab.ip, host, f"link set eth0 gso_max_segs {link['gso_max_segs']}")
+            lab.ip(host, "link set eth0 gso_max_segs 1")  # otherwise the NAT gets many segments as one packet
+            undo.callback(lab.ip, host, "route flush cache")
+            lab.ip(host, "route flush cache")
+        undo.callback(lab.ip, "nat", "link set eth0 mtu 1500")
+        lab.ip("nat", f"link set eth0 mtu {mtu}")
+        done = lab.run("nat", "nft", table)
+        assert not done.returncode, done.stderr
+        undo.callback(lab.run, "nat", "nft", "delete table inet silent")
         yield
-    finally:
-        lab.run("nat", "nft", "delete table inet silent")
-        lab.ip("nat", "link set eth0 mtu 1500")
 
 
-def test_an_upload_over_a_path_where_large_packets_vanish_passes_within_ten_seconds(lab: Lab, tunnel: Tunnel) -> None:
-    server = tunnel.server()
-    with small_link(lab):
+UP, DOWN = "up ip length > 1300 drop", "down ip length > 1300 drop"
+STALL_MAX_S = 10  # the issue: within that time traffic passes
+VANISH = "WARNING large packets to .* vanish on the path: from now on it gets none above (1280|576) bytes"
+
+
+def timed_transfer(lab: Lab, way: str, prefix: IPv6Network, size: int = 256 << 10) -> float:
+    """Moves so many bytes "up" to the Internet or "down" from there. Gives the seconds that it took."""
+    began = time.monotonic()
+    ends = ("client", "internet", Lab.INTERNET) if way == "up" else ("internet", "client", str(prefix[1]))
+    transfer(lab, *ends, size)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("rules", "mtu", "stalls"),
+    [
+        ((UP,), 1500, {"up": "client"}),
+        ((DOWN,), 1500, {"down": "server"}),
+        ((UP, DOWN), 1500, {"down": "server", "up": "client"}),
+        ((), 1400, {"up": "client"}),
+    ],
+    ids=["upload", "download", "both", "routers fragment"],
+)
+def test_where_large_packets_vanish_traffic_passes_within_ten_seconds_and_then_without_a_stall(
+    lab: Lab, tunnel: Tunnel, server: Program, rules: tuple[str, ...], mtu: int, stalls: dict[str, str]
+) -> None:
+    client = tunnel.client()
+    prefix = client.prefix()
+    ping(lab, "client")
+    programs = {"client": client, "server": server}
+    with silent_path(lab, *rules, mtu=mtu):
+        for way, role in stalls.items():
+            assert 1 < timed_transfer(lab, way, prefix) < STALL_MAX_S
+            programs[role].said(VANISH, 1)
+            assert timed_transfer(lab, way, prefix) < 1
+        assert len(re.findall(": has ", client.log())) == 1
+        if len(rules) == 1:  # the other end begins anew, and the kernels have forgotten
+            for host in programs:
+                lab.ip(host, "route flush cache")
+            other = programs["server" if role == "client" else "client"]
+            other.stop()
+            other.start()
+            client.prefix(2)
+            assert timed_transfer(lab, way, prefix) < 1
+            programs[role].said(VANISH, 1)
+
+
+def test_without_the_right_to_tell_the_kernel_routers_may_fragment(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, "def refuse(*_): raise PermissionError", "tun6.set_path_mtu = refuse"):
         client = tunnel.client()
-        client.prefix()
-        ping(lab, "client")
-        began = time.monotonic()
-        transfer(lab, "client", "internet", Lab.INTERNET, 1 << 20)
-        assert time.monotonic() - began < 10
-        client.said("WARNING the server does not get what is sent, perhaps large packets vanish on the path", 1)
-        server.stop()
-        tunnel.server()
-        client.prefix(2)
-        transfer(lab, "client", "internet", Lab.INTERNET, 1 << 20)
-        client.said("WARNING the server does not get what is sent", 1)  # it is remembered
+    prefix = client.prefix()
+    with silent_path(lab, mtu=1400):
+        assert timed_transfer(lab, "up", prefix) < STALL_MAX_S
+    client.said("WARNING the server does not get what is sent, perhaps .*: routers may fragment them now", 1)
+
+
+def test_what_the_kernel_forgets_of_the_path_is_renewed(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, "tun6.MTU_RENEWAL_S = 1.0"):
+        client = tunnel.client()
+    prefix = client.prefix()
+    with sysctl(lab, "client", "net.ipv4.route.mtu_expires", "3"), silent_path(lab, UP):
+        timed_transfer(lab, "up", prefix)
+        client.said(VANISH, 1)
+        time.sleep(4)
+        assert timed_transfer(lab, "up", prefix) < 1
+        client.stop()
+
+
+def test_a_tls_handshake_passes_where_large_packets_vanish(lab: Lab, site: Site) -> None:
+    key = site.issue("a")
+    server = site.serve()
+    with silent_path(lab, UP.replace("1300", "600"), DOWN.replace("1300", "600")):
+        client = site.client("a", key)
+        client.prefix(1, STALL_MAX_S)
+        server.said(VANISH, 1)
+        assert "no connection" not in client.log()
+
+
+def test_a_legacy_peer_is_helped_as_far_as_that_is_possible(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    server = tunnel.server()
+    with silent_path(lab, DOWN), LegacyClient(lab, tunnel) as old:
+        assert timed_transfer(lab, "down", old.prefix) < STALL_MAX_S
+        server.said(VANISH, 1)
+    server.stop()
+    with silent_path(lab, DOWN), LegacyServer(lab, tunnel), tun6_with(tmp_path, QUICK_PROBES):
+        client = tunnel.client()
+        client.wait_for("DEBUG the path answers")
+        with tcp_between(lab, "internet", "client", str(client.prefix()[1])) as (sender, receiver):
+            sender.sendall(bytes(100_000))
+            client.wait_for("no sign of life for 3 s")
+            client.prefix(2)
+            client.said("WARNING perhaps large packets from the server vanish on the path: it is asked for segments of 1220 bytes", 1)
+            assert len(receiver.makefile("rb").read(100_000)) == 100_000
+
+
+@contextmanager
+def loaded(lab: Lab, prefix: IPv6Network, size: int) -> Iterator[None]:
+    """Meanwhile two connections move so many bytes through the tunnel, one each way; all must arrive by the end, but not in a hurry."""
+    ends = [("client", "internet", Lab.INTERNET), ("internet", "client", str(prefix[1]))]
+    with ExitStack() as undo:
+        pairs = [undo.enter_context(tcp_between(lab, *each)) for each in ends]
+        threads = undo.enter_context(ThreadPoolExecutor())
+        for sock in chain(*pairs):
+            sock.settimeout(60)
+        sent = [threads.submit(sender.sendall, bytes(size)) for sender, _ in pairs]
+        arrived = [threads.submit(lambda end=receiver: len(end.makefile("rb").read(size))) for _, receiver in pairs]  # type: ignore[misc]
+        yield
+        assert [work.result(60) for work in arrived] == [size, size]
+        for done in sent:
+            done.result(1)
+
+
+@contextmanager
+def slow_link(lab: Lab) -> Iterator[None]:
+    """The NAT's links carry 8 Mbit/s each way, behind a buffer of a second."""
+    with ExitStack() as undo:
+        for device in ("eth0", "eth1"):
+            undo.callback(lab.run, "nat", "tc", "qdisc", "del", "dev", device, "root")
+            done = lab.run("nat", *f"tc qdisc add dev {device} root tbf rate 8mbit burst 10k latency 1s".split())
+            assert not done.returncode, done.stderr
+        yield
+
+
+def test_a_path_that_is_dead_for_twenty_seconds_slow_or_lossy_costs_neither_session_nor_size(
+    lab: Lab, tunnel: Tunnel, server: Program
+) -> None:
+    client = tunnel.client()
+    prefix = client.prefix()
+    ping(lab, "client")
+    with loaded(lab, prefix, 8 << 20), silent_path(lab, "up drop", "down drop"):
+        time.sleep(20)
+    with slow_link(lab), loaded(lab, prefix, 2 << 20):
+        pass
+    with silent_path(lab, "numgen random mod 100 < 5 drop"):
+        for way in ("up", "down"):
+            timed_transfer(lab, way, prefix, 64 << 10)
+    assert len(re.findall(": has ", client.log())) == 1
+    assert "large packets" not in client.log() + server.log()
+    for host, address in (("client", Lab.SERVER), ("server", "10.9.0.2")):
+        assert "mtu" not in lab.ip(host, f"route get {address}")
 
 
 def test_with_mss_set_both_directions_pass_where_large_packets_vanish(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(mss=1220)
     prefix = client.prefix()
-    with small_link(lab):
-        large = "type filter hook {} priority 0; ip length > 1400 drop;"
-        lab.run("server", "nft", f"table inet drop {{ chain in {{ {large.format('input')} }}; chain out {{ {large.format('output')} }}; }}")
-        try:
-            transfer(lab, "client", "internet", Lab.INTERNET, 1 << 20)
-            transfer(lab, "internet", "client", str(prefix[1]), 1 << 20)
-        finally:
-            lab.run("server", "nft", "delete table inet drop")
-    assert "does not get what is sent" not in client.log() + server.log()
+    with silent_path(lab, UP, DOWN):
+        for way in ("up", "down"):
+            assert timed_transfer(lab, way, prefix) < 1
+    assert "large packets" not in client.log() + server.log()
 
 
 def test_what_a_manager_strips_from_the_client_is_put_back_in_place(lab: Lab, tunnel: Tunnel, server: Program) -> None:

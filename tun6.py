@@ -33,7 +33,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     network plans                the commands for `ip`, as pairs of do and undo (pure)
     storage                      GroupCommit, JsonFile, AssignmentStore, KeyStore
     kernel                       Kernel (runs `ip`), Tun, DeviceMonitor (netlink), default_id, find_dropping_chains (runs `nft`)
-    connections                  Stream, TlsStream, TCP options, congestion control, PacedWriter
+    connections                  Stream, TlsStream, TCP options, PathMtu, MtuMonitor, congestion control, PacedWriter
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
     session                      PathMonitor, Session: one connection, one TUN, two pumps
     hooks                        Hooks: the operator's program, run when sessions begin and end
@@ -170,6 +170,10 @@ class SessionError(Tun6Error):
 
 class ProtocolError(SessionError):
     """The peer broke a rule of the wire. Ends the session, as a stream of frames cannot be resynchronised."""
+
+
+class PeerSilent(SessionError):
+    """Nothing comes from the peer any more, not even an answer to probes."""
 
 
 class OffloadRefused(SessionError):
@@ -1946,7 +1950,13 @@ USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledge
 TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
 SIOCOUTQ, SIOCOUTQNSD = termios.TIOCOUTQ, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
 IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
-STALLED_RETRANSMITS = 3  # of one segment, after which it may be too large for the path
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_SEND_QUEUE = 19, 20, 21, 2  # linux/tcp.h
+ICMP_DEST_UNREACH, ICMP_HOST_UNREACH, ICMP_FRAG_NEEDED = 3, 1, 4  # linux/icmp.h
+PATH_MTUS = 1280, 576  # bytes, tried in turn where large packets vanish: IPv6's minimum, which most paths take, and IPv4's (RFC 1122)
+JIFFIES_S = 0.02  # two units in which most of the kernel's times of TCP are measured
+MTU_CHECK_S = 1.0  # between two looks at all connections
+MTU_RENEWAL_S = 240.0  # between two renewals of what the kernel forgets after 600 s (net.ipv4.route.mtu_expires)
+MTU_HOSTS_MAX = 1024  # hosts whose path's MTU is remembered
 LEGACY_READ_TIME_S = 0.2  # for a legacy client to read the answer, once its kernel has it, before the first frame follows
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs neither BBR nor a paced writer
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
@@ -2194,9 +2204,188 @@ def read_tcp_info(sock: socket.socket, kind: str, at: int) -> int:
     return cast(int, struct.unpack_from(kind, info.ljust(256, b"\0"), at)[0])
 
 
-def allow_fragmentation(sock: socket.socket) -> None:
-    """Lets routers fragment what this connection sends: on some paths nobody says that a packet was too large (RFC 2923)."""
-    sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+def internet_checksum(data: bytes) -> int:
+    """Returns the checksum of these bytes, whose number is even: RFC 1071."""
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return ~(total + (total >> 16)) & 0xFFFF
+
+
+def probe_window(sock: socket.socket) -> tuple[int, int]:
+    """Sends an empty segment, which the peer's kernel answers. Raises OSError.
+
+    Returns sequence numbers: of the first byte that is not acknowledged, and of the first that was not sent. The kernel sends the
+    segment when the repair of a socket ends, tcp_send_window_probe.
+    """
+    reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+        end = sock.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ)
+    finally:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)  # it has cleared that, and no new server could take the port
+    sequence = []
+    for request in (SIOCOUTQ, SIOCOUTQNSD):
+        waiting = bytearray(4)
+        fcntl.ioctl(sock.fileno(), request, waiting)
+        sequence.append((end - int.from_bytes(waiting, sys.byteorder)) % 2**32)
+    return sequence[0], sequence[1]
+
+
+def report_unreachable(sock: socket.socket, code: int, sequence: int, mtu: int = 0) -> None:
+    """Tells our kernel, as a router would with ICMP, that a segment of this connection did not arrive. Raises OSError.
+
+    No socket option does to a live connection what the kernel does then. ICMP_HOST_UNREACH, for the first byte that is not
+    acknowledged: the timeout after which that is sent again is halved (RFC 6069). ICMP_FRAG_NEEDED, for a byte that is on the way:
+    all that is larger than the MTU is sent again at once, smaller, and the MTU holds for that host for ten minutes (RFC 1191).
+    """
+    (host, port), (peer_host, peer_port) = sock.getsockname(), sock.getpeername()
+    ends = socket.inet_aton(host) + socket.inet_aton(peer_host)
+    quoted = struct.pack(">BBHHHBBH8s", 0x45, 0, 1500, 0, 0x4000, 64, socket.IPPROTO_TCP, 0, ends)  # an IPv4 header
+    quoted += struct.pack(">HHI", port, peer_port, sequence)
+    head = struct.pack(">BBHHH", ICMP_DEST_UNREACH, code, 0, 0, mtu)
+    message = head[:2] + struct.pack(">H", internet_checksum(head + quoted)) + head[4:] + quoted
+    with system_socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+        raw.sendto(message, socket.MSG_DONTWAIT, (host, 0))
+
+
+def set_path_mtu(sock: socket.socket, mtu: int) -> None:
+    """Sets the largest packet, in bytes, that the path of this connection takes. Raises OSError."""
+    report_unreachable(sock, ICMP_FRAG_NEEDED, probe_window(sock)[1], mtu)
+
+
+@dataclass
+class Stall:
+    """What is known while one segment is sent again and again."""
+
+    sequence: int  # number of its first byte
+    asked: float  # when the last empty segment left
+    passed: int | None = None  # how often the segment had been sent again when an empty one was answered first
+    failed: float = math.inf  # when the segment was found to be sent once more since, or the kernel was told an MTU
+    mtu: int | None = None  # that the kernel was told since
+
+
+class PathMtu:
+    """What one connection may send: smaller packets, where large ones vanish and nobody says so (RFC 2923).
+
+    That is so when a segment was sent once more in vain although, before that and after it, empty ones were answered. On a dead path
+    none is answered.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str, mtu: int | None = None) -> None:
+        """`peer` is for the log. `mtu` is that of the path, when it was found by an earlier connection."""
+        self.mtu = mtu  # None: as the kernel has it
+        self._sock, self._peer = sock, peer
+        self._told = -math.inf  # when the kernel was told that
+        self._stall: Stall | None = None
+        self._fragments = False  # whether routers may fragment what it sends
+
+    def check(self, now: float) -> bool:
+        """Looks for a stall, and tries smaller packets. Returns whether `mtu` has just been found. Raises OSError."""
+        before = self.mtu
+        retransmits = read_tcp_info(self._sock, "B", 2)  # tcpi_retransmits: of one segment, by timeouts
+        if retransmits and not self._fragments:
+            try:
+                self._follow(retransmits, now)
+            except PermissionError:
+                self._allow_fragmentation()
+        elif not retransmits:
+            self._end_stall(now)
+            if self.mtu and now - self._told >= MTU_RENEWAL_S:
+                self._told = now
+                set_path_mtu(self._sock, self.mtu)
+        return self.mtu != before
+
+    def _end_stall(self, now: float) -> None:
+        """Takes note of progress, and of what has brought it."""
+        stall, self._stall = self._stall, None
+        if stall and stall.mtu:
+            self.mtu, self._told = stall.mtu, now
+            log.warning("large packets to %s vanish on the path: from now on it gets none above %d bytes", self._peer, self.mtu)
+
+    def _follow(self, retransmits: int, now: float) -> None:
+        """Goes on with a stall: one step of asking, sending again, and trying a smaller MTU, as long as all is answered but the segment."""
+        wait = MTU_CHECK_S / 2 + 2 * read_tcp_info(self._sock, "I", 68) / 1e6  # tcpi_rtt
+        heard = now - read_tcp_info(self._sock, "I", 56) / 1e3 + JIFFIES_S  # tcpi_last_ack_recv
+        answered = self._stall is not None and heard > self._stall.asked
+        if self._stall and not answered and now - self._stall.asked < wait:
+            return
+        sequence, _ = probe_window(self._sock)
+        if self._stall and sequence != self._stall.sequence:
+            self._end_stall(now)
+        stall = self._stall
+        if stall is None or not answered:
+            self._stall = Stall(sequence, now)
+            return
+        stall.asked = now
+        if stall.passed is None:
+            stall.passed = retransmits
+            retransmits = self._send_again(retransmits, sequence)
+        if stall.failed == math.inf:
+            stall.failed = now if retransmits > stall.passed else math.inf
+        elif now - stall.failed >= wait:
+            self._try_smaller(stall, now)
+
+    def _send_again(self, retransmits: int, sequence: int) -> int:
+        """Sends the segment again now, which the kernel would do some seconds later. Returns the number of retransmissions then."""
+        before = retransmits
+        for _ in range(before):
+            if retransmits == before:
+                report_unreachable(self._sock, ICMP_HOST_UNREACH, sequence)
+                retransmits = read_tcp_info(self._sock, "B", 2)
+        return retransmits
+
+    def _try_smaller(self, stall: Stall, now: float) -> None:
+        mtu = read_tcp_info(self._sock, "I", 60)  # tcpi_pmtu
+        smaller = next((size for size in PATH_MTUS if size < mtu), None)
+        if smaller is None or smaller == stall.mtu:  # no smaller one helps, or the kernel does not take it
+            stall.mtu = None
+            self._allow_fragmentation()
+        else:
+            stall.mtu, stall.failed = smaller, now
+            set_path_mtu(self._sock, smaller)
+
+    def _allow_fragmentation(self) -> None:
+        self._fragments = True
+        self._sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        log.warning("%s does not get what is sent, perhaps large packets vanish on the path: routers may fragment them now", self._peer)
+
+
+class MtuMonitor:
+    """Looks at the PathMtu of each connection again and again, and remembers what was found for the hosts."""
+
+    def __init__(self) -> None:
+        self._paths: dict[PathMtu, str] = {}
+        self.found: dict[str, int] = {}  # MTUs in bytes, by the IPv4 address of the peer
+
+    @contextmanager
+    def watch(self, sock: socket.socket, peer: str, mtu: int | None = None) -> Iterator[None]:
+        """Monitors a connection meanwhile, as PathMtu has it. Raises OSError when it has ended."""
+        host = sock.getpeername()[0]
+        path = PathMtu(sock, peer, mtu)
+        self._paths[path] = host
+        try:
+            self._check(path, host)
+            yield
+        finally:
+            del self._paths[path]
+
+    def run(self) -> NoReturn:
+        """Monitors until it is killed."""
+        while True:
+            gevent.sleep(MTU_CHECK_S)
+            for count, (path, host) in enumerate(list(self._paths.items())):
+                self._check(path, host)
+                if count % BATCH_FRAMES == BATCH_FRAMES - 1:
+                    gevent.sleep()
+
+    def _check(self, path: PathMtu, host: str) -> None:
+        with suppress(OSError):  # the connection has just ended
+            if path.check(time.monotonic()) and path.mtu:
+                self.found[host] = path.mtu
+                if len(self.found) > MTU_HOSTS_MAX:
+                    del self.found[next(iter(self.found))]
 
 
 class CongestionControls(NamedTuple):
@@ -2274,16 +2463,19 @@ def receive_message(stream: Stream) -> tuple[dict[str, Any], bytes]:
             return found
 
 
+def is_unacknowledged(sock: socket.socket) -> bool:
+    """Returns whether the peer's kernel lacks anything that was sent. Raises OSError."""
+    unacknowledged = bytearray(4)
+    fcntl.ioctl(sock.fileno(), SIOCOUTQ, unacknowledged)
+    return any(unacknowledged)
+
+
 def wait_until_answer_is_read(sock: socket.socket) -> None:
     """Returns when the peer's kernel has what we sent, and its program, which waits for it, has had time to read it.
 
     A legacy client takes whatever its first recv returns as the answer: by then the first frame must not have arrived.
     """
-    unacknowledged = bytearray(4)
-    while True:
-        fcntl.ioctl(sock.fileno(), SIOCOUTQ, unacknowledged)
-        if not any(unacknowledged):
-            break
+    while is_unacknowledged(sock):
         gevent.sleep(0.01)
     gevent.sleep(LEGACY_READ_TIME_S)
 
@@ -2603,11 +2795,10 @@ class PathMonitor:
 
     def _check(self, number: int, session: Session, path: PeerPath) -> None:
         now = time.monotonic()
-        session.check_stall()
         if session.traffic.received != path.received:
             path.received, path.heard = session.traffic.received, now
         elif path.answers and now - path.heard >= DEAD_PATH_S:
-            session.close(SessionError(f"no sign of life for {DEAD_PATH_S:.0f} s"))
+            session.close(PeerSilent(f"no sign of life for {DEAD_PATH_S:.0f} s"))
         elif now - max(path.heard, path.asked) >= PROBE_AFTER_S:
             self._probe(number, path)
 
@@ -2657,8 +2848,6 @@ class Session:
         self.traffic = TrafficCounters()
         self.lan = False  # whether the connection was taken for one over a LAN, by its round trip
         self._pace: Callable[[], None] = lambda: None  # set by `run`
-        self.fragments = False  # whether routers may fragment what it sends
-        self._sock: socket.socket | None = None
         self.started = time.monotonic()
         self._end: gevent.event.AsyncResult = gevent.event.AsyncResult()
 
@@ -2692,7 +2881,7 @@ class Session:
         accepts, None for a legacy peer; `trailing` are the bytes behind its message.
         """
         bare = gso_kinds is None
-        sock = self._sock = stream.sock
+        sock = stream.sock
         self.refused = ingress_filter.refused
         lan = choose_congestion_control(sock, congestion)
         write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
@@ -2726,13 +2915,6 @@ class Session:
         """From now on treats the connection as one over a real link, whatever its round trip is."""
         self.lan = False
         self._pace()
-
-    def check_stall(self) -> None:
-        """Allows fragmentation when a segment was sent again and again."""
-        if self._sock and not self.fragments and read_tcp_info(self._sock, "B", 2) >= STALLED_RETRANSMITS:  # tcpi_retransmits
-            self.fragments = True
-            allow_fragmentation(self._sock)
-            log.warning("%s does not get what is sent, perhaps large packets vanish on the path: they may be fragmented now", self.peer)
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
         try:
@@ -3251,6 +3433,7 @@ class Server:
         self._paths = PathMonitor()
         self._lacks_address = False  # whether this machine has no address that is routed
         self._own: tuple[IPv6Network, list[Step]] | None = None  # the prefix of the server itself, by whose address lo has one
+        self._mtus = MtuMonitor()
         self._new_ids = TokenBucket(config.new_ids_per_hour, 3600)
         self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
         self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
@@ -3281,7 +3464,7 @@ class Server:
             self._monitor.watch("lo", lambda *_: self._restore(route))
             devices, is_on = self._config.tun.replace("%d", "*"), read_sysctl("net.ipv6.conf.all.forwarding") == "1"  # else it was said
             forwarding = functools.partial(watch_forwarding, devices, lambda: self._config.prefixrange, "clients", is_on)
-            for work in (self._monitor.run, self._paths.run, trim_heap, forwarding, self._watch_address):
+            for work in (self._monitor.run, self._paths.run, self._mtus.run, trim_heap, forwarding, self._watch_address):
                 undo.callback(gevent.spawn(work).kill)
             if self._proxy:
                 undo.callback(gevent.spawn(self._proxy.run).kill)
@@ -3411,12 +3594,13 @@ class Server:
         with sock:
             try:
                 set_tcp_options(sock)
-                with gevent.Timeout(HANDSHAKE_S):
-                    stream = self._open_stream(sock)
-                    message, trailing = receive_message(stream)
-                hello = parse_hello(message)
-                self._check_key(hello, stream)
-                self._serve_client(stream, peer, hello, trailing)
+                with self._mtus.watch(sock, peer, self._mtus.found.get(sock.getpeername()[0])):
+                    with gevent.Timeout(HANDSHAKE_S):
+                        stream = self._open_stream(sock)
+                        message, trailing = receive_message(stream)
+                    hello = parse_hello(message)
+                    self._check_key(hello, stream)
+                    self._serve_client(stream, peer, hello, trailing)
             except Refusal as refusal:
                 log.warning("%s: refused, %s", peer, refusal)
                 self._refuse(stream or Stream(sock), refusal)
@@ -3744,6 +3928,8 @@ RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so th
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
 FINAL_RETRY_S = 60.0  # between two attempts after one of those
 CONNECT_S = 10.0  # for one TCP connect
+IPV4_TCP_HEADERS = 40  # bytes, without options
+SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
 LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address is tried
 
 
@@ -3794,6 +3980,7 @@ class Client:
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
+        self._mtus = MtuMonitor()
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -3806,7 +3993,7 @@ class Client:
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
         self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
         self._last_good: list[tuple[str, int]] = []  # the address of the last connection
-        self._fragments = False  # whether routers have to fragment on the path to the server
+        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
         self._retry_s = RETRY_S
 
@@ -3814,7 +4001,7 @@ class Client:
         """Serves until it is killed, then removes the TUN. Raises KernelError when the TUN can't be made at the start."""
         self._kernel.remove_stale()
         self._monitor.watch("lo", lambda what, _: self._restore_rejects())
-        works = [self._monitor.run, self._paths.run, trim_heap, self._firewall.watch]
+        works = [self._monitor.run, self._paths.run, self._mtus.run, trim_heap, self._firewall.watch]
         if self._config.lan:
             works.append(functools.partial(watch_forwarding, self._config.tun, lambda: self._prefix, "the LAN"))
         helpers = [gevent.spawn(work) for work in works]
@@ -3825,7 +4012,6 @@ class Client:
                     try:
                         self._run_session(self._tun or self._open_tun())
                     finally:
-                        self._fragments = bool(self._session and self._session.fragments)
                         self._withdraw_later()
                 except KernelError as error:  # somebody removed the device or what belongs to it: everything is made again
                     self._log_outage(error)
@@ -3918,7 +4104,7 @@ class Client:
         if self._id is None:
             self._id = default_id()
             self._warn_of_another_id(self._id)
-        with self._connect() as sock:
+        with self._connect() as sock, self._watch_mtu(sock):
             set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
                 stream = self._open_stream(sock)
@@ -3934,10 +4120,13 @@ class Client:
                 self._set_prefix(tun, prefix)
                 self._open_routes(tun)
             log.info("%s at %s: has %s on %s%s", quote_id(self._id), self._server, prefix, tun.name, stream.security)
-            self._logged_outage = None
+            if self._mss != self._logged_mss:
+                log.warning(
+                    "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
+                )
+            self._logged_outage, self._logged_mss = None, self._mss
             self._last_good = [sock.getpeername()]
             self._session = Session("the server")
-            self._session.fragments = self._fragments
             if self._tun_error:
                 raise self._tun_error
             with self._announce(self._id, prefix, tun), self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
@@ -3961,6 +4150,26 @@ class Client:
             raise
         finally:
             self._hooks.run("down", id_, True, reason=reason, **values)
+
+    @contextmanager
+    def _watch_mtu(self, sock: socket.socket) -> Iterator[None]:
+        """Looks after the size of packets, unless `mss` is set.
+
+        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
+        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
+        """
+        if self._config.mss:
+            yield
+            return
+        try:
+            with self._mtus.watch(sock, "the server"):
+                yield
+        except (gevent.Timeout, PeerSilent) as error:
+            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
+            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
+            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
+                self._mss = None if self._mss else SMALL_MSS
+            raise
 
     def _warn_of_another_id(self, id_: str) -> None:
         """Compares the Id, which nobody has set, with that of the last start. It is remembered for this only, beside config.ini."""
@@ -3989,10 +4198,10 @@ class Client:
             with ExitStack() as undo:
                 sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
                 try:
-                    if self._config.mss:
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, self._config.mss)  # also limits what the server sends
-                    if self._fragments:
-                        allow_fragmentation(sock)
+                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
+                    mss = self._config.mss or min(self._mss or math.inf, found)
+                    if mss < math.inf:
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
                     with gevent.Timeout(CONNECT_S):
                         sock.connect(address)
                 except (gevent.Timeout, OSError) as error:
