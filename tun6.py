@@ -561,11 +561,15 @@ def coalesce_datagrams(frames: memoryview, ends: list[int]) -> list[int]:
     return coalesced
 
 
+def sum_words(data: bytes | memoryview) -> int:
+    """Returns the sum of the 16-bit words of these bytes, modulo 0xFFFF: 0 where a right checksum is among them (RFC 1071)."""
+    return (int.from_bytes(data, "big") << 8 * (len(data) % 2)) % 0xFFFF  # 2**16 is 1, modulo 0xFFFF
+
+
 def _has_valid_checksum(frame: memoryview) -> bool:
-    """Returns whether a UDP datagram has its checksum and it is right: with the pseudo header (RFC 8200 section 8.1) the sum is 0."""
+    """Returns whether a UDP datagram has its checksum and it is right, with the pseudo header (RFC 8200 section 8.1)."""
     udp = frame[_FRAME_MIN:]
-    summed = int.from_bytes(frame[OFFLOAD_HEADER.size + 8 :], "big") << 8 * (len(frame) % 2)  # 2**16 is 1, modulo 0xFFFF
-    return bool((udp[6] or udp[7]) and (summed + len(udp) + 17) % 0xFFFF == 0)
+    return bool((udp[6] or udp[7]) and (sum_words(frame[OFFLOAD_HEADER.size + 8 :]) + len(udp) + 17) % 0xFFFF == 0)
 
 
 def _write_gso_headers(frame: memoryview, size: int) -> None:
@@ -2204,13 +2208,6 @@ def read_tcp_info(sock: socket.socket, kind: str, at: int) -> int:
     return cast(int, struct.unpack_from(kind, info.ljust(256, b"\0"), at)[0])
 
 
-def internet_checksum(data: bytes) -> int:
-    """Returns the checksum of these bytes, whose number is even: RFC 1071."""
-    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
-    total = (total & 0xFFFF) + (total >> 16)
-    return ~(total + (total >> 16)) & 0xFFFF
-
-
 def probe_window(sock: socket.socket) -> tuple[int, int]:
     """Sends an empty segment, which the peer's kernel answers. Raises OSError.
 
@@ -2245,7 +2242,7 @@ def report_unreachable(sock: socket.socket, code: int, sequence: int, mtu: int =
     quoted = struct.pack(">BBHHHBBH8s", 0x45, 0, 1500, 0, 0x4000, 64, socket.IPPROTO_TCP, 0, ends)  # an IPv4 header
     quoted += struct.pack(">HHI", port, peer_port, sequence)
     head = struct.pack(">BBHHH", ICMP_DEST_UNREACH, code, 0, 0, mtu)
-    message = head[:2] + struct.pack(">H", internet_checksum(head + quoted)) + head[4:] + quoted
+    message = head[:2] + struct.pack(">H", 0xFFFF - sum_words(head + quoted)) + head[4:] + quoted
     with system_socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
         raw.sendto(message, socket.MSG_DONTWAIT, (host, 0))
 
@@ -3076,7 +3073,7 @@ class Solicitation(NamedTuple):
 
 def _sum(packet: bytes) -> int:
     """Returns the sum, modulo 0xFFFF, over an ICMPv6 packet and its pseudo header: 0 when its checksum is right."""
-    return ((int.from_bytes(packet[8:], "big") << 8 * (len(packet) % 2)) + len(packet) - IPV6_HEADER + ICMPV6) % 0xFFFF
+    return (sum_words(packet[8:]) + len(packet) - IPV6_HEADER + ICMPV6) % 0xFFFF
 
 
 def parse_solicitation(packet: bytes) -> Solicitation | None:
