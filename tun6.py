@@ -4051,9 +4051,9 @@ class Client:
 
     def _withdraw(self) -> None:
         """Ends the routes into the tunnel, so that new traffic fails at once, and discards what has waited for too long."""
-        log.warning("no tunnel for %d s: IPv6 traffic is rejected until it is back", self._config.grace)
         routes, self._routes = self._routes, []
         self._kernel.undo(routes)
+        log.warning("no tunnel for %d s: IPv6 traffic is rejected until it is back", self._config.grace)
         with suppress(OSError):  # the next session finds out
             while self._tun and self._tun.file.readinto(_tun_buffer):
                 pass
