@@ -37,6 +37,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
     session                      PathMonitor, Session: one connection, one TUN, two pumps
     server                       ServerConfig, AdmissionControl, Server
+    lan                          Announcement, LanRouter: the client as the IPv6 router of a LAN, with radvd
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     demo                         Lab, a network of namespaces on this machine, and Demo
@@ -70,6 +71,7 @@ import random
 import re
 import resource
 import secrets
+import shutil
 import signal
 import socket as system_socket
 import ssl
@@ -1658,6 +1660,16 @@ def log_missing_offloads(gso_kinds: frozenset[str]) -> None:
     log.info("this kernel hands %s to a TUN only one by one: it works, but slower", what)
 
 
+IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
+
+
+def is_up(interface: str) -> bool:
+    """Returns whether somebody has set the interface up. Raises OSError when there is none of this name."""
+    with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        ifreq = fcntl.ioctl(sock, SIOCGIFFLAGS, struct.pack("16s24x", interface.encode()))
+    return bool(struct.unpack_from("H", ifreq, 16)[0] & IFF_UP)
+
+
 class DeviceMonitor:
     """Reports when somebody removes a device of ours, sets it down, or removes its address or route: rtnetlink(7)."""
 
@@ -1666,7 +1678,6 @@ class DeviceMonitor:
     IFA_ADDRESS, RTA_OIF = 1, 4
     MESSAGE_HEADER, ATTRIBUTE_HEADER = struct.Struct("=IH10x"), struct.Struct("=HH")  # length with the header, type
     SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # asm-generic/socket.h
-    IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
 
     def __init__(self) -> None:
         self._callbacks: dict[int, Callable[[str, bytes], None]] = {}  # by index of the device
@@ -1745,10 +1756,7 @@ class DeviceMonitor:
         self._pending.discard(removal)
         index, what, address = removal
         try:
-            name = system_socket.if_indextoname(index)
-            with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-                ifreq = fcntl.ioctl(sock, self.SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
-            if not struct.unpack_from("H", ifreq, 16)[0] & self.IFF_UP:
+            if not is_up(system_socket.if_indextoname(index)):
                 what = DEVICE_SET_DOWN
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.ENODEV):  # without a free descriptor it cannot be verified
@@ -1772,7 +1780,7 @@ def parse_removals(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
     for kind, body in split_netlink(messages, DeviceMonitor.MESSAGE_HEADER):
         if kind in (DeviceMonitor.NEWLINK, DeviceMonitor.DELLINK) and len(body) >= 16:
             family, index, flags = struct.unpack_from("=BxxxiI", body)
-            if family == 0 and (kind == DeviceMonitor.DELLINK or not flags & DeviceMonitor.IFF_UP):
+            if family == 0 and (kind == DeviceMonitor.DELLINK or not flags & IFF_UP):
                 yield index, "", b""
         elif kind == DeviceMonitor.DELADDR and len(body) >= 8:
             address = dict(split_netlink(body[8:], DeviceMonitor.ATTRIBUTE_HEADER)).get(DeviceMonitor.IFA_ADDRESS, b"")
@@ -1833,12 +1841,17 @@ def default_id() -> str:
     return addresses[0]
 
 
-def read_sysctl(name: str) -> str:
-    """Returns the value of a sysctl such as net.ipv6.conf.all.forwarding, "" when this kernel does not have it."""
+def read_text(path: Path) -> str:
+    """Returns the text of a file of the kernel, "" when there is none."""
     try:
-        return Path("/proc/sys", *name.split(".")).read_text().strip()
+        return path.read_text("utf-8", "replace").strip()
     except OSError:
         return ""
+
+
+def read_sysctl(name: str) -> str:
+    """Returns the value of a sysctl such as net.ipv6.conf.all.forwarding, "" when this kernel does not have it."""
+    return read_text(Path("/proc/sys", *name.split(".")))
 
 
 def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
@@ -2486,6 +2499,15 @@ class PeerPath:
         self.received = 0  # bytes until then
 
 
+def open_icmpv6(*kinds: int) -> socket.socket:
+    """Returns a raw socket that receives only ICMPv6 messages of these types. Raises OSError."""
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+    blocked = ((1 << 256) - 1) ^ sum(1 << kind for kind in kinds)
+    words = [blocked >> at & 0xFFFF_FFFF for at in range(0, 256, 32)]  # struct icmp6_filter
+    sock.setsockopt(socket.IPPROTO_ICMPV6, 1, struct.pack("8I", *words))  # ICMPV6_FILTER, linux/icmpv6.h
+    return sock
+
+
 class PathMonitor:
     """Finds sessions whose peer is dead although TCP acknowledges, as behind a relay or when the peer's program hangs.
 
@@ -2494,7 +2516,6 @@ class PathMonitor:
     from which nothing comes for DEAD_PATH_S ends, if a probe was ever answered there.
     """
 
-    ICMPV6_FILTER = 1  # linux/icmpv6.h
     UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
 
     def __init__(self) -> None:
@@ -2517,11 +2538,7 @@ class PathMonitor:
     def run(self) -> None:
         """Probes and reads the answers until it is killed."""
         try:
-            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
-            passed = (self.UNREACHABLE, self.TIME_EXCEEDED, self.ECHO_REPLY)
-            blocked = ((1 << 256) - 1) ^ sum(1 << kind for kind in passed)
-            words = [blocked >> at & 0xFFFF_FFFF for at in range(0, 256, 32)]  # struct icmp6_filter
-            self._sock.setsockopt(socket.IPPROTO_ICMPV6, self.ICMPV6_FILTER, struct.pack("8I", *words))
+            self._sock = open_icmpv6(self.UNREACHABLE, self.TIME_EXCEEDED, self.ECHO_REPLY)
         except OSError as error:
             log.warning("dead paths behind relays can't be noticed: %s", error.strerror)
             return
@@ -3178,6 +3195,404 @@ class Server:
         self._connections.join()
 
 
+# ---- lan -------------------------------------------------------------------------------------------------------------
+
+RUNTIME_FOLDER = Path("/run/tun6")  # for what does not outlive a reboot, as sysctls and addresses don't
+IPV6_CONF = Path("/proc/sys/net/ipv6/conf")
+LAN_CHECK_S = 1.0  # between two looks at the interface, its address, radvd and forwarding
+LISTEN_S = 3.0  # for other routers on the LAN, before the first announcement
+LAN_GRACE_S = 10.0  # without a tunnel until the announcement is withdrawn, where `grace` is off
+PROVE_HOPS, PROVE_AGAIN_S, PROVE_S = 8, 1.0, 10.0  # how far the Internet is probed; between two rounds; before silence is accepted
+RADVD_END_S = 1.5  # for radvd, which says goodbye to the LAN at its end and takes 10 ms
+ROUTER_LIFETIME_S, PREFERRED_S, VALID_S = 1800, 2700, 5400  # RFC 4861 section 6.2.1; RFC 9096 section 3.4 for those of a prefix
+OLD_STEP_S = 600  # in which the lifetime of an earlier prefix falls; radvd's DecrementLifetimes leaves out what is not preferred
+RDNSS_LIFETIME_S = 1200  # RFC 8106 section 5.1: twice MaxRtrAdvInterval, which is 600 s in radvd
+
+
+class Announcement(NamedTuple):
+    """What the hosts of the LAN are told."""
+
+    interface: str
+    routed: bool  # whether we are their router at the moment
+    prefix: IPv6Network
+    old: dict[IPv6Network, int]  # prefixes that the client had -> seconds for which the hosts may keep their addresses
+    mtu: int
+    dns: Sequence[IPv6Address]
+    preference: str  # low, medium or high: RFC 4191
+
+    def radvd_conf(self) -> str:
+        """Returns the file for radvd, see radvd.conf(5)."""
+        lines = [
+            f"AdvSendAdvert on; AdvDefaultLifetime {ROUTER_LIFETIME_S if self.routed else 0}; AdvDefaultPreference {self.preference};",
+            f"AdvLinkMTU {self.mtu};",
+            f"prefix {self.prefix} {{ AdvPreferredLifetime {PREFERRED_S if self.routed else 0}; AdvValidLifetime {VALID_S};"
+            " DeprecatePrefix on; };",
+        ]
+        for prefix, seconds in self.old.items():
+            lines.append(f"prefix {prefix} {{ AdvPreferredLifetime 0; AdvValidLifetime {seconds}; }};")
+        if self.dns:
+            servers = " ".join(map(str, self.dns))
+            lines.append(f"RDNSS {servers} {{ AdvRDNSSLifetime {RDNSS_LIFETIME_S if self.routed else 0}; }};")
+        return "".join([f"interface {self.interface} {{\n", *(f"    {line}\n" for line in lines), "};\n"])
+
+
+def lan_address_plan(interface: str, prefix: IPv6Network) -> list[Step]:
+    """The address that is announced. Where the kernel takes router advertisements, it learns another one, and a route, from our own.
+
+    The TUN has the address, too, so that the machine keeps it while the interface is missing or down.
+    """
+    learned = (f"route flush root {prefix} dev {interface} proto kernel", f"addr flush dev {interface} to {prefix} dynamic")
+    address = f"{prefix[1]}/64 dev {interface}"
+    return [*(Step(forget, forget) for forget in learned), Step(f"addr add {address} nodad", f"addr del {address}")]
+
+
+def forwarding_plan(conf: dict[str, str], lan: str, lan_is_uplink: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the sysctls to write, in this order, to turn forwarding on, and those that put it all back.
+
+    `conf` has the sysctls forwarding and accept_ra as they are, such as "eth0/accept_ra". An interface that takes router advertisements
+    goes on to do so, which a machine that forwards does only with the value 2; but our LAN only if the machine's uplink is there.
+    """
+    if conf.get("all/forwarding") == "1":
+        return {}, {}
+    others = {f"{name}/accept_ra" for name in ("all", "lo", *(() if lan_is_uplink else (lan,)))}
+    accepting = [name for name, value in conf.items() if name.endswith("/accept_ra") and value == "1" and name not in others]
+    forwarding = [name for name, value in conf.items() if name.endswith("/forwarding") and value == "1"]  # all/forwarding resets these
+    back = {"all/forwarding": "0", **dict.fromkeys(forwarding, "1"), **dict.fromkeys(accepting, "1")}
+    return {**dict.fromkeys(accepting, "2"), "all/forwarding": "1"}, back
+
+
+def has_ra_route(routes: str, interface: str) -> bool:
+    """Returns whether the interface has a default route by router advertisements, in the text of /proc/net/ipv6_route."""
+    ra_default = 0x0001_0000 | 0x0004_0000  # RTF_DEFAULT, RTF_ADDRCONF, linux/ipv6_route.h
+    fields = (line.split() for line in routes.splitlines())
+    return any(int(each[8], 16) & ra_default == ra_default and each[9] == interface for each in fields if len(each) == 10)
+
+
+class LanRouter:
+    """Makes this machine the IPv6 router of one LAN: address, forwarding, router advertisements by radvd, other routers.
+
+    What happens outside (the tunnel, the interface, what others remove) only changes fields; one greenlet then makes the LAN what it is
+    to be. All that is changed on the machine stands in a file from before the change until it is undone.
+    """
+
+    ROUTER_SOLICITATION, ROUTER_ADVERTISEMENT = 133, 134  # RFC 4861
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        interface: str | None,
+        tun: str,
+        mtu: int,
+        dns: Sequence[IPv6Address] = (),
+        preference: str = "auto",
+        grace: float | None = None,
+    ) -> None:
+        """`interface` None: there is no LAN, and only what a killed client has left is cleared. Raises ConfigError."""
+        self._kernel, self._interface, self._mtu, self._dns, self._preference = kernel, interface, mtu, dns, preference
+        self._grace_s = LAN_GRACE_S if grace is None else grace
+        self._program = shutil.which("radvd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+        if interface == tun:
+            raise ConfigError(f"[client] lan = {interface}: that is the tunnel's own device; name the interface of the LAN, such as eth1")
+        if interface and not self._program:
+            raise ConfigError(f"[client] lan = {interface}: the program radvd is missing; install it with `apt-get install radvd`")
+        self._folder = RUNTIME_FOLDER / f"{tun}-{os.stat('/proc/self/ns/net').st_ino}"  # each network namespace has its own
+        self._file = JsonFile(str(self._folder / "changes.json"), "changes", 0o644)
+        self._begun = False
+        self._back: dict[str, str] = {}  # sysctls as they were
+        self._address: IPv6Network | None = None  # whose ::1 the interface has from us
+        self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        self._index = 0  # of the interface, 0 while it can't be used
+        self._missing = ""  # why it can't, which the log has said
+        self._quiet_at = 0.0  # when other routers have been listened for
+        self._other_router: str | None = None
+        self._device = ""  # of the tunnel
+        self._prefix: IPv6Network | None = None
+        self._old: dict[IPv6Network, float] = {}  # earlier prefixes, and when their addresses end
+        self._up, self._lost = False, 0.0  # whether there is a tunnel; when there was one last
+        self._proven = self._announced = False  # whether the Internet answered through it; whether the hosts know
+        self._radvd: subprocess.Popen[bytes] | None = None
+        self._told: Announcement | None = None  # what stands in radvd's file
+        self._radvd_failed = False  # which the log has said
+        self._changed = gevent.event.Event()
+        self._workers: dict[str, gevent.Greenlet] = {}
+
+    def begin(self) -> None:
+        """Clears what a killed client has left, and turns forwarding on. Raises KernelError.
+
+        The TUN is there: no other client lives that has one of this name, and so this folder.
+        """
+        self._clear_stale()
+        if not self._interface:
+            return
+        self._begun = True
+        conf = {
+            f"{path.parent.name}/{path.name}": read_text(path) for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")
+        }
+        uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
+        forward, self._back = forwarding_plan(conf, self._interface, uplink)
+        self._remember()
+        self._write_sysctls(forward)
+        if read_text(IPV6_CONF / "all/forwarding") != "1":
+            raise KernelError("IPv6 forwarding can't be turned on, which `lan` needs; make /proc/sys writable in this container")
+        self._workers["run"] = gevent.spawn(self._run)
+
+    def tunnel_up(self, device: str, prefix: IPv6Network) -> None:
+        """There is a tunnel, out of this device."""
+        if not self._interface:
+            return
+        if self._prefix and self._prefix != prefix and self._announced:
+            self._old[self._prefix] = time.monotonic() + VALID_S
+        self._old.pop(prefix, None)
+        self._device, self._prefix, self._up = device, prefix, True
+        self._proven = self._announced
+        self._work("prove", self._prove)
+        self._changed.set()
+
+    def tunnel_down(self, final: bool = False) -> None:
+        """There is none. `final`: the server won't have this client, so that the hosts are told at once, not after `grace`."""
+        if self._up:
+            self._up, self._lost = False, time.monotonic()
+            self._workers.pop("prove").kill()
+        if final:
+            self._lost = -math.inf
+        self._changed.set()
+
+    def close(self) -> None:
+        """Undoes everything; the hosts are told that we are no router any more."""
+        if not self._begun:  # what a killed client has left may be there still
+            return
+        gevent.killall(list(self._workers.values()))
+        if self._radvd and self._radvd.poll() is None:
+            self._radvd.terminate()
+            self._wait_for_radvd(lambda: cast(Any, self._radvd).poll() is not None)
+            if self._radvd.poll() is None:
+                self._radvd.kill()
+                self._radvd.wait()
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._interface and self._address:
+            self._kernel.undo(lan_address_plan(self._interface, self._address))
+        self._write_sysctls(self._back)
+        self._back, self._address = {}, None
+        for name in ("changes.json", "radvd.conf", "radvd.conf.new", "radvd.log", "radvd.pid"):
+            (self._folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._folder.rmdir()
+
+    def _clear_stale(self) -> None:
+        """Undoes what the file says that a killed client has changed. Its radvd has ended with it where there is `setpriv`."""
+        with suppress(ConfigError, ValueError, KeyError, TypeError):
+            left = dict(self._file.load())
+            if left:
+                log.info("removing what a killed tun6 has left for its LAN %s", left["interface"])
+                self._end_stale_radvd()
+                mine, self._interface = self._interface, left["interface"]
+                self._back, self._address = dict(left["sysctls"]), IPv6Network(left["prefix"]) if left["prefix"] else None
+                self._put_back()
+                self._interface = mine
+
+    def _end_stale_radvd(self) -> None:
+        pid = read_text(self._folder / "radvd.pid")
+        command = Path(f"/proc/{pid}/cmdline")
+        conf = str(self._folder / "radvd.conf")
+        if pid.isdigit() and conf in read_text(command):
+            with suppress(OSError):
+                os.kill(int(pid), signal.SIGTERM)
+                self._wait_for_radvd(lambda: conf not in read_text(command))
+
+    @staticmethod
+    def _wait_for_radvd(ended: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + RADVD_END_S
+        while not ended() and time.monotonic() < deadline:
+            gevent.sleep(0.01)
+
+    def _remember(self) -> None:
+        """Saves what is to be undone, before it is done."""
+        prefix = str(self._address) if self._address else ""
+        try:
+            self._folder.mkdir(0o755, parents=True, exist_ok=True)
+            self._file.save({"interface": self._interface, "prefix": prefix, "sysctls": self._back})
+        except (OSError, StorageError) as error:
+            raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
+
+    @staticmethod
+    def _write_sysctls(values: dict[str, str]) -> None:
+        """Writes them in a thread, as they wait for a lock of the kernel. One that can't be written stays as it is."""
+
+        def write() -> None:
+            for name, value in values.items():
+                try:
+                    (IPV6_CONF / name).write_text(value)
+                except OSError as error:  # the interface has gone
+                    log.debug("%s can't be set to %s: %s", name, value, error.strerror)
+
+        run_in_thread(write)
+
+    def _work(self, name: str, function: Callable[..., None], *arguments: object) -> None:
+        """Starts a greenlet, instead of an earlier one of this name."""
+        if name in self._workers:
+            self._workers[name].kill()
+        self._workers[name] = gevent.spawn(function, *arguments)
+
+    def _run(self) -> NoReturn:
+        """Makes the LAN what it is to be, at each change and once a second, until it is killed."""
+        while True:
+            try:
+                self._look_at_interface()
+                self._keep_forwarding()
+                if self._index and self._prefix:
+                    self._keep_address(self._prefix)
+                self._announce()
+            except (Tun6Error, OSError) as error:
+                log.warning("LAN %s: %s", self._interface, describe_end(error))
+            now = time.monotonic()
+            self._changed.wait(min([LAN_CHECK_S, *(at - now for at in (self._quiet_at, self._lost + self._grace_s) if at > now)]))
+            self._changed.clear()
+
+    def _look_at_interface(self) -> None:
+        """Notes whether it is there and up, which may change at any time, as with a USB adapter."""
+        name, index, missing = cast(str, self._interface), 0, ""
+        try:
+            index = system_socket.if_nametoindex(name) if is_up(name) else 0
+            missing = "" if index else "it is down"
+        except OSError:
+            missing = "there is no such interface"
+        if missing and missing != self._missing:
+            log.warning("LAN %s: %s; the tunnel works without it, and it is used as soon as that changes", name, missing)
+        elif self._missing and not missing:
+            log.info("LAN %s: it is there now", name)
+        self._missing = missing
+        if index and index != self._index:
+            self._address, self._other_router, self._quiet_at = None, None, time.monotonic() + LISTEN_S
+            self._back.update({f"{name}/{key}": read_text(IPV6_CONF / name / key) for key in ("mtu", "hop_limit")})  # radvd changes these
+            self._work("listen", self._listen, name)
+        self._index = index
+
+    def _keep_forwarding(self) -> None:
+        if read_text(IPV6_CONF / "all/forwarding") == "0" and self._repairs.take():
+            log.warning("LAN %s: somebody turned IPv6 forwarding off, which `lan` needs; it is on again", self._interface)
+            self._write_sysctls({"all/forwarding": "1"})
+
+    def _keep_address(self, prefix: IPv6Network) -> None:
+        name, before = cast(str, self._interface), self._address
+        if before == prefix and (str(prefix[1]) in self._own_addresses() or not self._repairs.take()):
+            return
+        self._address = prefix
+        self._remember()
+        if before and before != prefix:
+            self._kernel.undo(lan_address_plan(name, before))
+        self._kernel.reapply(lan_address_plan(name, prefix))
+        if before == prefix:
+            log.warning("LAN %s: somebody removed its address %s; it is back", name, prefix[1])
+
+    def _announce(self) -> None:
+        """Tells the hosts what holds now, if it is not what they know."""
+        now = time.monotonic()
+        was_announced = self._announced
+        if self._up:
+            self._announced = was_announced or (self._proven and bool(self._index) and (now >= self._quiet_at or bool(self._other_router)))
+        elif now - self._lost >= self._grace_s:
+            self._announced = False
+        if self._announced != was_announced:
+            text = "announces %s" if self._announced else "has no tunnel, so its hosts are told not to use %s any more"
+            log.log(logging.INFO if self._announced else logging.WARNING, f"LAN %s: {text}", self._interface, self._prefix)
+        if self._prefix is None or not (self._announced or self._told):
+            return
+        self._old = {prefix: end for prefix, end in self._old.items() if end > now}
+        announcement = Announcement(
+            interface=cast(str, self._interface),
+            routed=self._announced,
+            prefix=self._prefix,
+            old={prefix: math.ceil((end - now) / OLD_STEP_S) * OLD_STEP_S for prefix, end in self._old.items()},
+            mtu=min(self._mtu, int(read_text(Path(f"/sys/class/net/{self._interface}/mtu")) or self._mtu)),
+            dns=self._dns,
+            preference=self._preference if self._preference != "auto" else "low" if self._other_router else "medium",
+        )
+        if announcement != self._told:
+            self._told = announcement
+            new = self._folder / "radvd.conf.new"
+            new.touch(SECRET_MODE)  # radvd refuses a file that others may write
+            new.write_text(announcement.radvd_conf())
+            new.replace(self._folder / "radvd.conf")
+            if self._radvd and self._radvd.poll() is None:
+                self._radvd.send_signal(signal.SIGHUP)
+        if self._radvd is None or self._radvd.poll() is not None:
+            self._start_radvd()
+
+    def _start_radvd(self) -> None:
+        """Starts it in this thread, with which `setpriv` ends it."""
+        if self._radvd and not self._repairs.take():
+            return
+        if self._radvd and not self._radvd_failed:
+            self._radvd_failed = True
+            last = read_text(self._folder / "radvd.log").splitlines()[-1:]
+            log.error("LAN %s: radvd ended with %d; it is started again: %s", self._interface, self._radvd.returncode, "".join(last))
+        setpriv = shutil.which("setpriv")
+        command = [*([setpriv, "--pdeathsig", "TERM", "--"] if setpriv else ()), cast(str, self._program), "-n", "-m", "stderr"]
+        command += ["-C", str(self._folder / "radvd.conf"), "-p", str(self._folder / "radvd.pid")]
+        with open(self._folder / "radvd.log", "wb") as errors:
+            devnull = subprocess.DEVNULL
+            self._radvd = subprocess.Popen(command, stdin=devnull, stdout=devnull, stderr=errors, start_new_session=True)
+
+    def _listen(self, interface: str) -> None:
+        """Notes another router on the LAN, which it asks to speak, until it is killed."""
+        with suppress(OSError), open_icmpv6(self.ROUTER_ADVERTISEMENT) as sock:  # the interface has gone
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+            with suppress(OSError):  # without an address yet
+                sock.sendto(struct.pack(">BBHI", self.ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
+            while True:
+                message, sender = sock.recvfrom(64)
+                router = sender[0].partition("%")[0]
+                lifetime = int.from_bytes(message[6:8], "big")
+                if not lifetime or self._other_router or not IPv6Address(router).is_link_local or router in self._own_addresses():
+                    continue
+                self._other_router = router
+                advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
+                log.warning("LAN %s: %s is an IPv6 router there already%s", interface, router, advice if self._preference == "auto" else "")
+                self._changed.set()
+
+    def _own_addresses(self) -> list[str]:
+        return [address.partition("%")[0] for address in interface_addresses(cast(str, self._interface), netifaces.AF_INET6)]
+
+    def _prove(self) -> None:
+        """Notes when the Internet answers through the tunnel: a router behind the server, as the hop limit ends there, whichever it is."""
+        unreachable, exceeded, reply = PathMonitor.UNREACHABLE, PathMonitor.TIME_EXCEEDED, PathMonitor.ECHO_REPLY
+        prefix, began, identifier, server, refused = cast(IPv6Network, self._prefix), time.monotonic(), random.getrandbits(16), "", False
+        with suppress(OSError), open_icmpv6(unreachable, exceeded, reply) as sock:  # the device has gone
+            packet_info = prefix[1].packed + struct.pack("i", system_socket.if_nametoindex(self._device))
+            while not self._proven:
+                for hops in range(1, PROVE_HOPS + 1):
+                    request = struct.pack(">BBHHH", PathMonitor.ECHO_REQUEST, 0, 0, identifier, hops)
+                    options = [
+                        (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, packet_info),
+                        (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", hops)),
+                    ]
+                    with suppress(OSError):  # the next round comes
+                        sock.sendmsg([request], options, 0, (str(FAR_ADDRESS), 0))
+                with gevent.Timeout(PROVE_AGAIN_S, False):
+                    while not self._proven:
+                        message, sender = sock.recvfrom(IPV6_HEADER + 64)
+                        quoted = message if message[0] == reply else message[8 + IPV6_HEADER :]
+                        if quoted[4:6] != identifier.to_bytes(2, "big"):
+                            continue
+                        hops = int.from_bytes(quoted[6:8], "big")
+                        if hops == 1:
+                            server = sender[0]
+                        elif message[0] != unreachable or (server and sender[0] != server):
+                            self._proven = True
+                        elif server and not refused:
+                            refused = True
+                            log.warning(
+                                "LAN %s: the server has no way to the Internet, so the hosts are not told of it yet", self._interface
+                            )
+                if not self._proven and not refused and time.monotonic() - began >= PROVE_S:
+                    log.warning("LAN %s: nothing behind the server answers; the hosts are told of the tunnel all the same", self._interface)
+                    self._proven = True
+        self._changed.set()
+
+
 # ---- client ----------------------------------------------------------------------------------------------------------
 
 RETRY_S = 2.0  # between two attempts to connect, on average
@@ -3203,6 +3618,9 @@ class ClientConfig:
     default_route: bool = True
     grace: int | None = 10  # seconds; None: for ever
     mss: int | None = None
+    lan: str | None = None
+    lan_dns: tuple[IPv6Address, ...] = ()
+    lan_preference: str = "auto"
     tls: bool = False
     fingerprint: str | None = None
     key: str | None = None
@@ -3223,6 +3641,7 @@ class Client:
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
+        self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -3245,6 +3664,7 @@ class Client:
         helpers = [gevent.spawn(work) for work in (self._monitor.run, self._paths.run, trim_heap)]
         try:
             self._open_tun()
+            self._lan.begin()
             while True:
                 try:
                     try:
@@ -3262,6 +3682,7 @@ class Client:
                 gevent.sleep(self._retry_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER))
         finally:
             gevent.killall(helpers)
+            self._lan.close()
             self._close_tun()
 
     def _open_tun(self) -> Tun:
@@ -3349,6 +3770,7 @@ class Client:
             tun.set_offload(gso_kinds)
             self._set_prefix(tun, prefix)
             self._open_routes(tun)
+            self._lan.tunnel_up(tun.name, prefix)
             log.info("%s at %s: has %s on %s%s", quote_id(self._id), self._server, prefix, tun.name, stream.security)
             self._logged_outage = None
             self._last_good = [sock.getpeername()]
@@ -3441,6 +3863,7 @@ class Client:
         """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
         kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, ProtocolError) else ""
         final = kind in FINAL_REFUSALS
+        self._lan.tunnel_down(final)
         self._retry_s = FINAL_RETRY_S if final else RETRY_S
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
         until = "the server won't serve this client until its operator changes that; " if final else ""
@@ -3817,7 +4240,9 @@ class Lab:
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
-            raise KernelError(f"the program {command[0]} is missing; on Debian: apt-get install iproute2 nftables iputils-ping") from None
+            raise KernelError(
+                f"the program {command[0]} is missing; on Debian: apt-get install iproute2 nftables iputils-ping radvd"
+            ) from None
         if done.returncode:
             raise KernelError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
         return done.stdout
@@ -3838,11 +4263,17 @@ class Demo:
         remoteport = 10000
     """
     BULK_BYTES = 64 << 20  # each way
+    LAN_S = 15.0  # until a LAN host has IPv6, of which tun6 listens 3 s for other routers
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self._lab, self._folder = lab, folder
         self._running: dict[str, subprocess.Popen[str]] = {}
-        (folder / "config.ini").write_text(textwrap.dedent(self.CONFIG).format(folder=folder))
+        config = textwrap.dedent(self.CONFIG).format(folder=folder)
+        (folder / "config.ini").write_text(config)
+        (folder / "client.ini").write_text(f"{config}lan = eth1\n")
+        lab.set_sysctl("client", "net.ipv6.conf.all.forwarding", "0")  # `lan` turns it on
+        lab.set_sysctl("internet", "net.ipv6.conf.all.forwarding", "1")  # it is a router of the Internet, too
+        lab.ip("server", f"-6 route add default via {Lab.INTERNET}")
 
     def run(self) -> None:
         """Runs all steps. Raises KernelError at the first that fails."""
@@ -3850,16 +4281,16 @@ class Demo:
         say("six hosts are up", "internet - server - nat - client - lan, and second behind the same nat; only IPv4 passes the nat")
         self._start("server", "server")
         began = time.monotonic()
-        self._start("client", "client")
+        self._start("client", "client", "client.ini")
         prefix = self._prefix("client")
         say("hello and prefix", f"the client said its MAC and got {prefix}, {time.monotonic() - began:.2f} s after it was started")
-        self._lab.ip("client", f"addr add {prefix[2]}/64 dev eth1 nodad")
-        self._lab.ip("lan", f"addr add {prefix[0x10]}/64 dev eth0 nodad")
-        self._lab.ip("lan", f"-6 route add default via {prefix[2]}")
-        wait_until("the LAN host reaches its router", lambda: self._lab.pings("lan", str(prefix[2])))
-        say("a LAN host reaches the IPv6 Internet", f"{prefix[0x10]} pinged {Lab.INTERNET}: {self._ping('lan')}")
+        wait_until("the LAN host reaches the Internet", lambda: self._lab.pings("lan"), self.LAN_S)
+        address = re.findall(r"inet6 (\S+)/64 scope global", self._lab.ip("lan", "-6 addr show dev eth0"))[0]
+        took = f"{time.monotonic() - began:.1f} s after the client was started"
+        say("a LAN host where nothing is configured", f"by `lan = eth1` on the client it has address and route, {took}")
+        say("a LAN host reaches the IPv6 Internet", f"{address} pinged {Lab.INTERNET}: {self._ping('lan')}")
         for source, sink, words in (("lan", "internet", "up"), ("internet", "lan", "down")):
-            say(f"bulk transfer {words}", self._transfer(source, sink, str(prefix[0x10]) if sink == "lan" else Lab.INTERNET))
+            say(f"bulk transfer {words}", self._transfer(source, sink, address if sink == "lan" else Lab.INTERNET))
         outage = self._kill_server(prefix)
         say("server killed and restarted", f"the tunnel was back {outage:.1f} s after the restart, with the same {prefix}")
         self._start("second", "client")
@@ -3867,11 +4298,13 @@ class Demo:
         if other == prefix:
             raise KernelError(f"the second client got the first one's prefix, {prefix}")
         say("a second client", f"it got {other} and pinged {Lab.INTERNET}: {self._ping('second')}")
+        self.stop()
+        wait_until("the LAN host has no route any more", lambda: "default" not in self._lab.ip("lan", "-6 route"))
+        say("the client ends", "and tells the LAN host, which has no route any more and loses no time with dead IPv6")
         say("keys and encryption", self._show_keys())
 
     def _show_keys(self) -> str:
         """Starts everything again with keys, of which only one client has one."""
-        self.stop()
         for host in self._running:
             (self._folder / f"{host}.log").unlink()
         self._running.clear()
@@ -4046,6 +4479,15 @@ def _path(text: str) -> str:
     return text  # read_config completes it
 
 
+def _addresses(text: str) -> tuple[IPv6Address, ...]:
+    try:
+        if "%" in text:
+            raise ValueError("an address with a scope")
+        return tuple(IPv6Address(word.strip()) for word in text.split(","))
+    except ValueError:
+        raise ValueError("must be IPv6 addresses, separated by commas") from None
+
+
 def _grace(text: str) -> int | None:
     if text.lower() == "off":
         return None
@@ -4096,6 +4538,9 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "default_route": _boolean,
         "grace": _grace,
         "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
+        "lan": _matching(r"(?!lo$|\.\.?$)[^\s/,:]{1,15}", "must be the name of one interface, such as eth1, as the prefix is one /64"),
+        "lan_dns": _addresses,
+        "lan_preference": _matching("auto|low|medium|high", "must be auto, low, medium or high"),
         "tls": _boolean,
         "fingerprint": _fingerprint,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
