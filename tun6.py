@@ -37,7 +37,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
     session                      PathMonitor, Session: one connection, one TUN, two pumps
     server                       ServerConfig, AdmissionControl, Server
-    lan                          Announcement, LanRouter: the client as the IPv6 router of a LAN, with radvd
+    lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     demo                         Lab, a network of namespaces on this machine, and Demo
@@ -2499,6 +2499,10 @@ class PeerPath:
         self.received = 0  # bytes until then
 
 
+UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
+ROUTER_SOLICITATION, ROUTER_ADVERTISEMENT = 133, 134  # RFC 4861
+
+
 def open_icmpv6(*kinds: int) -> socket.socket:
     """Returns a raw socket that receives only ICMPv6 messages of these types. Raises OSError."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
@@ -2508,6 +2512,22 @@ def open_icmpv6(*kinds: int) -> socket.socket:
     return sock
 
 
+def send_echo(sock: socket.socket, packet_info: bytes, hops: int, target: IPv6Address, number: int) -> None:
+    """Sends an echo request, if it can be sent at once, with a struct in6_pktinfo and this hop limit. The number comes back in answers."""
+    request = struct.pack(">BBHI", ECHO_REQUEST, 0, 0, number)  # the kernel fills in the checksum
+    options = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, packet_info), (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", hops))]
+    with suppress(OSError):  # no answer comes, as when it is lost
+        system_socket.socket.sendmsg(sock._sock, [request], options, socket.MSG_DONTWAIT, (str(target), 0))
+
+
+def echo_number(message: bytes) -> int | None:
+    """Returns the number of the echo request that an ICMPv6 message answers or, as an error, quotes; None when it does neither."""
+    echo = message[8 + IPV6_HEADER :] if message[0] in (UNREACHABLE, TIME_EXCEEDED) else message
+    if len(echo) < 8 or echo[0] not in (ECHO_REQUEST, ECHO_REPLY):
+        return None
+    return int.from_bytes(echo[4:8], "big")
+
+
 class PathMonitor:
     """Finds sessions whose peer is dead although TCP acknowledges, as behind a relay or when the peer's program hangs.
 
@@ -2515,8 +2535,6 @@ class PathMonitor:
     client's with a reply, the server's, as the hop limit is 1, with Time Exceeded; so does that of the original program. A session
     from which nothing comes for DEAD_PATH_S ends, if a probe was ever answered there.
     """
-
-    UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
 
     def __init__(self) -> None:
         self._number = random.getrandbits(32)
@@ -2538,7 +2556,7 @@ class PathMonitor:
     def run(self) -> None:
         """Probes and reads the answers until it is killed."""
         try:
-            self._sock = open_icmpv6(self.UNREACHABLE, self.TIME_EXCEEDED, self.ECHO_REPLY)
+            self._sock = open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY)
         except OSError as error:
             log.warning("dead paths behind relays can't be noticed: %s", error.strerror)
             return
@@ -2573,22 +2591,13 @@ class PathMonitor:
 
     def _probe(self, number: int, path: PeerPath) -> None:
         path.asked = time.monotonic()
-        request = struct.pack(">BBHI", self.ECHO_REQUEST, 0, 0, number)  # the kernel fills in the checksum
-        options = [
-            (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, path.packet_info),
-            (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", path.hops)),
-        ]
-        with suppress(OSError):  # no answer comes, as when it is lost
-            if self._sock:
-                system_socket.socket.sendmsg(self._sock._sock, [request], options, socket.MSG_DONTWAIT, (str(path.target), 0))
+        if self._sock:
+            send_echo(self._sock, path.packet_info, path.hops, path.target, number)
 
     def _take_answer(self, message: bytes) -> None:
         """Notes the answer to a probe: a reply to it, or an error that quotes it."""
-        quoted = message[8 + IPV6_HEADER :] if message[0] in (self.UNREACHABLE, self.TIME_EXCEEDED) else message
-        if len(quoted) < 8 or quoted[0] not in (self.ECHO_REQUEST, self.ECHO_REPLY):
-            return
-        (number,) = struct.unpack_from(">I", quoted, 4)
-        if number in self._sessions:
+        number = echo_number(message)
+        if number is not None and number in self._sessions:
             session, path = self._sessions[number]
             if not path.answers:
                 log.debug("the path answers to %s", path.target)
@@ -3203,6 +3212,7 @@ LAN_CHECK_S = 1.0  # between two looks at the interface, its address, radvd and 
 LISTEN_S = 3.0  # for other routers on the LAN, before the first announcement
 LAN_GRACE_S = 10.0  # without a tunnel until the announcement is withdrawn, where `grace` is off
 PROVE_HOPS, PROVE_AGAIN_S, PROVE_S = 8, 1.0, 10.0  # how far the Internet is probed; between two rounds; before silence is accepted
+RADVD_START_S = 0.3  # from its start until SIGHUP does not end it any more
 RADVD_END_S = 1.5  # for radvd, which says goodbye to the LAN at its end and takes 10 ms
 ROUTER_LIFETIME_S, PREFERRED_S, VALID_S = 1800, 2700, 5400  # RFC 4861 section 6.2.1; RFC 9096 section 3.4 for those of a prefix
 OLD_STEP_S = 600  # in which the lifetime of an earlier prefix falls; radvd's DecrementLifetimes leaves out what is not preferred
@@ -3268,51 +3278,191 @@ def has_ra_route(routes: str, interface: str) -> bool:
     return any(int(each[8], 16) & ra_default == ra_default and each[9] == interface for each in fields if len(each) == 10)
 
 
-class LanRouter:
-    """Makes this machine the IPv6 router of one LAN: address, forwarding, router advertisements by radvd, other routers.
+def wait_for_internet(lan: str, device: str, source: IPv6Address) -> None:
+    """Returns when something behind the server has answered through this tunnel: the router where a hop limit ends, whichever it is.
 
-    What happens outside (the tunnel, the interface, what others remove) only changes fields; one greenlet then makes the LAN what it is
-    to be. All that is changed on the machine stands in a file from before the change until it is undone.
+    When there is only silence it returns after PROVE_S; while the server itself says that there is no way, never. Raises OSError.
+    """
+    silent_until, base, server, refused = time.monotonic() + PROVE_S, random.getrandbits(28) << 4, "", False
+    packet_info = source.packed + struct.pack("i", system_socket.if_nametoindex(device))
+    with open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY) as sock:
+        while refused or time.monotonic() < silent_until:
+            for hops in range(1, PROVE_HOPS + 1):
+                send_echo(sock, packet_info, hops, FAR_ADDRESS, base + hops)
+            with gevent.Timeout(PROVE_AGAIN_S, False):
+                while True:
+                    message, (sender, *_) = sock.recvfrom(IPV6_HEADER + 64)
+                    number = echo_number(message)
+                    if number == base + 1:
+                        server = sender
+                    elif number is None or number not in range(base + 1, base + PROVE_HOPS + 1):
+                        continue
+                    elif message[0] != UNREACHABLE or server not in ("", sender):
+                        return
+                    elif server and not refused:
+                        refused = True
+                        log.warning("LAN %s: the server has no way to the Internet, so the hosts are not told of it yet", lan)
+    log.warning("LAN %s: nothing behind the server answers; the hosts are told of the tunnel all the same", lan)
+
+
+def wait_for_radvd(ended: Callable[[], bool]) -> None:
+    """Returns when it has ended, and after RADVD_END_S at the latest."""
+    deadline = time.monotonic() + RADVD_END_S
+    while not ended() and time.monotonic() < deadline:
+        gevent.sleep(0.01)
+
+
+def end_stale_radvd(folder: Path) -> None:
+    """Ends the radvd of a killed client, which lives only where there is no `setpriv`."""
+    pid, conf = read_text(folder / "radvd.pid"), str(folder / "radvd.conf")
+    command = Path(f"/proc/{pid}/cmdline")
+    if pid.isdigit() and conf in read_text(command):
+        with suppress(OSError):
+            os.kill(int(pid), signal.SIGTERM)
+        wait_for_radvd(lambda: conf not in read_text(command))
+
+
+class Radvd:
+    """radvd as a child, which tells the hosts of a LAN an Announcement until it is ended."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError when there is no radvd."""
+        self._program = shutil.which("radvd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+        if self._program is None:
+            raise ConfigError("[client] lan: the program radvd is missing; install it with `apt-get install radvd`")
+        self._folder, self._conf, self._pid = folder, folder / "radvd.conf", folder / "radvd.pid"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._restarts = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        self._failed = False  # which the log has said
+        self.told: Announcement | None = None
+
+    def tell(self, announcement: Announcement) -> None:
+        """Tells the hosts, if it is not what they know, and starts it again if it has ended. To be called once a second. Raises OSError."""
+        running = self._process is not None and self._process.poll() is None
+        if running and time.monotonic() - self._started < RADVD_START_S:  # SIGHUP would end it
+            return
+        if announcement != self.told:
+            new = self._conf.with_suffix(".new")
+            new.touch(SECRET_MODE)  # radvd refuses a file that others may write
+            new.write_text(announcement.radvd_conf())
+            new.replace(self._conf)
+            self.told = announcement
+            if running and self._process:
+                self._process.send_signal(signal.SIGHUP)
+        if self._process is None:
+            self._start()
+        elif not running and self._restarts.take():
+            if not self._failed:
+                self._failed = True
+                last = "".join(read_text(self._folder / "radvd.log").splitlines()[-1:])
+                name, status = announcement.interface, self._process.returncode
+                log.error("LAN %s: radvd ended with %d; it is started again: %s", name, status, last)
+            self._start()
+
+    def _start(self) -> None:
+        """Starts it in this thread, the main one: `setpriv` ends it when that ends, in whatever way."""
+        setpriv = shutil.which("setpriv")
+        command = [*([setpriv, "--pdeathsig", "TERM", "--"] if setpriv else ()), cast(str, self._program), "-n", "-m", "stderr"]
+        with open(self._folder / "radvd.log", "wb") as errors:
+            self._process = subprocess.Popen(
+                [*command, "-C", str(self._conf), "-p", str(self._pid)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # so that Ctrl-C does not reach it
+            )
+        self._started = time.monotonic()
+
+    def end(self) -> None:
+        """Ends it. It tells the hosts that we are no router any more."""
+        process = self._process
+        if process and process.poll() is None:
+            process.terminate()
+            wait_for_radvd(lambda: process.poll() is not None)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+class LanChanges:
+    """What we change on the machine for a LAN: sysctls and an address. It stands in a file from before each change until it is undone."""
+
+    def __init__(self, kernel: Kernel, folder: Path) -> None:
+        self._kernel, self._folder = kernel, folder
+        self._file = JsonFile(str(folder / "changes.json"), "changes", 0o644)
+        self.interface = ""
+        self.prefix: IPv6Network | None = None  # whose ::1 the interface has from us
+        self.sysctls: dict[str, str] = {}  # as they were
+
+    def find(self) -> bool:
+        """Reads what a killed client has left. Returns whether there is anything."""
+        with suppress(ConfigError, ValueError, KeyError, TypeError):
+            left = dict(self._file.load())
+            self.prefix = IPv6Network(left["prefix"]) if left["prefix"] else None
+            self.interface, self.sysctls = left["interface"], dict(left["sysctls"])
+        return bool(self.interface)
+
+    def save(self) -> None:
+        """Saves what is to be undone. Raises KernelError."""
+        prefix = str(self.prefix) if self.prefix else ""
+        try:
+            self._folder.mkdir(0o755, parents=True, exist_ok=True)
+            self._file.save({"interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
+        except (OSError, StorageError) as error:
+            raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
+
+    def write(self, sysctls: dict[str, str]) -> None:
+        """Writes sysctls in a thread, as they wait for a lock of the kernel. One that can't be written stays as it is."""
+
+        def write() -> None:
+            for name, value in sysctls.items():
+                try:
+                    (IPV6_CONF / name).write_text(value)
+                except OSError as error:  # the interface has gone
+                    log.debug("%s can't be set to %s: %s", name, value, error.strerror)
+
+        run_in_thread(write)
+
+    def undo(self) -> None:
+        """Undoes everything, and removes the folder."""
+        if self.prefix:
+            self._kernel.undo(lan_address_plan(self.interface, self.prefix))
+        self.write(self.sysctls)
+        self.interface, self.prefix, self.sysctls = "", None, {}
+        with suppress(OSError):
+            for path in (*self._folder.glob("radvd.*"), self._folder / "changes.json"):
+                path.unlink(missing_ok=True)
+            self._folder.rmdir()
+
+
+class LanRouter:
+    """Makes this machine the IPv6 router of one LAN, for whose hosts it is one only while the tunnel works.
+
+    What happens outside (to the tunnel, the interface, what others remove) only changes fields; one greenlet then makes the LAN what it
+    is to be.
     """
 
-    ROUTER_SOLICITATION, ROUTER_ADVERTISEMENT = 133, 134  # RFC 4861
-
     def __init__(
-        self,
-        kernel: Kernel,
-        interface: str | None,
-        tun: str,
-        mtu: int,
-        dns: Sequence[IPv6Address] = (),
-        preference: str = "auto",
-        grace: float | None = None,
+        self, kernel: Kernel, interface: str | None, tun: str, mtu: int, dns: Sequence[IPv6Address], preference: str, grace: float | None
     ) -> None:
         """`interface` None: there is no LAN, and only what a killed client has left is cleared. Raises ConfigError."""
-        self._kernel, self._interface, self._mtu, self._dns, self._preference = kernel, interface, mtu, dns, preference
-        self._grace_s = LAN_GRACE_S if grace is None else grace
-        self._program = shutil.which("radvd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+        self._folder = RUNTIME_FOLDER / f"{tun}-{os.stat('/proc/self/ns/net').st_ino}"  # each network namespace has its own
         if interface == tun:
             raise ConfigError(f"[client] lan = {interface}: that is the tunnel's own device; name the interface of the LAN, such as eth1")
-        if interface and not self._program:
-            raise ConfigError(f"[client] lan = {interface}: the program radvd is missing; install it with `apt-get install radvd`")
-        self._folder = RUNTIME_FOLDER / f"{tun}-{os.stat('/proc/self/ns/net').st_ino}"  # each network namespace has its own
-        self._file = JsonFile(str(self._folder / "changes.json"), "changes", 0o644)
-        self._begun = False
-        self._back: dict[str, str] = {}  # sysctls as they were
-        self._address: IPv6Network | None = None  # whose ::1 the interface has from us
+        self._kernel, self._interface, self._mtu, self._dns, self._preference = kernel, interface or "", mtu, dns, preference
+        self._changes = LanChanges(kernel, self._folder)
+        self._radvd = Radvd(self._folder) if interface else None
+        self._grace_s = LAN_GRACE_S if grace is None else grace
         self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
-        self._index = 0  # of the interface, 0 while it can't be used
+        self._index = self._last_index = 0  # of the interface: 0 while it can't be used; when it could last
         self._missing = ""  # why it can't, which the log has said
         self._quiet_at = 0.0  # when other routers have been listened for
         self._other_router: str | None = None
-        self._device = ""  # of the tunnel
         self._prefix: IPv6Network | None = None
         self._old: dict[IPv6Network, float] = {}  # earlier prefixes, and when their addresses end
         self._up, self._lost = False, 0.0  # whether there is a tunnel; when there was one last
         self._proven = self._announced = False  # whether the Internet answered through it; whether the hosts know
-        self._radvd: subprocess.Popen[bytes] | None = None
-        self._told: Announcement | None = None  # what stands in radvd's file
-        self._radvd_failed = False  # which the log has said
         self._changed = gevent.event.Event()
         self._workers: dict[str, gevent.Greenlet] = {}
 
@@ -3321,20 +3471,21 @@ class LanRouter:
 
         The TUN is there: no other client lives that has one of this name, and so this folder.
         """
-        self._clear_stale()
-        if not self._interface:
-            return
-        self._begun = True
-        conf = {
-            f"{path.parent.name}/{path.name}": read_text(path) for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")
-        }
-        uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
-        forward, self._back = forwarding_plan(conf, self._interface, uplink)
-        self._remember()
-        self._write_sysctls(forward)
-        if read_text(IPV6_CONF / "all/forwarding") != "1":
-            raise KernelError("IPv6 forwarding can't be turned on, which `lan` needs; make /proc/sys writable in this container")
-        self._workers["run"] = gevent.spawn(self._run)
+        if self._changes.find():
+            log.info("removing what a killed tun6 has left for its LAN %s", self._changes.interface)
+            end_stale_radvd(self._folder)
+            self._changes.undo()
+        if self._interface:
+            paths = [path for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")]
+            conf = {f"{path.parent.name}/{path.name}": read_text(path) for path in paths}
+            uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
+            forward, self._changes.sysctls = forwarding_plan(conf, self._interface, uplink)
+            self._changes.interface = self._interface
+            self._changes.save()
+            self._changes.write(forward)
+            if read_text(IPV6_CONF / "all/forwarding") != "1":
+                raise KernelError("IPv6 forwarding can't be turned on, which `lan` needs; make /proc/sys writable in this container")
+            self._work("run", self._run)
 
     def tunnel_up(self, device: str, prefix: IPv6Network) -> None:
         """There is a tunnel, out of this device."""
@@ -3343,91 +3494,25 @@ class LanRouter:
         if self._prefix and self._prefix != prefix and self._announced:
             self._old[self._prefix] = time.monotonic() + VALID_S
         self._old.pop(prefix, None)
-        self._device, self._prefix, self._up = device, prefix, True
-        self._proven = self._announced
-        self._work("prove", self._prove)
+        self._prefix, self._up, self._proven = prefix, True, self._announced
+        self._work("prove", self._prove, device, prefix[1])
         self._changed.set()
 
     def tunnel_down(self, final: bool = False) -> None:
         """There is none. `final`: the server won't have this client, so that the hosts are told at once, not after `grace`."""
         if self._up:
             self._up, self._lost = False, time.monotonic()
-            self._workers.pop("prove").kill()
+            self._workers["prove"].kill()
         if final:
             self._lost = -math.inf
         self._changed.set()
 
     def close(self) -> None:
-        """Undoes everything; the hosts are told that we are no router any more."""
-        if not self._begun:  # what a killed client has left may be there still
-            return
+        """Tells the hosts that we are no router any more, and undoes everything."""
         gevent.killall(list(self._workers.values()))
-        if self._radvd and self._radvd.poll() is None:
-            self._radvd.terminate()
-            self._wait_for_radvd(lambda: cast(Any, self._radvd).poll() is not None)
-            if self._radvd.poll() is None:
-                self._radvd.kill()
-                self._radvd.wait()
-        self._put_back()
-
-    def _put_back(self) -> None:
-        if self._interface and self._address:
-            self._kernel.undo(lan_address_plan(self._interface, self._address))
-        self._write_sysctls(self._back)
-        self._back, self._address = {}, None
-        for name in ("changes.json", "radvd.conf", "radvd.conf.new", "radvd.log", "radvd.pid"):
-            (self._folder / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self._folder.rmdir()
-
-    def _clear_stale(self) -> None:
-        """Undoes what the file says that a killed client has changed. Its radvd has ended with it where there is `setpriv`."""
-        with suppress(ConfigError, ValueError, KeyError, TypeError):
-            left = dict(self._file.load())
-            if left:
-                log.info("removing what a killed tun6 has left for its LAN %s", left["interface"])
-                self._end_stale_radvd()
-                mine, self._interface = self._interface, left["interface"]
-                self._back, self._address = dict(left["sysctls"]), IPv6Network(left["prefix"]) if left["prefix"] else None
-                self._put_back()
-                self._interface = mine
-
-    def _end_stale_radvd(self) -> None:
-        pid = read_text(self._folder / "radvd.pid")
-        command = Path(f"/proc/{pid}/cmdline")
-        conf = str(self._folder / "radvd.conf")
-        if pid.isdigit() and conf in read_text(command):
-            with suppress(OSError):
-                os.kill(int(pid), signal.SIGTERM)
-                self._wait_for_radvd(lambda: conf not in read_text(command))
-
-    @staticmethod
-    def _wait_for_radvd(ended: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + RADVD_END_S
-        while not ended() and time.monotonic() < deadline:
-            gevent.sleep(0.01)
-
-    def _remember(self) -> None:
-        """Saves what is to be undone, before it is done."""
-        prefix = str(self._address) if self._address else ""
-        try:
-            self._folder.mkdir(0o755, parents=True, exist_ok=True)
-            self._file.save({"interface": self._interface, "prefix": prefix, "sysctls": self._back})
-        except (OSError, StorageError) as error:
-            raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
-
-    @staticmethod
-    def _write_sysctls(values: dict[str, str]) -> None:
-        """Writes them in a thread, as they wait for a lock of the kernel. One that can't be written stays as it is."""
-
-        def write() -> None:
-            for name, value in values.items():
-                try:
-                    (IPV6_CONF / name).write_text(value)
-                except OSError as error:  # the interface has gone
-                    log.debug("%s can't be set to %s: %s", name, value, error.strerror)
-
-        run_in_thread(write)
+        if self._radvd and self._changes.interface:  # else we have not begun
+            self._radvd.end()
+            self._changes.undo()
 
     def _work(self, name: str, function: Callable[..., None], *arguments: object) -> None:
         """Starts a greenlet, instead of an earlier one of this name."""
@@ -3441,9 +3526,10 @@ class LanRouter:
             try:
                 self._look_at_interface()
                 self._keep_forwarding()
-                if self._index and self._prefix:
+                if self._prefix:
                     self._keep_address(self._prefix)
-                self._announce()
+                    self._decide(self._prefix)
+                    self._tell(self._prefix)
             except (Tun6Error, OSError) as error:
                 log.warning("LAN %s: %s", self._interface, describe_end(error))
             now = time.monotonic()
@@ -3452,7 +3538,7 @@ class LanRouter:
 
     def _look_at_interface(self) -> None:
         """Notes whether it is there and up, which may change at any time, as with a USB adapter."""
-        name, index, missing = cast(str, self._interface), 0, ""
+        name, index, missing = self._interface, 0, ""
         try:
             index = system_socket.if_nametoindex(name) if is_up(name) else 0
             missing = "" if index else "it is down"
@@ -3464,133 +3550,89 @@ class LanRouter:
             log.info("LAN %s: it is there now", name)
         self._missing = missing
         if index and index != self._index:
-            self._address, self._other_router, self._quiet_at = None, None, time.monotonic() + LISTEN_S
-            self._back.update({f"{name}/{key}": read_text(IPV6_CONF / name / key) for key in ("mtu", "hop_limit")})  # radvd changes these
-            self._work("listen", self._listen, name)
+            self._changes.prefix, self._other_router, self._quiet_at = None, None, time.monotonic() + LISTEN_S
+            if index != self._last_index:  # radvd changes these
+                self._last_index = index
+                self._changes.sysctls.update({f"{name}/{key}": read_text(IPV6_CONF / name / key) for key in ("mtu", "hop_limit")})
+            self._work("listen", self._listen)
         self._index = index
 
     def _keep_forwarding(self) -> None:
         if read_text(IPV6_CONF / "all/forwarding") == "0" and self._repairs.take():
             log.warning("LAN %s: somebody turned IPv6 forwarding off, which `lan` needs; it is on again", self._interface)
-            self._write_sysctls({"all/forwarding": "1"})
+            self._changes.write({"all/forwarding": "1"})
 
     def _keep_address(self, prefix: IPv6Network) -> None:
-        name, before = cast(str, self._interface), self._address
-        if before == prefix and (str(prefix[1]) in self._own_addresses() or not self._repairs.take()):
+        before = self._changes.prefix
+        if not self._index or (before == prefix and (str(prefix[1]) in self._own_addresses() or not self._repairs.take())):
             return
-        self._address = prefix
-        self._remember()
+        self._changes.prefix = prefix
+        self._changes.save()
         if before and before != prefix:
-            self._kernel.undo(lan_address_plan(name, before))
-        self._kernel.reapply(lan_address_plan(name, prefix))
+            self._kernel.undo(lan_address_plan(self._interface, before))
+        self._kernel.reapply(lan_address_plan(self._interface, prefix))
         if before == prefix:
-            log.warning("LAN %s: somebody removed its address %s; it is back", name, prefix[1])
+            log.warning("LAN %s: somebody removed its address %s; it is back", self._interface, prefix[1])
 
-    def _announce(self) -> None:
-        """Tells the hosts what holds now, if it is not what they know."""
+    def _decide(self, prefix: IPv6Network) -> None:
+        """Decides whether we are the hosts' router now."""
+        now, was_announced = time.monotonic(), self._announced
+        if not self._up:
+            self._announced = was_announced and now - self._lost < self._grace_s
+        elif self._proven and self._index and (now >= self._quiet_at or self._other_router):
+            self._announced = True
+        if self._announced and not was_announced:
+            log.info("LAN %s: announces %s", self._interface, prefix)
+        elif was_announced and not self._announced:
+            log.warning("LAN %s: has no tunnel, so its hosts are told not to use %s any more", self._interface, prefix)
+
+    def _tell(self, prefix: IPv6Network) -> None:
+        """Tells the hosts what holds now; nothing before we are their router for the first time."""
+        if self._radvd is None or not (self._announced or self._radvd.told):
+            return
         now = time.monotonic()
-        was_announced = self._announced
-        if self._up:
-            self._announced = was_announced or (self._proven and bool(self._index) and (now >= self._quiet_at or bool(self._other_router)))
-        elif now - self._lost >= self._grace_s:
-            self._announced = False
-        if self._announced != was_announced:
-            text = "announces %s" if self._announced else "has no tunnel, so its hosts are told not to use %s any more"
-            log.log(logging.INFO if self._announced else logging.WARNING, f"LAN %s: {text}", self._interface, self._prefix)
-        if self._prefix is None or not (self._announced or self._told):
-            return
-        self._old = {prefix: end for prefix, end in self._old.items() if end > now}
-        announcement = Announcement(
-            interface=cast(str, self._interface),
-            routed=self._announced,
-            prefix=self._prefix,
-            old={prefix: math.ceil((end - now) / OLD_STEP_S) * OLD_STEP_S for prefix, end in self._old.items()},
-            mtu=min(self._mtu, int(read_text(Path(f"/sys/class/net/{self._interface}/mtu")) or self._mtu)),
-            dns=self._dns,
-            preference=self._preference if self._preference != "auto" else "low" if self._other_router else "medium",
+        self._old = {old: end for old, end in self._old.items() if end > now}
+        self._radvd.tell(
+            Announcement(
+                interface=self._interface,
+                routed=self._announced,
+                prefix=prefix,
+                old={old: math.ceil((end - now) / OLD_STEP_S) * OLD_STEP_S for old, end in self._old.items()},
+                mtu=min(self._mtu, int(read_text(Path(f"/sys/class/net/{self._interface}/mtu")) or self._mtu)),
+                dns=self._dns,
+                preference=self._preference if self._preference != "auto" else "low" if self._other_router else "medium",
+            )
         )
-        if announcement != self._told:
-            self._told = announcement
-            new = self._folder / "radvd.conf.new"
-            new.touch(SECRET_MODE)  # radvd refuses a file that others may write
-            new.write_text(announcement.radvd_conf())
-            new.replace(self._folder / "radvd.conf")
-            if self._radvd and self._radvd.poll() is None:
-                self._radvd.send_signal(signal.SIGHUP)
-        if self._radvd is None or self._radvd.poll() is not None:
-            self._start_radvd()
 
-    def _start_radvd(self) -> None:
-        """Starts it in this thread, with which `setpriv` ends it."""
-        if self._radvd and not self._repairs.take():
-            return
-        if self._radvd and not self._radvd_failed:
-            self._radvd_failed = True
-            last = read_text(self._folder / "radvd.log").splitlines()[-1:]
-            log.error("LAN %s: radvd ended with %d; it is started again: %s", self._interface, self._radvd.returncode, "".join(last))
-        setpriv = shutil.which("setpriv")
-        command = [*([setpriv, "--pdeathsig", "TERM", "--"] if setpriv else ()), cast(str, self._program), "-n", "-m", "stderr"]
-        command += ["-C", str(self._folder / "radvd.conf"), "-p", str(self._folder / "radvd.pid")]
-        with open(self._folder / "radvd.log", "wb") as errors:
-            devnull = subprocess.DEVNULL
-            self._radvd = subprocess.Popen(command, stdin=devnull, stdout=devnull, stderr=errors, start_new_session=True)
-
-    def _listen(self, interface: str) -> None:
+    def _listen(self) -> None:
         """Notes another router on the LAN, which it asks to speak, until it is killed."""
-        with suppress(OSError), open_icmpv6(self.ROUTER_ADVERTISEMENT) as sock:  # the interface has gone
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        with suppress(OSError), open_icmpv6(ROUTER_ADVERTISEMENT) as sock:  # the interface has gone
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._interface.encode())
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
-            with suppress(OSError):  # without an address yet
-                sock.sendto(struct.pack(">BBHI", self.ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
+            with suppress(OSError):  # it has no address yet
+                sock.sendto(struct.pack(">BBHI", ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
             while True:
-                message, sender = sock.recvfrom(64)
-                router = sender[0].partition("%")[0]
+                message, (sender, *_) = sock.recvfrom(64)
+                router = sender.partition("%")[0]
                 lifetime = int.from_bytes(message[6:8], "big")
                 if not lifetime or self._other_router or not IPv6Address(router).is_link_local or router in self._own_addresses():
                     continue
                 self._other_router = router
                 advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
-                log.warning("LAN %s: %s is an IPv6 router there already%s", interface, router, advice if self._preference == "auto" else "")
+                name = self._interface
+                log.warning("LAN %s: %s is an IPv6 router there already%s", name, router, advice if self._preference == "auto" else "")
                 self._changed.set()
 
     def _own_addresses(self) -> list[str]:
-        return [address.partition("%")[0] for address in interface_addresses(cast(str, self._interface), netifaces.AF_INET6)]
+        return [address.partition("%")[0] for address in interface_addresses(self._interface, netifaces.AF_INET6)]
 
-    def _prove(self) -> None:
-        """Notes when the Internet answers through the tunnel: a router behind the server, as the hop limit ends there, whichever it is."""
-        unreachable, exceeded, reply = PathMonitor.UNREACHABLE, PathMonitor.TIME_EXCEEDED, PathMonitor.ECHO_REPLY
-        prefix, began, identifier, server, refused = cast(IPv6Network, self._prefix), time.monotonic(), random.getrandbits(16), "", False
-        with suppress(OSError), open_icmpv6(unreachable, exceeded, reply) as sock:  # the device has gone
-            packet_info = prefix[1].packed + struct.pack("i", system_socket.if_nametoindex(self._device))
-            while not self._proven:
-                for hops in range(1, PROVE_HOPS + 1):
-                    request = struct.pack(">BBHHH", PathMonitor.ECHO_REQUEST, 0, 0, identifier, hops)
-                    options = [
-                        (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, packet_info),
-                        (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", hops)),
-                    ]
-                    with suppress(OSError):  # the next round comes
-                        sock.sendmsg([request], options, 0, (str(FAR_ADDRESS), 0))
-                with gevent.Timeout(PROVE_AGAIN_S, False):
-                    while not self._proven:
-                        message, sender = sock.recvfrom(IPV6_HEADER + 64)
-                        quoted = message if message[0] == reply else message[8 + IPV6_HEADER :]
-                        if quoted[4:6] != identifier.to_bytes(2, "big"):
-                            continue
-                        hops = int.from_bytes(quoted[6:8], "big")
-                        if hops == 1:
-                            server = sender[0]
-                        elif message[0] != unreachable or (server and sender[0] != server):
-                            self._proven = True
-                        elif server and not refused:
-                            refused = True
-                            log.warning(
-                                "LAN %s: the server has no way to the Internet, so the hosts are not told of it yet", self._interface
-                            )
-                if not self._proven and not refused and time.monotonic() - began >= PROVE_S:
-                    log.warning("LAN %s: nothing behind the server answers; the hosts are told of the tunnel all the same", self._interface)
-                    self._proven = True
-        self._changed.set()
+    def _prove(self, device: str, source: IPv6Address) -> None:
+        """Notes when the Internet has answered through the tunnel."""
+        if not self._proven:
+            with suppress(OSError):  # the device has gone
+                wait_for_internet(self._interface, device, source)
+                self._proven = True
+                self._changed.set()
 
 
 # ---- client ----------------------------------------------------------------------------------------------------------
