@@ -29,6 +29,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     neighbour proxy
     server
     firewall
+    lan
     client
     administration
     demo
@@ -43,6 +44,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: firewall
     end to end: TLS and keys
     end to end: administration
+    end to end: LAN              router advertisements, forwarding, other routers
     end to end: faults           of disks, files, links, names, devices, `ip`
     end to end: scale            many clients, and limits
     fuzzing                      `test_tun6.py fuzz`
@@ -445,7 +447,7 @@ def state_of(lab: Lab, host: str) -> dict[str, Any]:
     with lab.inside(host):
         for conf in Path("/proc/sys/net/ipv6/conf").iterdir():
             for key in WATCHED_SYSCTLS:
-                state[f"{conf.name}.{key}"] = tun6.read_sysctl(f"net.ipv6.conf.{conf.name}.{key}")
+                state[f"{conf.name}.{key}"] = tun6.read_text(conf / key)
     return state
 
 
@@ -598,7 +600,7 @@ class Echo(SocketOwner):
 
 
 @contextmanager
-def repeated(action: Callable[[], None], pause: float) -> Iterator[None]:
+def repeated(action: Callable[[], object], pause: float) -> Iterator[None]:
     """Meanwhile a thread does this again and again, with a pause of so many seconds before each time."""
     stop = threading.Event()
 
@@ -3952,6 +3954,47 @@ def test_nft_takes_the_rules_of_every_device_and_opening(device: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+# ---- lan -------------------------------------------------------------------------------------------------------------
+
+ANNOUNCEMENT = tun6.Announcement("eth1", True, subnet(2), {}, 1400, (), "medium")
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_what_the_hosts_are_told_is_a_file_that_radvd_takes(tmp_path: Path, routed: bool) -> None:
+    old, dns = {subnet(1): 777}, (IPv6Address("2001:db8::53"), IPv6Address("2001:db8::54"))
+    text = ANNOUNCEMENT._replace(routed=routed, old=old, dns=dns, preference="low").radvd_conf()
+    lifetimes = [int(seconds) for seconds in re.findall(r"(?:DefaultLifetime|PreferredLifetime|ValidLifetime|RDNSSLifetime) (\d+);", text)]
+    assert lifetimes == ([1800, 2700, 5400, 0, 777, 1200] if routed else [0, 0, 5400, 0, 777, 0])
+    assert "RDNSS" not in ANNOUNCEMENT.radvd_conf()
+    (tmp_path / "radvd.conf").write_text(text)
+    checked = subprocess.run(["radvd", "-c", "-m", "stderr", "-C", str(tmp_path / "radvd.conf")], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_forwarding_is_turned_on_without_a_loss_of_what_router_advertisements_gave() -> None:
+    conf = {
+        f"{name}/{key}": "0" for name in ("all", "default", "lo", "eth0", "eth1", "eth2", "tun6") for key in ("forwarding", "accept_ra")
+    }
+    conf |= dict.fromkeys(("all/accept_ra", "default/accept_ra", "lo/accept_ra", "eth0/accept_ra", "eth1/accept_ra"), "1")
+    conf["eth2/forwarding"] = "1"
+    accepting = ["default/accept_ra", "eth0/accept_ra"]
+    for uplink, more in ((False, []), (True, ["eth1/accept_ra"])):
+        do, back = tun6.forwarding_plan(conf, "eth1", uplink)
+        assert sorted(do) == sorted([*accepting, *more, "all/forwarding"])
+        assert list(do)[-1] == "all/forwarding"  # the kernel removes routes at once
+        assert list(back) == ["all/forwarding", "eth2/forwarding", *list(do)[:-1]]  # in this order, as the first one sets all of its kind
+        assert all(back[name] == conf[name] for name in back)
+    assert tun6.forwarding_plan({**conf, "all/forwarding": "1"}, "eth1", True) == ({}, {})
+
+
+def test_an_interface_whose_default_route_is_by_router_advertisements_is_known() -> None:
+    zero, router = "0" * 32, "fe80" + "0" * 27 + "1"
+    line = f"{zero} 00 {zero} 00 {router} 00000400 00000001 00000000 %s     eth0"
+    assert tun6.has_ra_route(f"{line % '00450003'}\n", "eth0")
+    assert not tun6.has_ra_route(f"{line % '00450003'}\n", "eth1")
+    assert not tun6.has_ra_route(f"{line % '00000003'}\n\n", "eth0")
+
+
 # ---- client ----------------------------------------------------------------------------------------------------------
 
 
@@ -4024,8 +4067,19 @@ def test_the_demo_shows_every_step_and_leaves_nothing(hosts: Lab, tmp_path: Path
         finally:
             demo.kill()
     assert demo.returncode == 0, out + err
-    steps = ["hello and prefix", "a LAN host reaches", "bulk transfer up", "bulk transfer down", "server killed", "a second client"]
-    for step in [*steps, "native IPv6 beside the tunnel", "keys and encryption"]:
+    for step in (
+        "hello and prefix",
+        "a LAN host where nothing is configured",
+        "a LAN host reaches",
+        "the client ends",
+        "bulk transfer up",
+        "firewall",
+        "bulk transfer down",
+        "server killed",
+        "a second client",
+        "native IPv6 beside the tunnel",
+        "keys and encryption",
+    ):
         assert f"  ok  {step}" in out
     assert not [name for name in os.listdir("/run/netns") if name.startswith(f"tun6-{demo.pid}-")]
     assert not list(tmp_path.iterdir())
@@ -4070,8 +4124,8 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
-        "lan": None, "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "hook": None,
-        "file": path,
+        "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
+        "fingerprint": None, "key": None, "hook": None, "file": path,
     }  # fmt: skip
 
 
@@ -4091,6 +4145,9 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("client", "remotehost", "203.0.113.7", "203.0.113.7"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
+        ("client", "lan", "eth0.5", "eth0.5"),
+        ("client", "lan_dns", "2001:db8::53,fd00::1", (IPv6Address("2001:db8::53"), IPv6Address("fd00::1"))),
+        ("client", "lan_preference", "low", "low"),
         ("client", "default_route", "No", False),
         ("client", "default_route", "on", True),
         ("client", "firewall", "yes", True),
@@ -4130,6 +4187,9 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
             ("client", "open", f"{host} tcp 443", "lower half of its address")
             for host in ("2001:db8::22", "::", "::1", "::1::2", "1.2.3.4")
         ],
+        *[("client", "lan", text, "one interface, such as eth1") for text in ("lo", "eth0, eth1", "eth0 eth1", "a/b", "..", "t" * 16)],
+        *[("client", "lan_dns", text, "IPv6 addresses, separated by commas") for text in ("192.0.2.1", "fe80::1%eth0", "fd00::1,,")],
+        ("client", "lan_preference", "lowest", "auto, low, medium or high"),
         # An indented line is a part of the value above it.
         *[(section, key, f"{value}\n  mtu = 1400", "") for section in REQUIRED for key, value in REQUIRED[section].items()],
         ("server", "assignments", "a.json\n  mtu = 1400", ""),
@@ -5368,7 +5428,7 @@ def test_a_flood_of_solicitations_costs_little_and_an_uplink_may_go_and_come_bac
 
 
 @contextmanager
-def beyond(lab: Lab) -> Iterator[None]:
+def internet_beyond(lab: Lab) -> Iterator[None]:
     """A host `far` of the IPv6 Internet, behind that of the tunnel's provider; both ends of its link carry 1500 bytes."""
     lab._names["far"] = f"tun6-{os.getpid()}-far"
     try:
@@ -5433,7 +5493,7 @@ def test_a_tunnel_brokers_range_goes_on_to_clients_by_the_recipes_commands(lab: 
         for host, device, own, far in (("server", "eth1", VPS, TUNNEL_BROKER), ("internet", "eth0", TUNNEL_BROKER, VPS)):
             undo.enter_context(changed(lab, host, f"addr add {own}/32 dev {device}", f"-4 route add {far}/32 dev {device} src {own}"))
             undo.enter_context(six_in_four(lab, host, "he-ipv6", own, far))
-        undo.enter_context(beyond(lab))
+        undo.enter_context(internet_beyond(lab))
         undo.enter_context(sysctl(lab, "internet", "net.ipv6.conf.all.forwarding", "1"))
         lab.ip("internet", "link set he-ipv6 up mtu 1480")
         lab.ip("internet", "addr add 2001:db8:470a::1/64 dev he-ipv6 nodad")
@@ -7292,6 +7352,363 @@ def test_a_server_that_stood_still_says_for_how_long(server: Program) -> None:
     latency = status_of(server)["latency"]
     assert latency["max"] < before + 3
     assert latency["median"] < 0.4
+
+
+# ---- end to end: LAN -------------------------------------------------------------------------------------------------
+
+LISTEN_SHORTLY = "tun6.LISTEN_S = 0.3"
+
+
+class Advertisement(NamedTuple):
+    """A router advertisement, RFC 4861 section 4.2."""
+
+    lifetime: int
+    preference: str
+    prefixes: dict[str, tuple[int, int]]  # valid and preferred lifetime
+    mtu: int
+    dns: list[str]
+    at: float  # when it came
+
+    @classmethod
+    def parse(cls, message: bytes, at: float) -> Advertisement:
+        preference = {0: "medium", 1: "high", 3: "low"}[message[5] >> 3 & 3]
+        prefixes, mtu, dns, options = {}, 0, [], message[16:]
+        while options:
+            kind, option, options = options[0], options[: options[1] * 8], options[options[1] * 8 :]
+            if kind == 3:
+                prefixes[f"{IPv6Address(option[16:32])}/{option[2]}"] = cast("tuple[int, int]", struct.unpack_from(">II", option, 4))
+            elif kind == 5:
+                mtu = int.from_bytes(option[4:8], "big")
+            elif kind == 25:
+                dns += [str(IPv6Address(option[at : at + 16])) for at in range(8, len(option), 16)]
+        return cls(int.from_bytes(message[6:8], "big"), preference, prefixes, mtu, dns, at)
+
+
+class Lan(SocketOwner):
+    """The LAN behind the client: what is said there, and what its host, where nothing is configured, makes of it."""
+
+    def __init__(self, lab: Lab, host: str, device: str) -> None:
+        self.lab, self.host, self.device = lab, host, device
+        self.sock = socket_on(lab, host, kind=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMPV6)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+        self.sock.setblocking(False)
+        self._heard: list[Advertisement] = []
+
+    def heard(self) -> list[Advertisement]:
+        """All router advertisements until now."""
+        with suppress(BlockingIOError):
+            while True:
+                message, (sender, *_) = self.sock.recvfrom(2048)
+                if message[0] == 134 and sender.partition("%")[0] not in self.lab.ip(self.host, f"-6 addr show dev {self.device}"):
+                    self._heard.append(Advertisement.parse(message, time.monotonic()))
+        return self._heard
+
+    def hears(self, what: str, condition: Callable[[Advertisement], object], seconds: float = 10) -> Advertisement:
+        """Waits until the latest one fulfils this."""
+        return wait_until(what, lambda: next((each for each in self.heard()[-1:] if condition(each)), None), seconds)  # type: ignore[return-value]
+
+    def routed(self) -> bool:
+        """Whether the host has a default route from there."""
+        return bool(self.lab.ip(self.host, f"-6 route show default dev {self.device} proto ra"))
+
+    def address(self, prefix: IPv6Network) -> str:
+        """The one of this prefix that the host gave itself."""
+        found: list[str] = re.findall(r"inet6 (\S+)/64 scope global dynamic", self.lab.ip(self.host, f"-6 addr show dev {self.device}"))
+        return next(each for each in found if IPv6Address(each) in prefix)
+
+
+@contextmanager
+def forgetful(lab: Lab, host: str, device: str) -> Iterator[None]:
+    """What router advertisements told the host is forgotten at the end."""
+    try:
+        yield
+    finally:
+        lab.ip(host, f"-6 addr flush dev {device} dynamic")
+        for root in ("default", "root 2001:db8::/32"):
+            lab.ip(host, f"-6 route flush {root} dev {device}")
+        lab.set_sysctl(host, f"net.ipv6.conf.{device}.mtu", "1500")
+
+
+@pytest.fixture
+def beyond(lab: Lab) -> Iterator[None]:
+    """The server has a way to the Internet, whose first router is the Internet host."""
+    with changed(lab, "server", f"-6 route add default via {Lab.INTERNET}"), sysctl(lab, "internet", "net.ipv6.conf.all.forwarding", "1"):
+        yield
+
+
+@pytest.fixture
+def no_forwarding(lab: Lab) -> Iterator[None]:
+    """The client has forwarding off, as machines have it."""
+    with sysctl(lab, "client", "net.ipv6.conf.all.forwarding", "0"):
+        yield
+
+
+@pytest.fixture
+def lan(lab: Lab, no_forwarding: None) -> Iterator[Lan]:
+    with forgetful(lab, "lan", "eth0"), Lan(lab, "lan", "eth0") as lan:
+        yield lan
+
+
+def lan_folder(lab: Lab) -> Path:
+    """Where the client keeps radvd's files and what it has changed."""
+    with lab.inside("client"):
+        return tun6.RUNTIME_FOLDER / f"tun6-{os.stat('/proc/thread-self/ns/net').st_ino}"
+
+
+def radvds(lab: Lab) -> set[str]:
+    """The process ids of the client's radvd."""
+    found, folder = set(), str(lan_folder(lab))
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if folder in (text := tun6.read_text(path)) and "radvd" in text.split("\0")[0]:
+            found.add(path.parent.name)
+    return found
+
+
+def as_before(lab: Lab, before: dict[str, Any]) -> None:
+    """The client is again as it was, without radvd or files of ours."""
+    now = state_of(lab, "client")
+    assert {name: (before.get(name), now.get(name)) for name in before.keys() | now.keys() if before.get(name) != now.get(name)} == {}
+    assert not radvds(lab)
+    assert not lan_folder(lab).exists()
+
+
+def test_a_lan_has_ipv6_by_one_line_and_afterwards_all_is_as_before(
+    lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None
+) -> None:
+    before = state_of(lab, "client")
+    began = time.monotonic()
+    client = tunnel.client(lan="eth1", lan_dns="2001:db8::53, 2001:db8::54", mtu=1400)
+    wait_until("the LAN host's ping is answered", lambda: lab.pings("lan"), 20)
+    print(f"FIGURE client started to LAN host's first answered ping: {time.monotonic() - began:.2f} s")
+    prefix = client.prefix()
+    host = lan.address(prefix)
+    heard = lan.heard()[-1]
+    assert heard[:-1] == (1800, "medium", {str(prefix): (5400, 2700)}, 1400, ["2001:db8::53", "2001:db8::54"])
+    assert "mtu 1400" in lab.ip("lan", "-6 route show default")
+    assert lab.pings("lan", str(prefix[1])), "the address that is announced is out of the hosts' reach"
+    assert lab.pings("internet", host)
+    ping(lab, "client", count=1)
+    transfer(lab, "lan", "internet", Lab.INTERNET, 4 << 20)
+    assert client.stop() < SERVER_ENDS_S
+    end = lan.hears("the end", lambda each: not each.lifetime)
+    assert end.prefixes[str(prefix)][1] == 0
+    assert not lan.routed()
+    as_before(lab, before)
+
+
+@pytest.mark.parametrize("setpriv", [True, False])
+def test_a_killed_client_leaves_no_route_on_the_lan_and_the_next_one_clears_the_rest(
+    lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path, setpriv: bool
+) -> None:
+    before = state_of(lab, "client")
+    lines = (
+        [] if setpriv else ["which = tun6.shutil.which", "tun6.shutil.which = lambda name, **more: name == 'radvd' and which(name, **more)"]
+    )
+    with tun6_with(tmp_path, LISTEN_SHORTLY, *lines):
+        client = tunnel.client(lan="eth1")
+        wait_until("the host has a route", lan.routed)
+        client.kill()
+        if setpriv:
+            wait_until("radvd ends, and the route with it", lambda: not radvds(lab) and not lan.routed(), 3)
+        assert state_of(lab, "client") != before
+        again = tunnel.client()  # without `lan`, too
+        again.said("removing what a killed tun6 has left for its LAN eth1", 1)
+        wait_until("the host has no route", lambda: not lan.routed())
+        again.prefix()
+        again.stop()
+        as_before(lab, before)
+
+
+def test_hosts_lose_the_route_after_ten_seconds_and_notice_nothing_of_a_restart(
+    lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
+) -> None:
+    with tun6_with(tmp_path, LISTEN_SHORTLY):
+        client = tunnel.client(lan="eth1")
+    prefix = client.prefix()
+    wait_until("the host has a route", lan.routed)
+    server.stop()
+    time.sleep(2)  # an outage of some seconds
+    server.start()
+    client.prefix(2)
+    ping(lab, "lan", count=1)
+    assert all(each.lifetime for each in lan.heard())
+    server.kill()
+    began = time.monotonic()
+    gone = lan.hears("the route goes", lambda each: not each.lifetime, 20)
+    print(f"FIGURE server's death to host's lost default route: {gone.at - began:.2f} s")
+    assert 9.5 < gone.at - began < 14
+    assert gone.prefixes == {str(prefix): (5400, 0)}
+    assert not lan.routed()
+    with changed(lab, "lan", f"-6 route add default via {prefix[1]}"):  # one that did not hear it
+        wait_until("the client rejects", lambda: "unreachable" in lab.run("lan", "ping", "-6", "-c", "1", "-W", "1", Lab.INTERNET).stdout)
+    server.start()
+    began = time.monotonic()
+    wait_until("the host has a route again", lan.routed, 8)
+    print(f"FIGURE server's return to the route: {time.monotonic() - began:.2f} s")
+
+
+def test_a_revoked_client_tells_its_lan_at_once(lab: Lab, lan: Lan, site: Site, beyond: None, tmp_path: Path) -> None:
+    key = site.issue("router")
+    site.serve()
+    with tun6_with(tmp_path, LISTEN_SHORTLY):
+        client = site.client("router", key, lan="eth1")
+    wait_until("the host has a route", lan.routed)
+    site.clients("revoke", "router")
+    client.wait_for("no connection to .*: (?:denied|revoked)")
+    lan.hears("the route goes", lambda each: not each.lifetime, 2)
+
+
+def test_a_new_prefix_is_announced_beside_the_end_of_the_old_one(
+    lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
+) -> None:
+    with tun6_with(tmp_path, LISTEN_SHORTLY):
+        client = tunnel.client(lan="eth1")
+    old = client.prefix()
+    wait_until("the host has a route", lan.routed)
+    server.stop()
+    tunnel.server(prefixrange=tunnel.new_pool(), assignments=None)
+    new = client.prefix(2)
+    heard = lan.hears("the new prefix", lambda each: str(new) in each.prefixes)
+    assert heard.lifetime == 1800
+    assert heard.prefixes[str(new)] == (5400, 2700)
+    assert heard.prefixes[str(old)][1] == 0
+    assert 5300 < heard.prefixes[str(old)][0] <= 5400
+    wait_until("the host uses the new one", lambda: lab.pings("lan"))
+    assert f"from {lan.address(new)}" in lab.run("lan", "ping", "-6", "-c", "1", "-W", "1", "-I", lan.address(new), Lab.INTERNET).stdout
+
+
+@pytest.mark.parametrize(("preference", "expected"), [("auto", "low"), ("high", "high")])
+def test_another_router_is_said_and_preferred(
+    lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, preference: str, expected: str
+) -> None:
+    with socket_on(lab, "lan", kind=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMPV6) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+        advertisement = struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0)
+        deaf = sysctl(lab, "client", "net.ipv6.conf.eth1.accept_ra", "0")
+        with deaf, repeated(functools.partial(other.sendto, advertisement, ("ff02::1", 0)), 0.2):
+            client = tunnel.client(lan="eth1", lan_preference=preference)
+            (advice,) = client.said("WARNING LAN eth1: fe80::[0-9a-f:]+ is an IPv6 router there already(.*)", 1)
+            assert ("`lan_preference`" in advice) == (preference == "auto")
+            assert lan.hears("ours", lambda each: each.prefixes).preference == expected
+    assert not lab.ip("client", "-6 route show default proto ra")
+
+
+def test_the_lan_may_be_the_network_that_the_machine_has_ipv4_and_native_ipv6_from(
+    lab: Lab, no_forwarding: None, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
+) -> None:
+    conf = tmp_path / "native.conf"
+    conf.write_text("interface eth1 { AdvSendAdvert on; MaxRtrAdvInterval 4; MinRtrAdvInterval 3; prefix 2001:db8:bbbb::/64 { }; };")
+    conf.chmod(0o600)
+    with ExitStack() as undo:
+        undo.enter_context(forgetful(lab, "client", "eth0"))
+        undo.enter_context(forgetful(lab, "lan", "eth0"))
+        undo.enter_context(sysctl(lab, "nat", "net.ipv6.conf.all.forwarding", "1"))
+        undo.enter_context(running(lab, "nat", "radvd", "-n", "-C", str(conf), "-p", str(tmp_path / "pid"), "-m", "none"))
+        wait_until("the client has native IPv6", lambda: "proto ra" in lab.ip("client", "-6 route show default"))
+        wait_until("and its address", lambda: " 2001:db8:bbbb:" in lab.ip("client", "-6 addr show dev eth0 -tentative"))
+        before = state_of(lab, "client")
+        nat = undo.enter_context(Lan(lab, "nat", "eth1"))
+        client = tunnel.client(lan="eth0", default_route="no")
+        prefix = client.prefix()
+        client.said("WARNING LAN eth0: fe80::[0-9a-f:]+ is an IPv6 router there already", 1)
+        nat.hears("ours", lambda each: str(prefix) in each.prefixes and each.preference == "low")
+        assert "proto ra" in lab.ip("client", "-6 route show default dev eth0")
+        with changed(lab, "nat", f"addr add {prefix[16]}/64 dev eth1 nodad", f"-6 route add default via {prefix[1]}"):
+            ping(lab, "nat", count=1)  # a host of that network
+        client.stop()
+        as_before(lab, before)
+
+
+def test_what_others_do_to_the_lan_is_mended(
+    lab: Lab, no_forwarding: None, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
+) -> None:
+    new_link = f"link add usb0 type veth peer name eth9 netns {lab._names['lan']}"
+
+    def plug_in() -> None:
+        lab.ip("client", new_link)
+        lab.ip("client", "link set usb0 up")
+        lab.ip("lan", "link set eth9 up")
+
+    with tun6_with(tmp_path, LISTEN_SHORTLY):
+        client = tunnel.client(lan="usb0")
+    prefix = client.prefix()
+    client.said("WARNING LAN usb0: there is no such interface; the tunnel works without it", 1)
+    ping(lab, "client", count=1)
+    try:
+        plug_in()
+        client.said("INFO LAN usb0: it is there now", 1)
+        wait_until("the host has a route", lambda: lab.ip("lan", "-6 route show default proto ra"))
+        lab.ip("client", f"addr del {prefix[1]}/64 dev usb0")
+        client.said(f"WARNING LAN usb0: somebody removed its address {prefix[1]}; it is back", 1)
+        lab.set_sysctl("client", "net.ipv6.conf.all.forwarding", "0")
+        client.said("WARNING LAN usb0: somebody turned IPv6 forwarding off, .*; it is on again", 1)
+        wait_until("the host reaches the Internet", lambda: lab.pings("lan"))
+        for _ in range(2):
+            pid = tun6.read_text(lan_folder(lab) / "radvd.pid")
+            os.kill(int(pid), signal.SIGKILL)
+            wait_until("radvd is there again", lambda pid=pid: any(int(each) > int(pid) for each in radvds(lab)))  # type: ignore[misc]
+        client.said("ERROR LAN usb0: radvd ended with -9; it is started again", 1)
+        lab.ip("client", "link del usb0")
+        client.said("WARNING LAN usb0: there is no such interface", 2)
+        plug_in()
+        wait_until("the host reaches the Internet again", lambda: lab.pings("lan"))
+        client.stop()
+        assert not radvds(lab)
+    finally:
+        with suppress(tun6.KernelError):
+            lab.ip("client", "link del usb0")
+
+
+def test_hosts_are_told_only_when_the_internet_has_answered(lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, LISTEN_SHORTLY):
+        client = tunnel.client(lan="eth1")
+        client.said("WARNING LAN eth1: the server has no way to the Internet, so the hosts are not told of it yet", 1)
+    time.sleep(1.5)  # they are told within 0.3 s where the Internet answers
+    assert not lan.heard()
+    with changed(lab, "server", f"-6 route add default via {Lab.INTERNET}"):
+        with sysctl(lab, "internet", "net.ipv6.conf.all.forwarding", "1"):
+            wait_until("the host has a route", lan.routed)
+        client.stop()
+        with tun6_with(tmp_path, LISTEN_SHORTLY, "tun6.PROVE_S = 2.0"):
+            silent = tunnel.client(lan="eth1")
+            silent.said("WARNING LAN eth1: nothing behind the server answers; the hosts are told of the tunnel all the same", 1)
+        wait_until("the host has a route", lan.routed)
+
+
+def test_packets_of_1500_bytes_pass_a_path_of_1400_without_a_fragment(
+    lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
+) -> None:
+    def fragments(host: str) -> list[str]:
+        names = ("Ip6FragCreates", "Ip6ReasmReqds", "IpFragCreates", "IpReasmReqds")
+        counters = lab.run(host, "nstat", "-asz", *names).stdout
+        found = re.findall(r"^(\w+) +(\d+)", counters, re.MULTILINE)
+        assert len(found) == len(names)
+        return found
+
+    narrow = [("server", "eth0"), ("nat", "eth0")]
+    for host, device in narrow:
+        lab.ip(host, f"link set {device} mtu 1400")
+    try:
+        with tun6_with(tmp_path, LISTEN_SHORTLY):
+            tunnel.client(lan="eth1")
+        wait_until("the host has a route", lambda: lab.pings("lan"))
+        before = [fragments(host) for host in Lab.HOSTS]
+        for number in range(3):
+            largest = lab.run("lan", "ping", "-6", "-c", "1", "-W", "2", "-M", "do", "-s", "1452", Lab.INTERNET)  # 1500 with both headers
+            assert largest.returncode == 0, f"ping {number}: {largest.stdout}"
+        transfer(lab, "lan", "internet", Lab.INTERNET, 1 << 20)
+        assert "mtu 14" not in lab.ip("lan", f"-6 route get {Lab.INTERNET}")
+        assert [fragments(host) for host in Lab.HOSTS] == before
+    finally:
+        for host, device in narrow:
+            lab.ip(host, f"link set {device} mtu 1500")
+
+
+def test_a_lan_that_cannot_be_is_refused_at_the_start(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    assert "that is the tunnel's own device" in tunnel.failure_at_start("client", 2, lan="tun6")
+    with tun6_with(tmp_path, "tun6.shutil.which = lambda *_, **__: None"):
+        assert tunnel.failure_at_start("client", 2, lan="eth1").endswith("radvd is missing; install it with `apt-get install radvd`")
 
 
 # ---- end to end: faults ----------------------------------------------------------------------------------------------

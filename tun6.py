@@ -40,6 +40,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     neighbour proxy              NeighbourProxy: answers for the prefixes of a range that is on-link, not routed
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
+    lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     demo                         Lab, a network of namespaces on this machine, and Demo
@@ -1698,6 +1699,16 @@ def attach_filter(sock: socket.socket, program: list[tuple[int, int, int, int]])
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(lines)))
 
 
+IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
+
+
+def is_up(interface: str) -> bool:
+    """Returns whether somebody has set the interface up. Raises OSError when there is none of this name."""
+    with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        ifreq = fcntl.ioctl(sock, SIOCGIFFLAGS, struct.pack("16s24x", interface.encode()))
+    return bool(struct.unpack_from("H", ifreq, 16)[0] & IFF_UP)
+
+
 class DeviceMonitor:
     """Reports when somebody removes a device of ours, sets it down, or removes its address or route: rtnetlink(7)."""
 
@@ -1706,7 +1717,6 @@ class DeviceMonitor:
     IFA_ADDRESS, RTA_OIF = 1, 4
     MESSAGE_HEADER, ATTRIBUTE_HEADER = struct.Struct("=IH10x"), struct.Struct("=HH")  # length with the header, type
     SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-    IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
 
     def __init__(self) -> None:
         self._callbacks: dict[int, Callable[[str, bytes], None]] = {}  # by index of the device
@@ -1793,10 +1803,7 @@ class DeviceMonitor:
     def _verify(self, index: int, removals: set[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
         """Returns what the removals became: a device that is removed or set down loses the rest, a new one was not up at first."""
         try:
-            name = system_socket.if_indextoname(index)
-            with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-                ifreq = fcntl.ioctl(sock, self.SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
-            if not struct.unpack_from("H", ifreq, 16)[0] & self.IFF_UP:
+            if not is_up(system_socket.if_indextoname(index)):
                 return [(DEVICE_SET_DOWN, b"")]
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.ENODEV):  # without a free descriptor it cannot be verified
@@ -1819,7 +1826,7 @@ def parse_removals(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
     for kind, body in split_netlink(messages, DeviceMonitor.MESSAGE_HEADER):
         if kind in (DeviceMonitor.NEWLINK, DeviceMonitor.DELLINK) and len(body) >= 16:
             family, index, flags = struct.unpack_from("=BxxxiI", body)
-            if family == 0 and (kind == DeviceMonitor.DELLINK or not flags & DeviceMonitor.IFF_UP):
+            if family == 0 and (kind == DeviceMonitor.DELLINK or not flags & IFF_UP):
                 yield index, "", b""
         elif kind == DeviceMonitor.DELADDR and len(body) >= 8:
             address = dict(split_netlink(body[8:], DeviceMonitor.ATTRIBUTE_HEADER)).get(DeviceMonitor.IFA_ADDRESS, b"")
@@ -1883,12 +1890,17 @@ def default_id() -> str:
     return addresses[0]
 
 
-def read_sysctl(name: str) -> str:
-    """Returns the value of a sysctl such as net.ipv6.conf.all.forwarding, "" when this kernel does not have it."""
+def read_text(path: Path) -> str:
+    """Returns the text of a file of the kernel, "" when there is none."""
     try:
-        return Path("/proc/sys", *name.split(".")).read_text().strip()
+        return path.read_text("utf-8", "replace").strip()
     except OSError:
         return ""
+
+
+def read_sysctl(name: str) -> str:
+    """Returns the value of a sysctl such as net.ipv6.conf.all.forwarding, "" when this kernel does not have it."""
+    return read_text(Path("/proc/sys", *name.split(".")))
 
 
 def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
@@ -2731,6 +2743,35 @@ class PeerPath:
         self.received = 0  # bytes until then
 
 
+UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
+ROUTER_SOLICITATION, ROUTER_ADVERTISEMENT = 133, 134  # RFC 4861
+
+
+def open_icmpv6(*kinds: int) -> socket.socket:
+    """Returns a raw socket that receives only ICMPv6 messages of these types. Raises OSError."""
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+    blocked = ((1 << 256) - 1) ^ sum(1 << kind for kind in kinds)
+    words = [blocked >> at & 0xFFFF_FFFF for at in range(0, 256, 32)]  # struct icmp6_filter
+    sock.setsockopt(socket.IPPROTO_ICMPV6, 1, struct.pack("8I", *words))  # ICMPV6_FILTER, linux/icmpv6.h
+    return sock
+
+
+def send_echo(sock: socket.socket, packet_info: bytes, hops: int, target: IPv6Address, number: int) -> None:
+    """Sends an echo request, if it can be sent at once, with a struct in6_pktinfo and this hop limit. The number comes back in answers."""
+    request = struct.pack(">BBHI", ECHO_REQUEST, 0, 0, number)  # the kernel fills in the checksum
+    options = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, packet_info), (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", hops))]
+    with suppress(OSError):  # no answer comes, as when it is lost
+        system_socket.socket.sendmsg(sock._sock, [request], options, socket.MSG_DONTWAIT, (str(target), 0))
+
+
+def echo_number(message: bytes) -> int | None:
+    """Returns the number of the echo request that an ICMPv6 message answers or, as an error, quotes; None when it does neither."""
+    echo = message[8 + IPV6_HEADER :] if message[0] in (UNREACHABLE, TIME_EXCEEDED) else message
+    if len(echo) < 8 or echo[0] not in (ECHO_REQUEST, ECHO_REPLY):
+        return None
+    return int.from_bytes(echo[4:8], "big")
+
+
 class PathMonitor:
     """Finds sessions whose peer is dead although TCP acknowledges, as behind a relay or when the peer's program hangs.
 
@@ -2738,9 +2779,6 @@ class PathMonitor:
     client's with a reply, the server's, as the hop limit is 1, with Time Exceeded; so does that of the original program. A session
     from which nothing comes for DEAD_PATH_S ends, if a probe was ever answered there.
     """
-
-    ICMPV6_FILTER = 1  # linux/icmpv6.h
-    UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
 
     def __init__(self) -> None:
         self._number = random.getrandbits(32)
@@ -2762,11 +2800,7 @@ class PathMonitor:
     def run(self) -> None:
         """Probes and reads the answers until it is killed."""
         try:
-            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
-            passed = (self.UNREACHABLE, self.TIME_EXCEEDED, self.ECHO_REPLY)
-            blocked = ((1 << 256) - 1) ^ sum(1 << kind for kind in passed)
-            words = [blocked >> at & 0xFFFF_FFFF for at in range(0, 256, 32)]  # struct icmp6_filter
-            self._sock.setsockopt(socket.IPPROTO_ICMPV6, self.ICMPV6_FILTER, struct.pack("8I", *words))
+            self._sock = open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY)
         except OSError as error:
             log.warning("dead paths behind relays can't be noticed: %s", error.strerror)
             return
@@ -2801,22 +2835,13 @@ class PathMonitor:
 
     def _probe(self, number: int, path: PeerPath) -> None:
         path.asked = time.monotonic()
-        request = struct.pack(">BBHI", self.ECHO_REQUEST, 0, 0, number)  # the kernel fills in the checksum
-        options = [
-            (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, path.packet_info),
-            (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", path.hops)),
-        ]
-        with suppress(OSError):  # no answer comes, as when it is lost
-            if self._sock:
-                system_socket.socket.sendmsg(self._sock._sock, [request], options, socket.MSG_DONTWAIT, (str(path.target), 0))
+        if self._sock:
+            send_echo(self._sock, path.packet_info, path.hops, path.target, number)
 
     def _take_answer(self, message: bytes) -> None:
         """Notes the answer to a probe: a reply to it, or an error that quotes it."""
-        quoted = message[8 + IPV6_HEADER :] if message[0] in (self.UNREACHABLE, self.TIME_EXCEEDED) else message
-        if len(quoted) < 8 or quoted[0] not in (self.ECHO_REQUEST, self.ECHO_REPLY):
-            return
-        (number,) = struct.unpack_from(">I", quoted, 4)
-        if number in self._sessions:
+        number = echo_number(message)
+        if number is not None and number in self._sessions:
             session, path = self._sessions[number]
             if not path.answers:
                 log.debug("the path answers to %s", path.target)
@@ -3277,10 +3302,25 @@ def has_routed_address(pool: IPv6Network, own: IPv6Address | None = None) -> boo
     return any(address in kind and address != own for interface, address in machine_addresses() if not interface.startswith("tun6"))
 
 
-def watch_forwarding(devices: str, find_range: Callable[[], IPv6Network | None], who: str, was_on: bool = True) -> None:
-    """Says once what keeps the machine from forwarding our packets, and once that it is gone. Runs until it is killed.
+def watch_forwarding(was_on: bool) -> None:
+    """Says once that somebody turned forwarding off, as Docker or a sysctl may do, and once that it is on. Runs until it is killed."""
+    while True:
+        gevent.sleep(FORWARDING_CHECK_S)
+        on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
+        if was_on and not on:
+            log.warning(
+                "somebody turned IPv6 forwarding off, clients can reach this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1` turns"
+                " it on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here"
+            )
+        elif on and not was_on:
+            log.info("IPv6 forwarding is on again")
+        was_on = on
 
-    Docker, a firewall or a sysctl may do that at any time. `find_range` returns the range of `who`, None as long as it is not known.
+
+def watch_other_firewalls(devices: str, find_range: Callable[[], IPv6Network | None], who: str) -> None:
+    """Says once which firewall drops what we forward, and once that it does not any more. Runs until it is killed.
+
+    `find_range` returns the range of `who`, None as long as it is not known.
     """
     known: dict[str, str] = {}
     while True:
@@ -3288,30 +3328,20 @@ def watch_forwarding(devices: str, find_range: Callable[[], IPv6Network | None],
         pool = find_range()
         if pool is None:
             continue
-        on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
-        if was_on and not on:
-            log.warning(
-                "somebody turned IPv6 forwarding off, %s can reach this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1` turns it"
-                " on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here",
-                who,
-            )
-        elif on and not was_on:
-            log.info("IPv6 forwarding is on again")
-        was_on = on
         try:
             dropping = run_in_thread(find_dropping_chains, devices, pool)
         except (OSError, subprocess.TimeoutExpired, ValueError) as error:
             log.debug("the firewall can't be looked at: %s", error)
-        else:
-            for chain in dropping.keys() - known.keys():
-                log.warning(
-                    "the firewall's chain %s drops what it does not accept, and does not know %s and %s: %s can reach this machine only;"
-                    " it is %s",
-                    *(chain, devices, pool, who, dropping[chain]),
-                )
-            for chain in known.keys() - dropping.keys():
-                log.info("the firewall's chain %s does not stand in the way of %s any more", chain, who)
-            known = dropping
+            continue
+        for chain in dropping.keys() - known.keys():
+            log.warning(
+                "the firewall's chain %s drops what it does not accept, and does not know %s and %s: %s can reach this machine only;"
+                " it is %s",
+                *(chain, devices, pool, who, dropping[chain]),
+            )
+        for chain in known.keys() - dropping.keys():
+            log.info("the firewall's chain %s does not stand in the way of %s any more", chain, who)
+        known = dropping
 
 
 def has_data(sock: socket.socket) -> bool:
@@ -3459,9 +3489,11 @@ class Server:
             undo.callback(self._take_address)
             self._give_address()
             self._monitor.watch("lo", lambda *_: self._restore(route))
-            devices, is_on = self._config.tun.replace("%d", "*"), read_sysctl("net.ipv6.conf.all.forwarding") == "1"  # else it was said
-            forwarding = functools.partial(watch_forwarding, devices, lambda: self._config.prefixrange, "clients", is_on)
-            for work in (self._monitor.run, self._paths.run, self._mtus.run, trim_heap, forwarding, self._watch_address):
+            was_on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"  # else it was said at the start
+            forwarding = functools.partial(watch_forwarding, was_on)
+            devices, pool = self._config.tun.replace("%d", "*"), self._config.prefixrange
+            others = functools.partial(watch_other_firewalls, devices, lambda: pool, "clients")
+            for work in (self._monitor.run, self._paths.run, self._mtus.run, trim_heap, forwarding, others, self._watch_address):
                 undo.callback(gevent.spawn(work).kill)
             if self._proxy:
                 undo.callback(gevent.spawn(self._proxy.run).kill)
@@ -3918,6 +3950,437 @@ class Firewall:
         raise KernelError(f"the firewall can't be set, `nft` failed: {reason}")
 
 
+# ---- lan -------------------------------------------------------------------------------------------------------------
+
+RUNTIME_FOLDER = Path("/run/tun6")  # for what does not outlive a reboot, as sysctls and addresses don't
+IPV6_CONF = Path("/proc/sys/net/ipv6/conf")
+LAN_CHECK_S = 1.0  # between two looks at the interface, its address, radvd and forwarding
+LISTEN_S = 3.0  # for other routers on the LAN, before the first announcement
+LAN_GRACE_S = 10.0  # without a tunnel until the announcement is withdrawn, where `grace` is off
+PROVE_HOPS, PROVE_AGAIN_S, PROVE_S = 8, 1.0, 10.0  # how far the Internet is probed; between two rounds; before silence is accepted
+RADVD_START_S = 0.3  # from its start until SIGHUP does not end it any more
+RADVD_END_S = 1.5  # for radvd, which says goodbye to the LAN at its end and takes 10 ms
+ROUTER_LIFETIME_S, PREFERRED_S, VALID_S = 1800, 2700, 5400  # RFC 4861 section 6.2.1; RFC 9096 section 3.4 for those of a prefix
+OLD_STEP_S = 600  # in which the lifetime of an earlier prefix falls; radvd's DecrementLifetimes leaves out what is not preferred
+RDNSS_LIFETIME_S = 1200  # RFC 8106 section 5.1: twice MaxRtrAdvInterval, which is 600 s in radvd
+
+
+class Announcement(NamedTuple):
+    """What the hosts of the LAN are told."""
+
+    interface: str
+    routed: bool  # whether we are their router at the moment
+    prefix: IPv6Network
+    old: dict[IPv6Network, int]  # prefixes that the client had -> seconds for which the hosts may keep their addresses
+    mtu: int
+    dns: Sequence[IPv6Address]
+    preference: str  # low, medium or high: RFC 4191
+
+    def radvd_conf(self) -> str:
+        """Returns the file for radvd, see radvd.conf(5)."""
+        lines = [
+            f"AdvSendAdvert on; AdvDefaultLifetime {ROUTER_LIFETIME_S if self.routed else 0}; AdvDefaultPreference {self.preference};",
+            f"AdvLinkMTU {self.mtu};",
+            f"prefix {self.prefix} {{ AdvPreferredLifetime {PREFERRED_S if self.routed else 0}; AdvValidLifetime {VALID_S};"
+            " DeprecatePrefix on; };",
+        ]
+        for prefix, seconds in self.old.items():
+            lines.append(f"prefix {prefix} {{ AdvPreferredLifetime 0; AdvValidLifetime {seconds}; }};")
+        if self.dns:
+            servers = " ".join(map(str, self.dns))
+            lines.append(f"RDNSS {servers} {{ AdvRDNSSLifetime {RDNSS_LIFETIME_S if self.routed else 0}; }};")
+        return "".join([f"interface {self.interface} {{\n", *(f"    {line}\n" for line in lines), "};\n"])
+
+
+def lan_address_plan(interface: str, prefix: IPv6Network) -> list[Step]:
+    """The address that is announced. Where the kernel takes router advertisements, it learns another one, and a route, from our own.
+
+    The TUN has the address, too, so that the machine keeps it while the interface is missing or down.
+    """
+    learned = (f"route flush root {prefix} dev {interface} proto kernel", f"addr flush dev {interface} to {prefix} dynamic")
+    address = f"{prefix[1]}/64 dev {interface}"
+    return [*(Step(forget, forget) for forget in learned), Step(f"addr add {address} nodad", f"addr del {address}")]
+
+
+def forwarding_plan(conf: dict[str, str], lan: str, lan_is_uplink: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the sysctls to write, in this order, to turn forwarding on, and those that put it all back.
+
+    `conf` has the sysctls forwarding and accept_ra as they are, such as "eth0/accept_ra". An interface that takes router advertisements
+    goes on to do so, which a machine that forwards does only with the value 2; but our LAN only if the machine's uplink is there.
+    """
+    if conf.get("all/forwarding") == "1":
+        return {}, {}
+    others = {f"{name}/accept_ra" for name in ("all", "lo", *(() if lan_is_uplink else (lan,)))}
+    accepting = [name for name, value in conf.items() if name.endswith("/accept_ra") and value == "1" and name not in others]
+    forwarding = [name for name, value in conf.items() if name.endswith("/forwarding") and value == "1"]  # all/forwarding resets these
+    back = {"all/forwarding": "0", **dict.fromkeys(forwarding, "1"), **dict.fromkeys(accepting, "1")}
+    return {**dict.fromkeys(accepting, "2"), "all/forwarding": "1"}, back
+
+
+def has_ra_route(routes: str, interface: str) -> bool:
+    """Returns whether the interface has a default route by router advertisements, in the text of /proc/net/ipv6_route."""
+    ra_default = 0x0001_0000 | 0x0004_0000  # RTF_DEFAULT, RTF_ADDRCONF, linux/ipv6_route.h
+    fields = (line.split() for line in routes.splitlines())
+    return any(int(each[8], 16) & ra_default == ra_default and each[9] == interface for each in fields if len(each) == 10)
+
+
+def wait_for_internet(lan: str, device: str, source: IPv6Address) -> None:
+    """Returns when something behind the server has answered through this tunnel: the router where a hop limit ends, whichever it is.
+
+    When there is only silence it returns after PROVE_S; while the server itself says that there is no way, never. Raises OSError.
+    """
+    silent_until, base, server, refused = time.monotonic() + PROVE_S, random.getrandbits(28) << 4, "", False
+    packet_info = source.packed + struct.pack("i", system_socket.if_nametoindex(device))
+    with open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY) as sock:
+        while refused or time.monotonic() < silent_until:
+            for hops in range(1, PROVE_HOPS + 1):
+                send_echo(sock, packet_info, hops, FAR_ADDRESS, base + hops)
+            with gevent.Timeout(PROVE_AGAIN_S, False):
+                while True:
+                    message, (sender, *_) = sock.recvfrom(IPV6_HEADER + 64)
+                    number = echo_number(message)
+                    if number == base + 1:
+                        server = sender
+                    elif number is None or number not in range(base + 1, base + PROVE_HOPS + 1):
+                        continue
+                    elif message[0] != UNREACHABLE or server not in ("", sender):
+                        return
+                    elif server and not refused:
+                        refused = True
+                        log.warning("LAN %s: the server has no way to the Internet, so the hosts are not told of it yet", lan)
+    log.warning("LAN %s: nothing behind the server answers; the hosts are told of the tunnel all the same", lan)
+
+
+def wait_for_radvd(ended: Callable[[], bool]) -> None:
+    """Returns when it has ended, and after RADVD_END_S at the latest."""
+    deadline = time.monotonic() + RADVD_END_S
+    while not ended() and time.monotonic() < deadline:
+        gevent.sleep(0.01)
+
+
+def end_stale_radvd(folder: Path) -> None:
+    """Ends the radvd of a killed client, which lives only where there is no `setpriv`."""
+    pid, conf = read_text(folder / "radvd.pid"), str(folder / "radvd.conf")
+    command = Path(f"/proc/{pid}/cmdline")
+    if pid.isdigit() and conf in read_text(command):
+        with suppress(OSError):
+            os.kill(int(pid), signal.SIGTERM)
+        wait_for_radvd(lambda: conf not in read_text(command))
+
+
+class Radvd:
+    """radvd as a child, which tells the hosts of a LAN an Announcement until it is ended."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError when there is no radvd."""
+        self._program = shutil.which("radvd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+        if self._program is None:
+            raise ConfigError("[client] lan: the program radvd is missing; install it with `apt-get install radvd`")
+        self._folder, self._conf, self._pid = folder, folder / "radvd.conf", folder / "radvd.pid"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._restarts = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        self._failed = False  # which the log has said
+        self.told: Announcement | None = None
+
+    def tell(self, announcement: Announcement) -> None:
+        """Tells the hosts, if it is not what they know, and starts it again if it has ended. To be called once a second. Raises OSError."""
+        running = self._process is not None and self._process.poll() is None
+        if running and time.monotonic() - self._started < RADVD_START_S:  # SIGHUP would end it
+            return
+        if announcement != self.told:
+            new = self._conf.with_suffix(".new")
+            new.touch(SECRET_MODE)  # radvd refuses a file that others may write
+            new.write_text(announcement.radvd_conf())
+            new.replace(self._conf)
+            self.told = announcement
+            if running and self._process:
+                self._process.send_signal(signal.SIGHUP)
+        if self._process is None:
+            self._start()
+        elif not running and self._restarts.take():
+            if not self._failed:
+                self._failed = True
+                last = "".join(read_text(self._folder / "radvd.log").splitlines()[-1:])
+                name, status = announcement.interface, self._process.returncode
+                log.error("LAN %s: radvd ended with %d; it is started again: %s", name, status, last)
+            self._start()
+
+    def _start(self) -> None:
+        """Starts it in this thread, the main one: `setpriv` ends it when that ends, in whatever way."""
+        setpriv = shutil.which("setpriv")
+        command = [*([setpriv, "--pdeathsig", "TERM", "--"] if setpriv else ()), cast(str, self._program), "-n", "-m", "stderr"]
+        with open(self._folder / "radvd.log", "wb") as errors:
+            self._process = subprocess.Popen(
+                [*command, "-C", str(self._conf), "-p", str(self._pid)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # so that Ctrl-C does not reach it
+            )
+        self._started = time.monotonic()
+
+    def end(self) -> None:
+        """Ends it. It tells the hosts that we are no router any more."""
+        process = self._process
+        if process and process.poll() is None:
+            process.terminate()
+            wait_for_radvd(lambda: process.poll() is not None)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+class LanChanges:
+    """What we change on the machine for a LAN: sysctls and an address. It stands in a file from before each change until it is undone."""
+
+    def __init__(self, kernel: Kernel, folder: Path) -> None:
+        self._kernel, self._folder = kernel, folder
+        self._file = JsonFile(str(folder / "changes.json"), "changes", 0o644)
+        self.interface = ""
+        self.prefix: IPv6Network | None = None  # whose ::1 the interface has from us
+        self.sysctls: dict[str, str] = {}  # as they were
+
+    def find(self) -> bool:
+        """Reads what a killed client has left. Returns whether there is anything."""
+        with suppress(ConfigError, ValueError, KeyError, TypeError):
+            left = dict(self._file.load())
+            self.prefix = IPv6Network(left["prefix"]) if left["prefix"] else None
+            self.interface, self.sysctls = left["interface"], dict(left["sysctls"])
+        return bool(self.interface)
+
+    def save(self) -> None:
+        """Saves what is to be undone. Raises KernelError."""
+        prefix = str(self.prefix) if self.prefix else ""
+        try:
+            self._folder.mkdir(0o755, parents=True, exist_ok=True)
+            self._file.save({"interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
+        except (OSError, StorageError) as error:
+            raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
+
+    def write(self, sysctls: dict[str, str]) -> None:
+        """Writes sysctls in a thread, as they wait for a lock of the kernel. One that can't be written stays as it is."""
+
+        def write() -> None:
+            for name, value in sysctls.items():
+                try:
+                    (IPV6_CONF / name).write_text(value)
+                except OSError as error:  # the interface has gone
+                    log.debug("%s can't be set to %s: %s", name, value, error.strerror)
+
+        run_in_thread(write)
+
+    def undo(self) -> None:
+        """Undoes everything, and removes the folder."""
+        if self.prefix:
+            self._kernel.undo(lan_address_plan(self.interface, self.prefix))
+        self.write(self.sysctls)
+        self.interface, self.prefix, self.sysctls = "", None, {}
+        with suppress(OSError):
+            for path in (*self._folder.glob("radvd.*"), self._folder / "changes.json"):
+                path.unlink(missing_ok=True)
+            self._folder.rmdir()
+
+
+class LanRouter:
+    """Makes this machine the IPv6 router of one LAN, for whose hosts it is one only while the tunnel works.
+
+    What happens outside (to the tunnel, the interface, what others remove) only changes fields; one greenlet then makes the LAN what it
+    is to be.
+    """
+
+    def __init__(
+        self, kernel: Kernel, interface: str | None, tun: str, mtu: int, dns: Sequence[IPv6Address], preference: str, grace: float | None
+    ) -> None:
+        """`interface` None: there is no LAN, and only what a killed client has left is cleared. Raises ConfigError."""
+        self._folder = RUNTIME_FOLDER / f"{tun}-{os.stat('/proc/self/ns/net').st_ino}"  # each network namespace has its own
+        if interface == tun:
+            raise ConfigError(f"[client] lan = {interface}: that is the tunnel's own device; name the interface of the LAN, such as eth1")
+        self._kernel, self._interface, self._mtu, self._dns, self._preference = kernel, interface or "", mtu, dns, preference
+        self._changes = LanChanges(kernel, self._folder)
+        self._radvd = Radvd(self._folder) if interface else None
+        self._grace_s = LAN_GRACE_S if grace is None else grace
+        self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        self._index = self._last_index = 0  # of the interface: 0 while it can't be used; when it could last
+        self._missing = ""  # why it can't, which the log has said
+        self._quiet_at = 0.0  # when other routers have been listened for
+        self._other_router: str | None = None
+        self._prefix: IPv6Network | None = None
+        self._old: dict[IPv6Network, float] = {}  # earlier prefixes, and when their addresses end
+        self._up, self._lost = False, 0.0  # whether there is a tunnel; when there was one last
+        self._proven = self._announced = False  # whether the Internet answered through it; whether the hosts know
+        self._changed = gevent.event.Event()
+        self._workers: dict[str, gevent.Greenlet] = {}
+
+    def begin(self) -> None:
+        """Clears what a killed client has left, and turns forwarding on. Raises KernelError.
+
+        The TUN is there: no other client lives that has one of this name, and so this folder.
+        """
+        if self._changes.find():
+            log.info("removing what a killed tun6 has left for its LAN %s", self._changes.interface)
+            end_stale_radvd(self._folder)
+            self._changes.undo()
+        if self._interface:
+            paths = [path for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")]
+            conf = {f"{path.parent.name}/{path.name}": read_text(path) for path in paths}
+            uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
+            forward, self._changes.sysctls = forwarding_plan(conf, self._interface, uplink)
+            self._changes.interface = self._interface
+            self._changes.save()
+            self._changes.write(forward)
+            if read_text(IPV6_CONF / "all/forwarding") != "1":
+                raise KernelError("IPv6 forwarding can't be turned on, which `lan` needs; make /proc/sys writable in this container")
+            self._work("run", self._run)
+
+    def tunnel_up(self, device: str, prefix: IPv6Network) -> None:
+        """There is a tunnel, out of this device."""
+        if not self._interface:
+            return
+        if self._prefix and self._prefix != prefix and self._announced:
+            self._old[self._prefix] = time.monotonic() + VALID_S
+        self._old.pop(prefix, None)
+        self._prefix, self._up, self._proven = prefix, True, self._announced
+        self._work("prove", self._prove, device, prefix[1])
+        self._changed.set()
+
+    def tunnel_down(self, final: bool = False) -> None:
+        """There is none. `final`: the server won't have this client, so that the hosts are told at once, not after `grace`."""
+        if self._up:
+            self._up, self._lost = False, time.monotonic()
+            self._workers["prove"].kill()
+        if final:
+            self._lost = -math.inf
+        self._changed.set()
+
+    def close(self) -> None:
+        """Tells the hosts that we are no router any more, and undoes everything."""
+        gevent.killall(list(self._workers.values()))
+        if self._radvd and self._changes.interface:  # else we have not begun
+            self._radvd.end()
+            self._changes.undo()
+
+    def _work(self, name: str, function: Callable[..., None], *arguments: object) -> None:
+        """Starts a greenlet, instead of an earlier one of this name."""
+        if name in self._workers:
+            self._workers[name].kill()
+        self._workers[name] = gevent.spawn(function, *arguments)
+
+    def _run(self) -> NoReturn:
+        """Makes the LAN what it is to be, at each change and once a second, until it is killed."""
+        while True:
+            try:
+                self._look_at_interface()
+                self._keep_forwarding()
+                if self._prefix:
+                    self._keep_address(self._prefix)
+                    self._decide(self._prefix)
+                    self._tell(self._prefix)
+            except (Tun6Error, OSError) as error:
+                log.warning("LAN %s: %s", self._interface, describe_end(error))
+            now = time.monotonic()
+            self._changed.wait(min([LAN_CHECK_S, *(at - now for at in (self._quiet_at, self._lost + self._grace_s) if at > now)]))
+            self._changed.clear()
+
+    def _look_at_interface(self) -> None:
+        """Notes whether it is there and up, which may change at any time, as with a USB adapter."""
+        name, index, missing = self._interface, 0, ""
+        try:
+            index = system_socket.if_nametoindex(name) if is_up(name) else 0
+            missing = "" if index else "it is down"
+        except OSError:
+            missing = "there is no such interface"
+        if missing and missing != self._missing:
+            log.warning("LAN %s: %s; the tunnel works without it, and it is used as soon as that changes", name, missing)
+        elif self._missing and not missing:
+            log.info("LAN %s: it is there now", name)
+        self._missing = missing
+        if index and index != self._index:
+            self._changes.prefix, self._other_router, self._quiet_at = None, None, time.monotonic() + LISTEN_S
+            if index != self._last_index:  # radvd changes these
+                self._last_index = index
+                self._changes.sysctls.update({f"{name}/{key}": read_text(IPV6_CONF / name / key) for key in ("mtu", "hop_limit")})
+            self._work("listen", self._listen)
+        self._index = index
+
+    def _keep_forwarding(self) -> None:
+        if read_text(IPV6_CONF / "all/forwarding") == "0" and self._repairs.take():
+            log.warning("LAN %s: somebody turned IPv6 forwarding off, which `lan` needs; it is on again", self._interface)
+            self._changes.write({"all/forwarding": "1"})
+
+    def _keep_address(self, prefix: IPv6Network) -> None:
+        before = self._changes.prefix
+        if not self._index or (before == prefix and (str(prefix[1]) in self._own_addresses() or not self._repairs.take())):
+            return
+        self._changes.prefix = prefix
+        self._changes.save()
+        if before and before != prefix:
+            self._kernel.undo(lan_address_plan(self._interface, before))
+        self._kernel.reapply(lan_address_plan(self._interface, prefix))
+        if before == prefix:
+            log.warning("LAN %s: somebody removed its address %s; it is back", self._interface, prefix[1])
+
+    def _decide(self, prefix: IPv6Network) -> None:
+        """Decides whether we are the hosts' router now."""
+        now, was_announced = time.monotonic(), self._announced
+        if not self._up:
+            self._announced = was_announced and now - self._lost < self._grace_s
+        elif self._proven and self._index and (now >= self._quiet_at or self._other_router):
+            self._announced = True
+        if self._announced and not was_announced:
+            log.info("LAN %s: announces %s", self._interface, prefix)
+        elif was_announced and not self._announced:
+            log.warning("LAN %s: has no tunnel, so its hosts are told not to use %s any more", self._interface, prefix)
+
+    def _tell(self, prefix: IPv6Network) -> None:
+        """Tells the hosts what holds now; nothing before we are their router for the first time."""
+        if self._radvd is None or not (self._announced or self._radvd.told):
+            return
+        now = time.monotonic()
+        self._old = {old: end for old, end in self._old.items() if end > now}
+        self._radvd.tell(
+            Announcement(
+                interface=self._interface,
+                routed=self._announced,
+                prefix=prefix,
+                old={old: math.ceil((end - now) / OLD_STEP_S) * OLD_STEP_S for old, end in self._old.items()},
+                mtu=min(self._mtu, int(read_text(Path(f"/sys/class/net/{self._interface}/mtu")) or self._mtu)),
+                dns=self._dns,
+                preference=self._preference if self._preference != "auto" else "low" if self._other_router else "medium",
+            )
+        )
+
+    def _listen(self) -> None:
+        """Notes another router on the LAN, which it asks to speak, until it is killed."""
+        with suppress(OSError), open_icmpv6(ROUTER_ADVERTISEMENT) as sock:  # the interface has gone
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._interface.encode())
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+            with suppress(OSError):  # it has no address yet
+                sock.sendto(struct.pack(">BBHI", ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
+            while True:
+                message, (sender, *_) = sock.recvfrom(64)
+                router = sender.partition("%")[0]
+                lifetime = int.from_bytes(message[6:8], "big")
+                if not lifetime or self._other_router or not IPv6Address(router).is_link_local or router in self._own_addresses():
+                    continue
+                self._other_router = router
+                advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
+                name = self._interface
+                log.warning("LAN %s: %s is an IPv6 router there already%s", name, router, advice if self._preference == "auto" else "")
+                self._changed.set()
+
+    def _own_addresses(self) -> list[str]:
+        return [address.partition("%")[0] for address in interface_addresses(self._interface, netifaces.AF_INET6)]
+
+    def _prove(self, device: str, source: IPv6Address) -> None:
+        """Notes when the Internet has answered through the tunnel."""
+        if not self._proven:
+            with suppress(OSError):  # the device has gone
+                wait_for_internet(self._interface, device, source)
+                self._proven = True
+                self._changed.set()
+
+
 # ---- client ----------------------------------------------------------------------------------------------------------
 
 RETRY_S = 2.0  # between two attempts to connect, on average
@@ -3944,6 +4407,8 @@ class ClientConfig:
     mtu: int = 1500
     default_route: bool = True
     lan: str | None = None
+    lan_dns: tuple[IPv6Address, ...] = ()
+    lan_preference: str = "auto"
     firewall: bool | None = None  # None: with `lan`
     open: tuple[Opening, ...] = ()
     grace: int | None = 10  # seconds; None: for ever
@@ -3978,6 +4443,7 @@ class Client:
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
         self._mtus = MtuMonitor()
+        self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -4000,10 +4466,11 @@ class Client:
         self._monitor.watch("lo", lambda what, _: self._restore_rejects())
         works = [self._monitor.run, self._paths.run, self._mtus.run, trim_heap, self._firewall.watch]
         if self._config.lan:
-            works.append(functools.partial(watch_forwarding, self._config.tun, lambda: self._prefix, "the LAN"))
+            works.append(functools.partial(watch_other_firewalls, self._config.tun, lambda: self._prefix, "the LAN"))
         helpers = [gevent.spawn(work) for work in works]
         try:
             self._open_tun()
+            self._lan.begin()
             while True:
                 try:
                     try:
@@ -4020,6 +4487,7 @@ class Client:
                 gevent.sleep(self._retry_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER))
         finally:
             gevent.killall(helpers)
+            self._lan.close()
             self._close_tun()
             self._hooks.close()
 
@@ -4116,6 +4584,7 @@ class Client:
             with self._changes:
                 self._set_prefix(tun, prefix)
                 self._open_routes(tun)
+            self._lan.tunnel_up(tun.name, prefix)
             log.info("%s at %s: has %s on %s%s", quote_id(self._id), self._server, prefix, tun.name, stream.security)
             if self._mss != self._logged_mss:
                 log.warning(
@@ -4250,6 +4719,7 @@ class Client:
         """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
         kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
         final = kind in FINAL_REFUSALS
+        self._lan.tunnel_down(final)
         self._retry_s = FINAL_RETRY_S if final else RETRY_S
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
         until = "the server won't serve this client until its operator changes that; " if final else ""
@@ -4626,7 +5096,9 @@ class Lab:
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
-            raise KernelError(f"the program {command[0]} is missing; on Debian: apt-get install iproute2 nftables iputils-ping") from None
+            raise KernelError(
+                f"the program {command[0]} is missing; on Debian: apt-get install iproute2 nftables iputils-ping radvd"
+            ) from None
         if done.returncode:
             raise KernelError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
         return done.stdout
@@ -4646,12 +5118,18 @@ class Demo:
         remotehost = 10.9.0.1
         remoteport = 10000
     """
-    BULK_BYTES = 64 << 20  # each way
+    BULK_BYTES, BULK_PORT = 64 << 20, 5001  # each way; of a host of the LAN or the Internet
+    LAN_S = 15.0  # until a LAN host has IPv6, of which tun6 listens 3 s for other routers
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self._lab, self._folder = lab, folder
         self._running: dict[str, subprocess.Popen[str]] = {}
-        (folder / "config.ini").write_text(textwrap.dedent(self.CONFIG).format(folder=folder))
+        config = textwrap.dedent(self.CONFIG).format(folder=folder)
+        (folder / "config.ini").write_text(config)
+        (folder / "client.ini").write_text(f"{config}lan = eth1\n")
+        lab.set_sysctl("client", "net.ipv6.conf.all.forwarding", "0")  # `lan` turns it on
+        lab.set_sysctl("internet", "net.ipv6.conf.all.forwarding", "1")  # it is a router of the Internet, too
+        lab.ip("server", f"-6 route add default via {Lab.INTERNET}")
 
     def run(self) -> None:
         """Runs all steps. Raises KernelError at the first that fails."""
@@ -4659,16 +5137,17 @@ class Demo:
         say("six hosts are up", "internet - server - nat - client - lan, and second behind the same nat; only IPv4 passes the nat")
         self._start("server", "server")
         began = time.monotonic()
-        self._start("client", "client")
+        self._start("client", "client", "client.ini")
         prefix = self._prefix("client")
         say("hello and prefix", f"the client said its MAC and got {prefix}, {time.monotonic() - began:.2f} s after it was started")
-        self._lab.ip("client", f"addr add {prefix[2]}/64 dev eth1 nodad")
-        self._lab.ip("lan", f"addr add {prefix[0x10]}/64 dev eth0 nodad")
-        self._lab.ip("lan", f"-6 route add default via {prefix[2]}")
-        wait_until("the LAN host reaches its router", lambda: self._lab.pings("lan", str(prefix[2])))
-        say("a LAN host reaches the IPv6 Internet", f"{prefix[0x10]} pinged {Lab.INTERNET}: {self._ping('lan')}")
-        for source, sink, words in (("lan", "internet", "up"), ("internet", "lan", "down")):
-            say(f"bulk transfer {words}", self._transfer(source, sink, str(prefix[0x10]) if sink == "lan" else Lab.INTERNET))
+        wait_until("the LAN host reaches the Internet", lambda: self._lab.pings("lan"), self.LAN_S)
+        address = re.findall(r"inet6 (\S+)/64 scope global", self._lab.ip("lan", "-6 addr show dev eth0"))[0]
+        took = f"{time.monotonic() - began:.1f} s after the client was started"
+        say("a LAN host where nothing is configured", f"by `lan = eth1` on the client it has address and route, {took}")
+        say("a LAN host reaches the IPv6 Internet", f"{address} pinged {Lab.INTERNET}: {self._ping('lan')}")
+        say("bulk transfer up", self._transfer("lan", "internet", Lab.INTERNET))
+        say("firewall", self._show_firewall(address))
+        say("bulk transfer down", self._transfer("internet", "lan", address))
         outage = self._kill_server(prefix)
         say("server killed and restarted", f"the tunnel was back {outage:.1f} s after the restart, with the same {prefix}")
         self._start("second", "client")
@@ -4677,13 +5156,34 @@ class Demo:
             raise KernelError(f"the second client got the first one's prefix, {prefix}")
         say("a second client", f"it got {other} and pinged {Lab.INTERNET}: {self._ping('second')}")
         say("native IPv6 beside the tunnel", self._show_native(prefix))
+        self.stop()
+        wait_until("the LAN host has no route any more", lambda: "default" not in self._lab.ip("lan", "-6 route"))
+        say("the client ends", "and tells the LAN host, which has no route any more and loses no time with dead IPv6")
         say("keys and encryption", self._show_keys())
+
+    def _show_firewall(self, address: str) -> str:
+        """Connects from the Internet to the LAN host, and starts the client again with a firewall that lets this in."""
+        with self._lab.inside("lan"):
+            listener = system_socket.create_server((address, self.BULK_PORT), family=system_socket.AF_INET6)
+        with listener, self._lab.inside("internet"):
+            try:
+                system_socket.create_connection((address, self.BULK_PORT), 5).close()
+            except OSError as error:
+                refused = describe_end(error)
+            else:
+                raise KernelError("a connection from the Internet to the LAN host was not refused")
+        self.stop("client")
+        opening = f"::{':'.join(IPv6Address(address).exploded.split(':')[4:])} tcp {self.BULK_PORT}"
+        with open(self._folder / "client.ini", "a") as config:
+            config.write(f"open = {opening}\n")
+        self._start("client", "client", "client.ini")
+        wait_until("the LAN host reaches the Internet again", lambda: self._lab.pings("lan"), self.LAN_S)
+        return f"a connection from the Internet to the LAN host fails ({refused}); from now on the client has `open = {opening}`"
 
     def _show_native(self, prefix: IPv6Network) -> str:
         """Gives the client's host IPv6 of a provider, too, and starts the client again beside it. Takes it away afterwards."""
         lab, native = self._lab, "2001:db8:aaaa::5"
-        self._running["client"].terminate()
-        wait_until("the client ends", lambda: self._running["client"].poll() is not None, 5)
+        self.stop("client")
         lab.ip("internet", f"link add eth1 type veth peer name eth2 netns {lab._names['client']}")
         for host, device, address in (("internet", "eth1", "2001:db8:aaaa::1"), ("client", "eth2", native)):
             lab.ip(host, f"link set {device} up")
@@ -4695,7 +5195,7 @@ class Demo:
         with lab.inside("client"):
             near = system_socket.create_connection((Lab.INTERNET, 5002), 5)
         with listener, near, listener.accept()[0] as far:
-            self._start("client", "client")
+            self._start("client", "client", "client.ini")
             for address in (str(prefix[1]), native):
                 wait_until(f"{address} answers", lambda address=address: lab.pings("internet", address))  # type: ignore[misc]
             far.settimeout(5)
@@ -4707,7 +5207,6 @@ class Demo:
 
     def _show_keys(self) -> str:
         """Starts everything again with keys, of which only one client has one."""
-        self.stop()
         for host in self._running:
             (self._folder / f"{host}.log").unlink()
         self._running.clear()
@@ -4733,11 +5232,12 @@ class Demo:
             raise KernelError(f"`tun6.py {' '.join(arguments)}` failed: {done.stderr.strip()}")
         return done.stdout
 
-    def stop(self) -> None:
-        """Ends the programs. Kills one that does not end within 5 s, and raises KernelError."""
-        for process in reversed(self._running.values()):
+    def stop(self, *hosts: str) -> None:
+        """Ends the programs on these hosts, or on all. Kills one that does not end within 5 s, and raises KernelError."""
+        running = {host: self._running[host] for host in hosts or self._running}
+        for process in reversed(running.values()):
             process.terminate()
-        for host, process in self._running.items():
+        for host, process in running.items():
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
@@ -4778,7 +5278,7 @@ class Demo:
     def _transfer(self, source: str, sink: str, address: str) -> str:
         data = os.urandom(1 << 20) * (self.BULK_BYTES >> 20)
         with self._lab.inside(sink):
-            listener = system_socket.create_server((address, 5001), family=system_socket.AF_INET6)
+            listener = system_socket.create_server((address, self.BULK_PORT), family=system_socket.AF_INET6)
         with self._lab.inside(source):
             sender = system_socket.socket(system_socket.AF_INET6)
 
@@ -4789,7 +5289,7 @@ class Demo:
         received = bytearray()
         with listener, sender:
             sender.settimeout(20)
-            sender.connect((address, 5001))
+            sender.connect((address, self.BULK_PORT))
             receiver, _ = listener.accept()
             with receiver:
                 began = time.monotonic()
@@ -4882,6 +5382,15 @@ def _path(text: str) -> str:
     return text  # read_config completes it
 
 
+def _addresses(text: str) -> tuple[IPv6Address, ...]:
+    try:
+        if "%" in text:
+            raise ValueError("an address with a scope")
+        return tuple(IPv6Address(word.strip()) for word in text.split(","))
+    except ValueError:
+        raise ValueError("must be IPv6 addresses, separated by commas") from None
+
+
 def _grace(text: str) -> int | None:
     if text.lower() == "off":
         return None
@@ -4932,7 +5441,9 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "tun": _matching(r"(?!\.\.?$)[\w.-]{1,15}", "must be a device name of at most 15 characters"),
         "mtu": _MTU,
         "default_route": _boolean,
-        "lan": _matching(r"(?!\.\.?$)[\w.-]{1,15}", "must be the name of one interface"),
+        "lan": _matching(r"(?!lo$|\.\.?$)[^\s/,:]{1,15}", "must be the name of one interface, such as eth1, as the prefix is one /64"),
+        "lan_dns": _addresses,
+        "lan_preference": _matching("auto|low|medium|high", "must be auto, low, medium or high"),
         "firewall": _boolean,
         "open": parse_openings,
         "grace": _grace,
