@@ -7101,10 +7101,12 @@ def test_the_ip_of_busybox_is_named(tunnel: Tunnel, tmp_path: Path) -> None:
             assert "Usage" not in sentence
 
 
-def slow_ip(folder: Path, seconds: float, pattern: str = ".") -> str:
+def slow_ip(folder: Path, seconds: float, pattern: str = ".", once: bool = False) -> str:
     """Lines of Python by which tun6 gets an `ip` that waits before it runs commands in which the pattern is."""
     (folder / "slow").mkdir()
     wait = f"sleep {seconds}" if seconds < 5 else "exec sleep 600"
+    if once:
+        wait = f"[ -e {folder}/waited ] || {{ touch {folder}/waited; {wait}; }}"
     ip = folder / "slow" / "ip"
     ip.write_text(f"""#!/bin/sh
 PATH={os.environ["PATH"]}
@@ -7134,6 +7136,18 @@ def test_a_server_whose_ip_hangs_ends_in_time(tunnel: Tunnel, tmp_path: Path) ->
     tunnel.peer().connected()
     assert server.stop() < SERVER_ENDS_S
     tunnel.lab.ip("server", f"-6 route del unreachable {tunnel.pool}")
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_an_ip_that_hangs_once_at_the_end_leaves_nothing(lab: Lab, tunnel: Tunnel, tmp_path: Path, role: str) -> None:
+    with tun6_with(tmp_path, slow_ip(tmp_path, 600, "route?del", once=True), "tun6.IP_S = 0.5"):
+        server = tunnel.server()
+        client = tunnel.client()
+        client.prefix()
+    program = {"server": server, "client": client}[role]
+    assert program.stop() < SERVER_ENDS_S
+    program.wait_for("ERROR `ip` did not end within")
+    assert "unreachable" not in lab.ip(role, "-6 route show table all proto 116")
 
 
 CLOSE_HANGS = """
@@ -7873,6 +7887,9 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
     after = quiet()
     print(f"\n{many(1500, 20_000)} connections in {took:.1f} s; fresh {fresh}, before {before}, after {after}")
     assert after["threads"] <= tun6.TUN_CLOSERS + 4
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    aligned = [int(begin, 16) % (64 << 20) == 0 for begin in re.findall(r"^(\w+)-\w+ rw-p 0+ 00:00 0 *$", maps, re.MULTILINE)]
+    assert not any(aligned), "threads have heaps of their own, which glibc aligns so"
     assert after["memory"] - before["memory"] < many(4, 6) << 20
     assert not server_routes(lab)
     tunnel.visit("by-hand")
