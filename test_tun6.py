@@ -8603,10 +8603,12 @@ def test_the_ip_of_busybox_is_named(tunnel: Tunnel, tmp_path: Path) -> None:
             assert "Usage" not in sentence
 
 
-def slow_ip(folder: Path, seconds: float, pattern: str = ".") -> str:
+def slow_ip(folder: Path, seconds: float, pattern: str = ".", once: bool = False) -> str:
     """Lines of Python by which tun6 gets an `ip` that waits before it runs commands in which the pattern is."""
     (folder / "slow").mkdir()
     wait = f"sleep {seconds}" if seconds < 5 else "exec sleep 600"
+    if once:
+        wait = f"[ -e {folder}/waited ] || {{ touch {folder}/waited; {wait}; }}"
     ip = folder / "slow" / "ip"
     ip.write_text(f"""#!/bin/sh
 PATH={os.environ["PATH"]}
@@ -8636,6 +8638,18 @@ def test_a_server_whose_ip_hangs_ends_in_time(tunnel: Tunnel, tmp_path: Path) ->
     tunnel.peer().connected()
     assert server.stop() < SERVER_ENDS_S
     tunnel.lab.ip("server", f"-6 route del unreachable {tunnel.pool}")
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_an_ip_that_hangs_once_at_the_end_leaves_nothing(lab: Lab, tunnel: Tunnel, tmp_path: Path, role: str) -> None:
+    with tun6_with(tmp_path, slow_ip(tmp_path, 600, "route?del", once=True), "tun6.IP_S = 0.5"):
+        server = tunnel.server()
+        client = tunnel.client()
+        client.prefix()
+    program = {"server": server, "client": client}[role]
+    assert program.stop() < SERVER_ENDS_S
+    program.wait_for("ERROR `ip` did not end within")
+    assert "unreachable" not in lab.ip(role, "-6 route show table all proto 116")
 
 
 CLOSE_HANGS = """
@@ -9535,6 +9549,9 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
     after = quiet()
     print(f"\n{many(1500, 20_000)} connections in {took:.1f} s; fresh {fresh}, before {before}, after {after}")
     assert after["threads"] <= tun6.TUN_CLOSERS + 4
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    aligned = [int(begin, 16) % (64 << 20) == 0 for begin in re.findall(r"^(\w+)-\w+ rw-p 0+ 00:00 0 *$", maps, re.MULTILINE)]
+    assert not any(aligned), "threads have heaps of their own, which glibc aligns so"
     assert after["memory"] - before["memory"] < many(4, 6) << 20
     assert not server_routes(lab)
     tunnel.visit("by-hand")
@@ -9890,10 +9907,14 @@ SOAK_POOL = IPv6Network("2001:db8:5000::/48")
 MARGIN_S = 1.0  # a client's fault window is so much longer than the outage, on both sides
 OUTAGE_S = 5.0  # so long without an echo and without a fault: an outage that nobody caused
 LOST_S = 90.0  # a probe that has no echo by then is lost
+NOTICED_S = 35.0  # so long after a program was hung up, whoever talked with it has noticed
+PATH_MTU_S = 13.0  # from a stall by large packets that vanish until all passes: 10 s, and the TCP inside may wait for 2 s more
+REPAIRED_S = 2.0  # from a manager's change of a client's TUN until it is as before
 UNANSWERED_MAX = 32  # blocks of a stream
 BLOCK = struct.Struct(">IQII")  # client, sequence number, bytes of the payload, bytes that the answer's is to have
 PROBE = struct.Struct(">IQ")  # client, sequence number
 DIGEST = 16  # bytes of BLAKE2b behind both
+LONG_MINUTES = 10  # a run at least so long has outages longer than TCP_USER_TIMEOUT, too
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15
 SESSION_GREENLETS = 3  # of a session: the connection's and two pumps
 
@@ -9994,6 +10015,8 @@ class SoakLab(Lab):
         super()._build()
         for host in self.client_hosts:
             self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
+        for host in ("internet", *self.client_hosts):  # without a route TCP gives up after so many attempts, whatever TCP_USER_TIMEOUT says
+            self.set_sysctl(host, "net.ipv4.tcp_retries2", "255")
         self.set_sysctl("lan", "net.ipv4.ip_forward", "1")
         for router, net in self.router(0), self.router(3):
             lines = f"link add br0 address 02:00:00:00:00:01 type bridge\naddr add {net}.0.1/16 dev br0\nlink set br0 up\n"
@@ -10006,9 +10029,15 @@ class SoakLab(Lab):
             self.output_of(host, "ip", "-batch", "-", lines=f"link set lo up\nlink set eth0 up\n{routes}")
         ruleset = """table ip soak {
             set cut { type ipv4_addr; }
+            set refused { type ipv4_addr; }
+            set unfragmented { type ipv4_addr; }
             set forgotten { type ipv4_addr . inet_service; }
             chain up { type filter hook prerouting priority -300; ip saddr @cut drop; ip saddr . tcp sport @forgotten drop; }
-            chain down { type filter hook forward priority 0; ip daddr @cut drop; ip daddr . tcp dport @forgotten drop; }
+            chain routed { type filter hook prerouting priority 0;
+                ip saddr @unfragmented ip frag-off set 0x4000; ip daddr @unfragmented ip frag-off set 0x4000; }
+            chain down { type filter hook forward priority 0; ip daddr @cut drop; ip daddr . tcp dport @forgotten drop;
+                meta l4proto tcp ip saddr @refused reject with tcp reset; }
+            chain silent { type filter hook output priority 0; icmp type destination-unreachable icmp code frag-needed drop; }
         }"""
         self.output_of("nat", "nft", "-f", "-", lines=ruleset)
 
@@ -10018,6 +10047,7 @@ class SoakProgram(Program):
 
     WARM_UP_S, WINDOW_S = 20.0, 15.0  # it has all clients and its caches by then; figures are medians of so long
     GROWTH_MAX: ClassVar = {"memory": 16 << 20, "files": 4, "greenlets": 6, "threads": tun6.TUN_CLOSERS}  # from one start to the end
+    FLAT_AFTER_S, FLAT_WINDOW_S, FLAT_MAX = 600.0, 60.0, 3 << 20  # by then each TLS session has had its full records; later come new Ids
 
     def __init__(self, lab: Lab, host: str, role: str, folder: Path, settings: dict[str, object]) -> None:
         self._bytes_read = 0  # of the log
@@ -10026,6 +10056,7 @@ class SoakProgram(Program):
     def start(self) -> None:
         super().start()
         self.ending, self._started, self._samples = False, time.monotonic(), list[dict[str, float]]()
+        self.disturbed = False  # whether a fault hit all clients since
 
     def end(self, number: int) -> tuple[int, float]:
         """By a signal; gives its exit status and the seconds that it took."""
@@ -10034,9 +10065,15 @@ class SoakProgram(Program):
         assert becomes_true(lambda: self.process.poll() is not None, 30), f"the {self.role} on {self.host} did not end within 30 s"
         return int(self.process.returncode), time.monotonic() - began
 
-    def pause(self, seconds: float) -> None:
-        with paused(self):
-            gevent.sleep(seconds)
+    @contextmanager
+    def hanging_ip(self) -> Iterator[None]:
+        """Its `ip` does not end meanwhile."""
+        flag = Path(f"{self.config}.ip-hangs")
+        flag.touch()
+        try:
+            yield
+        finally:
+            flag.unlink()
 
     def new_lines(self) -> str:
         """The whole lines that are new in the log."""
@@ -10064,15 +10101,32 @@ class SoakProgram(Program):
     def growth(self) -> tuple[float, dict[str, tuple[float, float]]]:
         """Its age, and of each figure what it was soon after the start and is now; {} when that is too short a time."""
         age = self._samples[-1]["age"] if self._samples else 0.0
-        first = [each for each in self._samples if 0 <= each["age"] - self.WARM_UP_S <= self.WINDOW_S]
-        last = [each for each in self._samples if each["age"] >= max(age - self.WINDOW_S, self.WARM_UP_S + self.WINDOW_S)]
-        if not first or age < self.WARM_UP_S + 2 * self.WINDOW_S:
+        if age < self.WARM_UP_S + 2 * self.WINDOW_S:
             return age, {}
+        ends = self._between(self.WARM_UP_S, self.WINDOW_S), self._between(max(age - self.WINDOW_S, self.WARM_UP_S + self.WINDOW_S))
+        if not all(ends):
+            return age, {}
+        return age, {figure: (median_of(ends[0], figure), median_of(ends[1], figure)) for figure in self.GROWTH_MAX if figure in ends[1][0]}
 
-        def median(samples: list[dict[str, float]], figure: str) -> float:
-            return statistics.median(each[figure] for each in samples)
+    def late_growth(self) -> float | None:
+        """Of its memory since FLAT_AFTER_S; None when it is not judged."""
+        age = self._samples[-1]["age"] if self._samples else 0.0
+        if self.disturbed or age < self.FLAT_AFTER_S + 2 * self.FLAT_WINDOW_S:
+            return None
+        first, last = self._between(self.FLAT_AFTER_S, self.FLAT_WINDOW_S), self._between(age - self.FLAT_WINDOW_S)
+        return median_of(last, "memory") - median_of(first, "memory")
 
-        return age, {figure: (median(first, figure), median(last, figure)) for figure in self.GROWTH_MAX if figure in last[0]}
+    def memory_by_minute(self) -> list[float]:
+        """MiB: the median of each minute since its start."""
+        minutes = range(math.ceil(self._samples[-1]["age"] / 60) if self._samples else 0)
+        return [median_of(found, "memory") / (1 << 20) for minute in minutes if (found := self._between(60 * minute, 60))]
+
+    def _between(self, age: float, seconds: float = math.inf) -> list[dict[str, float]]:
+        return [each for each in self._samples if age <= each["age"] <= age + seconds]
+
+
+def median_of(samples: list[dict[str, float]], figure: str) -> float:
+    return statistics.median(each[figure] for each in samples)
 
 
 @dataclasses.dataclass(eq=False)
@@ -10087,12 +10141,14 @@ class SoakClient(SoakProgram):
     """A client on a host of its own, and its traffic with the Internet host: probes, and a stream of blocks that outlives all faults."""
 
     def __init__(self, soak: Soak, number: int, settings: dict[str, object]) -> None:
-        self.number, self.id, self._soak = number, f"client {number}", soak
+        self.number, self.id, self._soak = number, f"02:00:00:00:00:{number:02x}", soak
         self.address, self.address_changes = soak.lab.address(number), 0
         self.router, self.net = soak.lab.router(number)
         self.network: IPv6Network | None = None
         self.faults: list[Fault] = []
         self.last_fault = "no fault"
+        self.session_ends = 0  # as the logs of both sides say
+        self.stripped = -math.inf  # when somebody last took something from its TUN
         self.windows: deque[list[float]] = deque([[0.0, math.inf]], 100)  # when there was a fault; the start is one
         self._probes: dict[int, float] = {}  # without an echo yet: number, and when it was sent
         self.echoed = 0.0  # when the last probe was sent that has its echo
@@ -10107,6 +10163,26 @@ class SoakClient(SoakProgram):
     @property
     def ip(self) -> str:
         return str(self.network[1]) if self.network else ""
+
+    @property
+    def table(self) -> int:
+        """Of its routes into the tunnel."""
+        return tun6.OWNER_BASE + int(self.process.pid)
+
+    @property
+    def nat_device(self) -> str:
+        """By which NAT reaches it."""
+        return "far" if self.router == "lan" else "br0"
+
+    @property
+    def path_table(self) -> int:
+        """Of routes of its own at NAT."""
+        return 1000 + self.number
+
+    def moves(self, length: int, wanted: int) -> bool:
+        """Whether 1 MiB in blocks of this kind, and all before it, passes within PATH_MTU_S."""
+        self.bulk += [(length, wanted)] * ((1 << 20) // (length + wanted))
+        return becomes_true(lambda: not self.bulk and not self._wanted, PATH_MTU_S)
 
     def begin_traffic(self) -> None:
         with self.lab.inside(self.host):
@@ -10152,7 +10228,7 @@ class SoakClient(SoakProgram):
             intact = with_digest(data[:-DIGEST]) == data and client == self.number
             assert intact, f"probe {number} of client {client} came back altered"
             sent = self._probes.pop(number, None)
-            assert sent, f"probe {number} came back twice or after more than {LOST_S:.0f} s"
+            assert sent, f"probe {number} came back twice, after more than {LOST_S:.0f} s, or after it had to be discarded"
             self.echoed, self.outage_reported = max(self.echoed, sent), False
             if not self.had_fault(sent):
                 self.delays.append(now - sent)
@@ -10192,8 +10268,11 @@ class Soak:
         self._numbers = itertools.count()  # of new Ids
         self._times: dict[str, list[float]] = {kind.name: [] for kind in kinds}  # to recovery, s
         self._injected: Counter[str] = Counter()  # faults by kind
+        self._impossible: Counter[str] = Counter()  # those that could not be done
         self._busy, self._last_fault = False, "no fault"  # whether a fault is in effect that is not one client's
         self._lost_inside, self._lost_outside, self._growths = 0, list[str](), list[str]()
+        self._late = 0.0  # seconds that this process itself was late at most: when many, the machine was overloaded
+        self._late_growths: list[tuple[float, str]] = []  # of memory, bytes; whose
         self._began, self._group = time.monotonic(), gevent.pool.Group()
 
     @property
@@ -10219,6 +10298,7 @@ class Soak:
                 "cert": self.folder / "server.pem",
             }
             fingerprint = make_certificate(self.folder / "server.pem")
+            undo.enter_context(tun6_with(self.folder, self._ip_that_may_hang()))
             self.server = SoakProgram(self.lab, "server", "server", self.folder, settings)
             undo.callback(self._kill)
             undo.callback(self._group.kill)
@@ -10238,6 +10318,14 @@ class Soak:
         for program in self._programs:
             program.kill()
 
+    def _ip_that_may_hang(self) -> str:
+        """A line of Python by which tun6 gets an `ip` that hangs as `hanging_ip` says."""
+        ip = self.folder / "bin" / "ip"
+        ip.parent.mkdir()
+        ip.write_text(f"""#!/bin/sh\n[ ! -e "$TUN6_CONFIG.ip-hangs" ] || exec sleep 600\nexec {shutil.which("ip")} "$@"\n""")
+        ip.chmod(0o755)
+        return f"os.environ.update(TUN6_CONFIG=sys.argv[-1], PATH='{ip.parent}:' + os.environ['PATH'])"
+
     def spawn(self, client: SoakClient | None, function: Callable[..., None], *args: object) -> None:
         """In a greenlet, whose failure is a violation."""
 
@@ -10255,7 +10343,7 @@ class Soak:
             self._violation(f"back only {seconds:.1f} s after {kind.name}", client)
 
     def _violation(self, what: str, program: SoakProgram | None = None) -> None:
-        who, last = (f"{program.id}: ", program.last_fault) if isinstance(program, SoakClient) else ("", self._last_fault)
+        who, last = (f"{program.host}: ", program.last_fault) if isinstance(program, SoakClient) else ("", self._last_fault)
         self.violations.append(what)
         self._say(f"VIOLATION {who}{what}; after {last}")
 
@@ -10271,7 +10359,7 @@ class Soak:
             names["device"] = json.loads(self.lab.ip("server", f"-6 -j route get {client.ip}"))[0]["dev"]
         self.lab.output_of(where.format(**names), *do.format(**names).split())
         if undo:
-            gevent.sleep(45 if self._minutes >= 10 and self.random.random() < 0.1 else self.random.uniform(1, 10))
+            gevent.sleep(45 if self._minutes >= LONG_MINUTES and self.random.random() < 0.1 else self.random.uniform(1, 10))
             self.lab.output_of(where.format(**names), *undo.format(**names).split())
 
     def restart(self, program: SoakProgram, number: int) -> None:
@@ -10280,10 +10368,113 @@ class Soak:
         gevent.sleep(self.random.uniform(0, 3))
         program.start()
 
-    def pause_client(self, client: SoakClient) -> None:
-        client.bulk += [(0, 256 << 10)] * 64
-        gevent.sleep(0.1)
-        client.pause(self.random.uniform(1, 10))
+    def respell(self, client: SoakClient) -> None:
+        """It comes back with another spelling of its MAC address."""
+        digits = client.id.replace(":", "")
+        dotted = ".".join(digits[at : at + 4] for at in (0, 4, 8))
+        spelling = self.random.choice([client.id.upper(), client.id.replace(":", "-"), dotted])
+        client.config.write_text(re.sub("(?m)^id = .*", f"id = {spelling}", client.config.read_text()))
+        self.restart(client, signal.SIGTERM)
+
+    def pause(self, program: SoakProgram, longest: float) -> None:
+        if isinstance(program, SoakClient):
+            program.bulk += [(0, 256 << 10)] * 64
+            gevent.sleep(0.1)
+        with paused(program):
+            gevent.sleep(self.random.uniform(1, longest))
+
+    def hang_up(self, program: SoakProgram) -> None:
+        """It stands still for longer than the others may take to notice, while its kernel acknowledges what they send."""
+        before = {client: client.session_ends for client in ([program] if isinstance(program, SoakClient) else self._steady_clients())}
+        with paused(program):
+            gevent.sleep(NOTICED_S)
+            unnoticed = [client.host for client, ends in before.items() if client.session_ends == ends]
+            gevent.sleep(5)
+        assert not unnoticed, f"not noticed within {NOTICED_S:.0f} s on the connections of {unnoticed}"
+
+    def stop_forwarding(self, _: SoakProgram) -> None:
+        """The server's kernel forwards nothing for some seconds: no session ends."""
+        with self._sessions_live_on():
+            self.lab.set_sysctl("server", "net.ipv6.conf.all.forwarding", "0")
+            gevent.sleep(self.random.uniform(1, 8))
+            self.lab.set_sysctl("server", "net.ipv6.conf.all.forwarding", "1")
+
+    def hang_servers_ip(self, _: SoakProgram) -> None:
+        """Newcomers are refused in time, and those who are connected go on."""
+        with self._sessions_live_on(), self.server.hanging_ip():
+            began = time.monotonic()
+            self._connect_all(
+                [*self._known_ids(2), self._new_id()], "server-error", 2 * tun6.IP_S + 2
+            )  # the second run has those that wait
+            silent = [client.host for client in self._steady_clients() if client.echoed < began]
+        assert not silent, f"no echo for {silent} while the server's `ip` hung"
+
+    def hang_clients_ip(self, client: SoakClient) -> None:
+        with client.hanging_ip():
+            self.lab.ip(client.host, "link del tun6")
+            gevent.sleep(self.random.uniform(1, 7))
+
+    def strip(self, client: SoakClient, *commands: str) -> None:
+        """As managers of networks do: all is put back, on the same device."""
+
+        def state() -> list[str]:
+            return [self.lab.ip(client.host, what) for what in ("-o -6 addr show dev tun6", f"-6 route show table {client.table}")]
+
+        if time.monotonic() - client.stripped < tun6.REPAIRS_S:
+            raise tun6.KernelError("somebody has just done that, and often it is not repaired in place")
+        client.stripped, before = time.monotonic(), state()
+        for command in commands:
+            self.lab.ip(client.host, command.format(client=client))
+        gevent.sleep(REPAIRED_S)
+        assert state() == before, f"{state()} is not {before}"
+
+    def shrink_path(self, client: SoakClient, *commands: str) -> None:
+        """Behind the NAT only smaller packets pass, and nobody says so: bulk passes all the same, each way."""
+        done: list[list[str]] = []
+        try:
+            for command in commands:
+                done.insert(0, command.format(do="delete", client=client).split())
+                self.lab.output_of("nat", *command.format(do="add", client=client).split())
+            passed = {"up": client.moves(128 << 10, 0), "down": client.moves(0, 128 << 10)}
+        finally:
+            for undo in done:
+                self.lab.output_of("nat", *undo)
+        assert all(passed.values()), f"bulk passed within {PATH_MTU_S:.0f} s: {passed}"
+
+    def refuse(self, client: SoakClient) -> None:
+        """No tunnel for longer than the grace time: IPv6 fails at once, and what was sent by then never arrives."""
+        self.lab.output_of("nat", "nft", f"add element ip soak refused {{ {client.address} }}")
+        gevent.sleep(cast(int, tun6.ClientConfig.grace) + 3)
+        for source in client.ip, "::":
+            with self.lab.inside(client.host):
+                sock = gevent.socket.socket(socket.AF_INET6)
+            with sock:
+                sock.settimeout(1)
+                sock.bind((source, 0))
+                error = sock.connect_ex((Lab.INTERNET, SOAK_PORT))
+            assert error in (errno.ENETUNREACH, errno.EHOSTUNREACH), f"from {source}: {os.strerror(error)} without a tunnel"
+        self._lost_inside += len(client.lost(0))
+        self.lab.output_of("nat", "nft", f"delete element ip soak refused {{ {client.address} }}")
+
+    def add_native_ipv6(self, client: SoakClient) -> None:
+        """The client has IPv6 of a provider, too, for some seconds: that works, and so does the tunnel, as `_watch` sees."""
+        net, link = IPv6Network(f"2001:db8:aaaa:{client.number:x}::/64"), f"n{client.number}"
+        self.lab.ip("internet", f"link add {link} type veth peer name eth2 netns {self.lab._names[client.host]}")
+        try:
+            for host, device, address in (("internet", link, net[1]), (client.host, "eth2", net[5])):
+                self.lab.ip(host, f"addr add {address}/64 dev {device} nodad")
+                self.lab.ip(host, f"link set {device} up")
+            self.lab.ip(client.host, f"-6 route add default via {net[1]} metric 1")
+
+            def answered() -> bool:
+                return self.lab.run(client.host, "ping", "-6", "-c", "1", "-W", "1", "-I", str(net[5]), Lab.INTERNET).returncode == 0
+
+            assert becomes_true(answered, 5), "the native address does not work beside the tunnel"
+            for _ in range(self.random.randrange(5, 20)):
+                gevent.sleep(0.3)
+                assert answered(), "the native address works no longer"
+        finally:
+            self.lab.ip("internet", f"link del {link}")
 
     def drop_nat_mapping(self, client: SoakClient) -> None:
         """The NAT lets nothing of the client's connections pass any more."""
@@ -10299,12 +10490,6 @@ class Soak:
         client.address = self.lab.address(client.number, client.address_changes)
         lines = f"addr del {old}/16 dev eth0\naddr add {client.address}/16 dev eth0\nroute add default via {client.net}.0.1\n"
         self.lab.output_of(client.host, "ip", "-batch", "-", lines=lines)
-
-    def restart_server(self, _: SoakClient, number: int) -> None:
-        self.restart(self.server, number)
-
-    def pause_server(self, _: SoakClient) -> None:
-        self.server.pause(self.random.uniform(1, 5))
 
     def reload_server(self, _: SoakClient) -> None:
         for _number in range(10):
@@ -10355,17 +10540,37 @@ class Soak:
                     flood.sendto(bytes(1200), (str(prefix[1]), 9))
                 gevent.sleep(0.01)
 
+    def _steady_clients(self) -> list[SoakClient]:
+        """Those that have no fault but one of all clients, and had none for a while."""
+        since = time.monotonic() - OUTAGE_S
+        own = {client: [fault for fault in client.faults if fault.kind.whom == "client"] for client in self.clients}
+        return [client for client in self.clients if not own[client] and (len(client.windows) < 2 or client.windows[-2][1] < since)]
+
+    @contextmanager
+    def _sessions_live_on(self) -> Iterator[None]:
+        """No session ends meanwhile of those that nothing else happens to."""
+        before = {client: client.session_ends for client in self._steady_clients()}
+        yield
+        gevent.sleep(1)  # `_watch` reads the logs
+        ended = [client.host for client, ends in before.items() if client.session_ends > ends]
+        assert not ended, f"the sessions of {ended} ended"
+
     def _end_program(self, program: SoakProgram, number: int, seconds: float) -> None:
         status, took = program.end(number)
         if number != signal.SIGKILL and (status or took > seconds):
             self._violation(f"exit status {status}, {took:.1f} s after signal {number}", program)
 
     def _check_growth(self, program: SoakProgram) -> None:
-        """It did not grow since it was started."""
+        """It did not grow since it was started, and after a while its memory is flat."""
         age, growth = program.growth()
+        late = program.late_growth()
         if program is self.server:
             figures = [f"{figure} {before:.0f} -> {after:.0f}" for figure, (before, after) in growth.items()]
             self._growths.append(f"{age:.0f} s: {', '.join(figures) or 'too short to be judged'}")
+        if late is not None:
+            self._late_growths.append((late, program.host))
+            if late > program.FLAT_MAX:
+                self._violation(f"memory of {program.host} grew by {late:.0f} bytes after the first {program.FLAT_AFTER_S:.0f} s", program)
         for figure, (before, after) in growth.items():
             if after - before > program.GROWTH_MAX[figure]:
                 self._violation(f"{figure} of {program.host} grew from {before:.0f} to {after:.0f} in {age:.0f} s", program)
@@ -10383,10 +10588,10 @@ class Soak:
         known = [id_ for id_ in self._told if id_.startswith("by hand")]
         return self.random.sample(known, min(most, len(known)))
 
-    def _say_hello(self, id_: str, sock: Any, refusal: str = "") -> IPv6Network | None:
+    def _say_hello(self, id_: str, sock: Any, refusal: str = "", seconds: float = OUTAGE_S) -> IPv6Network | None:
         """The prefix that the server gives; whatever else it says, but this refusal, is a violation."""
         text = b""
-        with suppress(OSError), gevent.Timeout(OUTAGE_S, False):
+        with suppress(OSError), gevent.Timeout(seconds, False):
             sock.connect((Lab.SERVER, SOAK_PORT))
             sock.sendall(hello(id_))
             while b"}" not in text and (data := sock.recv(4096)):
@@ -10398,10 +10603,10 @@ class Soak:
             self._violation(f"{id_!r} got the answer {text[:200]!r}")
         return None
 
-    def _connect_all(self, ids: list[str], refusal: str = "") -> None:
+    def _connect_all(self, ids: list[str], refusal: str = "", seconds: float = OUTAGE_S) -> None:
         def connect(id_: str) -> None:
             with self._new_socket() as sock:
-                self._say_hello(id_, sock, refusal)
+                self._say_hello(id_, sock, refusal, seconds)
 
         gevent.joinall([gevent.spawn(connect, id_) for id_ in ids])
 
@@ -10422,7 +10627,7 @@ class Soak:
             started = [SoakClient(self, number, {"fingerprint": fingerprint} if number % 2 else {}) for number in numbers]
             self.clients += started
             for client in started:
-                assert becomes_true(lambda client=client: client.network, 30), f"{client.id} has no prefix after 30 s"  # type: ignore[misc]
+                assert becomes_true(lambda client=client: client.network, 30), f"{client.host} has no prefix after 30 s"  # type: ignore[misc]
                 client.begin_traffic()
         self.spawn(None, self._request_bulk)
 
@@ -10449,6 +10654,9 @@ class Soak:
         """Ends server and clients, who leave nothing."""
         for program in self._programs:
             self._check_growth(program)
+        for name, times in self._impossible.items():
+            if times > 2 and not self._injected[name]:
+                self._violation(f"{name} was never possible")
         self._end_program(self.server, signal.SIGTERM, 3)
         gevent.joinall([gevent.spawn(self._end_program, client, signal.SIGTERM, 25) for client in self.clients])  # all at once
         self._read_logs()
@@ -10495,7 +10703,9 @@ class Soak:
 
     def _watch(self) -> None:
         """Notices what nothing else brings to light: in the logs, processes that end, outages without a fault or end."""
+        due = time.monotonic()
         while True:
+            self._late = max(self._late, time.monotonic() - due)
             self._read_logs()
             now = time.monotonic()
             for program in self._programs:
@@ -10509,6 +10719,7 @@ class Soak:
                     client.outage_reported = True
                     self._violation("no echo, and " + ("the fault is long over" if ends else "no fault"), client)
             self._count_lost(LOST_S)
+            due = time.monotonic() + 0.5
             gevent.sleep(0.5)
 
     def _read_logs(self) -> None:
@@ -10517,8 +10728,13 @@ class Soak:
             for line in re.findall(r".*(?:Traceback|internal error).*", lines):
                 self._violation(f"in the log: {line}", program)
             if isinstance(program, SoakClient):
+                program.session_ends += len(re.findall(" no connection to ", lines))
                 for prefix in re.findall(r": has (\S+) on", lines):
                     program.network = self._check_prefix(program.id, IPv6Network(prefix))
+            else:
+                ends = Counter(re.findall(r"'(\S+)' from \S+ port \d+: gone", lines))
+                for client in self.clients:
+                    client.session_ends += ends[client.id]
 
     def _count_lost(self, age: float) -> None:
         for client in self.clients:
@@ -10526,7 +10742,7 @@ class Soak:
                 if client.had_fault(sent):
                     self._lost_inside += 1
                 else:
-                    self._lost_outside.append(f"{client.id} at {sent - self._began:.1f} s")
+                    self._lost_outside.append(f"{client.host} at {sent - self._began:.1f} s")
 
     def _measure(self) -> None:
         control, request = str(self.folder / "control"), {"do": "status", "files": [str(self.disk / "assignments.json"), None]}
@@ -10539,16 +10755,16 @@ class Soak:
             gevent.sleep(3)
 
     def _inject_faults(self) -> None:
-        """All kinds in random order, again and again; the rare ones every sixth time, and early: the server lives long after them."""
+        """All kinds in random order, again and again; those of all clients every sixth time, and early: the server lives on."""
         deadline = time.monotonic() + self._minutes * 60
         for number in count():
-            usual = [kind for kind in self._kinds if not kind.rare]
+            usual = [kind for kind in self._kinds if kind.whom != "all"]
             self.random.shuffle(usual)
             half = len(usual) // 2
-            early = usual[:half] + [kind for kind in self._kinds if kind.rare and number % 6 == 0]
+            early = usual[:half] + [kind for kind in self._kinds if kind.whom == "all" and number % 6 == 0]
             due = self.random.sample(early, len(early)) + usual[half:]
             while due:
-                gevent.sleep(self.random.uniform(2, 6))
+                gevent.sleep(self.random.uniform(1, 5))
                 if time.monotonic() > deadline:
                     return
                 kind = next((kind for kind in due if kind.whom == "client" or not self._busy), None)
@@ -10561,15 +10777,17 @@ class Soak:
         """One fault, from its beginning until all have recovered."""
         fault, own = Fault(kind), client if kind.whom == "client" else None
         affected = {"client": [client], "all": self.clients, "none": []}[kind.whom]
-        self._last_fault = f"{kind.name}{f' of {own.id}' if own else ''} at {time.monotonic() - self._began:.1f} s"
+        self.server.disturbed |= kind.whom == "all"
+        self._last_fault = f"{kind.name}{f' of {own.host}' if own else ''} at {time.monotonic() - self._began:.1f} s"
         self._busy |= own is None
         for each in affected:
             each.begin_fault(fault)
             each.last_fault = self._last_fault
         try:
-            kind.inject(self, client, *kind.arguments)
+            kind.inject(self, self.server if kind.whom == "all" else client, *kind.arguments)
             self._injected[kind.name] += 1
         except tun6.KernelError as error:
+            self._impossible[kind.name] += 1
             self._say(f"{self._last_fault} was not possible: {error!r}")
         except Exception as error:
             self._violation(f"{kind.name}: {error!r}", own)
@@ -10596,11 +10814,18 @@ class Soak:
         print(f"UDP: {len(delays)} echoes outside fault windows", "; ".join(lost), sep=", ")
         middle, high = 1000 * rank(delays, 0.5), 1000 * rank(delays, 0.99)
         print(f"round trip outside: median {middle:.1f} ms, p99 {high:.1f} ms, max {delays[-1]:.2f} s")
-        for number, growth in enumerate(self._growths):
-            print(f"server, start {number + 1}, {growth}")
-        used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        for growth in self._growths:
+            print(f"server, {growth}")
+        for program in self._programs[:3]:
+            print(f"{program.host}, memory by minute, MiB: {' '.join(f'{mib:.1f}' for mib in program.memory_by_minute())}")
+        if self._late_growths:
+            late = sorted(self._late_growths)
+            middle, (most, who) = late[len(late) // 2][0], late[-1]
+            print(f"memory of {len(late)} lives after {SoakProgram.FLAT_AFTER_S:.0f} s: {middle:+.0f} bytes, at most {most:+.0f} ({who})")
+        used = sum(sum(resource.getrusage(whose)[:2]) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         seconds = time.monotonic() - self._began
-        print(f"{len(self.violations)} violations; {seconds:.0f} s in all, in which {used / seconds:.2f} processors were busy on average")
+        print(f"{seconds:.0f} s, {used / seconds:.2f} processors busy on average; this process was late by {self._late:.1f} s at most")
+        print(f"{len(self.violations)} violations")
 
 
 class FaultKind(NamedTuple):
@@ -10609,7 +10834,7 @@ class FaultKind(NamedTuple):
     within: float  # seconds after its end an echo must come back; where TCP has to notice, TCP_USER_TIMEOUT and a little
     inject: Callable[..., None]
     arguments: tuple[object, ...] = ()
-    rare: bool = False
+    long: bool = False  # takes so long that only runs of LONG_MINUTES have it
 
 
 def by_commands(name: str, within: float, where: str, do: str, undo: str = "") -> FaultKind:
@@ -10617,12 +10842,29 @@ def by_commands(name: str, within: float, where: str, do: str, undo: str = "") -
     return FaultKind(name, "client", within, Soak.run_commands, (where, do, undo))
 
 
+def by_manager(name: str, *commands: str) -> FaultKind:
+    """A kind that is commands of `ip` on the client's host, whose effect the client repairs in place."""
+    return FaultKind(name, "client", 5, Soak.strip, commands)
+
+
+TUN_ADDRESS, TUN_ROUTE = "addr del {client.ip}/128 dev tun6", "-6 route del default dev tun6 table {client.table}"
+SMALLER_LINK = (
+    "ip route {do} {client.address}/32 dev {client.nat_device} mtu lock 1300",
+    "ip route {do} 10.9.0.0/24 dev eth0 mtu lock 1300 table {client.path_table}",
+    "ip rule {do} from {client.address} lookup {client.path_table}",
+)
 FAULT_KINDS = (
     FaultKind("client-killed", "client", 5, Soak.restart, (signal.SIGKILL,)),
     FaultKind("client-ended", "client", 5, Soak.restart, (signal.SIGTERM,)),
-    FaultKind("client-stopped", "client", 5, Soak.pause_client),
+    FaultKind("client-respelled", "client", 5, Soak.respell),
+    FaultKind("client-stopped", "client", 5, Soak.pause, (10,)),
+    FaultKind("client-hung", "client", 8, Soak.hang_up, long=True),
+    FaultKind("client-ip-hangs", "client", 12, Soak.hang_clients_ip),  # a run that hangs, a pause, and all is made anew
     FaultKind("nat-mapping-lost", "client", 40, Soak.drop_nat_mapping),
     FaultKind("address-changed", "client", 40, Soak.change_address),
+    FaultKind("large-fragmented", "client", 5, Soak.shrink_path, SMALLER_LINK),
+    FaultKind("large-vanish", "client", 5, Soak.shrink_path, (*SMALLER_LINK, "nft {do} element ip soak unfragmented {{{client.address}}}")),
+    FaultKind("refused-after-grace", "client", 5, Soak.refuse),
     by_commands(
         "link-cut", 40, "nat", "nft add element ip soak cut {{{client.address}}}", "nft delete element ip soak cut {{{client.address}}}"
     ),
@@ -10630,15 +10872,20 @@ FAULT_KINDS = (
     by_commands("route-removed", 40, "{client.host}", "ip route del default", "ip route add default via {client.net}.0.1"),
     by_commands("tun-removed", 5, "{client.host}", "ip link del tun6"),
     by_commands("tun-down", 5, "{client.host}", "ip link set tun6 down"),
-    by_commands("tun-address-removed", 5, "{client.host}", "ip addr del {client.ip}/128 dev tun6"),
-    by_commands("tun-route-removed", 5, "{client.host}", "ip -6 route del default dev tun6"),
+    by_manager("tun-address-removed", TUN_ADDRESS),
+    by_manager("tun-route-removed", TUN_ROUTE),
+    by_manager("tun-flushed", "-6 addr flush dev tun6", "-6 route flush dev tun6 table {client.table}"),
     by_commands("session-tun-removed", 5, "server", "ip link del {device}"),
     by_commands("session-tun-down", 5, "server", "ip link set {device} down"),
     by_commands("session-route-removed", 5, "server", "ip -6 route del {client.network} dev {device}"),
-    FaultKind("server-killed", "all", 8, Soak.restart_server, (signal.SIGKILL,), rare=True),  # the last of all clients counts
-    FaultKind("server-ended", "all", 8, Soak.restart_server, (signal.SIGTERM,), rare=True),
-    FaultKind("server-stopped", "all", 5, Soak.pause_server, rare=True),
+    FaultKind("server-killed", "all", 8, Soak.restart, (signal.SIGKILL,)),  # the last of all clients counts
+    FaultKind("server-ended", "all", 8, Soak.restart, (signal.SIGTERM,)),
+    FaultKind("server-stopped", "all", 5, Soak.pause, (5,)),
+    FaultKind("server-hung", "all", 12, Soak.hang_up, long=True),
+    FaultKind("server-ip-hangs", "all", 12, Soak.hang_servers_ip),  # for those who come anew: as on the client
+    FaultKind("forwarding-off", "all", 5, Soak.stop_forwarding),
     FaultKind("server-reloaded", "none", 5, Soak.reload_server),
+    FaultKind("native-ipv6", "none", 5, Soak.add_native_ipv6),
     FaultKind("new-ids", "none", 5, Soak.connect_new_ids),
     FaultKind("disk-full", "none", 5, Soak.fill_disk),
     FaultKind("garbage", "none", 5, Soak.connect_with_garbage),
@@ -10652,12 +10899,16 @@ def soak_command(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 48), help="of the faults, whose times depend on the machine too")
-    known = {kind.name: kind for kind in FAULT_KINDS}
+    known = {kind.name: [kind] for kind in FAULT_KINDS} | {"server-faults": [kind for kind in FAULT_KINDS if kind.whom == "all"]}
     parser.add_argument("--faults", nargs="+", choices=known, default=known, metavar="KIND", help=f"only these, of {', '.join(known)}")
+    parser.add_argument("--without", nargs="+", choices=known, default=(), metavar="KIND", help="not these")
     options = parser.parse_args(arguments)
     print(f"{options.clients} clients, {options.minutes:g} minutes, seed {options.seed}", flush=True)
     tun6.raise_descriptor_limit()
-    soak = Soak(options.minutes, options.clients, options.seed, [known[name] for name in options.faults])
+    wanted, unwanted = ([kind for name in names for kind in known[name]] for names in (options.faults, options.without))
+    if options.faults is known and options.minutes < LONG_MINUTES:
+        unwanted += [kind for kind in FAULT_KINDS if kind.long]
+    soak = Soak(options.minutes, options.clients, options.seed, [kind for kind in FAULT_KINDS if kind in wanted and kind not in unwanted])
     tun6.run_until_signalled(soak.run)
     soak.report()
     return 0 if soak.finished and not soak.violations else 1
