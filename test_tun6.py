@@ -10861,7 +10861,7 @@ FAULT_KINDS = (
     FaultKind("client-respelled", "client", 5, Soak.respell),
     FaultKind("client-stopped", "client", 5, Soak.pause, (10,)),
     FaultKind("client-hung", "client", 8, Soak.hang_up, long=True),
-    FaultKind("client-ip-hangs", "client", 12, Soak.hang_clients_ip),  # a run that hangs, a pause, and all is made anew
+    FaultKind("client-ip-hangs", "client", 15, Soak.hang_clients_ip),  # a run that hangs, and two pauses until all is made anew
     FaultKind("nat-mapping-lost", "client", 40, Soak.drop_nat_mapping),
     FaultKind("address-changed", "client", 40, Soak.change_address),
     FaultKind("large-fragmented", "client", 5, Soak.shrink_path, SMALLER_LINK),
@@ -10883,8 +10883,8 @@ FAULT_KINDS = (
     FaultKind("server-killed", "all", 8, Soak.restart, (signal.SIGKILL,)),  # the last of all clients counts
     FaultKind("server-ended", "all", 8, Soak.restart, (signal.SIGTERM,)),
     FaultKind("server-stopped", "all", 5, Soak.pause, (5,)),
-    FaultKind("server-hung", "all", 12, Soak.hang_up, long=True),
-    FaultKind("server-ip-hangs", "all", 12, Soak.hang_servers_ip),  # for those who come anew: as on the client
+    FaultKind("server-hung", "all", 15, Soak.hang_up, long=True),
+    FaultKind("server-ip-hangs", "all", 15, Soak.hang_servers_ip),  # for those who come anew: as on the client
     FaultKind("forwarding-off", "all", 5, Soak.stop_forwarding),
     FaultKind("server-reloaded", "none", 5, Soak.reload_server),
     FaultKind("native-ipv6", "none", 5, Soak.add_native_ipv6),
