@@ -7916,6 +7916,10 @@ def test_a_lan_has_ipv6_by_one_line_and_afterwards_all_is_as_before(
     wait_until("the LAN host's ping is answered", lambda: lab.pings("lan"), 20)
     print(f"FIGURE client started to LAN host's first answered ping: {time.monotonic() - began:.2f} s")
     prefix = client.prefix()
+    assert asked(client.config, "status")["parts"] == {
+        "lan": {"interface": "eth1", "missing": None, "announces": str(prefix), "other_router": None},
+        "firewall": {"table": "inet tun6", "active": True},
+    }
     host = lan.address(prefix)
     heard = lan.heard()[-1]
     assert heard[:-1] == (1800, "medium", {str(prefix): (5400, 2700)}, 1400, ["2001:db8::53", "2001:db8::54"])

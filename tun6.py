@@ -3754,6 +3754,7 @@ class Server:
                 self._lacks_address = False
                 gone = f"; {self._own[0][1]} is gone from lo" if self._own else ""
                 self._take_address()
+                standing_warnings.pop("own address", None)
                 log.info("this machine has an IPv6 address that is routed%s", gone)
 
     def _restore(self, route: list[Step]) -> None:
@@ -4100,6 +4101,10 @@ class Firewall:
         self._one_at_a_time = gevent.lock.Semaphore()
         self._listing = ""  # of the table as we made it; "" while it is not open
 
+    def figures(self) -> dict[str, Any]:
+        """Returns what `status` says of it."""
+        return {"table": f"inet {self._name}", "active": bool(self._listing)}
+
     def open(self) -> None:
         """Makes the table, before the first packet can come, in place of one that a killed tun6 has left. Raises KernelError."""
         if self._rules:
@@ -4443,6 +4448,11 @@ class LanRouter:
         self._changed = gevent.event.Event()
         self._workers: dict[str, gevent.Greenlet] = {}
 
+    def figures(self) -> dict[str, Any]:
+        """Returns what `status` says of the LAN."""
+        announces = str(self._prefix) if self._announced and self._prefix else None
+        return {"interface": self._interface, "missing": self._missing or None, "announces": announces, "other_router": self._other_router}
+
     def begin(self) -> None:
         """Clears what a killed client has left, and turns forwarding on. Raises KernelError.
 
@@ -4697,7 +4707,8 @@ class Client:
         self._since = time.monotonic()  # when the tunnel was there or was not any more
         self._up = False
         self._outage: dict[str, Any] | None = None  # the last one, as `figures` returns it
-        self.parts: dict[str, Callable[[], dict[str, Any]]] = {}  # what else `status` shows, a line each: LAN, firewall ...
+        parts = {"lan": config.lan and self._lan.figures, "firewall": firewall and self._firewall.figures}
+        self.parts: dict[str, Callable[[], dict[str, Any]]] = {name: part for name, part in parts.items() if callable(part)}
 
     def run(self) -> NoReturn:
         """Serves until it is killed, then removes the TUN. Raises KernelError when the TUN can't be made at the start."""
@@ -5403,7 +5414,10 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(outage["time"]))
             then = f"; then {outage['last_reason']}" if outage["last_reason"] != outage["reason"] else ""
             rows.append(("outage", f"{when} {lasts}: {outage['reason']}{then}"))
-        rows += [(name, ", ".join(f"{key} {value}" for key, value in part.items())) for name, part in status["parts"].items()]
+        for name, part in status["parts"].items():
+            shown = {True: "yes", False: "no"}
+            texts = (f"{key.replace('_', ' ')} {shown.get(value, value)}" for key, value in part.items() if value is not None)
+            rows.append((name, ", ".join(texts)))
     moved = ", ".join(f"{way} {format_amount(status[way], 'B')}" for way in ("received", "sent"))
     return [
         *rows,
