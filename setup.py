@@ -19,7 +19,11 @@ setup(
     py_modules=["tun6"],
     python_requires=">=3.9",
     install_requires=["gevent", "netifaces", "python-pytun"],
-    extras_require={"bench": ["matplotlib"], "test": ["hypothesis", "mypy", "pytest", "ruff==0.17.6"]},
+    extras_require={
+        "bench": ["matplotlib"],
+        "metrics": ["prometheus_client"],
+        "test": ["hypothesis", "mypy", "prometheus_client", "pytest", "ruff==0.17.6"],
+    },
     entry_points={"console_scripts": ["tun6 = tun6:main"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",

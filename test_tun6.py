@@ -32,6 +32,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     lan
     client
     administration
+    metrics                      also the dashboard's queries
     demo
     command line
     sources and documents        maps, order of definitions, links
@@ -45,10 +46,12 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: TLS and keys
     end to end: administration
     end to end: LAN              router advertisements, forwarding, other routers
+    end to end: metrics
     end to end: faults           of disks, files, links, names, devices, `ip`
     end to end: scale            many clients, and limits
     fuzzing                      `test_tun6.py fuzz`
     soak                         `test_tun6.py soak`
+    observers                    `test_tun6.py observers`: a real Prometheus and a real browser
     main
 """
 
@@ -87,6 +90,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import tracemalloc
@@ -95,11 +99,13 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from html.parser import HTMLParser
 from ipaddress import IPv6Address, IPv6Network
 from itertools import accumulate, chain, count, takewhile
 from pathlib import Path
 from typing import Any, Callable, ClassVar, NamedTuple, Optional, TypeVar, Union, cast
 from unittest import mock
+from urllib.parse import quote
 
 import gevent
 import gevent.event
@@ -702,6 +708,10 @@ class Program:
     def log(self) -> str:
         return self._log.read_text()
 
+    def control(self) -> Path:
+        """Its control socket."""
+        return Path(re.findall("(?m)^control = (.*)$", self.config.read_text())[0])
+
     def wait_for(self, pattern: str, times: int = 1, seconds: float = 10) -> list[str]:
         """What the pattern finds in the log, as soon as it does so this many times."""
 
@@ -761,7 +771,7 @@ class Tunnel:
     def server(self, host: str = "server", **settings: object) -> Program:
         """A server that listens. The settings are those of its section of config.ini, None to leave one out."""
         server = self.start("server", host, **settings)
-        server.wait_for(" serving ")
+        server.wait_for(' serving |"serving ')
         return server
 
     def client(self, host: str = "client", **settings: object) -> Program:
@@ -783,7 +793,7 @@ class Tunnel:
                 "assignments": "assignments.json",
                 "control": self._folder / f"{len(self._programs)}.sock",
             },
-            "client": {"remotehost": Lab.SERVER, "remoteport": self.port},
+            "client": {"remotehost": Lab.SERVER, "remoteport": self.port, "control": self._folder / f"{len(self._programs)}.sock"},
         }[role]
         return write_ini(self._folder / f"{len(self._programs)}-{role}.ini", **{role: {**usual, **settings}})
 
@@ -4055,6 +4065,267 @@ def test_a_control_socket_may_lie_beside_the_config_and_its_folder_can_be_entere
     assert os.stat("new").st_mode & 0o700 == 0o700
 
 
+def status_by_hand(clients: int, id_: str = "{:02x}:22:33:44:55:66") -> dict[str, Any]:
+    """The status of a server with so many clients, each with other figures."""
+    entries = [
+        {
+            "id": id_.format(number),
+            "prefix": str(subnet(number)),
+            "session": {
+                "peer": f"192.0.2.{number % 256} port {number}", "device": f"tun6-{number}", "seconds": number * 977, "tls": True,
+                "received": number**4, "sent": number**3, "received_packets": number, "sent_packets": number, "round_trip": number / 1e4,
+                "rates": {"received_bits": number**3, "sent_bits": number, "received_packets": 1, "sent_packets": 1},
+                "drops": {"not taken": number}, "congestion": "bbr",
+            },
+        }
+        for number in range(clients)
+    ]  # fmt: skip
+    rates = tun6.Rates(1e6, 2e6, 3, 4)._asdict()
+    return {
+        "side": "server", "state": "up", "version": "1", "seconds": 277_500, "listens": "0.0.0.0 port 1", "pool": str(POOL), "free": 1,
+        "sessions": clients, "assignments": clients, "latency": {"p99": 0.0021}, "queued": 5, "received": 10**9, "sent": 1, "rates": rates,
+        "received_packets": 7, "sent_packets": 8, "drops": {"multicast": 3}, "handshakes": {"denied": 2}, "certificate": None,
+        "warnings": ["a warning that is <b>long</b> " * 9], "clients": entries,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_status_of_many_clients_fits_the_terminal_a_line_each(width: int) -> None:
+    status = status_by_hand(1000, "{:x} has an Id as long as one may be, which is 64 characters, or")
+    lines = tun6.format_status(status, width)
+    assert all(len(line) <= width for line in lines if width >= 80), max(lines, key=len)
+    table = lines[lines.index("") + 1 :]
+    assert len(table) == 1001
+    assert table[0].split()[:7] == ["id", "prefix", "since", "rcvd/s", "sent/s", "rtt", "drops"][: 7 if width >= 80 else 5]
+    assert ("congestion" in table[0]) == (width == 200)
+
+
+def test_clients_are_sorted_by_id_rate_or_age() -> None:
+    status = status_by_hand(20)
+    for order, first in (("id", "00:"), ("rate", "13:"), ("since", "00:")):
+        lines = tun6.format_status(status, 80, order)
+        ids = [line.split()[0] for line in lines[lines.index("") + 2 :]]
+        assert ids == sorted(ids, reverse=order == "rate"), order
+        assert ids[0].startswith(first)
+
+
+def test_what_others_said_can_not_steer_the_terminal() -> None:
+    status = status_by_hand(2, "\x1b[31mred\x07{}\n")
+    status["warnings"] = ["\x1b]0;title\x07"]
+    assert all(line.isprintable() for line in tun6.format_status(status, 80))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0, "0"), (999, "999"), (1000, "1.0k"), (9960, "10k"), (12_345, "12k"), (999_900, "1.0M"), (1.5e15, "1500T")]
+)
+def test_amounts_are_short(value: float, shown: str) -> None:
+    assert tun6.format_amount(value) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0s"), (59, "59s"), (61, "1m01s"), (7500, "2h05m"), (277_500, "3d05h")])
+def test_durations_have_two_units(seconds: int, shown: str) -> None:
+    assert tun6.format_duration(seconds) == shown
+
+
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+)
+def test_an_answer_in_slices_is_the_same_json(answer: object) -> None:
+    assert json.loads("".join(tun6.encode_in_slices(answer))) == answer
+
+
+def test_others_run_while_a_long_answer_is_made() -> None:
+    turns: list[None] = []
+
+    def take_turns() -> None:
+        while True:
+            turns.append(gevent.sleep(0))
+
+    other = gevent.spawn(take_turns)
+    assert list(tun6.in_slices(range(10 * tun6.SLICE))) == list(range(10 * tun6.SLICE))
+    assert len(turns) >= 10
+    other.kill()
+
+
+def test_the_validity_of_a_certificate_is_what_openssl_says(tmp_path: Path) -> None:
+    for days in ("1", "36500"):  # the second one's end has four digits of the year
+        make_certificate(tmp_path / days, "-days", days, "-subj", "/CN=tun6")
+        begins, expires = tun6.certificate_validity(str(tmp_path / days)) or (0, 0)
+        assert expires - begins == int(days) * 86_400
+        assert abs(begins - time.time()) < 60
+    (tmp_path / "no").write_text("nothing")
+    assert tun6.certificate_validity(str(tmp_path / "no")) is None
+    assert tun6.certificate_validity(str(tmp_path / "missing")) is None
+
+
+def test_a_request_of_another_version_is_refused() -> None:
+    handler = tun6.RequestHandler(dict, tun6.LoopLatency())
+    for request in ({"do": "list"}, {"do": "status", "more": 1}, {}):
+        with pytest.raises(tun6.RequestError, match="the client that runs here is of another version"):
+            handler.handle(request)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+DASHBOARD = Path(__file__).parent / "contrib" / "grafana-tun6.json"
+
+
+def client_status_by_hand() -> dict[str, Any]:
+    """The status of a client that is up."""
+    common = {key: value for key, value in status_by_hand(0).items() if key not in ("clients", "certificate", "pool", "free", "listens")}
+    session = {"round_trip": 0.02, "offload": None, "tls": True, "congestion": "bbr"}
+    return {
+        **common, "side": "client", "state_seconds": 5, "session": session, "outage": None, "id": "x", "server": "s", "address": "a",
+        "prefix": "p", "device": "tun6", "parts": {"lan": {"router": "<i>", "hosts": 3}},
+    }  # fmt: skip
+
+
+def web_of(status: dict[str, Any]) -> tun6.Web:
+    """What serves this status."""
+    latency = tun6.LoopLatency()
+    latency.buckets[1], latency.sum = 3, 0.006
+    handler = mock.Mock(spec=tun6.RequestHandler, loop_latency=latency, status=lambda **_: status)
+    return tun6.Web(("127.0.0.1", 1), handler, True)
+
+
+def scraped(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """The samples in Prometheus' text format, by name and labels, read by its own parser."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = list(text_string_to_metric_families(text))
+    return {(each.name, tuple(sorted(each.labels.items()))): each.value for family in families for each in family.samples}
+
+
+def answer_of(web: tun6.Web, path: str, host: str = "127.0.0.1:10116", method: str = "GET") -> tuple[str, dict[str, str], str]:
+    """Status, headers and text of what a request is answered."""
+    told: list[Any] = []
+    (body,) = web._answer({"REQUEST_METHOD": method, "PATH_INFO": path, "HTTP_HOST": host}, lambda *what: told.extend(what))
+    return told[0], dict(told[1]), body.decode()
+
+
+HOSTILE = '"}} <script>alert(1)</script> & \\ {}'
+
+
+def test_metrics_are_what_prometheus_reads_and_an_id_is_a_label_whatever_it_is() -> None:
+    status, headers, text = answer_of(web_of({**status_by_hand(3, HOSTILE), "certificate": {"begins": 1, "expires": 2}}), "/metrics")
+    assert status == "200 OK"
+    assert headers["Content-Type"].startswith("text/plain; version=")
+    found = scraped(text)
+    for name, labels, value in (
+        ("tun6_up", {}, 1), ("tun6_sessions", {}, 3), ("tun6_bytes_total", {"direction": "received"}, 10**9), ("tun6_queue_bytes", {}, 5),
+        ("tun6_dropped_packets_total", {"reason": "multicast"}, 3), ("tun6_dropped_packets_total", {"reason": "not taken"}, 0),
+        ("tun6_handshakes_total", {"outcome": "denied"}, 2), ("tun6_certificate_expires_timestamp_seconds", {}, 2),
+        ("tun6_loop_latency_seconds_bucket", {"le": "0.0025"}, 3), ("tun6_loop_latency_seconds_bucket", {"le": "+Inf"}, 3),
+        ("tun6_loop_latency_seconds_sum", {}, 0.006), ("tun6_client_bytes_total", {"id": HOSTILE.format(2), "direction": "sent"}, 8),
+        ("tun6_client_dropped_packets_total", {"id": HOSTILE.format(2)}, 2),
+        ("tun6_client_round_trip_seconds", {"id": HOSTILE.format(1)}, 1e-4),
+    ):  # fmt: skip
+        assert found[name, tuple(sorted(labels.items()))] == value, name
+    assert ("process_open_fds", ()) in found
+
+
+def test_without_metrics_clients_no_client_is_named() -> None:
+    status = status_by_hand(3)
+    del status["clients"]
+    for path in ("/metrics", "/"):
+        text = answer_of(web_of(status), path)[2]
+        assert "22:33:44" not in text
+        assert "tun6_client_" not in text
+
+
+class PageReader(HTMLParser):
+    """Tags and texts of a page; each tag that is opened must be closed."""
+
+    VOID: ClassVar[set[str]] = {"meta", "polyline"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += attributes
+        self._open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag in self.VOID or self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_the_page_stands_alone_and_what_others_said_is_text_in_it(side: str) -> None:
+    status = status_by_hand(50, HOSTILE) if side == "server" else client_status_by_hand()
+    tun6.TRAFFIC.history.extend([tun6.Rates(1e6, 2e6), tun6.Rates()])
+    try:
+        _, headers, text = answer_of(web_of(status), "/")
+    finally:
+        tun6.TRAFFIC.history.clear()
+    page = PageReader(text)
+    assert not {"script", "b"} & (page.tags.keys() - {"b"})
+    assert page.tags["b"] == 1  # that of the state, not that of the warning
+    assert page.tags["polyline"] == 2
+    assert not {"src", "href", "style", "onclick", "data"} & {name for name, _ in page.attributes}
+    assert any("<b>long</b>" in each for each in page.texts)
+    if side == "server":
+        assert page.tags["tr"] == len(tun6.status_rows(status)) + 51
+        assert HOSTILE.format(7) in page.texts
+    else:
+        assert "router <i>, hosts 3" in page.texts
+    policy = headers["Content-Security-Policy"]
+    style = base64.b64encode(hashlib.sha256(re.findall("<style>(.*)</style>", text)[0].encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{style}';" in policy
+    assert "frame-ancestors 'none'" in policy
+
+
+@pytest.mark.parametrize(
+    ("path", "host", "method", "status"),
+    [
+        ("/", "[::1]:10116", "GET", "200"), ("/", "localhost", "GET", "200"), ("/metrics", "192.0.2.1", "GET", "200"),
+        ("/", "rebound.example:10116", "GET", "421"), ("/metrics", "", "GET", "421"), ("/", "127.0.0.1.example", "GET", "421"),
+        ("/", "127.0.0.1@x", "GET", "421"), ("/etc/passwd", "127.0.0.1", "GET", "404"), ("/../metrics", "127.0.0.1", "GET", "404"),
+        ("/", "127.0.0.1", "POST", "405"), ("/metrics", "127.0.0.1", "DELETE", "405"),
+    ],
+)  # fmt: skip
+def test_only_reading_two_paths_by_address_is_answered(path: str, host: str, method: str, status: str) -> None:
+    assert answer_of(web_of(status_by_hand(1)), path, host, method)[0].startswith(status)
+
+
+def test_a_defect_while_a_page_is_made_is_an_answer_too(caplog: pytest.LogCaptureFixture) -> None:
+    assert answer_of(web_of({}), "/metrics")[0] == "500 Internal Server Error"
+    assert "metrics: internal error" in caplog.text
+
+
+def dashboard_queries() -> list[str]:
+    """The queries of the dashboard, as Grafana would ask for all instances."""
+    targets = [target for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
+    return [target["expr"].replace("$instance", ".*").replace("$__rate_interval", "10s") for target in targets]
+
+
+def test_the_dashboard_asks_only_for_metrics_that_there_are_and_for_each_of_them() -> None:
+    texts = [answer_of(web_of(status), "/metrics")[2] for status in (
+        {**status_by_hand(3), "certificate": {"begins": 1, "expires": 2}}, client_status_by_hand()
+    )]  # fmt: skip
+    names = {name for text in texts for name, _ in scraped(text)}
+    asked = set(re.findall(r"\b(?:tun6|process)_\w+", " ".join(dashboard_queries())))
+    assert asked <= names
+    left_out = {
+        "tun6_build_info",
+        "tun6_certificate_begins_timestamp_seconds",
+        "tun6_loop_latency_seconds_count",
+        "tun6_loop_latency_seconds_sum",
+    }
+    assert {name for name in names if name.startswith("tun6_")} - asked == left_out
+    documented = (Path(__file__).parent / "docs" / "operating.md").read_text()
+    assert not [name for name in names if f"`{re.sub('_(count|sum|bucket)$', '', name)}`" not in documented and "process" not in name]
+
+
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -4119,13 +4390,13 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True,
-        "hook": None, "ndp": None, "file": path,
+        "hook": None, "ndp": None, "log": "text", "metrics": None, "metrics_clients": False, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
-        "fingerprint": None, "key": None, "hook": None, "file": path,
+        "fingerprint": None, "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None, "file": path,
     }  # fmt: skip
 
 
@@ -4153,6 +4424,9 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("client", "firewall", "yes", True),
         ("client", "open", "::22 tcp 443, this TCP 22", (tun6.Opening(0x22, "tcp", 443, 443), tun6.Opening(None, "tcp", 22, 22))),
         ("client", "open", "0:0:0:0:1:2:3:4  udp 5000-5010", (tun6.Opening(0x0001_0002_0003_0004, "udp", 5000, 5010),)),
+        ("client", "log", "json", "json"),
+        ("client", "metrics", "127.0.0.1:10116", ("127.0.0.1", 10116)),
+        ("server", "metrics", "[2001:db8::1]:1", ("2001:db8::1", 1)),
     ],
 )
 def test_good_values_are_taken_without_their_comments(section: str, key: str, text: str, value: object, tmp_path: Path) -> None:
@@ -4190,6 +4464,9 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("client", "lan", text, "one interface, such as eth1") for text in ("lo", "eth0, eth1", "eth0 eth1", "a/b", "..", "t" * 16)],
         *[("client", "lan_dns", text, "IPv6 addresses, separated by commas") for text in ("192.0.2.1", "fe80::1%eth0", "fd00::1,,")],
         ("client", "lan_preference", "lowest", "auto, low, medium or high"),
+        *[(section, "metrics", text, "127.0.0.1:10116") for section in REQUIRED for text in ("10116", ":1", "::1:1", "[1.2.3.4]:1", "a:1")],
+        *[("server", "metrics", text, "127.0.0.1:10116") for text in ("127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1", "[::1%lo]:1")],
+        ("server", "log", "xml", "text or json"),
         # An indented line is a part of the value above it.
         *[(section, key, f"{value}\n  mtu = 1400", "") for section in REQUIRED for key, value in REQUIRED[section].items()],
         ("server", "assignments", "a.json\n  mtu = 1400", ""),
@@ -7305,7 +7582,7 @@ def expect_no_server(server: Program) -> None:
 def test_status_says_how_the_running_server_is(tunnel: Tunnel, server: Program) -> None:
     began = time.monotonic()
     empty = status_of(server)
-    assert empty.keys() == {"seconds", "sessions", "assignments", "greenlets", "threads", "files", "memory", "queued", "latency"}
+    assert empty.keys() >= {"seconds", "sessions", "assignments", "greenlets", "threads", "files", "memory", "queued", "latency"}
     assert (empty["sessions"], empty["assignments"], empty["queued"]) == (0, 0, 0)
     assert empty["greenlets"] >= 2
     assert empty["threads"] >= 1
@@ -7330,10 +7607,9 @@ def test_status_says_how_the_running_server_is(tunnel: Tunnel, server: Program) 
 
     done = run_tun6("status", "-c", str(server.config))
     assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(empty)
-    assert all(re.fullmatch(r"\w+ +\d.*|latency +.*\d ms.*", line) for line in lines), done.stdout
-    assert "MiB" in lines[list(empty).index("memory")]
+    assert re.search(rf"^server +up for \d+s, serves {tunnel.pool} on 0.0.0.0 port {tunnel.port}$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^clients +0 connected, 3 assignments, 253 prefixes free$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^process +loop p99 .* ms, 0 bytes queued, .* MiB$", done.stdout, re.MULTILINE), done.stdout
 
     server.kill()
     expect_no_server(server)  # its socket is left
@@ -7352,6 +7628,165 @@ def test_a_server_that_stood_still_says_for_how_long(server: Program) -> None:
     latency = status_of(server)["latency"]
     assert latency["max"] < before + 3
     assert latency["median"] < 0.4
+
+
+def status_text(config: Path, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return run_tun6("status", "-c", str(config), *words, **options)
+
+
+def test_a_client_says_how_it_is_before_during_and_after_an_outage(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client(id="the client", grace=1)
+    prefix = client.prefix()
+    ping(lab, "client")
+    wait_until("the rates are known", lambda: asked(client.config, "status")["rates"]["sent_packets"], 8)
+    up = asked(client.config, "status")
+    assert (up["side"], up["state"], up["id"], up["prefix"], up["device"]) == ("client", "up", "the client", str(prefix), "tun6")
+    assert up["address"] == f"{Lab.SERVER} port {tunnel.port}"
+    assert (up["outage"], up["handshakes"], up["parts"]) == (None, {"served": 1}, {})
+    assert 0 < up["session"]["round_trip"] < 10
+    assert up["session"]["tls"] is False
+    assert up["session"]["sent"] >= 5 * 104
+    assert up["sent_packets"] == up["session"]["sent_packets"] >= 5
+    done = status_text(client.config)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(rf"^prefix   {prefix} on tun6$", done.stdout, re.MULTILINE)
+    assert re.search(r"^path     round trip .* ms, plain, congestion control \w+, offload \w+", done.stdout, re.MULTILINE)
+
+    server.stop()
+    wait_until("it notices", lambda: status_text(client.config).returncode == 1)
+    client.wait_for("IPv6 traffic is rejected")
+    down = asked_status(client.config, 1)
+    assert (down["state"], down["session"], down["prefix"]) == ("rejecting", None, str(prefix))
+    assert (down["outage"]["reason"], down["outage"]["seconds"]) == ("the peer closed the connection", None)
+    assert "rejecting for" in status_text(client.config).stdout
+    server.start()
+    client.prefix(2)
+    again = asked(client.config, "status")
+    assert again["state"] == "up"
+    assert 1 <= again["outage"]["seconds"] < 20
+    assert again["sent"] >= up["sent"]  # those of the session that has ended count, too
+    client.stop()
+    assert f"no client listens at {client.control()}" in only_line(status_text(client.config), 1)
+
+
+def asked_status(config: Path, status: int) -> Any:
+    """What `status --json` answers with this exit status."""
+    done = status_text(config, "--json")
+    assert (done.returncode, done.stderr) == (status, "")
+    return json.loads(done.stdout)
+
+
+def test_a_client_is_connecting_while_what_is_sent_waits(tunnel: Tunnel) -> None:
+    client = tunnel.client(grace="off", id="early")
+    wait_until("it can be asked", lambda: client.control().exists())
+    client.wait_for("no connection to")
+    status = asked_status(client.config, 1)
+    assert (status["state"], status["prefix"], status["handshakes"]["failed"] > 0) == ("connecting", None, True)
+
+
+def test_where_both_run_status_shows_both_or_the_one_that_is_named(tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
+    client = tunnel.client(id="one")
+    client.prefix()
+    both = tmp_path / "both.ini"
+    both.write_text(server.config.read_text() + client.config.read_text())
+    done = status_text(both)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall("^(server|client) .*up for", done.stdout, re.MULTILINE) == ["server", "client"]
+    for side in ("server", "client"):
+        assert asked(both, "status", side)["side"] == side
+    assert "name one of them" in only_line(status_text(both, "--json"), 2)
+    client.stop()
+    assert asked(both, "status")["side"] == "server"
+    assert "no client listens" in only_line(status_text(both, "client"), 1)
+
+
+def test_status_shows_the_warnings_that_stand(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    lines = ["tun6.FORWARDING_CHECK_S = 0.2"]
+    with sysctl(lab, "server", "net.ipv6.conf.all.forwarding", "0"), tun6_with(tmp_path, *lines):
+        server = tunnel.server(assignments=None)
+        kinds = ("no `assignments` file", "open: ", "IPv6 forwarding is off")
+        assert [any(text.startswith(kind) for text in status_of(server)["warnings"]) for kind in kinds] == [True] * 3
+        assert "warning  open: whoever" in status_text(server.config).stdout
+        lab.set_sysctl("server", "net.ipv6.conf.all.forwarding", "1")
+        wait_until("it does not stand any more", lambda: not any("forwarding" in text for text in status_of(server)["warnings"]))
+        lab.set_sysctl("server", "net.ipv6.conf.all.forwarding", "0")
+        wait_until("it does again", lambda: any("somebody turned" in text for text in status_of(server)["warnings"]))
+
+
+def test_status_ends_quietly_with_its_reader_and_its_terminal_may_be_resized(tunnel: Tunnel, server: Program) -> None:
+    tunnel.crowd(30)
+    command = f"{sys.executable} {TUN6} status -c {server.config}"
+    done = subprocess.run(["sh", "-c", f"{command} | head -1; {command} >/dev/full"], capture_output=True, text=True, timeout=30)
+    assert done.stdout.startswith("server   up")
+    assert (done.returncode, done.stderr) == (1, "tun6: the answer can't be written: No space left on device\n")
+    main, terminal = os.openpty()
+    shown = b""
+
+    def resize(lines: int, columns: int) -> None:
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+
+    def seen(pattern: bytes) -> bool:
+        nonlocal shown
+        while select.select([main], [], [], 0)[0]:
+            shown += os.read(main, 65_536)
+        return re.search(pattern, shown.rpartition(b"\x1b[H\x1b[J")[2]) is not None
+
+    resize(24, 80)
+    environment = {**os.environ}  # without COLUMNS, which readline has set behind Python's back
+    words = [*command.split(), "--watch", "--sort", "rate"]
+    watch = subprocess.Popen(words, stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL, env=environment)
+    try:
+        wait_until("it shows what fits", lambda: seen(rb"rtt +drops.*\r\n(.*\r\n)+\.\.\. and \d+ lines more\r\n$"), 20)
+        assert b"congestion" not in shown
+        resize(50, 200)
+        wait_until("it shows all, with all columns", lambda: seen(rb"congestion\r\n(client .*\r\n){30}$"), 20)
+        server.stop()
+        wait_until("it goes on without a server", lambda: seen(rb"no server listens at .*\r\n$"), 20)
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(10) == 1
+        assert not seen(rb"Traceback")
+    finally:
+        watch.kill()
+        watch.wait()
+        os.close(main)
+        os.close(terminal)
+
+
+def test_with_log_json_each_line_is_an_object_with_its_fields_in_order(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    server = tunnel.server(log="json")
+    client = tunnel.client(log="json", id='hostile "\\ é')
+    prefix = client.prefix()
+    tunnel.connect().sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    server.wait_for('"event": "refused"')
+    client.stop()
+    server.wait_for('"event": "session-end"')
+    server.stop()
+    events: dict[str, Any] = {}
+    for program in (server, client):
+        for line in program.log().splitlines():
+            entry = json.loads(line)
+            names = [*entry]
+            assert names[:3] == ["time", "level", "message"]
+            assert calendar.timegm(time.strptime(entry["time"][:19], "%Y-%m-%dT%H:%M:%S")) == pytest.approx(time.time(), abs=60)
+            known = [name for name in tun6.EVENT_FIELDS if name in names]
+            assert names[3:] == known
+            events[f"{program.role} {entry.get('event')}"] = entry
+    begin, end = events["server session-begin"], events["server session-end"]
+    for event in (begin, end):
+        assert (event["id"], event["prefix"], event["level"]) == ('hostile "\\ é', str(prefix), "INFO")
+        assert event["message"].startswith("'hostile")
+    assert (begin["device"], begin["security"]) == (end["device"], "plain")
+    assert isinstance(end["sent"], int)
+    assert events["client session-begin"]["device"] == "tun6"
+    assert events["server refused"]["reason"] == "bad-hello"
+    bad = tunnel.config("server", log="json", localhost="192.0.2.77")
+    done = lab.run("server", sys.executable, TUN6, "server", "-c", str(bad), timeout=10)
+    assert done.returncode == 1
+    last = [json.loads(line) for line in done.stderr.splitlines()][-1]
+    assert (last["level"], last["message"]) == (
+        "CRITICAL",
+        f"can't listen on 192.0.2.77 port {tunnel.port}: Cannot assign requested address",
+    )
 
 
 # ---- end to end: LAN -------------------------------------------------------------------------------------------------
@@ -7481,6 +7916,10 @@ def test_a_lan_has_ipv6_by_one_line_and_afterwards_all_is_as_before(
     wait_until("the LAN host's ping is answered", lambda: lab.pings("lan"), 20)
     print(f"FIGURE client started to LAN host's first answered ping: {time.monotonic() - began:.2f} s")
     prefix = client.prefix()
+    assert asked(client.config, "status")["parts"] == {
+        "lan": {"interface": "eth1", "missing": None, "announces": str(prefix), "other_router": None},
+        "firewall": {"table": "inet tun6", "active": True},
+    }
     host = lan.address(prefix)
     heard = lan.heard()[-1]
     assert heard[:-1] == (1800, "medium", {str(prefix): (5400, 2700)}, 1400, ["2001:db8::53", "2001:db8::54"])
@@ -7711,6 +8150,92 @@ def test_a_lan_that_cannot_be_is_refused_at_the_start(lab: Lab, tunnel: Tunnel, 
     assert "that is the tunnel's own device" in tunnel.failure_at_start("client", 2, lan="tun6")
     with tun6_with(tmp_path, "tun6.shutil.which = lambda name, **_: None if name == 'radvd' else name"):
         assert tunnel.failure_at_start("client", 2, lan="eth1").endswith("radvd is missing; install it with `apt-get install radvd`")
+
+
+# ---- end to end: metrics ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def web_connection(lab: Lab, host: str, port: int = 10_116) -> Iterator[socket.socket]:
+    """A connection to the metrics of the tun6 on this host, from there."""
+    with socket_on(lab, host, socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.settimeout(30)
+        sock.connect(("127.0.0.1", port))
+        yield sock
+
+
+def fetched(lab: Lab, host: str, path: str) -> str:
+    """What the tun6 on this host answers by HTTP."""
+    with web_connection(lab, host) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:10116\r\n\r\n".encode())
+        head, _, body = all_of(sock).decode().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 200 OK\r\n"), head
+    return body
+
+
+def test_both_sides_serve_metrics_and_a_page(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server(metrics="127.0.0.1:10116", metrics_clients="yes")
+    client = tunnel.client(metrics="127.0.0.1:10116", id="<b>hostile</b>")
+    client.prefix()
+    ping(lab, "client")
+    for program in (server, client):
+        found = scraped(fetched(lab, program.host, "/metrics"))
+        assert found["tun6_up", ()] == 1
+        assert found["tun6_packets_total", (("direction", "sent"),)] >= 5
+        assert found["tun6_handshakes_total", (("outcome", "served"),)] == 1
+        assert found["tun6_loop_latency_seconds_count", ()] > 0
+        page = PageReader(fetched(lab, program.host, "/"))
+        assert any("<b>hostile</b>" in text for text in page.texts)
+    assert scraped(fetched(lab, "server", "/metrics"))["tun6_sessions", ()] == 1
+    status = status_of(server)
+    assert [entry["id"] for entry in status["clients"]] == ["<b>hostile</b>"]
+    server.stop()
+    client.wait_for("no connection to")
+    assert scraped(fetched(lab, "client", "/metrics"))["tun6_up", ()] == 0
+    server.start()  # its port is free again
+    server.wait_for(" serving ", 2)
+    wait_until("it serves them again", lambda: "tun6_up 1.0" in fetched(lab, "server", "/metrics"))
+
+
+def test_slow_and_many_connections_to_the_metrics_end_and_disturb_nobody(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, "tun6.WEB_S = 2.0"):
+        server = tunnel.server(metrics="127.0.0.1:10116")
+    wait_until("it serves them", lambda: " tun6_up" in " " + fetched(lab, "server", "/metrics"))
+    with ExitStack() as undo:
+        slow = [undo.enter_context(web_connection(lab, "server")) for _ in range(3 * tun6.WEB_CONNECTIONS_MAX)]
+        for sock in slow:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+        tunnel.visit("an honest client")
+        assert pending(server) <= tun6.WEB_CONNECTIONS_MAX + 20
+        for sock in slow:
+            assert all_of(sock) == b""
+    assert "tun6_up 1.0" in fetched(lab, "server", "/metrics")
+    with web_connection(lab, "server") as sock:
+        sock.sendall(b"GET /\x1b[31m HTTP/1.1\r\nHost: " + b"x" * 100_000)
+        all_of(sock)
+    assert "\x1b" not in server.log()
+
+
+def test_metrics_that_can_not_be_served_are_said_once_and_the_tunnel_works(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, "tun6.WEB_RETRY_S = 0.2"), socket_on(lab, "server", socket.AF_INET, socket.SOCK_STREAM) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier test
+        other.bind(("127.0.0.1", 10_116))
+        other.listen()
+        server = tunnel.server(metrics="127.0.0.1:10116")
+        server.wait_for("WARNING metrics = 127.0.0.1 port 10116: Address already in use; trying again")
+        server.wait_for("DEBUG metrics = 127.0.0.1 port 10116", 2)
+        tunnel.visit("a client")
+        assert any(text.startswith("metrics = ") for text in status_of(server)["warnings"])
+    wait_until("they are served", lambda: not any(text.startswith("metrics = ") for text in status_of(server)["warnings"]))
+    assert "tun6_up 1.0" in fetched(lab, "server", "/metrics")
+    assert server.log().count("WARNING metrics") == 1
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_metrics_without_prometheus_client_is_a_sentence(tunnel: Tunnel, role: str, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, "sys.modules['prometheus_client'] = None"):
+        sentence = tunnel.failure_at_start(role, 2, metrics="127.0.0.1:10116")
+    assert "`metrics` needs the Python package prometheus_client: `apt-get install python3-prometheus-client`, or `" in sentence
 
 
 # ---- end to end: faults ----------------------------------------------------------------------------------------------
@@ -10159,7 +10684,8 @@ class SoakClient(SoakProgram):
         self.bulk: deque[tuple[int, int]] = deque()  # blocks to be sent without a pause: bytes, bytes of the answer
         self._wanted: deque[int] = deque()  # bytes of the answers that are due
         self.answered = self.moved = 0  # blocks, bytes
-        settings = {"remotehost": Lab.SERVER, "remoteport": SOAK_PORT, "id": self.id, **settings}
+        control = soak.folder / f"c{number}.sock"
+        settings = {"remotehost": Lab.SERVER, "remoteport": SOAK_PORT, "id": self.id, "control": control, **settings}
         super().__init__(soak.lab, f"c{number}", "client", soak.folder, settings)
 
     @property
@@ -10916,6 +11442,84 @@ def soak_command(arguments: list[str]) -> int:
     return 0 if soak.finished and not soak.violations else 1
 
 
+# ---- observers -------------------------------------------------------------------------------------------------------
+
+OBSERVED_S = 20  # of traffic, before anybody looks
+PROMETHEUS_CONFIG = """
+global: {scrape_interval: 1s, evaluation_interval: 1s}
+scrape_configs: [{job_name: tun6, static_configs: [{targets: ["127.0.0.1:10116", "10.9.0.1:10116"]}]}]
+"""
+
+
+def figures_of(lab: Lab, query: str) -> list[float]:
+    """What the Prometheus on the client's host answers."""
+    with lab.inside("client"):
+        sock = socket.create_connection(("127.0.0.1", 9090), 10)
+    with sock:
+        sock.sendall(f"GET /api/v1/query?query={quote(query)} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+        answer = json.loads(all_of(sock).partition(b"\r\n\r\n")[2])
+    return [float(series["value"][1]) for series in answer.get("data", {}).get("result", [])]
+
+
+def observe(lab: Lab, folder: Path, screenshot: Path) -> list[str]:
+    """A real Prometheus and a real browser look at a server and a client; gives what is wrong, a sentence each."""
+    faults = []
+    cert = folder / "server.pem"
+    make_certificate(cert, "-subj", "/CN=tun6")
+    (folder / "prometheus.yml").write_text(PROMETHEUS_CONFIG)
+    tunnel = Tunnel(lab, folder)
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/browser", "--enable-logging=stderr"]
+    with ExitStack() as undo:
+        undo.callback(tunnel.kill)
+        tunnel.server(metrics="10.9.0.1:10116", metrics_clients="yes", cert=cert, new_ids_per_hour=100)
+        client = tunnel.client(metrics="127.0.0.1:10116", id="b8:27:eb:12:34:56", fingerprint=fingerprint_in(cert.read_text()))
+        tunnel.crowd(3)
+        tunnel.peer("<script>alert('hostile')</script>").connected()
+        client.prefix()
+        prometheus = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+        undo.enter_context(running(lab, "client", *prometheus, "--web.listen-address=127.0.0.1:9090"))
+        undo.enter_context(
+            repeated(lambda: transfer(lab, "client", "internet", Lab.INTERNET, random.randint(100_000, 400_000), 400_000), 1)
+        )
+        down = random.Random(6)
+        own = str(client.prefix()[1])
+        undo.enter_context(repeated(lambda: transfer(lab, "internet", "client", own, down.randint(10**6, 4 * 10**6), 10**6), 1))
+        time.sleep(OBSERVED_S)
+        for query in dashboard_queries():
+            found: list[float] = []
+            with suppress(tun6.KernelError, OSError):
+                found = wait_until(query, lambda query=query: figures_of(lab, query))  # type: ignore[misc]
+            print(f"{'ok  ' if found and not any(map(math.isnan, found)) else 'FAIL'} {query}: {found[:4]}", flush=True)
+            if not found or any(map(math.isnan, found)):
+                faults.append(f"Prometheus has no figure for {query}")
+        for side, address in (("server", "10.9.0.1:10116"), ("client", "127.0.0.1:10116")):
+            looks = [["--dump-dom"], [f"--screenshot={screenshot}", "--window-size=1060,560", "--hide-scrollbars"]]
+            for options in looks if side == "server" else looks[:1]:
+                done = lab.run("client", *browser, *options, f"http://{address}/", timeout=60)
+                refused = re.findall(".*(?:Content Security Policy|Refused to|Uncaught).*", done.stderr)
+                if done.returncode or refused:
+                    faults.append(f"the browser could not show the page of the {side}: {done.returncode} {refused}")
+                if options == ["--dump-dom"]:
+                    page = done.stdout
+                    print(f"page of the {side} in the browser: {len(page)} characters", flush=True)
+                    if f"tun6 {side}: up" not in page or "<polyline" not in page:
+                        faults.append(f"the browser does not show the page of the {side}: {page[:200]}")
+                    if "<script>" in page or (side == "server" and "&lt;script&gt;alert('hostile')" not in page):
+                        faults.append("what a client said is no text in the page")
+    return faults
+
+
+def observers_command(arguments: Sequence[str]) -> int:
+    """`test_tun6.py observers`: needs root, and `apt-get install -y prometheus chromium`; gives the exit status."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py observers", description=observe.__doc__)
+    parser.add_argument("--screenshot", metavar="FILE", type=Path, help="where the picture of the page goes")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder, Lab() as lab:
+        faults = observe(lab, Path(folder), (options.screenshot or Path(folder, "page.png")).absolute())
+    print("\n".join(faults) or "every query has a figure, and the pages are shown", flush=True)
+    return int(bool(faults))
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -10937,7 +11541,7 @@ def run_tests(*options: str) -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz ...`, `soak ...`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. `fuzz ...`, `soak ...`, `observers`, `waits`: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -10945,6 +11549,8 @@ def main() -> int:
         return fuzz_command(sys.argv[2:])
     if sys.argv[1:2] == ["soak"]:
         return soak_command(sys.argv[2:])
+    if sys.argv[1:2] == ["observers"]:
+        return observers_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits")
     os.chdir(Path(__file__).parent)

@@ -42,7 +42,8 @@ The file, top to bottom. A section uses only names defined above it; those marke
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
     client                       ClientConfig, Client
-    administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
+    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
+    metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     demo                         Lab, a network of namespaces on this machine, and Demo
     command line                 config.ini, subcommands, start-up checks, logging, signals, exit status
 """
@@ -50,7 +51,9 @@ The file, top to bottom. A section uses only names defined above it; those marke
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
+import calendar
 import configparser
 import ctypes
 import dataclasses
@@ -61,9 +64,11 @@ import functools
 import gc
 import hashlib
 import hmac
+import html
 import inspect
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -195,6 +200,25 @@ class Refusal(SessionError):
         self.code, self.text, self.detail = code, text, detail
 
 
+standing_warnings: dict[str, str] = {}  # what the log warned of and still holds, by what it is about; `status` and the page show them
+
+
+def warn_standing(about: str, message: str, *arguments: object, level: int = logging.WARNING) -> None:
+    """Logs a warning, and keeps it in `standing_warnings` until somebody pops what it is about."""
+    standing_warnings[about] = message % arguments
+    log.log(level, message, *arguments)
+
+
+EVENT_FIELDS = ("event", "id", "peer", "prefix", "device", "security", "reason", "seconds", "received", "sent", "dropped")
+
+
+def event(name: str, **fields: object) -> dict[str, dict[str, object]]:
+    """Returns `extra` of a log record: what `log = json` says beside the message, always in the order of EVENT_FIELDS."""
+    fields["event"] = name
+    texts = {key: value if isinstance(value, (int, float)) else str(value) for key, value in fields.items() if value is not None}
+    return {"fields": {key: texts[key] for key in EVENT_FIELDS if key in texts}}
+
+
 # ---- wire ------------------------------------------------------------------------------------------------------------
 
 # Like readinto and write of Python's raw files: they return the number of bytes, None when they would block, 0 at the end.
@@ -322,6 +346,14 @@ def to_printable(text: object, limit: int = 200) -> str:
 def quote_id(id_: str) -> str:
     """Returns an Id as the log shows it."""
     return repr(id_[:ID_MAX])
+
+
+def is_ipv4(text: str) -> bool:
+    """Returns whether the text is an IPv4 address."""
+    try:
+        return bool(ipaddress.IPv4Address(text))
+    except ValueError:
+        return False
 
 
 def parse_network(text: object, strict: bool = True) -> IPv6Network:
@@ -600,6 +632,11 @@ class PrefixPool:
         self._owner_of: dict[int, str] = {}  # an index may stay reserved for an Id that has another one by now
         self._released: list[int] = []
         self._next = 0  # every index below it has an owner or was released
+
+    @property
+    def free(self) -> int:
+        """Number of /64s that can be assigned."""
+        return self.size - len(self._owner_of)
 
     def owners(self) -> list[str]:
         """Returns all Ids that own a /64."""
@@ -1356,7 +1393,8 @@ class AssignmentStore:
             except Exception as error:  # whatever it is, an Id that is not on disk must not count as known
                 for id_, _ in entries:
                     self.pool.release(id_)
-                log.log(logging.DEBUG if self._failing else logging.ERROR, "%s; known Ids are served, new ones refused until it can", error)
+                level = logging.DEBUG if self._failing else logging.ERROR
+                warn_standing("disk", "%s; known Ids are served, new ones refused until it can", error, level=level)
                 self._failing = True
                 raise
             self._saved = everything
@@ -1364,6 +1402,7 @@ class AssignmentStore:
                 self._back_up(self._file)
             if self._failing:
                 log.info("%s can be written again", self.path)
+                standing_warnings.pop("disk", None)
                 self._failing = False
         return [None] * len(entries)
 
@@ -1742,7 +1781,7 @@ class DeviceMonitor:
                 while True:
                     self._read(sock)
         except OSError as error:
-            log.warning("what others do to our devices can't be watched: %s", error.strerror)
+            warn_standing("devices", "what others do to our devices can't be watched: %s", error.strerror)
         finally:
             self._callbacks.clear()  # at the end we remove the devices ourselves, and nobody is to put them back
 
@@ -1882,7 +1921,8 @@ def default_id() -> str:
         raise SessionError(f"{interface} has the IPv4 default route but no MAC address to be the Id; set `id` in config.ini")
     with suppress(OSError, ValueError):
         if int(Path(f"/sys/class/net/{interface}/addr_assign_type").read_text()):  # NET_ADDR_PERM of linux/netdevice.h is 0
-            log.warning(
+            warn_standing(
+                "id",
                 "the Id is the MAC address of %s, which its hardware does not have: it may be another one after the next boot, and the"
                 " prefix with it; set `id` in config.ini",
                 interface,
@@ -2157,6 +2197,25 @@ def certificate_fingerprint(certificate: bytes) -> str:
     return "sha256:" + hashlib.sha256(certificate).hexdigest()
 
 
+def certificate_validity(path: str) -> tuple[float, float] | None:
+    """Returns from when until when (Unix time) the first certificate of a PEM file is valid, None when that can't be read."""
+    try:
+        pem = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", Path(path).read_text("ascii"), re.DOTALL)
+        der = ssl.PEM_cert_to_DER_cert(pem[0]) if pem else b""
+    except (OSError, ValueError):
+        return None
+    moment = rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)"  # UTCTime or GeneralizedTime in RFC 5280 section 4.1.2.5
+    found = re.search(rb"\x30." + 2 * moment, der, re.DOTALL)
+    if not found:
+        return None
+    times = (
+        long.decode() if long else ("19" if short >= b"50" else "20") + short.decode()
+        for short, long in (found.groups()[:2], found.groups()[2:])
+    )
+    begins, expires = (calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S")) for text in times)
+    return begins, expires
+
+
 def server_tls_context(path: str) -> ssl.SSLContext:
     """Returns TLS settings with the certificate and key in this PEM file. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2415,7 +2474,7 @@ def find_congestion_controls(setting: str, kind: str) -> CongestionControls:
             available = read_sysctl("net.ipv4.tcp_available_congestion_control")
             if setting != "auto":
                 raise ConfigError(f"congestion = {name}: this kernel has no such congestion control; it has {available}") from None
-            log.warning("this kernel has no BBR (`modprobe tcp_bbr`), which makes the tunnel fast over links that lose packets")
+            warn_standing("bbr", "this kernel has no BBR (`modprobe tcp_bbr`), which makes the tunnel fast over links that lose packets")
             return CongestionControls(None, None, kind)
     return CongestionControls(name, None if setting == "auto" else name, kind)
 
@@ -2518,12 +2577,23 @@ class TokenBucket:
         return True
 
 
+class Rates(NamedTuple):
+    """What a session, or all together, moves a second."""
+
+    received_bits: float = 0.0
+    sent_bits: float = 0.0
+    received_packets: float = 0.0  # a large packet of offload counts once
+    sent_packets: float = 0.0
+
+
 @dataclass
 class TrafficCounters:
     """What a session has moved."""
 
     sent: int = 0  # bytes of frames, TUN -> TCP; those that the send queue dropped are counted too
     received: int = 0  # bytes of frames, TCP -> TUN
+    sent_packets: int = 0  # frames likewise
+    received_packets: int = 0
     dropped: int = 0  # packets that the TUN or the peer could not take
     refused: Counter[str] = dataclasses.field(default_factory=Counter)  # those of them that the kernel refused, by GSO kind or "none"
     queue_dropped: int = 0  # packets that waited too long in the send queue
@@ -2631,6 +2701,7 @@ def pump_tun_to_tcp(
             small = coalesces and found > 1 and have < found * COALESCED_BYTES_MAX // 2  # large frames are not coalesced
             send_queue.send(view, coalesce_datagrams(view, ends) if small else ends)
             traffic.sent += have
+            traffic.sent_packets += found
         if send_queue.blocked:
             send_queue.flush()
             traffic.queue_dropped = send_queue.dropped
@@ -2657,6 +2728,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
     size = BATCH_BYTES  # bytes of one read: fewer from a peer whose frames are small
 
     def write_all(frames: list[memoryview]) -> None:
+        traffic.received_packets += len(frames)
         for frame in frames:
             try:
                 if write(frame) is None:
@@ -2695,6 +2767,9 @@ PATH_CHECK_S = 2.0  # between two looks at all sessions
 FAR_ADDRESS = IPv6Address("2000::1")  # to which probes go whose hop limit ends at the server
 TRIM_INTERVAL_S = 1.0  # between two looks at how much waits
 TRIM_MIN = 1 << 20  # bytes that must have waited to make trimming worthwhile
+SLICE, SLICE_PAUSE_S = 50, 0.001  # of what concerns all sessions, so many are done before others run
+RATE_S, RATES_KEPT = 2.0, 150  # between two looks at what was moved; rates of five minutes are kept
+MOVED = ("received", "sent", "received_packets", "sent_packets")  # fields of TrafficCounters
 
 
 def describe_end(error: BaseException) -> str:
@@ -2727,6 +2802,14 @@ def trim_heap() -> None:
         elif full:
             full = False
             run_in_thread(malloc_trim, 0)
+
+
+def in_slices(items: Iterable[T]) -> Iterator[T]:
+    """Yields the items, and lets others run after each SLICE of them."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if not number % SLICE:
+            gevent.sleep(SLICE_PAUSE_S)
 
 
 class PeerPath:
@@ -2802,7 +2885,7 @@ class PathMonitor:
         try:
             self._sock = open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY)
         except OSError as error:
-            log.warning("dead paths behind relays can't be noticed: %s", error.strerror)
+            warn_standing("paths", "dead paths behind relays can't be noticed: %s", error.strerror)
             return
         with self._sock:
             ticks = gevent.spawn(self._check_all)
@@ -2817,12 +2900,10 @@ class PathMonitor:
     def _check_all(self) -> NoReturn:
         while True:
             gevent.sleep(PATH_CHECK_S)
-            for count, number in enumerate(list(self._sessions)):
+            for number in in_slices(list(self._sessions)):
                 if number in self._sessions:
                     with suppress(OSError):  # its connection has just ended
                         self._check(number, *self._sessions[number])
-                if count % BATCH_FRAMES == BATCH_FRAMES - 1:
-                    gevent.sleep()
 
     def _check(self, number: int, session: Session, path: PeerPath) -> None:
         now = time.monotonic()
@@ -2854,6 +2935,66 @@ class PathMonitor:
                     session.use_real_link()
 
 
+class TrafficMonitor:
+    """What all sessions of this process have moved, also those that have ended, and the rates of each and of all."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[Session, tuple[float, ...]] = {}  # what they had moved at the last look, as `_moved` returns it
+        self._ended: Counter[str] = Counter()
+        self._drops_ended: Counter[str] = Counter()
+        self.history: deque[Rates] = deque(maxlen=RATES_KEPT)  # of all together, the newest last
+
+    @contextmanager
+    def count(self, session: Session) -> Iterator[None]:
+        """Counts what this session moves meanwhile."""
+        self._sessions[session] = self._moved(session.traffic)
+        try:
+            yield
+        finally:
+            del self._sessions[session]
+            for name in MOVED:
+                self._ended[name] += getattr(session.traffic, name)
+            session.drops(self._drops_ended)
+
+    def totals(self) -> dict[str, int]:
+        """Returns bytes and packets each way."""
+        return {name: self._ended[name] + sum(getattr(each.traffic, name) for each in self._sessions) for name in MOVED}
+
+    def drops(self) -> Counter[str]:
+        """Returns packets that were not delivered, by reason."""
+        drops = Counter(self._drops_ended)
+        for session in self._sessions:
+            session.drops(drops)
+        return drops
+
+    def run(self) -> NoReturn:
+        """Updates the rates until it is killed."""
+        before = (time.monotonic(), *self.totals().values())
+        while True:
+            gevent.sleep(RATE_S)
+            for session in in_slices(list(self._sessions)):
+                if session in self._sessions:
+                    moved = self._moved(session.traffic)
+                    session.rates = self._rates(self._sessions[session], moved)
+                    self._sessions[session] = moved
+            totals = (time.monotonic(), *self.totals().values())
+            self.history.append(self._rates(before, totals))
+            before = totals
+
+    @staticmethod
+    def _moved(traffic: TrafficCounters) -> tuple[float, ...]:
+        """Returns the time, and what the fields MOVED say."""
+        return time.monotonic(), traffic.received, traffic.sent, traffic.received_packets, traffic.sent_packets
+
+    @staticmethod
+    def _rates(before: Sequence[float], now: Sequence[float]) -> Rates:
+        seconds = max(now[0] - before[0], 0.001)
+        return Rates(*((new - old) * unit / seconds for old, new, unit in zip(before[1:], now[1:], (8, 8, 1, 1))))
+
+
+TRAFFIC = TrafficMonitor()
+
+
 class Session:
     """A connection after its handshake and a TUN, with a pump each way, from `run` until the first pump ends.
 
@@ -2868,6 +3009,10 @@ class Session:
         self.refused: Counter[str] = Counter()  # packets that the ingress filter refused, by reason
         self.released = gevent.event.Event()  # set when all that the session owned is released
         self.traffic = TrafficCounters()
+        self.rates = Rates()  # kept by TRAFFIC
+        self.tls = False  # set by `run`
+        self.offload: frozenset[str] | None = None  # GSO kinds that either side takes, None with a legacy peer; set by `run`
+        self._sock: socket.socket | None = None
         self.lan = False  # whether the connection was taken for one over a LAN, by its round trip
         self._pace: Callable[[], None] = lambda: None  # set by `run`
         self.started = time.monotonic()
@@ -2903,8 +3048,9 @@ class Session:
         accepts, None for a legacy peer; `trailing` are the bytes behind its message.
         """
         bare = gso_kinds is None
-        sock = stream.sock
-        self.refused = ingress_filter.refused
+        sock = self._sock = stream.sock
+        self.refused, self.tls = ingress_filter.refused, stream.encrypt is not None
+        self.offload = None if gso_kinds is None else gso_kinds | offered
         lan = choose_congestion_control(sock, congestion)
         write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
         send_queue = SendQueue(write, bare, stream.encrypt, whole_batches=lan or not stream.encrypt, shared=SHARED_BUFFER)
@@ -2927,7 +3073,8 @@ class Session:
             gevent.spawn(self._guard, tun_to_tcp),
         ]
         try:
-            reason: BaseException = self._end.get()
+            with TRAFFIC.count(self):
+                reason: BaseException = self._end.get()
         finally:
             gevent.killall(pumps)
             send_queue.close()
@@ -2938,6 +3085,42 @@ class Session:
         self.lan = False
         self._pace()
 
+    def drops(self, others: Counter[str] | None = None) -> Counter[str]:
+        """Returns the packets that were not delivered, by reason, added to those of others."""
+        drops, traffic = Counter[str]() if others is None else others, self.traffic
+        for reason, count in self.refused.items():
+            drops[reason] += count
+        if traffic.dropped or traffic.queue_dropped:
+            drops["waited too long"] += traffic.queue_dropped
+            drops["not taken"] += traffic.dropped - sum(traffic.refused.values())
+            for kind, count in traffic.refused.items():
+                drops[f"kernel refuses {kind}"] += count
+        return drops
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the state of its connection and what it moves, for `status`; times in seconds."""
+        traffic, figures = self.traffic, cast(dict[str, Any], {})
+        with suppress(OSError):  # its connection has just ended
+            if self._sock:
+                name = self._sock.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, 16)
+                figures = {"round_trip": read_tcp_info(self._sock, "I", 68) / 1e6, "congestion": name.strip(b"\0").decode("ascii")}
+        return {
+            "seconds": round(time.monotonic() - self.started),
+            "received": traffic.received,
+            "sent": traffic.sent,
+            "received_packets": traffic.received_packets,
+            "sent_packets": traffic.sent_packets,
+            "dropped": traffic.dropped + traffic.queue_dropped,
+            "refused": dict(self.refused),
+            "drops": dict(self.drops()),
+            "rates": {name: round(value) for name, value in self.rates._asdict().items()},
+            "round_trip": None,
+            "congestion": None,
+            **figures,
+            "tls": self.tls,
+            "offload": None if self.offload is None else sorted(self.offload),
+        }
+
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
         try:
             pump(*args)
@@ -2946,6 +3129,12 @@ class Session:
         except Exception as error:  # a defect of ours ends this session, not the process
             log_defect("session", error)
             self.close(error.with_traceback(None))
+
+    def event_fields(self, reason: BaseException) -> dict[str, object]:
+        """Returns the fields of the event that it has ended."""
+        traffic, seconds = self.traffic, round(time.monotonic() - self.started)
+        moved = {"received": traffic.received, "sent": traffic.sent, "dropped": traffic.dropped + traffic.queue_dropped}
+        return {"reason": describe_end(reason), "seconds": seconds, **moved}
 
     def summary(self) -> str:
         """Returns its age and traffic, for the log."""
@@ -3277,6 +3466,9 @@ class ServerConfig:
     client_to_client: bool = True
     hook: str | None = None
     ndp: str | None = None
+    log: str = "text"
+    metrics: tuple[str, int] | None = None  # address, port
+    metrics_clients: bool = False
     file: str = "config.ini"
 
 
@@ -3293,7 +3485,7 @@ def warn_of_overlap(pool: IPv6Network) -> None:
     """Warns of addresses of this machine in the pool: the client that gets their /64 would get no traffic."""
     for interface, address in machine_addresses():
         if address in pool:
-            log.warning("%s of %s is in prefixrange %s; give a range without it", address, interface, pool)
+            warn_standing(f"overlap {address}", "%s of %s is in prefixrange %s; give a range without it", address, interface, pool)
 
 
 def has_routed_address(pool: IPv6Network, own: IPv6Address | None = None) -> bool:
@@ -3308,12 +3500,14 @@ def watch_forwarding(was_on: bool) -> None:
         gevent.sleep(FORWARDING_CHECK_S)
         on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
         if was_on and not on:
-            log.warning(
+            warn_standing(
+                "forwarding",
                 "somebody turned IPv6 forwarding off, clients can reach this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1` turns"
-                " it on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here"
+                " it on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here",
             )
         elif on and not was_on:
             log.info("IPv6 forwarding is on again")
+            standing_warnings.pop("forwarding", None)
         was_on = on
 
 
@@ -3334,13 +3528,15 @@ def watch_other_firewalls(devices: str, find_range: Callable[[], IPv6Network | N
             log.debug("the firewall can't be looked at: %s", error)
             continue
         for chain in dropping.keys() - known.keys():
-            log.warning(
+            warn_standing(
+                f"chain {chain}",
                 "the firewall's chain %s drops what it does not accept, and does not know %s and %s: %s can reach this machine only;"
                 " it is %s",
                 *(chain, devices, pool, who, dropping[chain]),
             )
         for chain in known.keys() - dropping.keys():
             log.info("the firewall's chain %s does not stand in the way of %s any more", chain, who)
+            standing_warnings.pop(f"chain {chain}", None)
         known = dropping
 
 
@@ -3450,6 +3646,7 @@ class Server:
         self._config = config
         self._congestion = find_congestion_controls(config.congestion, config.link)
         self._tls = server_tls_context(config.cert) if config.cert else None
+        self._certificate = certificate_validity(config.cert) if config.cert else None
         self.keys = open_keys(config)
         self.store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
         self.sessions: dict[str, Session] = {}  # by Id
@@ -3469,6 +3666,7 @@ class Server:
         self._connections = gevent.pool.Group()  # one greenlet each
         self._killable: set[gevent.Greenlet] = set()  # those of them that have nothing to undo yet
         self._admission = AdmissionControl(self._start_handshake)
+        self.handshakes: Counter[str] = Counter()  # by outcome: served, left, or the code of the refusal
         self._spare_fd: int | None = None  # freed to refuse a connection for which there is no descriptor
 
     def run(self) -> NoReturn:
@@ -3493,14 +3691,24 @@ class Server:
             forwarding = functools.partial(watch_forwarding, was_on)
             devices, pool = self._config.tun.replace("%d", "*"), self._config.prefixrange
             others = functools.partial(watch_other_firewalls, devices, lambda: pool, "clients")
-            for work in (self._monitor.run, self._paths.run, self._mtus.run, trim_heap, forwarding, others, self._watch_address):
+            for work in (
+                self._monitor.run,
+                self._paths.run,
+                self._mtus.run,
+                trim_heap,
+                forwarding,
+                others,
+                self._watch_address,
+                TRAFFIC.run,
+            ):
                 undo.callback(gevent.spawn(work).kill)
             if self._proxy:
                 undo.callback(gevent.spawn(self._proxy.run).kill)
             undo.callback(self._end_sessions)
             gevent.sleep()  # so that each has begun, and sees what changes from now on
             where = self._config.localhost, self._config.listenport
-            log.info("serving %s on %s port %d, with %d assignments", self._config.prefixrange, *where, len(self.store.pool.owners()))
+            number = len(self.store.pool.owners())
+            log.info("serving %s on %s port %d, with %d assignments", self._config.prefixrange, *where, number, extra=event("serving"))
             while True:
                 for _ in range(ACCEPT_BATCH):
                     self._accept(listener)
@@ -3522,7 +3730,8 @@ class Server:
             except KernelError as error:
                 self._take_address()
                 outcome = f"and it can't be given one of the pool: {error}"
-        log.warning(
+        warn_standing(
+            "own address",
             "this machine has no IPv6 address that is routed, from which it could say that a packet is too big or has made too many hops:"
             " uploads would hang and traceroute would lack a hop; %s",
             outcome,
@@ -3545,6 +3754,7 @@ class Server:
                 self._lacks_address = False
                 gone = f"; {self._own[0][1]} is gone from lo" if self._own else ""
                 self._take_address()
+                standing_warnings.pop("own address", None)
                 log.info("this machine has an IPv6 address that is routed%s", gone)
 
     def _restore(self, route: list[Step]) -> None:
@@ -3560,6 +3770,7 @@ class Server:
     def reload(self) -> None:
         """Reads keys and certificate again, and ends the sessions whose key was removed, revoked or replaced. Raises ConfigError."""
         tls = server_tls_context(self._config.cert) if self._config.cert else None
+        self._certificate = certificate_validity(self._config.cert) if self._config.cert else None
         if self.keys:
             before = {id_: self.keys.find(id_) for id_ in self.sessions}
             self.keys.reload()
@@ -3568,6 +3779,18 @@ class Server:
                 if now is None or now.revoked or now != old:
                     self.end_session(id_, "its key was taken away")
         self._tls = tls
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what `status` says of the server beside its sessions."""
+        return {
+            "side": "server",
+            "state": "up",
+            "listens": f"{self._config.localhost} port {self._config.listenport}",
+            "pool": str(self._config.prefixrange),
+            "free": self.store.pool.free,
+            "handshakes": dict(self.handshakes),
+            "certificate": dict(zip(("begins", "expires"), self._certificate)) if self._certificate else None,
+        }
 
     def end_session(self, id_: str, reason: str) -> None:
         """Ends the session of the Id, if there is one."""
@@ -3631,14 +3854,18 @@ class Server:
                     self._check_key(hello, stream)
                     self._serve_client(stream, peer, hello, trailing)
             except Refusal as refusal:
-                log.warning("%s: refused, %s", peer, refusal)
+                self.handshakes[refusal.code] += 1
+                log.warning("%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
                 self._refuse(stream or Stream(sock), refusal)
             except ProtocolError as error:
-                log.warning("%s: refused, bad hello: %s", peer, error)
+                self.handshakes["bad-hello"] += 1
+                log.warning("%s: refused, bad hello: %s", peer, error, extra=event("refused", peer=peer, reason="bad-hello"))
                 self._refuse(stream or Stream(sock), Refusal("bad-hello", str(error)))
             except (gevent.Timeout, EOFError, OSError) as error:
+                self.handshakes["left"] += 1
                 log.debug("%s: left during the handshake: %s", peer, describe_end(error))
             except Exception as error:  # a defect of ours ends this connection, not the process
+                self.handshakes["internal-error"] += 1
                 log_defect(peer, error)
 
     def _open_stream(self, sock: socket.socket) -> Stream:
@@ -3717,7 +3944,9 @@ class Server:
                 if gso_kinds is not None:
                     answer["Offload"] = sorted(offered)
                 stream.send(encode_message(answer))
-                log.info("%s from %s: has %s on %s%s", quote_id(id_), peer, prefix, tun.name, stream.security)
+                self.handshakes["served"] += 1
+                begin = event("session-begin", id=id_, peer=peer, prefix=prefix, device=tun.name, security=stream.security[7:] or "plain")
+                log.info("%s from %s: has %s on %s%s", quote_id(id_), peer, prefix, tun.name, stream.security, extra=begin)
                 ingress_filter = IngressFilter(prefix, True, None if self._config.client_to_client else self._config.prefixrange)
                 told: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": peer}
                 if self._hooks.run("session-up", id_, **told):
@@ -3727,10 +3956,13 @@ class Server:
             if isinstance(reason, OffloadRefused):
                 self._stop_offering(id_, reason.kind)
             level = logging.WARNING if isinstance(reason, OffloadRefused) else logging.INFO
-            log.log(level, "%s from %s: gone, %s; %s", quote_id(id_), peer, describe_end(reason), session.summary())
+            end = {"id": id_, "peer": peer, "prefix": prefix, "device": session.device, **session.event_fields(reason)}
+            text = describe_end(reason), session.summary()
+            log.log(level, "%s from %s: gone, %s; %s", quote_id(id_), peer, *text, extra=event("session-end", **end))
         except (StorageError, KernelError) as error:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store has logged its error, once
-            log.log(level, "%s from %s: can't be served: %s", quote_id(id_), peer, error)
+            failure = event("not-served", id=id_, peer=peer, prefix=session.prefix, device=session.device, reason=error)
+            log.log(level, "%s from %s: can't be served: %s", quote_id(id_), peer, error, extra=failure)
             raise Refusal("server-error", "the server can't serve a new client at the moment") from None
         finally:
             del self.sessions[id_]
@@ -3868,6 +4100,10 @@ class Firewall:
         self._on_failure = on_failure
         self._one_at_a_time = gevent.lock.Semaphore()
         self._listing = ""  # of the table as we made it; "" while it is not open
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what `status` says of it."""
+        return {"table": f"inet {self._name}", "active": bool(self._listing)}
 
     def open(self) -> None:
         """Makes the table, before the first packet can come, in place of one that a killed tun6 has left. Raises KernelError."""
@@ -4212,6 +4448,11 @@ class LanRouter:
         self._changed = gevent.event.Event()
         self._workers: dict[str, gevent.Greenlet] = {}
 
+    def figures(self) -> dict[str, Any]:
+        """Returns what `status` says of the LAN."""
+        announces = str(self._prefix) if self._announced and self._prefix else None
+        return {"interface": self._interface, "missing": self._missing or None, "announces": announces, "other_router": self._other_router}
+
     def begin(self) -> None:
         """Clears what a killed client has left, and turns forwarding on. Raises KernelError.
 
@@ -4417,6 +4658,9 @@ class ClientConfig:
     fingerprint: str | None = None
     key: str | None = None
     hook: str | None = None
+    control: str = "/run/tun6/client.sock"
+    log: str = "text"
+    metrics: tuple[str, int] | None = None  # address, port
     file: str = "config.ini"
 
 
@@ -4459,12 +4703,18 @@ class Client:
         self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
         self._retry_s = RETRY_S
+        self.handshakes: Counter[str] = Counter()  # by outcome: served, failed, or the code of the refusal
+        self._since = time.monotonic()  # when the tunnel was there or was not any more
+        self._up = False
+        self._outage: dict[str, Any] | None = None  # the last one, as `figures` returns it
+        parts = {"lan": config.lan and self._lan.figures, "firewall": firewall and self._firewall.figures}
+        self.parts: dict[str, Callable[[], dict[str, Any]]] = {name: part for name, part in parts.items() if callable(part)}
 
     def run(self) -> NoReturn:
         """Serves until it is killed, then removes the TUN. Raises KernelError when the TUN can't be made at the start."""
         self._kernel.remove_stale()
         self._monitor.watch("lo", lambda what, _: self._restore_rejects())
-        works = [self._monitor.run, self._paths.run, self._mtus.run, trim_heap, self._firewall.watch]
+        works = [self._monitor.run, self._paths.run, self._mtus.run, trim_heap, self._firewall.watch, TRAFFIC.run]
         if self._config.lan:
             works.append(functools.partial(watch_other_firewalls, self._config.tun, lambda: self._prefix, "the LAN"))
         helpers = [gevent.spawn(work) for work in works]
@@ -4521,7 +4771,7 @@ class Client:
         """Ends the routes into the tunnel, so that new traffic fails at once, and discards what has waited for too long."""
         routes, self._routes = self._routes, []
         self._kernel.undo(routes)
-        log.warning("no tunnel for %d s: IPv6 traffic is rejected until it is back", self._config.grace)
+        log.warning("no tunnel for %d s: IPv6 traffic is rejected until it is back", self._config.grace, extra=event("rejecting"))
         with suppress(OSError):  # the next session finds out
             while self._tun and self._tun.file.readinto(_tun_buffer):
                 pass
@@ -4585,12 +4835,15 @@ class Client:
                 self._set_prefix(tun, prefix)
                 self._open_routes(tun)
             self._lan.tunnel_up(tun.name, prefix)
-            log.info("%s at %s: has %s on %s%s", quote_id(self._id), self._server, prefix, tun.name, stream.security)
+            begin = {"id": self._id, "peer": self._server, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
+            text = quote_id(self._id), self._server, prefix, tun.name, stream.security
+            log.info("%s at %s: has %s on %s%s", *text, extra=event("session-begin", **begin))
             if self._mss != self._logged_mss:
                 log.warning(
                     "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
                 )
             self._logged_outage, self._logged_mss = None, self._mss
+            self._note_state(True)
             self._last_good = [sock.getpeername()]
             self._session = Session("the server")
             if self._tun_error:
@@ -4703,7 +4956,7 @@ class Client:
             return
         old, self._prefix = self._prefix, prefix  # set first, so that a kill meanwhile undoes the plan
         if old:
-            log.warning("the server changed our prefix from %s to %s", old, prefix)
+            log.warning("the server changed our prefix from %s to %s", old, prefix, extra=event("prefix-changed", prefix=prefix))
             routes, self._routes = self._routes, []
             self._kernel.undo([*address_plan(tun.name, old, os.getpid()), *routes])
         self._kernel.apply(address_plan(tun.name, prefix, os.getpid()))
@@ -4723,13 +4976,53 @@ class Client:
         self._retry_s = FINAL_RETRY_S if final else RETRY_S
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
         until = "the server won't serve this client until its operator changes that; " if final else ""
-        log.log(level, "no connection to %s: %s; %strying again every %.0f s", self._server, describe_end(error), until, self._retry_s)
+        text, outage = describe_end(error), event("outage", id=self._id, peer=self._server, reason=describe_end(error))
+        log.log(level, "no connection to %s: %s; %strying again every %.0f s", self._server, text, until, self._retry_s, extra=outage)
         self._logged_outage = kind
+        if not self._up:
+            self.handshakes[error.code if isinstance(error, Refusal) else "failed"] += 1
+        self._note_state(False, text)
+
+    def _note_state(self, up: bool, reason: str = "") -> None:
+        """Notes for `figures` whether there is a tunnel, and why not."""
+        now, was_up = time.monotonic(), self._up
+        if up:
+            self.handshakes["served"] += 1
+            if self._outage:
+                self._outage["seconds"] = round(now - self._since)
+        elif was_up or not self._outage:
+            self._outage = {"time": round(time.time()), "reason": reason, "last_reason": reason, "seconds": None}
+        else:
+            self._outage["last_reason"] = reason
+        if up != was_up:
+            self._up, self._since = up, now
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what `status` says of the client: up, connecting (what is sent waits), or rejecting (`grace` is over)."""
+        waits = bool(self._routes) or self._config.grace is None
+        session = self._session.figures() if self._session and self._up else {}
+        session.pop("seconds", None)
+        address = self._last_good[0] if self._last_good else None
+        return {
+            "side": "client",
+            "state": "up" if self._up else "connecting" if waits else "rejecting",
+            "state_seconds": round(time.monotonic() - self._since),
+            "server": self._server,
+            "address": address and f"{address[0]} port {address[1]}",
+            "id": self._id,
+            "prefix": self._prefix and str(self._prefix),
+            "device": self._tun and self._tun.name,
+            "session": session or None,
+            "outage": self._outage,
+            "handshakes": dict(self.handshakes),
+            "parts": {name: part() for name, part in self.parts.items()},
+        }
 
 
 # ---- administration --------------------------------------------------------------------------------------------------
 
 LATENCY_INTERVAL_S, LATENCY_SAMPLES = 0.1, 600  # between two samples; those of a minute are kept
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # seconds; upper bounds of the histogram
 
 
 class LoopLatency:
@@ -4738,13 +5031,18 @@ class LoopLatency:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self._samples: deque[float] = deque(maxlen=LATENCY_SAMPLES)  # seconds
+        self.buckets = [0] * (len(LATENCY_BUCKETS) + 1)  # samples since the start, by LATENCY_BUCKETS, the rest last
+        self.sum = 0.0  # seconds
 
     def run(self) -> NoReturn:
         """Takes samples until it is killed."""
         while True:
             due = time.monotonic() + LATENCY_INTERVAL_S
             gevent.sleep(LATENCY_INTERVAL_S)
-            self._samples.append(max(time.monotonic() - due, 0.0))
+            late = max(time.monotonic() - due, 0.0)
+            self._samples.append(late)
+            self.buckets[bisect.bisect_left(LATENCY_BUCKETS, late)] += 1
+            self.sum += late
 
     def summary(self) -> dict[str, float]:
         """Returns figures of the last minute, in seconds."""
@@ -4764,10 +5062,60 @@ def process_resources() -> dict[str, int]:
     }
 
 
-class AdminRequestHandler:
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keeps the many objects of a long answer from starting collections of garbage: with 1,000 clients each would take 0.1 s."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class RequestHandler:
+    """Does what an operator asks of this side: the methods that ACTIONS names."""
+
+    SIDE, COMMAND = "client", "status"
+    ACTIONS: tuple[str, ...] = ("status",)  # methods that a request may name; build_parser has their arguments
+
+    def __init__(self, figures: Callable[[], dict[str, Any]], loop_latency: LoopLatency | None) -> None:
+        """`figures` says how this side is, without what all sides have; `loop_latency` is that of the program that runs."""
+        self._figures, self.loop_latency = figures, loop_latency
+
+    def handle(self, request: dict[str, Any]) -> Any:
+        """Does the action {"do": one of ACTIONS, its arguments} and returns its result. Raises RequestError, StorageError, Refusal."""
+        arguments = dict(request)
+        try:
+            name = arguments.pop("do")
+            action = {name: getattr(self, name) for name in self.ACTIONS}[name]
+            inspect.signature(action).bind(**arguments)
+        except (KeyError, TypeError):
+            raise RequestError(f"the {self.SIDE} that runs here is of another version of tun6; restart it") from None
+        return action(**arguments)
+
+    def status(self, clients: bool = False, resources: bool = True) -> dict[str, Any]:
+        """Returns figures of this side, with those of each client and of the process."""
+        if self.loop_latency is None:
+            raise RequestError(f"no {self.SIDE} runs with this config.ini")
+        history = TRAFFIC.history
+        return {
+            **self._figures(),
+            "version": __version__,
+            "seconds": round(time.monotonic() - self.loop_latency.started),
+            **(run_in_thread(process_resources) if resources else {"queued": SHARED_BUFFER.size - SHARED_BUFFER.free}),
+            "latency": self.loop_latency.summary(),
+            **TRAFFIC.totals(),
+            "drops": dict(TRAFFIC.drops()),
+            "rates": {name: round(value) for name, value in (history[-1] if history else Rates())._asdict().items()},
+            "warnings": list(standing_warnings.values()),
+        }
+
+
+class AdminRequestHandler(RequestHandler):
     """Does what an operator asks for with `tun6.py clients` and `status`: on the running server, or on its files when none runs."""
 
-    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore")  # methods that a request may name; build_parser has their arguments
+    SIDE, COMMAND = "server", "clients"
+    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore")
 
     def __init__(
         self,
@@ -4776,51 +5124,41 @@ class AdminRequestHandler:
         sessions: dict[str, Session],
         end_session: Callable[[str, str], None],
         loop_latency: LoopLatency | None = None,
+        figures: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """`end_session` ends the session of an Id for a reason; `loop_latency` is that of the running server."""
+        """`end_session` ends the session of an Id for a reason; `loop_latency` and `figures` are those of the running server."""
+        super().__init__(figures, loop_latency)
         self._store, self._keys, self._sessions, self._end_session = store, keys, sessions, end_session
-        self._loop_latency = loop_latency
         self._one_at_a_time = gevent.lock.RLock()
 
     def handle(self, request: dict[str, Any]) -> Any:
-        """Does the action {"do": one of ACTIONS, its arguments} and returns its result. Raises RequestError, StorageError, Refusal."""
+        """As RequestHandler does, one request at a time, and only for who means the files of this server."""
         arguments = dict(request)
         files = arguments.pop("files", None)
         if files != self.files():
             raise RequestError(f"the server that runs here has other files, {self.files()}; name its config.ini with -c")
-        try:
-            name = arguments.pop("do")
-            action = {name: getattr(self, name) for name in self.ACTIONS}[name]
-            inspect.signature(action).bind(**arguments)
-        except (KeyError, TypeError):
-            raise RequestError("the server that runs here is of another version of tun6; restart it") from None
         if "id" in arguments:
             if not is_valid_id(arguments["id"]):
                 raise RequestError(f"the Id must be 1 to {ID_MAX} printable characters")
             arguments["id"] = canonical_id(arguments["id"])
         with self._one_at_a_time:
-            return action(**arguments)
+            return super().handle(arguments)
 
     def files(self) -> list[str | None]:
         """Returns the paths of the files that it works on, so that nobody asks the wrong server."""
         return [str(self._store.path) if self._store.path else None, str(self._keys.path) if self._keys else None]
 
-    def list(self) -> list[dict[str, Any]]:
+    def list(self) -> Sequence[dict[str, Any]]:
         """Returns an entry for each Id that has a prefix, a key or a session."""
         ids = dict.fromkeys([*self._store.pool.owners(), *(self._keys.ids() if self._keys else ()), *self._sessions])
-        return [self._entry(id_) for id_ in ids]
+        return self._entries(ids)
 
-    def status(self) -> dict[str, Any]:
-        """Returns figures of the running server."""
-        if self._loop_latency is None:
-            raise RequestError("no server runs with this config.ini")
-        return {
-            "seconds": round(time.monotonic() - self._loop_latency.started),
-            "sessions": len(self._sessions),
-            "assignments": len(self._store.pool.owners()),
-            **run_in_thread(process_resources),
-            "latency": self._loop_latency.summary(),
-        }
+    def status(self, clients: bool = False, resources: bool = True) -> dict[str, Any]:
+        """Returns figures of the running server, with those of each client and of the process."""
+        status = {**super().status(clients, resources), "sessions": len(self._sessions), "assignments": len(self._store.pool.owners())}
+        if clients:
+            status["clients"] = [entry for entry in self._entries(list(self._sessions)) if "session" in entry]
+        return status
 
     def add(self, id: str, prefix: str | None, new_key: bool) -> dict[str, Any]:
         """Gives an Id a key and, if it has none, a prefix."""
@@ -4865,32 +5203,43 @@ class AdminRequestHandler:
             raise RequestError("this server is open to everybody; name a file with `keys` in config.ini, and restart it")
         return self._keys
 
+    def _entries(self, ids: Iterable[str]) -> Sequence[dict[str, Any]]:
+        with collector_paused():
+            return [self._entry(id_) for id_ in in_slices(ids)]
+
     def _entry(self, id_: str) -> dict[str, Any]:
         prefix, key, session = self._store.pool.find(id_), self._keys and self._keys.find(id_), self._sessions.get(id_)
         entry: dict[str, Any] = {"id": id_, "prefix": prefix and str(prefix), "key": bool(key), "revoked": bool(key and key.revoked)}
         if session:
-            traffic = session.traffic
-            entry["session"] = {
-                "peer": session.peer,
-                "device": session.device,
-                "seconds": round(time.monotonic() - session.started),
-                "received": traffic.received,
-                "sent": traffic.sent,
-                "dropped": traffic.dropped + traffic.queue_dropped,
-                "refused": dict(session.refused),
-            }
+            entry["session"] = {"peer": session.peer, "device": session.device, **session.figures()}
         return entry
 
 
-class ControlSocket:
-    """The server's Unix socket for requests of the operator: one request and one answer each connection, JSON objects as on the wire."""
+def encode_in_slices(answer: Any) -> Iterator[str]:
+    """Yields the JSON of an answer piece by piece, and lets others run meanwhile."""
+    if isinstance(answer, dict):
+        for number, (name, value) in enumerate(answer.items()):
+            yield f"{', ' if number else '{'}{json.dumps(name)}: "
+            yield from encode_in_slices(value)
+        yield "}" if answer else "{}"
+    elif isinstance(answer, list):
+        yield "["
+        for number, item in enumerate(in_slices(answer)):
+            yield f"{', ' if number else ''}{json.dumps(item)}"
+        yield "]"
+    else:
+        yield json.dumps(answer)
 
-    def __init__(self, path: str, handler: AdminRequestHandler) -> None:
+
+class ControlSocket:
+    """The Unix socket for requests of the operator: one request and one answer each connection, JSON objects as on the wire."""
+
+    def __init__(self, path: str, handler: RequestHandler) -> None:
         self._path, self._handler = path, handler
         self._greenlets = gevent.pool.Group()
 
     def __enter__(self) -> ControlSocket:
-        """Listens, unless somebody else does there; the server works without it."""
+        """Listens, unless somebody else does there; server and client work without it."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with suppress(FileExistsError):
@@ -4905,7 +5254,8 @@ class ControlSocket:
             listener.listen()
         except OSError as error:
             listener.close()
-            log.warning("control = %s: %s; `tun6.py clients` can't reach this server", self._path, error.strerror)
+            who = self._handler.COMMAND, self._handler.SIDE
+            warn_standing("control", "control = %s: %s; `tun6.py %s` can't reach this %s", self._path, error.strerror, *who)
         else:
             self._greenlets.spawn(self._accept, listener)
         return self
@@ -4917,7 +5267,7 @@ class ControlSocket:
                 os.unlink(self._path)
 
     def _is_stale(self) -> bool:
-        """Returns whether the path is a socket that a killed server has left."""
+        """Returns whether the path is a socket that a killed tun6 has left."""
         with system_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
                 probe.connect(self._path)
@@ -4947,7 +5297,9 @@ class ControlSocket:
                     answer = {"done": self._handler.handle(request)}
                 except Tun6Error as error:
                     answer = {"error": str(error)}
-                sock.sendall(encode_message(answer))
+                with gevent.Timeout(HANDSHAKE_S):
+                    for part in encode_in_slices(answer):
+                        sock.sendall(part.encode("ascii"))
             except (gevent.Timeout, EOFError, OSError, ProtocolError) as error:
                 log.debug("control: %s", describe_end(error))
             except Exception as error:
@@ -4955,7 +5307,7 @@ class ControlSocket:
 
 
 def ask_server(path: str, request: dict[str, Any]) -> Any:
-    """Returns the answer of the server behind this Unix socket. Raises RequestError, and OSError where none listens."""
+    """Returns the answer of the server or client behind this Unix socket. Raises RequestError, and OSError where none listens."""
     with system_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(HANDSHAKE_S)
         sock.connect(path)
@@ -4964,10 +5316,339 @@ def ask_server(path: str, request: dict[str, Any]) -> Any:
     try:
         answer = json.loads(text)
     except ValueError:
-        raise RequestError(f"the server behind {path} gave no answer; its log says why") from None
+        raise RequestError(f"what listens at {path} gave no answer; its log says why") from None
     if "error" in answer:
         raise RequestError(answer["error"])
     return answer["done"]
+
+
+def format_amount(value: float, unit: str = "") -> str:
+    """Returns a number in at most four characters and a prefix of the SI, as in 1.2M."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 999.5 or prefix == "T":
+            break
+        value /= 1000
+    return f"{value:.1f}{prefix}{unit}" if prefix and value < 9.95 else f"{value:.0f}{prefix}{unit}"
+
+
+def format_duration(seconds: int) -> str:
+    """Returns seconds in their two largest units, as in 3d04h."""
+    for size, unit, part, small in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // part:02}{small}"
+    return f"{seconds}s"
+
+
+def format_rates(rates: dict[str, float]) -> str:
+    """Returns the rates of a status, both ways."""
+    received, sent = (
+        f"{format_amount(rates[f'{way}_bits'])}bit/s {format_amount(rates[f'{way}_packets'])}p/s" for way in ("received", "sent")
+    )
+    return f"received {received}, sent {sent}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Returns a round trip."""
+    return "-" if seconds is None else f"{1000 * seconds:.{1 if seconds < 0.01 else 0}f} ms"
+
+
+CLIENT_ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "id": lambda entry: entry["id"],
+    "rate": lambda entry: (-sum(entry["session"]["rates"][way] for way in ("received_bits", "sent_bits")), entry["id"]),
+    "since": lambda entry: (entry["session"]["seconds"], entry["id"]),
+}
+CLIENT_COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {  # those that do not fit are left out, the last first
+    "id": lambda entry: entry["id"],
+    "prefix": lambda entry: entry["prefix"],
+    "since": lambda entry: format_duration(entry["session"]["seconds"]),
+    "rcvd/s": lambda entry: format_amount(entry["session"]["rates"]["received_bits"], "b"),
+    "sent/s": lambda entry: format_amount(entry["session"]["rates"]["sent_bits"], "b"),
+    "rtt": lambda entry: format_seconds(entry["session"]["round_trip"]),
+    "drops": lambda entry: format_amount(sum(entry["session"]["drops"].values())),
+    "from": lambda entry: entry["session"]["peer"].replace(" port ", ":"),
+    "device": lambda entry: entry["session"]["device"],
+    "received": lambda entry: format_amount(entry["session"]["received"], "B"),
+    "sent": lambda entry: format_amount(entry["session"]["sent"], "B"),
+    "tls": lambda entry: "TLS" if entry["session"]["tls"] else "plain",
+    "congestion": lambda entry: entry["session"]["congestion"],
+}
+CLIENT_ID_WIDTH = 19  # characters of an Id where there is little room: a MAC address has 17
+
+
+def format_clients(entries: Sequence[dict[str, Any]], width: int) -> list[str]:
+    """Returns a table of the clients with as many columns as fit."""
+    lines = [""] * (len(entries) + 1)
+    for number, (title, value) in enumerate(CLIENT_COLUMNS.items()):
+        limit = ID_MAX if number or width >= 100 else CLIENT_ID_WIDTH
+        cells = [to_printable(cell, limit) for cell in (title, *map(value, entries))]
+        wide = max(map(len, cells))
+        if len(lines[0]) + wide + 1 > width and number > 1:
+            break
+        lines = [f"{line}{' ' if number else ''}{cell:<{wide}}" for line, cell in zip(lines, cells)]
+    return [line.rstrip() for line in lines]
+
+
+def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns what a terminal or the page shows of a server or client, as titles and texts."""
+    latency, drops = status["latency"], ", ".join(f"{count} {reason}" for reason, count in status["drops"].items())
+    resources = f", {status['memory'] / 2**20:.1f} MiB" if "memory" in status else ""
+    rows: list[tuple[str, str]] = []
+    if status["side"] == "server":
+        rows += [
+            ("server", f"up for {format_duration(status['seconds'])}, serves {status['pool']} on {status['listens']}"),
+            ("clients", f"{status['sessions']} connected, {status['assignments']} assignments, {status['free']} prefixes free"),
+        ]
+    else:
+        session, outage = status["session"], status["outage"]
+        rows += [
+            ("client", f"{status['state']} for {format_duration(status['state_seconds'])}, {status['id'] or 'no Id yet'}"),
+            ("server", status["server"] + (f", connected to {status['address']}" if session else "")),
+            ("prefix", f"{status['prefix']} on {status['device']}" if status["prefix"] else "none yet"),
+        ]
+        if session:
+            offload = "no" if session["offload"] is None else ", ".join(session["offload"]) or "no"
+            how = f"{'TLS' if session['tls'] else 'plain'}, congestion control {session['congestion']}, offload {offload}"
+            rows.append(("path", f"round trip {format_seconds(session['round_trip'])}, {how}"))
+        if outage:
+            lasts = "until now" if outage["seconds"] is None else f"for {format_duration(outage['seconds'])}"
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(outage["time"]))
+            then = f"; then {outage['last_reason']}" if outage["last_reason"] != outage["reason"] else ""
+            rows.append(("outage", f"{when} {lasts}: {outage['reason']}{then}"))
+        for name, part in status["parts"].items():
+            shown = {True: "yes", False: "no"}
+            texts = (f"{key.replace('_', ' ')} {shown.get(value, value)}" for key, value in part.items() if value is not None)
+            rows.append((name, ", ".join(texts)))
+    moved = ", ".join(f"{way} {format_amount(status[way], 'B')}" for way in ("received", "sent"))
+    return [
+        *rows,
+        ("rates", format_rates(status["rates"])),
+        ("moved", f"{moved}; dropped: {drops or 'none'}"),
+        ("process", f"loop p99 {1000 * latency['p99']:.1f} ms, {status['queued']} bytes queued{resources}"),
+        *(("warning", text) for text in status["warnings"]),
+    ]
+
+
+def format_status(status: dict[str, Any], width: int, order: str = "id") -> list[str]:
+    """Returns the lines of a status for a terminal of this width, clients in this order of CLIENT_ORDERS."""
+    lines = []
+    for title, text in status_rows(status):
+        line = f"{title:<8} {to_printable(text, 1000)}"
+        lines += textwrap.wrap(line, max(width, 20), subsequent_indent=9 * " ", break_on_hyphens=False)
+    if status.get("clients"):
+        lines += ["", *format_clients(sorted(status["clients"], key=CLIENT_ORDERS[order]), width)]
+    return lines
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+WEB_CONNECTIONS_MAX, WEB_S = 16, 10.0  # connections at a time, and seconds for each: one that is slow ends
+WEB_RETRY_S = 60.0  # until the address of `metrics` may be there
+PAGE_RELOAD_S = 5
+SPARK_WIDTH, SPARK_HEIGHT = 600, 60  # units of the picture
+PAGE_STYLE = (
+    "body{font:14px/1.4 system-ui,sans-serif;margin:1em auto;max-width:85em;padding:0 1em;color:#222;background:#fff}"
+    "table{border-collapse:collapse;margin:1em 0}td,th{text-align:left;padding:.1em .9em .1em 0;vertical-align:top;overflow-wrap:anywhere}"
+    ".list{display:block;overflow-x:auto}th,.list td+td{white-space:nowrap}.list td{min-width:3em}.list td:first-child{min-width:11em}"
+    "h1 b{padding:0 .4em;border-radius:.3em;color:#fff;background:#b00}h1 b.up{background:#070}.warning{color:#b00}"
+    "svg{width:100%;height:6em;background:#f4f4f4}polyline{fill:none;stroke-width:1.5}.received{stroke:#06c;color:#06c}.sent{stroke:#c60;color:#c60}"
+    "@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}svg{background:#222}.warning{color:#f66}}"
+)
+PAGE_POLICY = f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()}'"
+WEB_HEADERS = [
+    ("Content-Security-Policy", PAGE_POLICY + "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cache-Control", "no-store"),
+    ("Connection", "close"),
+]
+
+
+class Metric(NamedTuple):
+    """What Prometheus knows by one name; `samples` are values of the labels, and the value."""
+
+    kind: str  # gauge or counter, to whose name the text format adds _total
+    name: str
+    help: str
+    labels: tuple[str, ...]
+    samples: list[tuple[tuple[str, ...], float]]
+
+
+def metrics_of(status: dict[str, Any]) -> Iterator[Metric]:
+    """Yields the metrics of a status of either side, but for the latency. Those of single clients only where it has `clients`."""
+
+    def gauge(name: str, text: str, value: float) -> Metric:
+        return Metric("gauge", name, text, (), [((), value)])
+
+    def both_ways(unit: str) -> list[tuple[tuple[str, ...], float]]:
+        return [((way,), status[way + unit]) for way in ("received", "sent")]
+
+    drops, handshakes = {"waited too long": 0, "not taken": 0, **status["drops"]}, {"served": 0, **status["handshakes"]}
+    yield Metric("gauge", "tun6_build_info", "Version and side.", ("version", "side"), [((status["version"], status["side"]), 1)])
+    yield gauge("tun6_up", "1 while the server serves, or while the client has its tunnel.", status["state"] == "up")
+    yield Metric("counter", "tun6_bytes", "Bytes of all sessions.", ("direction",), both_ways(""))
+    yield Metric(
+        "counter", "tun6_packets", "Packets likewise; a large packet of offload counts once.", ("direction",), both_ways("_packets")
+    )
+    text = "Packets that were not delivered, by reason."
+    yield Metric("counter", "tun6_dropped_packets", text, ("reason",), [((reason,), count) for reason, count in drops.items()])
+    text = "Handshakes, by outcome."
+    yield Metric("counter", "tun6_handshakes", text, ("outcome",), [((outcome,), count) for outcome, count in handshakes.items()])
+    yield gauge("tun6_queue_bytes", "Bytes that wait for slow connections.", status["queued"])
+    yield gauge("tun6_warnings", "Warnings that stand.", len(status["warnings"]))
+    if status["side"] == "client":
+        yield gauge("tun6_state_seconds", "Seconds since the tunnel came or went.", status["state_seconds"])
+        if status["session"] and status["session"]["round_trip"] is not None:
+            yield gauge("tun6_round_trip_seconds", "Round trip to the server.", status["session"]["round_trip"])
+        return
+    yield gauge("tun6_sessions", "Clients that are connected.", status["sessions"])
+    yield gauge("tun6_assignments", "Ids that own a /64.", status["assignments"])
+    yield gauge("tun6_free_prefixes", "Prefixes that can be assigned.", status["free"])
+    for name, moment in (status["certificate"] or {}).items():
+        yield gauge(f"tun6_certificate_{name}_timestamp_seconds", f"When the server's certificate {name}.", moment)
+    for kind, name, text, field, unit in (
+        ("counter", "tun6_client_bytes", "Bytes of a session.", "", ""),
+        ("counter", "tun6_client_packets", "Packets of a session.", "", "_packets"),
+        ("counter", "tun6_client_dropped_packets", "Packets of a session that were not delivered.", "drops", ""),
+        ("gauge", "tun6_client_session_seconds", "Age of a session.", "seconds", ""),
+        ("gauge", "tun6_client_round_trip_seconds", "Round trip to a client.", "round_trip", ""),
+    ):
+        samples: list[tuple[tuple[str, ...], float]] = []
+        for entry in in_slices(status.get("clients", ())):
+            id_, session = entry["id"], entry["session"]
+            if not field:
+                samples += [((id_, way), session[way + unit]) for way in ("received", "sent")]
+            elif session[field] is not None:
+                samples.append(((id_,), sum(session[field].values()) if field == "drops" else session[field]))
+        if samples:
+            yield Metric(kind, name, text, ("id",) if field else ("id", "direction"), samples)
+
+
+def render_spark(history: Sequence[Rates]) -> str:
+    """Returns the rates of the last minutes as a picture."""
+    most = max((rate for rates in history for rate in rates[:2]), default=0.0) or 1.0
+    lines = []
+    for way, values in (("received", [each.received_bits for each in history]), ("sent", [each.sent_bits for each in history])):
+        left = SPARK_WIDTH * (1 - (len(values) - 1) / max(RATES_KEPT - 1, 1))
+        step = SPARK_WIDTH / (RATES_KEPT - 1)
+        points = " ".join(f"{left + at * step:.1f},{(SPARK_HEIGHT - 2) * (1 - value / most) + 1:.1f}" for at, value in enumerate(values))
+        lines.append(f'<polyline class="{way}" vector-effect="non-scaling-stroke" points="{points}"/>')
+    return (
+        f'<svg viewBox="0 0 {SPARK_WIDTH} {SPARK_HEIGHT}" preserveAspectRatio="none" role="img">{"".join(lines)}</svg>'
+        f'<p><span class="received">received</span>, <span class="sent">sent</span>; the last {RATES_KEPT * RATE_S / 60:.0f} minutes,'
+        f" at most {format_amount(most)}bit/s</p>"
+    )
+
+
+def render_page(status: dict[str, Any], history: Sequence[Rates]) -> str:
+    """Returns the page for a status of either side, with its clients where it has `clients`. What others said is escaped."""
+    state, title = html.escape(status["state"]), f"tun6 {html.escape(status['side'])}"
+    parts = [
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="refresh" content="{PAGE_RELOAD_S}"><title>{title}: {state}</title><style>{PAGE_STYLE}</style></head>'
+        f'<body><h1>{title} <b class="{state}">{state}</b></h1>{render_spark(history)}<table>'
+    ]
+    for name, text in status_rows(status):
+        parts.append(f'<tr class="{html.escape(name)}"><th>{html.escape(name)}</th><td>{html.escape(to_printable(text, 1000))}</td></tr>')
+    parts.append("</table>")
+    if "clients" in status:
+        parts.append(f'<table class="list"><thead><tr>{"".join(f"<th>{name}</th>" for name in CLIENT_COLUMNS)}</tr></thead><tbody>')
+        for entry in in_slices(sorted(status["clients"], key=CLIENT_ORDERS["rate"])):
+            cells = "".join(f"<td>{html.escape(to_printable(value(entry)))}</td>" for value in CLIENT_COLUMNS.values())
+            parts.append(f"<tr>{cells}</tr>")
+        parts.append("</tbody></table>")
+    return "".join([*parts, "</body></html>\n"])
+
+
+def require_prometheus_client() -> None:
+    """Raises ConfigError without that package."""
+    try:
+        import prometheus_client  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "`metrics` needs the Python package prometheus_client: `apt-get install python3-prometheus-client`, or"
+            f" `{sys.executable} -m pip install prometheus_client`"
+        ) from None
+
+
+class Web:
+    """Serves /metrics for Prometheus and the page / on one address and port, to who asks by an address: read-only, plain HTTP."""
+
+    def __init__(self, address: tuple[str, int], handler: RequestHandler, with_clients: bool) -> None:
+        """`with_clients`: they show each client. `require_prometheus_client` must have been satisfied."""
+        import prometheus_client.core
+
+        self._address, self._handler, self._with_clients = address, handler, with_clients
+        self._prometheus: Any = prometheus_client
+        self._process = prometheus_client.ProcessCollector(registry=None)
+        self._one_at_a_time = gevent.lock.RLock()
+
+    def run(self) -> None:
+        """Serves until it is killed; tries again where it can't."""
+        from gevent import pywsgi  # takes memory, which is not needed without `metrics`
+
+        class Handler(pywsgi.WSGIHandler):  # type: ignore[misc]
+            def handle(self) -> None:
+                with gevent.Timeout(WEB_S, False):
+                    super().handle()
+
+        while True:
+            pool = gevent.pool.Pool(WEB_CONNECTIONS_MAX)
+            server = pywsgi.WSGIServer(self._address, self._answer, spawn=pool, log=self, error_log=self, handler_class=Handler)
+            try:
+                server.start()
+                standing_warnings.pop("metrics", None)
+                gevent.event.Event().wait()
+            except OSError as error:
+                text = "metrics = %s port %d: %s; trying again every %.0f s"
+                level = logging.DEBUG if "metrics" in standing_warnings else logging.WARNING
+                warn_standing("metrics", text, *self._address, os.strerror(error.errno or 0), WEB_RETRY_S, level=level)
+            finally:
+                server.stop(0)
+            gevent.sleep(WEB_RETRY_S)
+
+    def write(self, text: str) -> None:
+        """Takes a line of the web server's log."""
+        log.debug("metrics: %s", to_printable(text.strip()))
+
+    def collect(self) -> Iterator[Any]:
+        """Yields all metrics for prometheus_client, and lets others run between the samples."""
+        core, latency = self._prometheus.core, self._handler.loop_latency
+        for kind, name, text, labels, samples in metrics_of(self._status()):
+            family = (core.GaugeMetricFamily if kind == "gauge" else core.CounterMetricFamily)(name, text, labels=labels)
+            for values, value in in_slices(samples):
+                family.add_metric(values, value)
+            family.samples = in_slices(family.samples)
+            yield family
+        if latency:
+            bounds = [*(str(bound) for bound in LATENCY_BUCKETS), "+Inf"]
+            buckets = list(zip(bounds, itertools.accumulate(latency.buckets)))
+            yield core.HistogramMetricFamily("tun6_loop_latency_seconds", "How late the event loop is.", buckets, latency.sum)
+        yield from self._process.collect()
+
+    def _status(self) -> dict[str, Any]:
+        return self._handler.status(clients=self._with_clients, resources=False)
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], Any]) -> list[bytes]:
+        """Answers one request, as a WSGI application."""
+        kind, text, status = "text/plain; charset=utf-8", "", "200 OK"
+        host = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9a-zA-Z.-]+))(?::\d+)?", environ.get("HTTP_HOST", ""))
+        if environ["REQUEST_METHOD"] != "GET":
+            status, text = "405 Method Not Allowed", "it is read-only\n"
+        elif not host or not (host[1] or host[2] == "localhost" or is_ipv4(host[2])):
+            status, text = "421 Misdirected Request", "ask by address: a name could be that of another site (DNS rebinding)\n"
+        elif environ["PATH_INFO"] not in ("/", "/metrics"):
+            status, text = "404 Not Found", "there are / and /metrics\n"
+        else:
+            try:
+                with self._one_at_a_time, collector_paused():
+                    if environ["PATH_INFO"] == "/":
+                        kind, text = "text/html; charset=utf-8", render_page(self._status(), list(TRAFFIC.history))
+                    else:
+                        kind, text = self._prometheus.CONTENT_TYPE_LATEST, self._prometheus.generate_latest(self).decode()
+            except Exception as error:
+                log_defect("metrics", error)
+                status = "500 Internal Server Error"
+        start_response(status, [("Content-Type", kind), *WEB_HEADERS])
+        return [text.encode()]
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
@@ -5117,6 +5798,7 @@ class Demo:
         [client]
         remotehost = 10.9.0.1
         remoteport = 10000
+        control = {folder}/client-control
     """
     BULK_BYTES, BULK_PORT = 64 << 20, 5001  # each way; of a host of the LAN or the Internet
     LAN_S = 15.0  # until a LAN host has IPv6, of which tun6 listens 3 s for other routers
@@ -5407,10 +6089,20 @@ def _boolean(text: str) -> bool:
     return configparser.ConfigParser.BOOLEAN_STATES[text.lower()]
 
 
+def _metrics(text: str) -> tuple[str, int]:
+    try:
+        host, _, port = text.rpartition(":")
+        address = parse_network(host[1:-1])[0] if host.startswith("[") else ipaddress.IPv4Address(host)
+        return str(address), _integer(1, 65_535)(port)
+    except ValueError:
+        raise ValueError("must be an address of this machine and a port, such as 127.0.0.1:10116 or [::1]:10116") from None
+
+
 _MTU = _integer(1280, 65_500)  # RFC 8200 section 5; a TUN takes no more
 _CONGESTION = _matching("[a-z0-9_-]{1,15}", "must be auto or the name of a TCP congestion control, such as bbr or cubic")
 _LINK = _matching("auto|real|lan", "must be auto, real or lan")
 _OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
+_LOG = _matching("text|json", "must be text or json")
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
@@ -5431,6 +6123,9 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "client_to_client": _boolean,
         "hook": _path,
         "ndp": _matching(r"(?!\.\.?$)[^\s/]{1,15}", "must be the name of an interface, such as eth0"),
+        "log": _LOG,
+        "metrics": _metrics,
+        "metrics_clients": _boolean,
     },
     "client": {
         "remotehost": _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server"),
@@ -5453,6 +6148,9 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "fingerprint": _fingerprint,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
         "hook": _path,
+        "control": _path,
+        "log": _LOG,
+        "metrics": _metrics,
     },
 }
 
@@ -5465,11 +6163,8 @@ def find_config(named: str | None) -> str:
     return path
 
 
-def read_config(path: str, section: str) -> Any:
-    """Returns the ServerConfig or ClientConfig in a file; relative paths in it are relative to its folder.
-
-    Raises ConfigError: a sentence with file, key, value and what would be right.
-    """
+def parse_config(path: str) -> configparser.ConfigParser:
+    """Returns the sections and texts of a file. Raises ConfigError."""
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"), default_section="")
     try:
         with open(path, encoding="utf-8-sig") as file:  # editors on Windows put a byte order mark before it
@@ -5492,6 +6187,15 @@ def read_config(path: str, section: str) -> Any:
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: an indented line follows, don't indent")
             if re.fullmatch(r"(['\"]).*\1|[\u2018-\u201f\xab\xbb].*[\u2018-\u201f\xab\xbb]", value):
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: it is in quotes, write it without")
+    return parser
+
+
+def read_config(path: str, section: str) -> Any:
+    """Returns the ServerConfig or ClientConfig in a file; relative paths in it are relative to its folder.
+
+    Raises ConfigError: a sentence with file, key, value and what would be right.
+    """
+    parser = parse_config(path)
     if section not in parser:
         raise ConfigError(f"{path}: there is no section [{section}]; add one with its keys, as in the config.ini that came with tun6")
     values: dict[str, Any] = {"file": path}
@@ -5516,26 +6220,28 @@ def _suggest(word: str, known: Iterable[str], form: str) -> str:
 def server_command(options: argparse.Namespace) -> None:
     """`tun6.py server`."""
     config: ServerConfig = read_config(find_config(options.config), "server")
+    prepare_observers(config)
     require_privilege()
     require_ipv6()
     warn_of_forwarding()
     raise_descriptor_limit()
     if config.assignments is None:
-        log.warning("no `assignments` file in %s: all prefixes are forgotten when the server ends", config.file)
+        warn_standing("assignments", "no `assignments` file in %s: all prefixes are forgotten when the server ends", config.file)
     server = Server(config)
     if server.keys is None:
-        log.warning(
+        warn_standing(
+            "open",
             "open: whoever reaches port %d gets a /64 and may claim any Id; `keys` in %s closes it, `new_ids_per_hour` bounds new Ids",
             config.listenport,
             config.file,
         )
 
+    handler = AdminRequestHandler(server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures)
+
+    web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
+
     def run() -> None:
-        loop_latency = LoopLatency()
-        handler = AdminRequestHandler(server.store, server.keys, server.sessions, server.end_session, loop_latency)
-        with ExitStack() as undo:
-            undo.callback(gevent.spawn(loop_latency.run).kill)
-            undo.enter_context(ControlSocket(config.control, handler))
+        with administered(config, handler, web):
             server.run()
 
     def reload() -> None:
@@ -5553,16 +6259,44 @@ def client_command(options: argparse.Namespace) -> None:
     """`tun6.py client`."""
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")  # resolv.conf(5): a name server that is back is noticed in seconds
     config: ClientConfig = read_config(find_config(options.config), "client")
+    prepare_observers(config)
     require_privilege()
     require_ipv6()
     client = Client(config)
     if config.firewall is None and not config.lan:
-        log.warning(
+        warn_standing(
+            "firewall",
             "the whole IPv6 Internet reaches this machine at the address that it gets; `firewall = yes` in %s lets in only answers, and"
             " `open` there what is named",
             config.file,
         )
-    run_until_signalled(client.run)
+    handler = RequestHandler(client.figures, LoopLatency())
+    web = Web(config.metrics, handler, False) if config.metrics else None
+
+    def run() -> None:
+        with administered(config, handler, web):
+            client.run()
+
+    run_until_signalled(run)
+
+
+def prepare_observers(config: ServerConfig | ClientConfig) -> None:
+    """Sets the format of the log, and raises ConfigError where `metrics` lacks its package."""
+    set_log_format(config.log)
+    if config.metrics:
+        require_prometheus_client()
+
+
+@contextmanager
+def administered(config: ServerConfig | ClientConfig, handler: RequestHandler, web: Web | None) -> Iterator[None]:
+    """Lets the operator ask meanwhile, through the control socket and the metrics."""
+    assert handler.loop_latency
+    with ExitStack() as undo:
+        undo.callback(gevent.spawn(handler.loop_latency.run).kill)
+        undo.enter_context(ControlSocket(config.control, handler))
+        if web:
+            undo.callback(gevent.spawn(web.run).kill)
+        yield
 
 
 def keygen_command(options: argparse.Namespace) -> None:
@@ -5614,8 +6348,6 @@ def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
         if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
             reason = error.strerror or error
             raise RequestError(f"control = {config.control}: {reason}; run this as the server's user, mostly root") from None
-    if request["do"] == "status":
-        raise Tun6Error(f"no server listens at {config.control}")
     if config.assignments is None:
         raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {config.file} nothing is kept")
     store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
@@ -5625,18 +6357,68 @@ def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
         store.close()
 
 
-def status_command(options: argparse.Namespace) -> None:
-    """`tun6.py status`: asks the running server."""
-    done = administer(read_config(find_config(options.config), "server"), {"do": "status"})
-    if options.json:
-        print(json.dumps(done, indent=1))
-    else:
-        latency = done.pop("latency")
-        done["memory"] = f"{done['memory'] / 2**20:.1f} MiB"
-        done["queued"] = f"{done['queued']} bytes"
-        done["latency"] = ", ".join(f"{name} {1000 * latency[name]:.1f} ms" for name in ("median", "p99", "max"))
-        for name, value in done.items():
-            print(f"{name:<12} {value}")
+def find_status(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Asks the server and the client of config.ini that run, or the one that is named. Raises Tun6Error when none does."""
+    path, found, silent = find_config(options.config), [], []
+    parser = parse_config(path)
+    for side in (options.side,) if options.side else [name for name in _SECTIONS if name in parser] or ["server"]:
+        config = read_config(path, side)
+        request: dict[str, Any] = {"do": "status", "resources": not options.watch}
+        if side == "server":
+            request |= {"clients": True, "files": [name and os.path.realpath(name) for name in (config.assignments, config.keys)]}
+        try:
+            found.append(ask_server(config.control, request))
+        except (FileNotFoundError, ConnectionRefusedError):
+            silent.append(f"no {side} listens at {config.control}")
+        except OSError as error:
+            raise RequestError(
+                f"control = {config.control}: {error.strerror or error}; run this as the {side}'s user, mostly root"
+            ) from None
+    if not found:
+        raise Tun6Error(", and ".join(silent))
+    return found
+
+
+def status_command(options: argparse.Namespace) -> int:
+    """`tun6.py status`: asks what runs here. Returns 0 when all of it is up, else 1."""
+    up = False
+    with suppress(KeyboardInterrupt):
+        while True:
+            lines: list[str] = []
+            width, height = shutil.get_terminal_size()
+            try:
+                found = find_status(options)
+                up = all(status["state"] == "up" for status in found)
+                if options.json and len(found) > 1:
+                    raise RequestError("a server and a client run here; name one of them, as in `tun6.py status client --json`")
+                for status in found:
+                    lines += json.dumps(status, indent=1).splitlines() if options.json else format_status(status, width, options.sort)
+            except Tun6Error as error:
+                if not options.watch or error.exit_status == 2:
+                    raise
+                up, lines = False, [str(error)]
+            if options.watch and sys.stdout.isatty():
+                if len(lines) >= height:
+                    lines = [*lines[: height - 2], f"... and {len(lines) - height + 2} lines more"]
+                lines[0] = "\x1b[H\x1b[J" + lines[0]
+            if not print_lines(lines) or not options.watch:
+                break
+            time.sleep(RATE_S)
+    return 0 if up else 1
+
+
+def print_lines(lines: Iterable[str]) -> bool:
+    """Prints lines, whatever the encoding of the terminal. Returns False when nobody reads any more, as behind `| head`."""
+    try:
+        for line in lines:
+            print(line.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        if isinstance(error, BrokenPipeError):
+            return False
+        raise Tun6Error(f"the answer can't be written: {error.strerror}") from None
+    return True
 
 
 def clients_command(options: argparse.Namespace) -> None:
@@ -5724,7 +6506,8 @@ def warn_of_forwarding() -> None:
     """Warns when IPv6 forwarding is off. The server depends on it, but the sysctl is the operator's and is not set."""
     if read_sysctl("net.ipv6.conf.all.forwarding") == "1":
         return
-    log.warning(
+    warn_standing(
+        "forwarding",
         "IPv6 forwarding is off, clients reach this machine only; turn it on with `sysctl -w net.ipv6.conf.all.forwarding=1`"
         " and keep it on with `echo net.ipv6.conf.all.forwarding=1 >> /etc/sysctl.d/60-tun6.conf`; an uplink that gets its address"
         " or default route from router advertisements loses them then, unless you first"
@@ -5803,6 +6586,13 @@ class ThreadedLogHandler(logging.Handler):
         """Hands the record to the thread. Never waits."""
         self.write_line(self.format(record))
 
+    def write_error(self, error: Tun6Error) -> None:
+        """Hands the thread the error that ends the program."""
+        if isinstance(self.formatter, JsonFormatter):
+            log.critical("%s", error)
+        else:
+            self.write_line(f"tun6: {error}")
+
     def write_line(self, line: str) -> None:
         """Hands a line to the thread as it is. Never waits."""
         if self._thread is None:
@@ -5824,12 +6614,30 @@ class ThreadedLogHandler(logging.Handler):
             line = self._lines.get()
             if self._lost:
                 lost, self._lost = self._lost, 0
-                line += f"\nWARNING {lost} lines of the log were lost, as nobody read them"
+                text = f"{lost} lines of the log were lost, as nobody read them"
+                is_json = isinstance(self.formatter, JsonFormatter)
+                line += "\n" + (self.format(log.makeRecord("tun6", 30, "", 0, text, (), None)) if is_json else f"WARNING {text}")
             data = (line + "\n").encode(errors="backslashreplace")
             with suppress(OSError):  # there is nobody left to tell
                 while data:
                     data = data[os.write(self._fd, data) :]
             self._lines.task_done()
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object for each event, on one line: time (UTC), level, message, and the fields that `event` names."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line."""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
+        line = {"time": moment, "level": record.levelname, "message": record.getMessage(), **getattr(record, "fields", {})}
+        return json.dumps({**line, "traceback": self.formatException(record.exc_info)} if record.exc_info else line)
+
+
+def set_log_format(kind: str) -> None:
+    """Makes the log JSON if its setting says so."""
+    for handler in logging.getLogger().handlers if kind == "json" else ():
+        handler.setFormatter(JsonFormatter())
 
 
 def set_up_logging(verbose: bool) -> ThreadedLogHandler:
@@ -5873,7 +6681,10 @@ def build_parser() -> argparse.ArgumentParser:
     clients = add(
         commands, "clients", "list, add, pin, revoke or restore clients; on the server's machine", config, as_json, function=clients_command
     )
-    add(commands, "status", "show how the running server is; on its machine", config, as_json, function=status_command)
+    status = add(commands, "status", "show how the server or client that runs on this machine is", config, as_json, function=status_command)
+    status.add_argument("side", nargs="?", choices=("server", "client"), help="where both run; otherwise it is not needed")
+    status.add_argument("--watch", action="store_true", help=f"show it again every {RATE_S:.0f} s, until Ctrl-C")
+    status.add_argument("--sort", choices=tuple(CLIENT_ORDERS), default="id", help="order of the clients")
     add(commands, "keygen", "make the server's certificate and show its fingerprint", config, function=keygen_command)
     add(commands, "demo", "show it all on this machine, in network namespaces that are removed afterwards", function=demo_command)
 
@@ -5895,10 +6706,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     stderr = set_up_logging(options.verbose)
     try:
-        options.function(options)
-        return 0
+        return options.function(options) or 0
     except Tun6Error as error:
-        stderr.write_line(f"tun6: {error}")
+        stderr.write_error(error)
         return error.exit_status
     except Exception as error:
         log_defect(options.command, error)

@@ -603,6 +603,7 @@ control = /run/tun6-bench.sock
 [client]
 remotehost = 10.9.0.1
 remoteport = 10000
+control = /run/tun6-bench-client.sock
 """
 
 
