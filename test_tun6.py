@@ -25,6 +25,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     kernel
     connections
     session
+    service manager
     server
     client
     administration
@@ -765,6 +766,7 @@ class Tunnel:
                 "prefixrange": self.pool,
                 "assignments": "assignments.json",
                 "control": self._folder / f"{len(self._programs)}.sock",
+                "documentation_addresses": "yes",
             },
             "client": {"remotehost": Lab.SERVER, "remoteport": self.port},
         }[role]
@@ -2788,6 +2790,29 @@ def test_a_save_keeps_the_symbolic_link_and_the_mode_of_the_file(tmp_path: Path,
     assert sorted(os.listdir(path.parent)) == ["real.json", "real.json.bak", "real.json.lock"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to others, which takes root")
+def test_what_root_saves_is_the_services_whose_folder_or_file_it_is(tmp_path: Path, open_store: OpenStore) -> None:
+    def owners(prefix: str) -> dict[str, tuple[int, int]]:
+        return {path.name: (path.stat().st_uid, path.stat().st_gid) for path in tmp_path.glob(f"{prefix}*")}
+
+    os.chown(tmp_path, 4711, 4712)
+    open_store(tmp_path / "new.json").assign("a")
+    tun6.KeyStore(str(tmp_path / "new-keys.json")).issue("a")
+    assert set(owners("new").values()) == {(4711, 4712)}
+    assert sorted(owners("new")) == ["new-keys.json", "new.json", "new.json.bak", "new.json.lock"]
+    for name, mode in (("old.json", 0o640), ("old-keys.json", 0o640)):
+        (tmp_path / name).touch()
+        os.chown(tmp_path / name, 0, 4713)
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "old.json.lock").symlink_to("somebody-elses")
+    open_store(tmp_path / "old.json").assign("a")  # without a lock
+    (tmp_path / "old.json.lock").unlink()
+    tun6.KeyStore(str(tmp_path / "old-keys.json")).issue("a")
+    assert owners("old") == dict.fromkeys(("old.json", "old.json.bak", "old-keys.json"), (0, 4713))
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in owners("old")} == {0o640}
+    assert not (tmp_path / "somebody-elses").exists()
+
+
 def test_an_assignment_is_on_disk_before_it_is_returned(assignment_file: Path, open_store: OpenStore) -> None:
     store, synced = open_store(assignment_file), []
     assignment_file.touch()
@@ -3407,6 +3432,68 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
         )
 
 
+# ---- service manager -------------------------------------------------------------------------------------------------
+
+
+class ManagerByHand(SocketOwner):
+    """What systemd is to a service: the socket that it reads, and the environment that it gives."""
+
+    def __init__(self, address: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind("\0" + address[1:] if address[0] == "@" else address)
+        self.sock.settimeout(10)
+        self.environment = {"NOTIFY_SOCKET": address}
+
+    def hears(self, *wanted: str) -> list[str]:
+        """What it hears until it has heard these, in this order; between them may be others."""
+        heard, missing = [], list(wanted)
+        while missing:
+            heard += self.sock.recv(4096).decode().split("\n")
+            while missing and missing[0] in heard:
+                del heard[: heard.index(missing.pop(0)) + 1]
+        return heard
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_hears_of_the_state_and_that_the_event_loop_runs(tmp_path: Path, abstract: bool) -> None:
+    with ManagerByHand(f"@tun6-test-{os.getpid()}" if abstract else str(tmp_path / "notify")) as manager:
+        service, state = tun6.ServiceManager({**manager.environment, "WATCHDOG_USEC": "200000"}), ["connecting"]
+        with cast(Any, service)._socket:
+            feeder = spawn(service.run, lambda: state[0])
+            gevent.sleep(0.5)
+            state[0] = "connected"
+            gevent.sleep(0.3)
+            feeder.kill()
+            gevent.sleep(0)
+            with service.reloading():
+                service.notify("in between")
+            assert manager.hears("WATCHDOG=1", "STATUS=connecting", *["WATCHDOG=1"] * 2, "STATUS=connected", "WATCHDOG=1", "RELOADING=1")
+            assert manager.hears("in between", "READY=1") == []
+
+
+def test_without_a_service_manager_nothing_is_said() -> None:
+    service = tun6.ServiceManager({"WATCHDOG_USEC": "1000"})
+    service.notify("READY=1")
+    service.run(lambda: "state")  # ends at once
+
+
+def test_a_watchdog_that_is_anothers_is_not_fed_and_a_manager_that_is_gone_or_slow_holds_nobody(tmp_path: Path) -> None:
+    with ManagerByHand(str(tmp_path / "notify")) as manager:
+        service = tun6.ServiceManager({**manager.environment, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"})
+        with cast(Any, service)._socket:
+            feeder = spawn(service.run, lambda: "state")
+            gevent.sleep(0.3)
+            feeder.kill()
+            assert manager.hears("STATUS=state") == []
+            manager.sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                manager.sock.recv(1)
+            for _ in range(10_000):  # it does not read
+                service.notify("STATUS=x")
+            manager.sock.close()
+            service.notify("READY=1")
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 
@@ -3644,7 +3731,7 @@ def test_a_demo_told_to_stop_leaves_nothing(hosts: Lab, tmp_path: Path, number: 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-SERVER = {"localhost": "192.0.2.1", "listenport": "10000", "prefixrange": "2001:db8:1::/56"}
+SERVER = {"localhost": "192.0.2.1", "listenport": "10000", "prefixrange": "2001:db8:1::/56", "documentation_addresses": "yes"}
 CLIENT = {"remotehost": "tun6.example", "remoteport": "10000"}
 REQUIRED = {"server": SERVER, "client": CLIENT}
 
@@ -3659,12 +3746,13 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
     assert dataclasses.asdict(tun6.read_config(path, "server")) == {
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
-        "keys": None, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True, "file": path,
+        "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
+        "client_to_client": True, "documentation_addresses": True, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
-        "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "file": path,
+        "link": "auto", "grace": 10, "mss": None, "fingerprint": None, "key": None, "documentation_addresses": False, "file": path,
     }  # fmt: skip
 
 
@@ -3680,7 +3768,7 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
         ("server", "mtu", "1280", 1280),
         ("server", "max_clients", "1", 1),
-        ("client", "remotehost", "203.0.113.7", "203.0.113.7"),
+        ("client", "remotehost", "10.0.0.7", "10.0.0.7"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
         ("client", "default_route", "No", False),
@@ -3775,10 +3863,20 @@ def test_the_config_is_the_named_one_or_the_folders_or_that_in_etc(tmp_path: Pat
     assert tun6.find_config("other.ini") == "other.ini"
 
 
-def test_the_shipped_examples_are_read_as_they_are(open_store: OpenStore, tmp_path: Path) -> None:
+def test_the_shipped_examples_are_read_once_their_addresses_are_permitted(open_store: OpenStore, tmp_path: Path) -> None:
     folder = Path(tun6.__file__).parent
-    server = tun6.read_config(str(folder / "config.ini"), "server")
-    assert tun6.read_config(str(folder / "config.ini"), "client").remoteport == server.listenport
+    for section, key, value, what in (
+        ("server", "prefixrange", "2001:db8:1::/48", "the range that is routed to this machine"),
+        ("client", "remotehost", "192.0.2.1", "your server's name or address"),
+    ):
+        complaint = rf"config.ini: \[{section}\] {key} = {value}: it is an example, which reaches nobody; set {what}$"
+        with pytest.raises(tun6.ConfigError, match=complaint):
+            tun6.read_config(str(folder / "config.ini"), section)
+    shipped = (folder / "config.ini").read_text()
+    config, permitted = tmp_path / "config.ini", shipped.replace("#documentation_addresses = no", "documentation_addresses = yes")
+    config.write_text(permitted)
+    server = tun6.read_config(str(config), "server")
+    assert tun6.read_config(str(config), "client").remoteport == server.listenport
     shutil.copy(folder / "assignments.json.example", tmp_path / "example.json")
     open_store(tmp_path / "example.json", server.prefixrange)
 
@@ -3789,6 +3887,14 @@ def test_a_configuration_error_is_one_line_on_stderr_and_status_2(command: str, 
     said = only_line(run_tun6(command, "-c", path), 2)
     assert said == f"tun6: {path}: [{command}] mtu = 12: it must be a whole number from 1280 to 65500\n"
     assert "missing.ini: No such file" in only_line(run_tun6(command, "-c", "missing.ini", cwd=tmp_path), 2)
+
+
+def test_a_config_with_a_key_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
+    config = write_config(tmp_path, client={**CLIENT, "key": "k" * 43})
+    for mode, warnings_ in ((0o644, 1), (0o640, 0), (0o600, 0)):
+        os.chmod(config, mode)
+        done = run_tun6("client", "-c", config, preexec_fn=drop_privilege)
+        assert done.stderr.count(f"WARNING {config} has a key, and whoever reads it can be this client; `chmod o= {config}`") == warnings_
 
 
 def test_usage_errors_have_status_2_and_help_and_version_0() -> None:
@@ -3825,14 +3931,18 @@ def test_without_privilege_it_is_one_sentence(command: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("journal", [False, True])
 def test_events_are_a_line_each_with_the_time_unless_the_journal_adds_it(journal: bool, tmp_path: Path) -> None:
-    script = "import tun6; tun6.set_up_logging(False); tun6.log.warning('told %s', 'so'); tun6.log.debug('not said')"
+    script = "import tun6; end = tun6.set_up_logging(False); tun6.log.warning('told %s', 'so'); tun6.log.debug('not said')\n"
+    script += "tun6.log.info('two\\nlines'); end.write_line('tun6: the end')"
     with open(tmp_path / "log", "w+") as file:
         status = os.fstat(file.fileno())
         stream = f"{status.st_dev}:{status.st_ino + (not journal)}"  # the journal of something else is not ours
         environment = {**os.environ, "PYTHONPATH": str(Path(tun6.__file__).parent), "JOURNAL_STREAM": stream}
         subprocess.run([sys.executable, "-c", script], env=environment, stderr=file, check=True, timeout=30)
     text = (tmp_path / "log").read_text()
-    assert re.fullmatch(r"WARNING told so\n" if journal else r"[0-9-]{10} [0-9:]{8}\S* WARNING told so\n", text)
+    if journal:
+        assert text == "<4>WARNING told so\n<6>INFO two\n<6>lines\n<3>tun6: the end\n"
+    else:
+        assert re.fullmatch(r"[0-9-]{10} [0-9:]{8}\S* WARNING told so\n\S+ \S+ INFO two\nlines\ntun6: the end\n", text)
 
 
 def test_warnings_that_differ_only_in_their_arguments_are_collapsed_and_counted() -> None:
@@ -5943,9 +6053,10 @@ def test_a_key_whose_config_ini_can_not_be_shown_is_not_made(site: Site, cert: s
 
 def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site) -> None:
     site.write_config()
-    options = ["-c", str(site.config), "--json"]
-    for arguments in (["list", *options], [*options, "list"]):
-        done = run_tun6("clients", *arguments)
+    config = ["-c", str(site.config)]
+    options = [*config, "--json"]
+    for arguments in (["clients", "list", *options], ["clients", *options, "list"], [*config, "-v", "clients", "list", "--json"]):
+        done = run_tun6(*arguments)
         assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
@@ -6007,6 +6118,42 @@ def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> 
     site.clients("pin", "a", str(pinned))
     assert peer.ended() == "closed"
     assert site.tunnel.visit("a") == pinned
+
+
+def test_an_open_server_gets_keys_without_a_cut(lab: Lab, site: Site) -> None:
+    old, new = site.tunnel.client("client", id="old"), site.tunnel.client("second", id="new")
+    open_server = site.serve(keys=None)
+    prefixes = {"old": old.prefix(), "new": new.prefix()}
+    open_server.stop()
+    server = site.serve(keys_required="no", new_ids_per_hour=1)
+    server.wait_for("WARNING open: whoever reaches port .* may claim any Id that has no key yet; `keys_required = yes` in .* closes it")
+    assert (old.prefix(times=2), new.prefix(times=2)) == (prefixes["old"], prefixes["new"])
+    lines = run_tun6("clients", "-c", str(site.config), "list").stdout.splitlines()
+    assert {re.sub(", connected.*", "", line) for line in lines} >= {f"{id_!r}  {prefix}  no key yet" for id_, prefix in prefixes.items()}
+
+    key = site.clients("add", "old")["key"]  # its session goes on until the client is told
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("INFO keys and certificate read anew")
+    ping(lab, "client", count=1)
+    assert "gone, " not in server.log()
+    assert site.tunnel.refusal("old")["Error"] == "tls-required"
+    assert site.answer("old", None)["Error"] == "denied"
+    ping(lab, "client", count=1)
+    old.stop()
+    keyed = site.client("old", key)
+    assert keyed.prefix() == prefixes["old"]
+    keyed.wait_for("over TLS")
+    assert site.tunnel.visit("one more") == site.visit("one more")  # plain, and inside TLS with its own or no key
+    assert site.tunnel.refusal("too many")["Text"] == "more than 1 new Ids in an hour"
+    assert "Prefix" in site.answer("has a key", site.clients("add", "has a key")["key"])  # that limit is for those without
+    site.clients("revoke", "old")
+    assert site.answer("old", key)["Error"] == "revoked"
+
+    server.stop()
+    server = site.serve()
+    new.wait_for("no connection to .*: tls-required")
+    assert site.answer("new", site.clients("add", "new")["key"])["Prefix"] == str(prefixes["new"])
+    server.stop()
 
 
 def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(site: Site) -> None:
@@ -8509,6 +8656,7 @@ class Soak:
                 "localhost": "0.0.0.0",
                 "listenport": SOAK_PORT,
                 "prefixrange": SOAK_POOL,
+                "documentation_addresses": "yes",
                 "assignments": self.disk / "assignments.json",
                 "control": self.folder / "control",
                 "cert": self.folder / "server.pem",
@@ -8953,7 +9101,7 @@ def soak_command(arguments: list[str]) -> int:
     print(f"{options.clients} clients, {options.minutes:g} minutes, seed {options.seed}", flush=True)
     tun6.raise_descriptor_limit()
     soak = Soak(options.minutes, options.clients, options.seed, [known[name] for name in options.faults])
-    tun6.run_until_signalled(soak.run)
+    tun6.run_until_signalled(soak.run, lambda: "")
     soak.report()
     return 0 if soak.finished and not soak.violations else 1
 

@@ -36,6 +36,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     connections                  Stream, TlsStream, TCP options, congestion control, PacedWriter
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
     session                      PathMonitor, Session: one connection, one TUN, two pumps
+    service manager              ServiceManager: what systemd is told
     server                       ServerConfig, AdmissionControl, Server
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
@@ -83,12 +84,12 @@ import textwrap
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
-from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, TypeVar, Union, cast
+from typing import Any, Callable, ClassVar, Generic, NamedTuple, NoReturn, Optional, TypeVar, Union, cast
 
 try:
     import gevent
@@ -1104,6 +1105,14 @@ def run_in_thread(function: Callable[..., R], *args: Any) -> R:
     return cast(R, gevent.get_hub().threadpool.apply(function, args))
 
 
+def give_owner(fd: int, like: Path) -> None:
+    """Gives an open file to the owner and group of another, so that root leaves to itself nothing that a service has to write."""
+    wanted, found = like.stat(), os.fstat(fd)
+    if (found.st_uid, found.st_gid) != (wanted.st_uid, wanted.st_gid) and found.st_nlink == 1:
+        with suppress(PermissionError):  # without CAP_CHOWN it stays ours
+            os.fchown(fd, wanted.st_uid, wanted.st_gid)
+
+
 class JsonFile:
     """A JSON object in a file. Each save replaces the whole file durably, so that it is never half written."""
 
@@ -1112,10 +1121,10 @@ class JsonFile:
     def __init__(self, path: str, content: str, mode: int) -> None:
         """`content` names what is in the file, for messages. `mode` is that of a new file.
 
-        An old file keeps its own mode, without the rights of others if `mode` is SECRET_MODE.
+        An old file keeps owner, group and mode, without the rights of others if `mode` is SECRET_MODE. A new one is its folder's owner's.
         """
         self.path = Path(os.path.realpath(path))  # a symbolic link stays one
-        self._content, self._mode, self._mode_mask = content, mode, mode if mode == SECRET_MODE else 0o777
+        self._content, self._mode, self._mode_mask = content, mode, 0o770 if mode == SECRET_MODE else 0o777
 
     def version(self) -> tuple[int, ...]:
         """Returns a value that changes whenever somebody writes or replaces the file; () when there is no file."""
@@ -1192,6 +1201,7 @@ class JsonFile:
         try:
             new.unlink(missing_ok=True)
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode), "wb") as file:
+                give_owner(file.fileno(), self.path if self.path.exists() else self.path.parent)
                 if self.path.exists():
                     os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode) & self._mode_mask)
                 file.write(content)
@@ -1292,7 +1302,8 @@ class AssignmentStore:
     @staticmethod
     def _lock_file(path: Path) -> int | None:
         try:
-            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            give_owner(lock, path if path.exists() else path.parent)
         except FileNotFoundError:
             raise ConfigError(f"{path}: its folder does not exist; make it, or name another file") from None
         except OSError as error:
@@ -2687,6 +2698,54 @@ class Session:
         return f"after {age:.0f} s, {traffic.received} bytes received, {traffic.sent} sent, {dropped} packets dropped{by_kernel}{refused}"
 
 
+# ---- service manager -------------------------------------------------------------------------------------------------
+
+STATUS_S = 1.0  # between two looks at whether the status has changed
+
+
+class ServiceManager:
+    """Tells systemd how this program is, by the protocol of sd_notify(3). Does nothing where nobody has asked for that."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Opens the socket now, as there may be no descriptor later, and systemd ends whom it does not hear."""
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = system_socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
+        ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._watchdog_s = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
+
+    def notify(self, *lines: str) -> None:
+        """Sends these, such as READY=1. Never waits, never fails."""
+        if self._socket:
+            with suppress(OSError):
+                self._socket.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Says that configuration is read anew meanwhile, so that `systemctl reload` waits for the end."""
+        self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            yield
+        finally:
+            self.notify("READY=1")
+
+    def run(self, status: Callable[[], str]) -> None:
+        """Until it is killed, feeds the watchdog from the event loop and says what `status` returns whenever that is another line."""
+        said, pause, fed = "", min(STATUS_S, self._watchdog_s / 2 or STATUS_S), -math.inf
+        while self._socket:
+            if self._watchdog_s and time.monotonic() - fed >= self._watchdog_s / 2 - pause:
+                self.notify("WATCHDOG=1")
+                fed = time.monotonic()
+            now = status()
+            if now != said:
+                self.notify(f"STATUS={now}")
+                said = now
+            gevent.sleep(pause)
+
+
+service_manager = ServiceManager(os.environ)
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 BACKLOG = 1024  # connections that wait for accept, or of one host for admission
@@ -2717,9 +2776,11 @@ class ServerConfig:
     max_clients: int = 1000
     cert: str | None = None
     keys: str | None = None
+    keys_required: bool = True
     control: str = "/run/tun6/server.sock"
     new_ids_per_hour: int = 0
     client_to_client: bool = True
+    documentation_addresses: bool = False
     file: str = "config.ini"
 
 
@@ -2930,6 +2991,7 @@ class Server:
             undo.callback(self._end_sessions)
             where = self._config.localhost, self._config.listenport
             log.info("serving %s on %s port %d, with %d assignments", self._config.prefixrange, *where, len(self.store.pool.owners()))
+            service_manager.notify("READY=1")
             while True:
                 for _ in range(ACCEPT_BATCH):
                     self._accept(listener)
@@ -2971,9 +3033,13 @@ class Server:
             self.keys.reload()
             for id_, old in before.items():
                 now = self.keys.find(id_)
-                if now is None or now.revoked or now != old:
+                if (old and now != old) or (now and now.revoked):  # one that had none goes on until its client has its first key
                     self.end_session(id_, "its key was taken away")
         self._tls = tls
+
+    def state(self) -> str:
+        """Returns a line for the service manager."""
+        return f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}: {len(self.sessions)} clients"
 
     def end_session(self, id_: str, reason: str) -> None:
         """Ends the session of the Id, if there is one."""
@@ -3059,7 +3125,7 @@ class Server:
 
     def _check_key(self, hello: Hello, stream: Stream) -> None:
         """Raises Refusal for a client that may not connect."""
-        if self.keys is None:
+        if self.keys is None or not (self._config.keys_required or self.keys.find(hello.id)):
             return
         if stream.encrypt is None:
             raise Refusal("tls-required", "this server serves only clients with a key, over TLS", f"{quote_id(hello.id)} without TLS")
@@ -3089,7 +3155,8 @@ class Server:
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
         if len(self.sessions) >= self._config.max_clients:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        if self.keys is None and self.store.pool.find(id_) is None and not self._new_ids.take():
+        has_key = self.keys is not None and self.keys.find(id_) is not None
+        if not has_key and self.store.pool.find(id_) is None and not self._new_ids.take():
             raise Refusal("busy", f"more than {self._config.new_ids_per_hour} new Ids in an hour")
         session = self.sessions[id_] = Session(peer)
         try:
@@ -3206,6 +3273,7 @@ class ClientConfig:
     tls: bool = False
     fingerprint: str | None = None
     key: str | None = None
+    documentation_addresses: bool = False
     file: str = "config.ini"
 
 
@@ -3237,6 +3305,11 @@ class Client:
         self._fragments = False  # whether routers have to fragment on the path to the server
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
         self._retry_s = RETRY_S
+        self._state = f"connecting to {self._server}"
+
+    def state(self) -> str:
+        """Returns a line for the service manager."""
+        return self._state
 
     def run(self) -> NoReturn:
         """Serves until it is killed, then removes the TUN. Raises KernelError when the TUN can't be made at the start."""
@@ -3245,6 +3318,7 @@ class Client:
         helpers = [gevent.spawn(work) for work in (self._monitor.run, self._paths.run, trim_heap)]
         try:
             self._open_tun()
+            service_manager.notify("READY=1")
             while True:
                 try:
                     try:
@@ -3351,6 +3425,7 @@ class Client:
             self._open_routes(tun)
             log.info("%s at %s: has %s on %s%s", quote_id(self._id), self._server, prefix, tun.name, stream.security)
             self._logged_outage = None
+            self._state = f"has {prefix} on {tun.name} from {self._server}{stream.security}"
             self._last_good = [sock.getpeername()]
             self._session = Session("the server")
             self._session.fragments = self._fragments
@@ -3361,8 +3436,11 @@ class Client:
                 raise self._session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
 
     def _warn_of_another_id(self, id_: str) -> None:
-        """Compares the Id, which nobody has set, with that of the last start. It is remembered for this only, beside config.ini."""
-        path = Path(f"{self._config.file}.last-id")
+        """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
+        (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
+        """
+        folder, name = os.path.split(self._config.file)
+        path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
         try:
             last = path.read_text("utf-8").strip() if path.exists() else id_
             if last != id_:
@@ -3446,6 +3524,7 @@ class Client:
         until = "the server won't serve this client until its operator changes that; " if final else ""
         log.log(level, "no connection to %s: %s; %strying again every %.0f s", self._server, describe_end(error), until, self._retry_s)
         self._logged_outage = kind
+        self._state = f"no connection to {self._server}: {describe_end(error)}"
 
 
 # ---- administration --------------------------------------------------------------------------------------------------
@@ -3546,12 +3625,14 @@ class AdminRequestHandler:
     def add(self, id: str, prefix: str | None, new_key: bool) -> dict[str, Any]:
         """Gives an Id a key and, if it has none, a prefix."""
         keys = self._require_keys()
-        if keys.find(id) and not new_key:
+        old = keys.find(id)
+        if old and not new_key:
             raise RequestError(f"{quote_id(id)} has a key already; with --new-key it gets another one, and the old one ends")
         if prefix is not None:
             self.pin(id, prefix)
         entry = {"id": id, "prefix": str(self._store.assign(id)), "key": keys.issue(id)}
-        self._end_session(id, "it got another key")
+        if old:  # a client that had none goes on until it is told its first one
+            self._end_session(id, "it got another key")
         return entry
 
     def pin(self, id: str, prefix: str) -> dict[str, Any]:
@@ -3831,6 +3912,7 @@ class Demo:
         localhost = 0.0.0.0
         listenport = 10000
         prefixrange = 2001:db8:1::/56
+        documentation_addresses = yes
         assignments = assignments.json
         control = {folder}/control
         [client]
@@ -4080,9 +4162,11 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "max_clients": _integer(1, 1_000_000),
         "cert": _path,
         "keys": _path,
+        "keys_required": _boolean,
         "control": _path,
         "new_ids_per_hour": _integer(0, 1_000_000),
         "client_to_client": _boolean,
+        "documentation_addresses": _boolean,
     },
     "client": {
         "remotehost": _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server"),
@@ -4099,8 +4183,12 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "tls": _boolean,
         "fingerprint": _fingerprint,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
+        "documentation_addresses": _boolean,
     },
 }
+DOCUMENTATION = tuple(  # addresses that are nobody's: RFC 5737, RFC 3849, RFC 9637
+    map(ipaddress.ip_network, ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20"))
+)
 
 
 def find_config(named: str | None) -> str:
@@ -4151,7 +4239,20 @@ def read_config(path: str, section: str) -> Any:
                 raise ConfigError(f"{path}: [{section}] {field.name} = {to_printable(text)}: it {error}") from None
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
+    key = {"server": "prefixrange", "client": "remotehost"}[section]
+    if is_documentation(values[key]) and not values.get("documentation_addresses"):
+        what = "the range that is routed to this machine" if section == "server" else "your server's name or address"
+        raise ConfigError(f"{path}: [{section}] {key} = {values[key]}: it is an example, which reaches nobody; set {what}")
     return _SECTIONS[section](**values)
+
+
+def is_documentation(address: IPv6Network | str) -> bool:
+    """Returns whether it is a range or an address that only documentation uses; a name is none."""
+    try:
+        network: Any = ipaddress.ip_network(address)
+    except ValueError:
+        return False
+    return any(network.version == each.version and network.subnet_of(each) for each in DOCUMENTATION)
 
 
 def _suggest(word: str, known: Iterable[str], form: str) -> str:
@@ -4169,11 +4270,11 @@ def server_command(options: argparse.Namespace) -> None:
     if config.assignments is None:
         log.warning("no `assignments` file in %s: all prefixes are forgotten when the server ends", config.file)
     server = Server(config)
-    if server.keys is None:
+    if server.keys is None or not config.keys_required:
+        which, closes = ("any Id", "keys") if server.keys is None else ("any Id that has no key yet", "keys_required = yes")
         log.warning(
-            "open: whoever reaches port %d gets a /64 and may claim any Id; `keys` in %s closes it, `new_ids_per_hour` bounds new Ids",
-            config.listenport,
-            config.file,
+            "open: whoever reaches port %d gets a /64 and may claim %s; `%s` in %s closes it, `new_ids_per_hour` bounds new Ids",
+            *(config.listenport, which, closes, config.file),
         )
 
     def run() -> None:
@@ -4186,22 +4287,26 @@ def server_command(options: argparse.Namespace) -> None:
 
     def reload() -> None:
         try:
-            server.reload()
+            with service_manager.reloading():
+                server.reload()
             what = "keys and certificate read anew" if config.cert else "nothing to be read anew: there are neither keys nor a certificate"
             log.info(what)
         except ConfigError as error:
             log.error("keys and certificate stay as they were: %s", error)
 
-    run_until_signalled(run, reload)
+    run_until_signalled(run, server.state, reload)
 
 
 def client_command(options: argparse.Namespace) -> None:
     """`tun6.py client`."""
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")  # resolv.conf(5): a name server that is back is noticed in seconds
     config: ClientConfig = read_config(find_config(options.config), "client")
+    if config.key and os.stat(config.file).st_mode & stat.S_IROTH:
+        log.warning("%s has a key, and whoever reads it can be this client; `chmod o= %s` keeps others out", config.file, config.file)
     require_privilege()
     require_ipv6()
-    run_until_signalled(Client(config).run)
+    client = Client(config)
+    run_until_signalled(client.run, client.state)
 
 
 def keygen_command(options: argparse.Namespace) -> None:
@@ -4219,6 +4324,7 @@ def keygen_command(options: argparse.Namespace) -> None:
         raise KernelError(f"`{command}` failed: {' '.join(made.stderr.split())}")
     try:
         with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_MODE), "w", encoding="ascii") as pem:
+            give_owner(pem.fileno(), file.parent)
             pem.write(made.stdout)
     except OSError as error:
         raise StorageError(f"{file} can't be written: {error.strerror}") from None
@@ -4297,7 +4403,7 @@ def clients_command(options: argparse.Namespace) -> None:
         print(format_client_section(config, done))
     else:
         for entry in done if isinstance(done, list) else [done]:
-            print(format_client(entry))
+            print(format_client(entry, config.keys is not None and not config.keys_required))
 
 
 def format_client_section(config: ServerConfig, added: dict[str, str]) -> str:
@@ -4317,10 +4423,10 @@ def format_client_section(config: ServerConfig, added: dict[str, str]) -> str:
         fingerprint = {added["fingerprint"]}""")
 
 
-def format_client(entry: dict[str, Any]) -> str:
+def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
     """Returns one line of `clients list`."""
     session = entry.get("session")
-    state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key"
+    state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key yet" if served_without_key else "no key"
     if session:
         refused = sum(session["refused"].values())
         state += f", connected for {session['seconds']} s from {session['peer']} on {session['device']}"
@@ -4378,9 +4484,10 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def run_until_signalled(run: Callable[[], object], reload: Callable[[], None] | None = None) -> None:
+def run_until_signalled(run: Callable[[], object], state: Callable[[], str], reload: Callable[[], None] | None = None) -> None:
     """Runs until `run` fails, whose error this raises, or until SIGTERM or SIGINT, which kills it so that it undoes what it did.
 
+    Meanwhile the service manager hears the `state`.
     SIGHUP calls `reload`; without that it ends the program, too.
     """
     stop = gevent.event.Event()
@@ -4391,7 +4498,9 @@ def run_until_signalled(run: Callable[[], object], reload: Callable[[], None] | 
     gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what `get` raises here
     service = gevent.spawn(run)
     service.link(lambda _: stop.set())
+    gevent.spawn(service_manager.run, state)
     stop.wait()
+    service_manager.notify("STOPPING=1")
     service.kill()
     service.get()
 
@@ -4421,19 +4530,24 @@ class WarningRateLimit(logging.Filter):
 class ThreadedLogHandler(logging.Handler):
     """Writes the log to a file in a thread of its own, so that nobody else waits for a reader that does not read."""
 
-    def __init__(self, fd: int) -> None:
+    PRIORITIES: ClassVar = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}  # sd-daemon(3)
+
+    def __init__(self, fd: int, journal: bool) -> None:
+        """With `journal`, each line begins with its priority."""
         super().__init__()
-        self._fd = fd
+        self._fd, self._journal = fd, journal
         self._lines: queue.Queue[str] = queue.Queue(LOG_LINES_MAX)
         self._lost = 0
         self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hands the record to the thread. Never waits."""
-        self.write_line(self.format(record))
+        self.write_line(self.format(record), record.levelno)
 
-    def write_line(self, line: str) -> None:
+    def write_line(self, line: str, level: int = logging.ERROR) -> None:
         """Hands a line to the thread as it is. Never waits."""
+        if self._journal:
+            line = re.sub("^", f"<{self.PRIORITIES.get(level, 6)}>", line, flags=re.MULTILINE)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="log", daemon=True)
             self._thread.start()
@@ -4462,10 +4576,10 @@ class ThreadedLogHandler(logging.Handler):
 
 
 def set_up_logging(verbose: bool) -> ThreadedLogHandler:
-    """Logs to stderr, one line for each event; without the time where systemd's journal adds it (systemd.exec(5), JOURNAL_STREAM)."""
+    """Logs to stderr, one line for each event; to systemd's journal (systemd.exec(5), JOURNAL_STREAM) with priority and without time."""
     stderr = os.fstat(sys.stderr.fileno())
     journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
-    handler = ThreadedLogHandler(sys.stderr.fileno())
+    handler = ThreadedLogHandler(sys.stderr.fileno(), journal)
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s",
@@ -4477,9 +4591,6 @@ def set_up_logging(verbose: bool) -> ThreadedLogHandler:
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line, whose result names the `function` of the subcommand."""
-    parser = argparse.ArgumentParser(prog="tun6", description="A stable IPv6 /64 over one IPv4 TCP connection, through any NAT.")
-    parser.add_argument("--version", action="version", version=f"tun6 {__version__}")
-    parser.set_defaults(verbose=False, config=None, json=False)
 
     def shared(*names: str, **settings: Any) -> argparse.ArgumentParser:
         option = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -4490,6 +4601,10 @@ def build_parser() -> argparse.ArgumentParser:
     config = shared("-c", "--config", metavar="FILE", help=f"default: ./{CONFIG_FILES[0]}, then {CONFIG_FILES[1]}")
     as_json = shared("--json", action="store_true", help="answer in JSON")
     id_ = shared("id", metavar="ID", help="as the client says it, often a MAC address")
+
+    about = "A stable IPv6 /64 over one IPv4 TCP connection, through any NAT."
+    parser = argparse.ArgumentParser(prog="tun6", description=about, parents=[verbose, config])
+    parser.add_argument("--version", action="version", version=f"tun6 {__version__}")
 
     def add(to: Any, name: str, text: str, *parents: argparse.ArgumentParser, **defaults: Any) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = to.add_parser(name, help=text, description=text, parents=[verbose, *parents])
@@ -4520,7 +4635,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status: 2 for usage and configuration, 1 for what fails later."""
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments, argparse.Namespace(verbose=False, config=None, json=False))
     stderr = set_up_logging(options.verbose)
     try:
         options.function(options)
