@@ -40,6 +40,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     server                       ServerConfig, AdmissionControl, Server
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
+    installation                 tokens, the unit for systemd, Installer: `tun6.py install`
     demo                         Lab, a network of namespaces on this machine, and Demo
     command line                 config.ini, subcommands, start-up checks, logging, signals, exit status
 """
@@ -47,6 +48,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import configparser
 import ctypes
@@ -58,6 +60,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import importlib.metadata
 import inspect
 import io
 import ipaddress
@@ -66,11 +69,13 @@ import logging
 import math
 import os
 import platform
+import pwd
 import queue
 import random
 import re
 import resource
 import secrets
+import shutil
 import signal
 import socket as system_socket
 import ssl
@@ -2781,6 +2786,7 @@ class ServerConfig:
     new_ids_per_hour: int = 0
     client_to_client: bool = True
     documentation_addresses: bool = False
+    address: str | None = None
     file: str = "config.ini"
 
 
@@ -3772,6 +3778,379 @@ def ask_server(path: str, request: dict[str, Any]) -> Any:
     return answer["done"]
 
 
+# ---- installation ----------------------------------------------------------------------------------------------------
+
+PROGRAM_FOLDER, LAUNCHER = Path("/opt/tun6"), Path("/usr/local/bin/tun6")
+CONFIG_FOLDER, STATE_FOLDER = Path("/etc/tun6"), Path("/var/lib/tun6")
+UNIT_FOLDER, SYSCTL_FILE = Path("/etc/systemd/system"), Path("/etc/sysctl.d/60-tun6.conf")
+COPIED = "copied-from"  # the file in PROGRAM_FOLDER that says that `install` made it
+SERVICE_USER = "tun6"
+START_S = 60.0  # for `systemctl`, which waits until the service is ready
+TOKEN_VERSION, TOKEN_CHECK = 1, 4  # of what is in a token; bytes of SHA-256 at its end, against typing errors
+TOKEN_KEYS = ("remotehost", "remoteport", "id", "key", "fingerprint")  # settings of [client]
+NEW_CONFIG = {  # of a machine that has no config.ini yet
+    "server": {"localhost": "0.0.0.0", "listenport": "10000", "assignments": "assignments.json"},
+    "client": {"remoteport": "10000"},
+}
+UNIT = """\
+# {unit_folder}/tun6-{role}.service, as `tun6.py install {role}` writes it; see docs/operating.md, "Run it as a service"
+[Unit]
+Description=tun6 {role}: {what}
+Documentation=file:/opt/tun6/tun6.py
+Wants=network-online.target
+After=network-online.target
+# it may have to wait for its network for hours
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart=/usr/local/bin/tun6 {role} -c /etc/tun6/config.ini
+{reload}Restart=always
+RestartSec=2
+# wrong configuration: it would be as wrong the next time
+RestartPreventExitStatus=2
+WatchdogSec=30
+WatchdogSignal=SIGKILL
+# a stop must not end what the program runs to clear up
+KillMode=mixed
+TimeoutStopSec=20
+LimitNOFILE=65536
+
+User=tun6
+Group=tun6
+StateDirectory=tun6
+StateDirectoryMode=0750
+RuntimeDirectory=tun6-{role}
+UMask=0077
+# CAP_NET_ADMIN: TUNs, routes and their sysctls; CAP_NET_RAW: the question whether the path is alive{why}
+AmbientCapabilities={capabilities}
+CapabilityBoundingSet={capabilities}
+NoNewPrivileges=yes
+DevicePolicy=closed
+DeviceAllow=/dev/net/tun rw
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+# not ProtectKernelTunables: accept_ra is turned off for each TUN
+ProtectControlGroups=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectClock=yes
+ProtectHostname=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def service_unit(role: str, low_port: bool = False) -> str:
+    """Returns the unit of systemd for the server or the client; `low_port`: the server listens on a port below 1024."""
+    return UNIT.format(
+        role=role,
+        what="IPv6 prefixes over TCP" if role == "server" else "an IPv6 prefix over TCP",
+        unit_folder=UNIT_FOLDER,
+        reload="ExecReload=/bin/kill -HUP $MAINPID\n" if role == "server" else "",
+        why="; CAP_NET_BIND_SERVICE: the port" if low_port else "",
+        capabilities="CAP_NET_ADMIN CAP_NET_RAW" + " CAP_NET_BIND_SERVICE" * low_port,
+    )
+
+
+def encode_token(settings: Mapping[str, str]) -> str:
+    """Returns one line with what a client has to know, its settings by TOKEN_KEYS: `tun6.py install client --join` takes it."""
+    body = json.dumps([TOKEN_VERSION, *(settings[key] for key in TOKEN_KEYS)], separators=(",", ":")).encode("ascii")
+    return "tun6:" + base64.urlsafe_b64encode(body + hashlib.sha256(body).digest()[:TOKEN_CHECK]).decode().rstrip("=")
+
+
+def decode_token(token: str) -> dict[str, str]:
+    """Returns the settings of [client] that a token stands for. Raises RequestError."""
+    try:
+        text = "".join(token.split()).partition("tun6:")[2]
+        data = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+        body, check = data[:-TOKEN_CHECK], data[-TOKEN_CHECK:]
+        if not text or hashlib.sha256(body).digest()[:TOKEN_CHECK] != check:
+            raise ValueError("a part of it is missing or mistyped")
+        version, *values = json.loads(body)
+        if version != TOKEN_VERSION:
+            raise ValueError("it is of another version of tun6")
+        return dict(zip(TOKEN_KEYS, map(str, values)))
+    except ValueError as error:
+        reason = to_printable(error)
+        raise RequestError(f"this is no token that `tun6.py clients add` printed: {reason}; copy the whole line, from tun6: on") from None
+
+
+def set_in_section(text: str, section: str, settings: Mapping[str, str]) -> str:
+    """Returns the text of a config.ini with these settings in a section, every other line as it was."""
+    head, banner, rest = (f"\n{text}").partition(f"\n[{section}]")
+    if not banner:
+        return f"{text}\n[{section}]\n".lstrip("\n") + "".join(f"{key} = {value}\n" for key, value in settings.items())
+    body, following, others = rest.partition("\n[")
+    for key, value in settings.items():
+        line = f"\n{key} = {value}".replace("\\", r"\\")
+        body, found = re.subn(rf"(?i)\n{key}\s*[=:].*", line, body)
+        if not found:
+            body, found = re.subn(rf"\n#{key} = .*", line, body, count=1)
+        body = body if found else body.rstrip("\n") + f"\n{key} = {value}\n"
+    return (head + banner + body + following + others)[1:]
+
+
+def make_certificate(file: Path) -> None:
+    """Makes the server's certificate, valid for 100 years, as clients compare its fingerprint. Raises KernelError, StorageError."""
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=tun6 -keyout - -out -"
+    try:
+        made = subprocess.run(command.split(), capture_output=True, text=True)
+    except OSError as error:
+        raise KernelError(f"`openssl` can't be run: {error.strerror}; install it with `apt-get install openssl`") from None
+    if made.returncode:
+        raise KernelError(f"`{command}` failed: {' '.join(made.stderr.split())}")
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_MODE), "w", encoding="ascii") as pem:
+            give_owner(pem.fileno(), file.parent)
+            pem.write(made.stdout)
+    except OSError as error:
+        raise StorageError(f"{file} can't be written: {error.strerror}") from None
+
+
+class Installer:
+    """Puts a server or a client in place as a service of systemd, each thing once, and says what it did.
+
+    Below a `root` other than / it writes files only, which tests and builders of images want.
+    """
+
+    def __init__(self, role: str, root: Path, read: Callable[[str], Any]) -> None:
+        """`read` returns the ServerConfig or ClientConfig in a file."""
+        self._role, self._root, self._read, self._service = role, root, read, f"tun6-{role}.service"
+        self._changed = False  # whether the service must be restarted
+        self._config: Any = None
+
+    def install(self, settings: Mapping[str, str], old: Path | None) -> None:
+        """Does all steps; `settings` are changed in config.ini, which, where there is none yet, begins as `old`.
+
+        Raises RequestError, ConfigError, KernelError, StorageError. What was done by then stays, and the next run goes on from there.
+        """
+        try:
+            self._add_user()
+            self._copy_program()
+            self._configure(settings, old)
+            self._set_sysctls()
+            self._write(UNIT_FOLDER / self._service, service_unit(self._role, getattr(self._config, "listenport", 1024) < 1024), 0o644)
+            self._start()
+        except OSError as error:
+            raise StorageError(f"{error.filename or self._root}: {error.strerror}; run this as root") from None
+
+    def remove(self) -> None:
+        """Takes everything away but configuration and state. Raises KernelError, StorageError."""
+        unit, other = UNIT_FOLDER / self._service, UNIT_FOLDER / f"tun6-{'client' if self._role == 'server' else 'server'}.service"
+        if self._at(unit).exists():
+            self._run("systemctl", "disable", "--now", self._service)
+        gone = [unit, *([SYSCTL_FILE] if self._role == "server" else [])]
+        if not self._at(other).exists():
+            gone += [LAUNCHER] if self._owns_launcher() else []
+            gone += [PROGRAM_FOLDER] if self._at(PROGRAM_FOLDER / COPIED).exists() else []
+        for path in filter(lambda path: self._at(path).exists(), gone):
+            shutil.rmtree(self._at(path)) if self._at(path).is_dir() else self._at(path).unlink()
+            self._say(f"removed {path}")
+        self._run("systemctl", "daemon-reload")
+        self._say(f"kept {CONFIG_FOLDER} and {STATE_FOLDER}; sysctls stay as they are until the next boot")
+
+    def _at(self, path: Path) -> Path:
+        return self._root / path.relative_to("/")
+
+    def _say(self, what: str) -> None:
+        print(f"  {what}", flush=True)
+
+    def _run(self, *command: str) -> str:
+        """Runs a program of the machine and returns what it says. Raises KernelError."""
+        if self._root != Path("/"):
+            return ""
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=True, stdin=subprocess.DEVNULL).stdout
+        except OSError as error:
+            raise KernelError(f"`{command[0]}` can't be run: {error.strerror}; a service needs systemd") from None
+        except subprocess.TimeoutExpired:
+            raise KernelError(f"`{' '.join(command)}` did not end within {START_S:.0f} s") from None
+        except subprocess.CalledProcessError as error:
+            raise KernelError(f"`{' '.join(command)}` failed: {' '.join(error.stderr.split())}") from None
+
+    def _write(self, path: Path, text: str, mode: int, group: str = "root") -> None:
+        """Writes a file, durably enough, unless it is so already."""
+        file = self._at(path)
+        if not file.exists() or file.read_text("utf-8") != text or stat.S_IMODE(file.stat().st_mode) != mode:
+            file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            new = file.with_name(f"{file.name}.new")
+            new.unlink(missing_ok=True)
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_MODE), "w", encoding="utf-8") as output:
+                output.write(text)
+            self._give(new, mode, "root", group)
+            new.replace(file)
+            self._say(f"wrote {path}")
+            self._changed = True
+
+    def _give(self, path: Path, mode: int, user: str, group: str) -> None:
+        if self._root == Path("/"):
+            shutil.chown(path, user, group)
+        path.chmod(mode)
+
+    def _add_user(self) -> None:
+        with suppress(KeyError):
+            if self._root == Path("/"):
+                pwd.getpwnam(SERVICE_USER)
+            return
+        nobody = "--system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin"
+        self._run("useradd", *nobody.split(), SERVICE_USER)
+        self._say(f"made the user {SERVICE_USER}")
+
+    def _owns_launcher(self) -> bool:
+        return self._at(LAUNCHER).exists() and "`tun6.py install`" in self._at(LAUNCHER).read_text("utf-8", "replace")
+
+    def _copy_program(self) -> None:
+        """Copies this file and its virtual environment, unless pip has installed it or it is in its place; makes the command `tun6`."""
+        program, python, library = Path(__file__).resolve(), Path(sys.executable), ""
+        if program.parent != PROGRAM_FOLDER and not {"site-packages", "dist-packages"} & {*program.parts}:
+            if sys.prefix != sys.base_prefix:
+                self._copy_packages(PROGRAM_FOLDER / "lib")
+                library = f"PYTHONPATH={PROGRAM_FOLDER}/lib "
+            self._write(PROGRAM_FOLDER / COPIED, f"{program}\n", 0o644)
+            self._write(PROGRAM_FOLDER / "tun6.py", program.read_text("utf-8"), 0o755)
+            program, python = PROGRAM_FOLDER / "tun6.py", Path(cast(Any, sys)._base_executable)
+        for path in (program, python):
+            if path.parts[1] in ("home", "root", "tmp") and self._root == Path("/"):
+                raise RequestError(f"{path} is where a service can't read it; run this with the system's /usr/bin/python3 or a venv of it")
+        if self._owns_launcher() or not self._at(LAUNCHER).exists():
+            self._write(LAUNCHER, f'#!/bin/sh\n# made by `tun6.py install`\n{library}exec {python} {program} "$@"\n', 0o755)
+
+    def _copy_packages(self, to: Path) -> None:
+        """Copies the packages that tun6 needs, once for each of their versions."""
+        missing, found = {"gevent", "netifaces", "python-pytun"}, dict[str, importlib.metadata.Distribution]()
+        while missing:
+            name = missing.pop()
+            with suppress(importlib.metadata.PackageNotFoundError):  # one for other systems
+                found[name] = importlib.metadata.distribution(name)
+                wanted = (re.match(r"([\w.-]+)[^;]*(;.*extra.*)?", each) for each in found[name].requires or ())
+                missing |= {match[1].lower() for match in wanted if match and not match[2]} - found.keys()
+        found = {
+            name: each for name, each in found.items() if Path(str(each.locate_file(""))).is_relative_to(sys.prefix)
+        }  # not the system's
+        versions = sys.version + "".join(sorted(f"\n{name} {each.version}" for name, each in found.items()))
+        if (self._at(to) / "versions").exists() and (self._at(to) / "versions").read_text() == versions:
+            return
+        shutil.rmtree(self._at(to), ignore_errors=True)
+        for each in found.values():
+            for file in each.files or ():
+                if not {"..", "__pycache__"} & {*file.parts} and "tests" not in file.parts:
+                    target = self._at(to) / file
+                    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+                    shutil.copyfile(str(file.locate()), target)
+        (self._at(to) / "versions").write_text(versions)
+        self._say(f"copied {', '.join(sorted(found))} to {to}")
+        self._changed = True
+
+    def _configure(self, settings: Mapping[str, str], old: Path | None) -> None:
+        """Writes config.ini, and moves what it names to the folder for state."""
+        target, new = self._at(CONFIG_FOLDER / "config.ini"), NEW_CONFIG[self._role]
+        if target.exists() and old and not old.samefile(target):
+            raise RequestError(f"{target} is there already, and it is not {old}; move one of them away")
+        base = target if target.exists() else old
+        text = base.read_text("utf-8-sig") if base else ""
+        if f"\n[{self._role}]" not in f"\n{text}":
+            settings = {**new, **settings}
+        text = set_in_section(text, self._role, settings)
+        folder = base.parent if base else target.parent
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=folder, prefix="config.ini."
+        ) as draft:  # its paths are relative to there
+            draft.write(text)
+            draft.flush()
+            try:
+                self._config = self._read(draft.name)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace(draft.name, str(base or target))) from None
+        if self._role == "server":
+            text = set_in_section(text, "server", self._move_state(folder))
+        if hasattr(self._config, "control"):
+            text = set_in_section(text, self._role, {"control": f"/run/tun6-{self._role}/{self._role}.sock"})
+        self._write(CONFIG_FOLDER / "config.ini", text, 0o640, SERVICE_USER)
+
+    def _move_state(self, folder: Path) -> dict[str, str]:
+        """Moves assignments, keys and certificate to the folder for state, makes what is missing there, and returns the settings for it."""
+        state = self._at(STATE_FOLDER)
+        state.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._give(state, 0o750, SERVICE_USER, SERVICE_USER)
+        names = {key: getattr(self._config, key) for key in ("assignments", "keys", "cert")}
+        files = {key: Path(os.path.realpath(folder / (name or ""))) for key, name in names.items()}
+        there = {key: state / Path(name or f"{key}.json").name for key, name in names.items()}
+        if names["assignments"] is None or not (files["assignments"].exists() or there["assignments"].exists()):
+            places = (folder, Path(), self._at(PROGRAM_FOLDER), self._at(CONFIG_FOLDER), state)
+            lost = next((file for place in places for file in place.glob("assignments.json*") if file.suffix in (".json", ".bak")), None)
+            if lost:
+                raise RequestError(
+                    f"{lost} has assignments and {folder}/config.ini does not name it: name its config.ini with -c, or move it away"
+                )
+            if names["keys"] is None:  # a new server is for those who have a key
+                there["cert"] = state / "server.pem"
+                names.update(keys="keys.json", cert="server.pem")
+        for key, name in names.items():
+            if name and files[key].is_file() and files[key] != there[key].resolve():
+                if there[key].exists():
+                    raise RequestError(f"{files[key]} and {there[key]} are both there; move the one away that does not count")
+                if key == "assignments":  # they are whole, and no server has them
+                    AssignmentStore(PrefixPool(self._config.prefixrange), str(files[key])).close()
+                for suffix in (".bak", ""):
+                    if Path(f"{files[key]}{suffix}").exists():
+                        shutil.move(f"{files[key]}{suffix}", f"{there[key]}{suffix}")
+                self._say(f"moved {files[key]} to {STATE_FOLDER / there[key].name}")
+        if names["cert"] and not there["cert"].exists():
+            make_certificate(there["cert"])
+            self._say(f"made the certificate {STATE_FOLDER / there['cert'].name}")
+        for file in state.iterdir():
+            self._give(file, stat.S_IMODE(file.stat().st_mode), SERVICE_USER, SERVICE_USER)
+        return {key: str(STATE_FOLDER / there[key].name) for key, name in names.items() if name or key == "assignments"}
+
+    def _set_sysctls(self) -> None:
+        """Lets a server forward, and keep its own default route where that is from router advertisements."""
+        if self._role == "client":
+            return
+        uplink = re.search(r"dev (\S+) proto ra", self._run("ip", "-6", "route", "show", "default"))
+        wanted = [f"net.ipv6.conf.{uplink[1]}.accept_ra=2"] if uplink else []
+        wanted.append("net.ipv6.conf.all.forwarding=1")
+        old = self._at(SYSCTL_FILE).read_text("utf-8") if self._at(SYSCTL_FILE).exists() else ""
+        missing = [line for line in wanted if line not in old.replace(" ", "").splitlines()]
+        if missing:
+            self._write(SYSCTL_FILE, old + "".join(f"{line}\n" for line in missing), 0o644)
+        for name, _, value in (line.partition("=") for line in wanted):
+            if self._root == Path("/") and read_sysctl(name) != value:
+                Path("/proc/sys", *name.split(".")).write_text(value)
+                self._say(f"set {name} = {value}")
+
+    def _start(self) -> None:
+        """Starts the service at each boot, and now; returns when it says that it is ready."""
+        if self._root != Path("/"):
+            return
+        self._run("systemctl", "daemon-reload")
+        self._run("systemctl", "enable", self._service)
+        with suppress(KernelError):
+            self._run("systemctl", "is-active", self._service)
+            if not self._changed:
+                self._say(f"{self._service} runs, nothing had to be changed")
+                return
+        try:
+            self._run("systemctl", "restart", self._service)
+        except KernelError as error:
+            raise KernelError(f"{error}; `journalctl -u {self._service}` says why") from None
+        self._say(f"started {self._service}")
+
+
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -4062,9 +4441,17 @@ class Demo:
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-CONFIG_FILES = ("config.ini", "/etc/tun6/config.ini")  # the first that exists is read
+CONFIG_FILES = ("/etc/tun6/config.ini", "config.ini")  # the first that exists is read: where a service runs, its is the one that counts
 WARNINGS_MAX, WARNINGS_INTERVAL_S = 20, 60  # so many warnings of one kind are logged in so many seconds
-CLIENTS_OPTIONS = {"command", "function", "verbose", "config", "json", "action"}  # of `clients`; the others are arguments of the request
+CLIENTS_OPTIONS = {
+    "command",
+    "function",
+    "verbose",
+    "config",
+    "json",
+    "action",
+    "address",
+}  # of `clients`; the others are arguments of the request
 LOG_LINES_MAX = 10_000  # lines that may wait for the reader of the log
 LOG_FLUSH_S = 1.0  # at the end, for those lines
 
@@ -4147,6 +4534,7 @@ _MTU = _integer(1280, 65_500)  # RFC 8200 section 5; a TUN takes no more
 _CONGESTION = _matching("[a-z0-9_-]{1,15}", "must be auto or the name of a TCP congestion control, such as bbr or cubic")
 _LINK = _matching("auto|real|lan", "must be auto, real or lan")
 _OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
+_HOST = _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server")
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
@@ -4167,9 +4555,10 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "new_ids_per_hour": _integer(0, 1_000_000),
         "client_to_client": _boolean,
         "documentation_addresses": _boolean,
+        "address": _HOST,
     },
     "client": {
-        "remotehost": _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server"),
+        "remotehost": _HOST,
         "remoteport": _integer(1, 65_535),
         "id": _id,
         "congestion": _CONGESTION,
@@ -4195,7 +4584,7 @@ def find_config(named: str | None) -> str:
     """Returns the path of config.ini. Raises ConfigError when there is none."""
     path = named or next(filter(os.path.exists, CONFIG_FILES), None)
     if path is None:
-        raise ConfigError(f"there is neither ./{CONFIG_FILES[0]} nor {CONFIG_FILES[1]}; write one, or name it with -c FILE")
+        raise ConfigError(f"there is neither {CONFIG_FILES[0]} nor ./{CONFIG_FILES[1]}; write one, or name it with -c FILE")
     return path
 
 
@@ -4310,24 +4699,12 @@ def client_command(options: argparse.Namespace) -> None:
 
 
 def keygen_command(options: argparse.Namespace) -> None:
-    """`tun6.py keygen`: makes the server's certificate, valid for a hundred years, as clients compare only its fingerprint."""
+    """`tun6.py keygen`: makes the server's certificate."""
     config: ServerConfig = read_config(find_config(options.config), "server")
     file = Path(config.cert or os.path.join(os.path.dirname(config.file), "server.pem"))
     if file.exists():
         raise ConfigError(f"{file} is there already, its fingerprint is {read_fingerprint(file)}; move it away to make another")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=tun6 -keyout - -out -"
-    try:
-        made = subprocess.run(command.split(), capture_output=True, text=True)
-    except OSError as error:
-        raise KernelError(f"`openssl` can't be run: {error.strerror}; install it with `apt-get install openssl`") from None
-    if made.returncode:
-        raise KernelError(f"`{command}` failed: {' '.join(made.stderr.split())}")
-    try:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_MODE), "w", encoding="ascii") as pem:
-            give_owner(pem.fileno(), file.parent)
-            pem.write(made.stdout)
-    except OSError as error:
-        raise StorageError(f"{file} can't be written: {error.strerror}") from None
+    make_certificate(file)
     print(f"{file} is the server's key and certificate: keep it secret, and a copy of it safe.")
     if not config.cert:
         print(f"Add to [server] in {config.file}: cert = {file.name}")
@@ -4388,39 +4765,51 @@ def clients_command(options: argparse.Namespace) -> None:
     """`tun6.py clients`: asks the running server, or works on its files while none runs."""
     config: ServerConfig = read_config(find_config(options.config), "server")
     arguments = {name: value for name, value in vars(options).items() if name not in CLIENTS_OPTIONS}
-    fingerprint = ""
+    address, fingerprint = "", ""
     if options.action == "add":  # checked before anything changes, as the key is printed only once
         if re.search(r"^ | $|(^| )[#;]", options.id):
             raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
         if config.cert:
             fingerprint = read_fingerprint(Path(config.cert))
+        address = options.address or public_address(config)
     done = administer(config, {"do": options.action, **arguments})
+    settings = {}
     if options.action == "add":
-        done["fingerprint"] = fingerprint
+        settings = {**done, "remotehost": address, "remoteport": str(config.listenport), "fingerprint": fingerprint}
+        done = {**done, "fingerprint": fingerprint, "token": encode_token(settings)}
     if options.json:
         print(json.dumps(done, indent=1))
     elif options.action == "add":
-        print(format_client_section(config, done))
+        print(format_client_section(settings, done["prefix"]))
     else:
         for entry in done if isinstance(done, list) else [done]:
             print(format_client(entry, config.keys is not None and not config.keys_required))
 
 
-def format_client_section(config: ServerConfig, added: dict[str, str]) -> str:
+def public_address(config: ServerConfig) -> str:
+    """Returns the server's address as its clients see it: what config.ini says, or else the kernel, which knows nothing of a NAT."""
+    if config.address or config.localhost != "0.0.0.0":
+        return config.address or config.localhost
+    with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+    return "192.0.2.1"
+
+
+def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
     """Returns the section [client] of config.ini for a client that was added."""
-    host = config.localhost
-    if host == "0.0.0.0":
-        interface = default_interface()
-        host = next(iter(interface_addresses(interface, netifaces.AF_INET) if interface else ()), "192.0.2.1")
-    return textwrap.dedent(f"""\
-        # config.ini of the client; its prefix is {added["prefix"]}. The key is shown only now; whoever has it is this client.
-        [client]
-        # EDIT THIS where the client sees the server by another address or name.
-        remotehost = {host}
-        remoteport = {config.listenport}
-        id = {added["id"]}
-        key = {added["key"]}
-        fingerprint = {added["fingerprint"]}""")
+    edit = "where the client sees the server by another address or name"
+    with suppress(ValueError):  # a name
+        if not ipaddress.ip_address(settings["remotehost"]).is_global:
+            edit = "unless it is on the same network, as nobody else reaches this address; or name another with --address, or in config.ini"
+    return "\n".join([
+        f"# config.ini of the client; its prefix is {prefix}. The key is shown only now; whoever has it is this client.",
+        "[client]",
+        f"# EDIT THIS {edit}.",
+        *(f"{key} = {settings[key]}" for key in TOKEN_KEYS),
+        "# All of that in one line, as a service: `sudo python3 tun6.py install client --join -` there, and then paste",
+        f"# {encode_token(settings)}",
+    ])  # fmt: skip
 
 
 def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
@@ -4432,6 +4821,27 @@ def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
         state += f", connected for {session['seconds']} s from {session['peer']} on {session['device']}"
         state += f", {session['received']} bytes received, {session['sent']} sent, {session['dropped']} packets dropped, {refused} refused"
     return f"{quote_id(entry['id'])}  {entry['prefix'] or 'no prefix yet'}  {state}"
+
+
+def install_command(options: argparse.Namespace) -> None:
+    """`tun6.py install`."""
+    installer = Installer(options.role, Path(options.root), functools.partial(read_config, section=options.role))
+    if options.remove:
+        installer.remove()
+        return
+    settings = dict(each.partition("=")[::2] for each in options.set)
+    if options.role == "client" and options.join:
+        settings.update(decode_token(sys.stdin.readline() if options.join == "-" else options.join))
+    host, _, port = (options.host or "").partition(":")
+    key = {"server": "prefixrange", "client": "remotehost"}[options.role]
+    if not host and key not in settings and sys.stdin.isatty() and not os.path.exists(CONFIG_FILES[0]):
+        host = input(
+            f"{key} ({'the IPv6 range routed to this machine' if options.role == 'server' else 'name or address of the server'}): "
+        )
+    settings.update({key: host} if host and options.role == "client" else {key: options.host} if options.host else {})
+    settings.update({"remoteport": port} if port and options.role == "client" else {})
+    old = options.config or (CONFIG_FILES[1] if os.path.exists(CONFIG_FILES[1]) and not os.path.exists(CONFIG_FILES[0]) else None)
+    installer.install(settings, Path(old) if old else None)
 
 
 def demo_command(options: argparse.Namespace) -> None:
@@ -4598,7 +5008,7 @@ def build_parser() -> argparse.ArgumentParser:
         return option
 
     verbose = shared("-v", "--verbose", action="store_true", help="log more")
-    config = shared("-c", "--config", metavar="FILE", help=f"default: ./{CONFIG_FILES[0]}, then {CONFIG_FILES[1]}")
+    config = shared("-c", "--config", metavar="FILE", help=f"default: {CONFIG_FILES[0]}, then ./{CONFIG_FILES[1]}")
     as_json = shared("--json", action="store_true", help="answer in JSON")
     id_ = shared("id", metavar="ID", help="as the client says it, often a MAC address")
 
@@ -4619,12 +5029,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(commands, "status", "show how the running server is; on its machine", config, as_json, function=status_command)
     add(commands, "keygen", "make the server's certificate and show its fingerprint", config, function=keygen_command)
+    installs = add(commands, "install", "put server or client in place as a service of systemd", function=install_command)
+    roles = installs.add_subparsers(dest="role", required=True, metavar="ROLE")
+    for role, flag, metavar, text in (
+        ("server", "--prefix", "RANGE", "the IPv6 range that is routed to this machine"),
+        ("client", "--remote", "HOST[:PORT]", "the server"),
+    ):
+        install = add(roles, role, f"the {role}; a second time, it changes only what is different", config)
+        install.add_argument(flag, dest="host", metavar=metavar, help=text)
+        install.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help=f"any other setting of [{role}], as in config.ini"
+        )
+        install.add_argument("--remove", action="store_true", help="take it away; configuration and state stay")
+        install.add_argument("--root", default="/", help=argparse.SUPPRESS)
+        if role == "client":
+            install.add_argument(
+                "--join", metavar="TOKEN", help="the line tun6:... that `clients add` printed, or - to read it from standard input"
+            )
     add(commands, "demo", "show it all on this machine, in network namespaces that are removed afterwards", function=demo_command)
 
     actions = clients.add_subparsers(dest="action", required=True, metavar="ACTION")
     add(actions, "list", "who has which prefix, has a key, is connected", config, as_json)
     added = add(actions, "add", "give an Id a key, and show once the [client] section for it", config, as_json, id_)
     added.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
+    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it")
     added.add_argument("--new-key", action="store_true", help="replace the key that the Id has")
     pinned = add(actions, "pin", "give an Id a certain prefix", config, as_json, id_)
     pinned.add_argument("prefix", metavar="PREFIX", help="a free /64 of prefixrange")
