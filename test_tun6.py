@@ -29,6 +29,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     server
     client
     administration
+    installation
     demo
     command line
     sources and documents        maps, order of definitions, links
@@ -42,6 +43,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: scale            many clients, and limits
     fuzzing                      `test_tun6.py fuzz`
     soak                         `test_tun6.py soak`
+    systemd                      `test_tun6.py systemd`
     main
 """
 
@@ -51,6 +53,7 @@ import argparse
 import ast
 import base64
 import calendar
+import configparser
 import ctypes
 import dataclasses
 import errno
@@ -3686,6 +3689,165 @@ def test_a_control_socket_may_lie_beside_the_config_and_its_folder_can_be_entere
             assert os.stat(path).st_mode & 0o7777 == 0o600
         assert not os.path.exists(path)
     assert os.stat("new").st_mode & 0o700 == 0o700
+
+
+# ---- installation ----------------------------------------------------------------------------------------------------
+
+EXAMPLE = ("--set", "documentation_addresses=yes")
+JOINED = {"remotehost": "tun6.example", "remoteport": "443", "id": "é # 1", "key": "k" * 43, "fingerprint": "sha256:" + "0f" * 32}
+
+
+class FileRoot:
+    """A folder that stands for the whole of a machine's files, on which nothing runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.here = folder / "root", folder / "here"
+        self.here.mkdir(parents=True)
+
+    def install(self, *arguments: str, status: int = 0) -> list[str]:
+        """What `tun6.py install` says that it does, or in one line why it does not."""
+        done = run_tun6("install", *arguments, "--root", str(self.root), cwd=self.here)
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+        return [line.strip() for line in (done.stderr if status else done.stdout).splitlines()]
+
+    def config(self, section: str) -> dict[str, str]:
+        """What stands in the section of the config.ini of the service."""
+        parser = configparser.ConfigParser(interpolation=None)
+        parser.read(self.root / "etc/tun6/config.ini", "utf-8")
+        return dict(parser[section])
+
+    def files(self) -> dict[str, int]:
+        """All files but the copied packages, with their mode."""
+        copied = self.root / "opt/tun6/lib"
+        found = [path for path in self.root.rglob("*") if path.is_file() and copied not in path.parents]
+        return {str(path.relative_to(self.root)): stat.S_IMODE(path.stat().st_mode) for path in found}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> FileRoot:
+    return FileRoot(tmp_path)
+
+
+def test_a_token_carries_what_a_client_has_to_know_and_no_part_of_it_can_be_lost() -> None:
+    token = tun6.encode_token(JOINED)
+    assert re.fullmatch("tun6:[A-Za-z0-9_-]{200,280}", token)
+    assert tun6.decode_token(f" {token[:80]}\n{token[80:]} \n") == JOINED
+    other = b"[2]" + hashlib.sha256(b"[2]").digest()[:4]
+    wrong = [token[:-1], token[:50] + token[51:], token.replace("tun6:", ""), "tun6:", "", token + "A", token.swapcase(), "tun6:é"]
+    for text in wrong:
+        with pytest.raises(tun6.RequestError, match=r"no token that `tun6.py clients add` printed: .*; copy the whole line"):
+            tun6.decode_token(text)
+    with pytest.raises(tun6.RequestError, match="another version"):
+        tun6.decode_token("tun6:" + base64.urlsafe_b64encode(other).decode().rstrip("="))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "[client]\nid = b\nnew = \\1\n"),
+        ("[server]\nid = a\n", "[server]\nid = a\n\n[client]\nid = b\nnew = \\1\n"),
+        ("[client]\nID: a # c\n\n[server]\nid = a\n", "[client]\nid = b\nnew = \\1\n\n[server]\nid = a\n"),
+        ("# x\n[client]\n# says\n#id = a\n#new = 1\nz = 1", "# x\n[client]\n# says\nid = b\nnew = \\1\nz = 1"),
+    ],
+)
+def test_settings_are_changed_in_their_section_and_other_lines_stay(before: str, after: str) -> None:
+    assert tun6.set_in_section(before, "client", {"id": "b", "new": "\\1"}).replace("\n\n", "\n") == after.replace("\n\n", "\n")
+    assert tun6.set_in_section(after, "client", {"id": "b", "new": "\\1"}) == after
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_the_units_in_contrib_are_those_that_install_writes(role: str) -> None:
+    assert (Path(__file__).parent / f"contrib/tun6-{role}.service").read_text() == tun6.service_unit(role)
+    assert "CAP_NET_BIND_SERVICE" not in tun6.service_unit(role)
+    assert tun6.service_unit(role, True).count("CAP_NET_RAW CAP_NET_BIND_SERVICE") == 2
+
+
+def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_state(machine: FileRoot) -> None:
+    said = machine.install("server", "--prefix", "2001:db8:7::/48", "--set", "listenport=443", *EXAMPLE)
+    assert "made the certificate /var/lib/tun6/server.pem" in said
+    state = {name: f"/var/lib/tun6/{name}" for name in ("assignments.json", "keys.json", "server.pem")}
+    assert machine.config("server") == {
+        "localhost": "0.0.0.0", "listenport": "443", "prefixrange": "2001:db8:7::/48", "documentation_addresses": "yes",
+        "assignments": state["assignments.json"], "keys": state["keys.json"], "cert": state["server.pem"],
+        "control": "/run/tun6-server/server.sock",
+    }  # fmt: skip
+    files = machine.files()
+    assert files["etc/tun6/config.ini"] == 0o640
+    assert files["var/lib/tun6/server.pem"] == 0o600
+    assert "CAP_NET_BIND_SERVICE" in (machine.root / "etc/systemd/system/tun6-server.service").read_text()
+    assert (machine.root / "etc/sysctl.d/60-tun6.conf").read_text() == "net.ipv6.conf.all.forwarding=1\n"
+    launcher = (machine.root / "usr/local/bin/tun6").read_text()
+    assert "exec " in launcher and " /opt/tun6/tun6.py " in launcher
+    copied = {**os.environ, "PYTHONPATH": str(machine.root / "opt/tun6/lib")}
+    python = getattr(sys, "_base_executable", sys.executable)
+    done = subprocess.run([python, "-S", machine.root / "opt/tun6/tun6.py", "--version"], env=copied, capture_output=True, text=True)
+    assert done.stdout == f"tun6 {tun6.__version__}\n", done.stderr
+
+    before = {path: untouched(machine.root / path) for path in files}
+    assert machine.install("server") == []
+    assert {path: untouched(machine.root / path) for path in machine.files()} == before
+    assert machine.install("server", "--set", "mtu=1400") == ["wrote /etc/tun6/config.ini"]
+    assert machine.config("server")["mtu"] == "1400"
+    assert machine.install("client", "--remote", "tun6.example:10001") == [
+        "wrote /etc/tun6/config.ini", "wrote /etc/systemd/system/tun6-client.service",
+    ]  # fmt: skip
+    assert machine.config("client") == {"remotehost": "tun6.example", "remoteport": "10001"}
+    assert machine.config("server")["mtu"] == "1400"
+    assert "removed /opt/tun6" not in machine.install("server", "--remove")
+    assert "removed /opt/tun6" in machine.install("client", "--remove")
+    assert sorted(machine.files()) == ["etc/tun6/config.ini", "var/lib/tun6/server.pem"]
+
+
+def test_a_client_joins_by_a_token_in_the_command_or_on_standard_input(machine: FileRoot) -> None:
+    token = tun6.encode_token({**JOINED, "id": "pi"})
+    machine.install("client", "--join", token)
+    assert machine.config("client") == {**JOINED, "id": "pi"}
+    (machine.root / "etc/tun6/config.ini").unlink()
+    command = [sys.executable, TUN6, "install", "client", "--join", "-", "--root", str(machine.root)]
+    subprocess.run(command, input=token + "\n", text=True, cwd=machine.here, check=True, timeout=30, stdout=subprocess.DEVNULL)
+    assert machine.config("client") == {**JOINED, "id": "pi"}
+    assert machine.files()["etc/tun6/config.ini"] == 0o640
+    (line,) = machine.install("client", "--join", "tun6:x", status=2)
+    assert "no token" in line
+
+
+def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_existed(machine: FileRoot) -> None:
+    config = machine.here / "config.ini"
+    settings = {**SERVER, "assignments": "who.json", "keys": "keys.json", "cert": "cert.pem"}
+    for name, text in (("who.json", '{"a": "2001:db8:1:2::/64"}'), ("who.json.bak", "{}"), ("keys.json", "{}")):
+        (machine.here / name).write_text(text)
+    make_certificate(machine.here / "cert.pem")
+    inode = (machine.here / "who.json").stat().st_ino
+    write_ini(config, server={key: value for key, value in settings.items() if key != "assignments"})
+    (machine.here / "assignments.json").write_text("{}")
+    (line,) = machine.install("server", status=2)
+    assert "assignments.json has assignments" in line
+    (machine.here / "assignments.json").unlink()
+    write_ini(config, server=settings)
+    with AnotherServer(machine.here / "who.json"):
+        assert "in use by another tun6 server" in machine.install("server", status=2)[0]
+    said = machine.install("server")
+    state = machine.root / "var/lib/tun6"
+    assert sorted(os.listdir(state)) == ["cert.pem", "keys.json", "who.json", "who.json.bak"]
+    assert (state / "who.json").stat().st_ino == inode
+    assert sorted(os.listdir(machine.here)) == ["config.ini", "who.json.lock"]
+    assert machine.config("server")["assignments"] == "/var/lib/tun6/who.json"
+    assert not any("certificate" in line for line in said)
+    assert machine.install("server") == []
+    (line,) = machine.install("server", "-c", str(config), status=2)
+    assert "is there already" in line
+    (line,) = machine.install("server", "--set", "mtu=1", status=2)
+    assert "must be a whole number from 1280" in line
+
+
+class AnotherServer(SocketOwner):
+    """One that has these assignments open."""
+
+    def __init__(self, path: Path) -> None:
+        self._store = tun6.AssignmentStore(tun6.PrefixPool(POOL), str(path))
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
@@ -9097,6 +9259,254 @@ def soak_command(arguments: list[str]) -> int:
     return 0 if soak.finished and not soak.violations else 1
 
 
+# ---- systemd ---------------------------------------------------------------------------------------------------------
+
+DEBIANS = {"bookworm": "3.11", "trixie": "3.13"}  # and their Python, for which the one package is fetched that Debian does not have
+MACHINE_PACKAGES = (
+    "systemd,systemd-sysv,dbus,iproute2,python3,python3-venv,python3-gevent,python3-netifaces,openssl,procps,iputils-ping,nftables,radvd"
+)
+MACHINE = r"""  # $1: the root below the overlay; $2: its name; $3: this checkout. It boots again when it reboots.
+mount --make-rprivate /
+mkdir -p /run/systemd && mount -t tmpfs tmpfs /run/systemd  # of which nspawn wants to be sure that it is none of the disk
+mount -t cgroup2 none /sys/fs/cgroup
+mkdir "/sys/fs/cgroup/$2" && echo $$ > "/sys/fs/cgroup/$2/cgroup.procs"
+over=$(mktemp -d) && mount -t tmpfs tmpfs "$over" && mkdir "$over"/{upper,work,root}
+mount -t overlay overlay -o "lowerdir=$1,upperdir=$over/upper,workdir=$over/work" "$over/root"
+echo 'z /dev/net/tun 0666 - - -' > "$over/root/etc/tmpfiles.d/tun.conf"  # as udev has it on a machine
+status=133
+while [ $status = 133 ]; do
+    status=0
+    systemd-nspawn -q -D "$over/root" -M "$2" -b --private-network --console=pipe --register=no --keep-unit --bind-ro="$3:/mnt" || status=$?
+done
+umount -R "$over" && rmdir "$over"
+echo $$ > /sys/fs/cgroup/cgroup.procs
+find "/sys/fs/cgroup/$2" -depth -type d -exec rmdir {} \;
+"""
+
+
+def debian_root(suite: str, cache: Path) -> Path:
+    """A root of this Debian with what tun6 needs, made once; in it, /root/venv is a virtual environment that sees Debian's packages."""
+    root = cache / suite
+    if not (root / "root/ready").exists():
+        print(f"making {root}, which takes a minute or two", flush=True)
+        shutil.rmtree(root, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        include = f"--include={MACHINE_PACKAGES}"
+        subprocess.run(["debootstrap", "--variant=minbase", include, suite, str(root)], check=True, stdout=subprocess.DEVNULL)
+        fetch = [
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--python-version",
+            DEBIANS[suite],
+            "-d",
+            str(root / "root/wheels"),
+        ]
+        subprocess.run([sys.executable, "-m", "pip", *fetch, "python-pytun"], check=True)
+        script = (
+            "python3 -m venv --system-site-packages /root/venv && /root/venv/bin/pip install -q --no-index -f /root/wheels python-pytun"
+        )
+        subprocess.run(["chroot", str(root), "sh", "-ec", script], check=True)
+        (root / "root/ready").touch()
+    return root
+
+
+class Machine:
+    """A Debian that boots with systemd as process 1 in namespaces of its own, without a network. What it writes is gone with it."""
+
+    def __init__(self, root: Path) -> None:
+        self._name = f"tun6-systemd-{os.getpid()}"
+        command = ["unshare", "-m", "-C", "bash", "-euc", MACHINE, "machine", str(root), self._name, str(Path(__file__).resolve().parent)]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._init = 0
+
+    def __enter__(self) -> Machine:
+        self.wait_for_boot()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.kill(self._init, signal.SIGRTMIN + 4)  # systemd(1): power off
+            self._process.wait(30)
+        if self._process.poll() is None:
+            os.kill(self._init, signal.SIGKILL)  # and with it all that it contains
+            self._process.wait(30)
+
+    def wait_for_boot(self) -> None:
+        """Returns when it has booted, with a process 1 that is not the one of before."""
+
+        def find() -> int:
+            assert self._process.poll() is None, "the machine did not start; does this one have systemd-nspawn (package systemd-container)?"
+            of = [self._process.pid]
+            for pid in of:
+                with suppress(FileNotFoundError):
+                    of += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    if pid != self._init and re.search(r"^NSpid:.*\t1$", status, re.MULTILINE) and "Name:\tsystemd\n" in status:
+                        return pid
+            return 0
+
+        self._init = wait_until("process 1", find, 60)
+        wait_until("systemd", lambda: self.run("systemctl", "is-system-running", status=None) in ("running", "degraded"), 60)
+
+    def run(self, *command: str, status: int | None = 0, text: str = "") -> str:
+        """What a command says on standard output, with this exit status (None: any)."""
+        path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        inside = ["nsenter", "-t", str(self._init), "-a", "--wd=/root", "env", "-i", f"PATH={path}", "HOME=/root", *command]
+        done = subprocess.run(inside, capture_output=True, text=True, input=text, timeout=600)
+        assert status in (None, done.returncode), f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}{self.journal()}"
+        return done.stdout.strip() if status is None or not status else done.stderr.strip()
+
+    def sh(self, script: str) -> str:
+        return self.run("bash", "-euc", script)
+
+    def journal(self) -> str:
+        done = subprocess.run(
+            ["nsenter", "-t", str(self._init), "-a", "journalctl", "-n", "60", "--no-pager"], capture_output=True, text=True
+        )
+        return done.stdout
+
+    def show(self, role: str, name: str) -> str:
+        """A property of the service."""
+        return self.run("systemctl", "show", "-P", name, f"tun6-{role}")
+
+    def network(self) -> str:
+        """All that tun6 might leave behind."""
+        return self.sh("for what in addr route rule link; do ip -6 $what; done; ip -6 route show table all; ls /run")
+
+    def connected(self) -> str:
+        """The client's prefix, when it has one."""
+        found: list[str] = wait_until("a tunnel", lambda: re.findall("^has (.*?) on tun6", self.show("client", "StatusText")), 30)
+        return found[0]
+
+
+def check_install(machine: Machine) -> None:
+    python = "/root/venv/bin/python /mnt/tun6.py install"
+    settings = "--set documentation_addresses=yes --set localhost=127.0.0.1"
+    said = machine.sh(f"{python} server --prefix 2001:db8:7::/48 {settings}")
+    assert "started tun6-server.service" in said, said
+    added = json.loads(machine.run("tun6", "clients", "add", "pi", "--address", "127.0.0.1", "--json"))
+    machine.run("tun6", "install", "client", "--join", "-", "--set", "default_route=no", text=added["token"])
+    assert machine.connected() == added["prefix"]
+    machine.run("ping", "-c1", "-W5", "-I", str(IPv6Network(added["prefix"])[1]), "2001:db8:7:ffff::1")
+    for role in ("server", "client"):
+        said = machine.sh(f"{python} {role}")
+        assert said == f"tun6-{role}.service runs, nothing had to be changed", said
+        exposure = machine.run("systemd-analyze", "security", "--no-pager", f"tun6-{role}").splitlines()[-1]
+        print(f"    {exposure}")
+        assert float(re.findall(r": ([\d.]+)", exposure)[0]) <= 2.5
+        assert machine.run("systemd-analyze", "verify", f"tun6-{role}.service") == ""
+
+
+def check_stops(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+    before, number = machine.network(), many(20, 100)
+    for _ in range(number):
+        machine.run("systemctl", "start", "tun6-server", "tun6-client")
+        machine.connected()
+        machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+        assert machine.network() == before
+    print(f"    {number} stops, nothing left")
+    machine.run("systemctl", "start", "tun6-server", "tun6-client")
+    machine.connected()
+    for role in ("server", "client"):
+        assert machine.show(role, "Result") == "success"
+
+
+def check_crashes(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+    before = machine.network()
+    for role in ("server", "client"):
+        machine.sh(f"mkdir -p /run/systemd/system/tun6-{role}.service.d; cd /run/systemd/system/tun6-{role}.service.d; "
+                   "printf '[Service]\\nWatchdogSec=3\\n' > quick.conf")  # fmt: skip
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", "tun6-server", "tun6-client")
+    for role, number in itertools.product(("server", "client"), ("KILL", "STOP")):
+        machine.connected()
+        restarts = int(machine.show(role, "NRestarts"))
+        began = time.monotonic()
+        machine.run("systemctl", "kill", f"--signal={number}", "--kill-whom=main", f"tun6-{role}")
+        wait_until("a restart", functools.partial(lambda role, more: int(machine.show(role, "NRestarts")) == more, role, restarts + 1), 30)
+        wait_until("the start", functools.partial(lambda role: machine.show(role, "ActiveState") == "active", role), 30)
+        print(f"    SIG{number} to the {role}: active again after {time.monotonic() - began:.1f} s")
+    machine.connected()
+    machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+    assert machine.network() == before
+    machine.run("systemctl", "start", "tun6-server", "tun6-client")
+    machine.connected()
+
+
+def check_reload_and_bad_configuration(machine: Machine) -> None:
+    pid = machine.show("server", "MainPID")
+    machine.run("systemctl", "reload", "tun6-server")
+    wait_until("the reload", lambda: "keys and certificate read anew" in machine.journal(), 10)
+    assert (machine.show("server", "MainPID"), machine.show("server", "ActiveState")) == (pid, "active")
+    machine.sh("cp -p /etc/tun6/config.ini /root/kept; sed -i 's/^listenport = .*/listenport = x/' /etc/tun6/config.ini")
+    assert "failed" in machine.run("systemctl", "restart", "tun6-server", status=1)
+    assert [machine.show("server", name) for name in ("ActiveState", "ExecMainStatus")] == ["failed", "2"]
+    machine.sh("cp -p /root/kept /etc/tun6/config.ini")
+    machine.run("systemctl", "start", "tun6-server")
+    machine.connected()
+    warnings_ = machine.run("journalctl", "-q", "-p", "warning", "-u", "tun6-*", "-o", "cat")
+    assert "must be a whole number" in warnings_
+    assert "INFO" not in warnings_
+    assert "WARNING" in warnings_
+
+
+def check_state_of_root(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "tun6-server")
+    machine.run("tun6", "clients", "add", "while stopped")
+    assert set(machine.sh("stat -c %U:%G /var/lib/tun6/*").split()) == {"tun6:tun6"}
+    machine.run("systemctl", "start", "tun6-server")
+    machine.connected()
+    assert "nothing keeps a second server off" not in machine.journal()
+
+
+def check_reboot(machine: Machine) -> None:
+    prefix, boot = machine.connected(), machine.run("cat", "/proc/sys/kernel/random/boot_id")
+    machine.run("systemctl", "reboot", status=None)
+    machine.wait_for_boot()
+    assert machine.run("cat", "/proc/sys/kernel/random/boot_id") != boot
+    assert machine.connected() == prefix
+    print(f"    up again: {machine.run('systemd-analyze').splitlines()[0]}")
+
+
+def check_remove(machine: Machine) -> None:
+    for role in ("client", "server"):
+        machine.run("/root/venv/bin/python", "/mnt/tun6.py", "install", role, "--remove")
+    left = machine.sh("ls -d /opt/tun6 /usr/local/bin/tun6 /etc/sysctl.d/60-tun6.conf /etc/systemd/system/*tun6* 2>/dev/null || true")
+    assert left == ""
+    assert machine.sh("ls /etc/tun6 /var/lib/tun6/keys.json /var/lib/tun6/server.pem").splitlines()[-1] == "config.ini"
+    assert "tun6" not in machine.sh("ip -6 addr; ip -6 route; ip -6 rule")
+
+
+def systemd_command(arguments: list[str]) -> int:
+    """`test_tun6.py systemd`: install, units and their service manager in a Debian that really boots; takes root. Gives the exit status."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py systemd", description=systemd_command.__doc__)
+    parser.add_argument("--debian", nargs="+", choices=DEBIANS, default=list(DEBIANS))
+    parser.add_argument("--cache", type=Path, default=Path("/var/cache/tun6-systemd"), help="folder for the roots, made once")
+    options = parser.parse_args(arguments)
+    checks = (
+        check_install,
+        check_stops,
+        check_crashes,
+        check_reload_and_bad_configuration,
+        check_state_of_root,
+        check_reboot,
+        check_remove,
+    )
+    for suite in options.debian:
+        with Machine(debian_root(suite, options.cache)) as machine:
+            print(f"{suite}: {machine.run('systemctl', '--version').splitlines()[0]}", flush=True)
+            for check in checks:
+                began = time.monotonic()
+                check(machine)
+                print(f"  ok  {check.__name__}, {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -9118,7 +9528,7 @@ def run_tests(*options: str) -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz ...`, `soak ...`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. `fuzz ...`, `soak ...`, `systemd ...`, `waits`: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -9126,6 +9536,8 @@ def main() -> int:
         return fuzz_command(sys.argv[2:])
     if sys.argv[1:2] == ["soak"]:
         return soak_command(sys.argv[2:])
+    if sys.argv[1:2] == ["systemd"]:
+        return systemd_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits")
     os.chdir(Path(__file__).parent)

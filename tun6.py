@@ -1598,7 +1598,7 @@ class Tun:
                 errno.ENODEV: "this kernel's module `tun` can't be loaded; if the kernel was upgraded since the last boot, reboot",
                 errno.ENXIO: "this kernel's module `tun` can't be loaded; if the kernel was upgraded since the last boot, reboot",
                 errno.EPERM: root,
-                errno.EACCES: root,
+                errno.EACCES: f"`chmod 666 /dev/net/tun`, as udev has it, or {root}",
                 errno.EBUSY: "another program has a device of this name; end it, or set another `tun` in config.ini",
             }.get(code, "see the kernel's log")
             raise KernelError(f"TUN device {name} can't be made: {reason}; {advice}") from None
@@ -3844,10 +3844,11 @@ RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 RestrictNamespaces=yes
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
+PrivateMounts=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
-SystemCallFilter=~@privileged
-SystemCallErrorNumber=EPERM
+SystemCallFilter=~@privileged @resources
+{capset}SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
@@ -3861,6 +3862,7 @@ def service_unit(role: str, low_port: bool = False) -> str:
         what="IPv6 prefixes over TCP" if role == "server" else "an IPv6 prefix over TCP",
         unit_folder=UNIT_FOLDER,
         reload="ExecReload=/bin/kill -HUP $MAINPID\n" if role == "server" else "",
+        capset="# for the `setpriv` that keeps radvd from outliving the client\nSystemCallFilter=capset\n" if role == "client" else "",
         why="; CAP_NET_BIND_SERVICE: the port" if low_port else "",
         capabilities="CAP_NET_ADMIN CAP_NET_RAW" + " CAP_NET_BIND_SERVICE" * low_port,
     )
@@ -3934,7 +3936,7 @@ class Installer:
         self._config: Any = None
 
     def install(self, settings: Mapping[str, str], old: Path | None) -> None:
-        """Does all steps; `settings` are changed in config.ini, which, where there is none yet, begins as `old`.
+        """Does all steps; `settings` are changed in config.ini, which, where there is none yet, begins as `old` or ./config.ini.
 
         Raises RequestError, ConfigError, KernelError, StorageError. What was done by then stays, and the next run goes on from there.
         """
@@ -4016,6 +4018,8 @@ class Installer:
     def _copy_program(self) -> None:
         """Copies this file and its virtual environment, unless pip has installed it or it is in its place; makes the command `tun6`."""
         program, python, library = Path(__file__).resolve(), Path(sys.executable), ""
+        if program == self._at(PROGRAM_FOLDER / "tun6.py") and self._at(PROGRAM_FOLDER / COPIED).exists():
+            return
         if program.parent != PROGRAM_FOLDER and not {"site-packages", "dist-packages"} & {*program.parts}:
             if sys.prefix != sys.base_prefix:
                 self._copy_packages(PROGRAM_FOLDER / "lib")
@@ -4060,7 +4064,8 @@ class Installer:
         target, new = self._at(CONFIG_FOLDER / "config.ini"), NEW_CONFIG[self._role]
         if target.exists() and old and not old.samefile(target):
             raise RequestError(f"{target} is there already, and it is not {old}; move one of them away")
-        base = target if target.exists() else old
+        here = Path("config.ini")
+        base = target if target.exists() else old or (here if here.exists() else None)
         text = base.read_text("utf-8-sig") if base else ""
         if f"\n[{self._role}]" not in f"\n{text}":
             settings = {**new, **settings}
@@ -4840,8 +4845,7 @@ def install_command(options: argparse.Namespace) -> None:
         )
     settings.update({key: host} if host and options.role == "client" else {key: options.host} if options.host else {})
     settings.update({"remoteport": port} if port and options.role == "client" else {})
-    old = options.config or (CONFIG_FILES[1] if os.path.exists(CONFIG_FILES[1]) and not os.path.exists(CONFIG_FILES[0]) else None)
-    installer.install(settings, Path(old) if old else None)
+    installer.install(settings, Path(options.config) if options.config else None)
 
 
 def demo_command(options: argparse.Namespace) -> None:
