@@ -3811,6 +3811,26 @@ def test_a_client_joins_by_a_token_in_the_command_or_on_standard_input(machine: 
     assert "no token" in line
 
 
+def test_install_asks_for_what_it_must_know_when_it_is_at_a_terminal(machine: FileRoot) -> None:
+    ours, terminal = os.openpty()
+    with open(ours, "w") as keyboard, open(terminal) as stdin:
+        keyboard.write("tun6.example\n")
+        keyboard.flush()
+        command = [sys.executable, TUN6, "install", "client", "--root", str(machine.root)]
+        done = subprocess.run(command, stdin=stdin, cwd=machine.here, timeout=30, capture_output=True, text=True)
+        assert done.stdout.startswith("remotehost (name or address of the server): "), done.stderr
+    assert machine.config("client")["remotehost"] == "tun6.example"
+    assert "[client] remotehost is missing" in FileRoot(machine.here).install("client", status=2)[-1]  # no terminal
+
+
+def test_the_address_that_clients_add_prints_is_the_operators_or_the_kernels() -> None:
+    config = tun6.ServerConfig("0.0.0.0", 1, POOL)
+    assert tun6.public_address(dataclasses.replace(config, address="tun6.example", localhost="10.0.0.1")) == "tun6.example"
+    assert tun6.public_address(dataclasses.replace(config, localhost="10.0.0.1")) == "10.0.0.1"
+    for address, edit in (("10.0.0.1", "unless it is"), ("9.9.9.9", "where the client sees"), ("tun6.example", "where the client sees")):
+        assert f"# EDIT THIS {edit}" in tun6.format_client_section({**JOINED, "remotehost": address}, "p")
+
+
 def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_existed(machine: FileRoot) -> None:
     config = machine.here / "config.ini"
     settings = {**SERVER, "assignments": "who.json", "keys": "keys.json", "cert": "cert.pem"}
@@ -6161,8 +6181,14 @@ def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_mo
     site.serve()
     done = lab.run("server", sys.executable, TUN6, "clients", "-c", str(site.config), "add", "it's 100 % = a:b[c]")
     assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        "# EDIT THIS unless it is on the same network, as nobody else reaches this address; or name another with --address" in done.stdout
+    )
     text, replaced = re.subn("(?m)^remotehost = .*$", f"remotehost = {Lab.SERVER}", done.stdout)
     assert replaced == 1
+    token = tun6.decode_token(text.splitlines()[-1])
+    assert [f"{key} = {value}" in done.stdout for key, value in token.items()] == [True] * 5
+    assert (token["id"], token["remoteport"]) == ("it's 100 % = a:b[c]", str(site.tunnel.port))
     (site.folder / "pasted.ini").write_text(text)
     client = Program(lab, "client", "client", site.folder / "pasted.ini", site.folder / "pasted.log")
     site.tunnel._programs.append(client)
@@ -9372,6 +9398,13 @@ class Machine:
         """A property of the service."""
         return self.run("systemctl", "show", "-P", name, f"tun6-{role}")
 
+    def drop_in(self, role: str, *lines: str) -> None:
+        """Changes the service's unit by these lines, in place of those of the last call."""
+        folder = f"/run/systemd/system/tun6-{role}.service.d"
+        self.run(
+            "sh", "-ec", f"mkdir -p {folder}; cat > {folder}/test.conf; systemctl daemon-reload", text="\n".join(["[Service]", *lines])
+        )
+
     def network(self) -> str:
         """All that tun6 might leave behind."""
         return self.sh("for what in addr route rule link; do ip -6 $what; done; ip -6 route show table all; ls /run")
@@ -9397,7 +9430,7 @@ def check_install(machine: Machine) -> None:
         exposure = machine.run("systemd-analyze", "security", "--no-pager", f"tun6-{role}").splitlines()[-1]
         print(f"    {exposure}")
         assert float(re.findall(r": ([\d.]+)", exposure)[0]) <= 2.5
-        assert machine.run("systemd-analyze", "verify", f"tun6-{role}.service") == ""
+        assert machine.run("systemd-analyze", "verify", f"/etc/systemd/system/tun6-{role}.service") == ""
 
 
 def check_stops(machine: Machine) -> None:
@@ -9409,6 +9442,16 @@ def check_stops(machine: Machine) -> None:
         machine.run("systemctl", "stop", "tun6-client", "tun6-server")
         assert machine.network() == before
     print(f"    {number} stops, nothing left")
+    for role in ("server", "client"):  # the program does not depend on KillMode=mixed: `ip` holds out against the signal that it gets, too
+        machine.drop_in(role, "KillMode=control-group")
+    for _ in range(number // 4):
+        machine.run("systemctl", "start", "tun6-server", "tun6-client")
+        machine.connected()
+        machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+        assert machine.network() == before
+    print(f"    {number // 4} stops with KillMode=control-group, nothing left")
+    for role in ("server", "client"):
+        machine.drop_in(role)
     machine.run("systemctl", "start", "tun6-server", "tun6-client")
     machine.connected()
     for role in ("server", "client"):
@@ -9419,9 +9462,7 @@ def check_crashes(machine: Machine) -> None:
     machine.run("systemctl", "stop", "tun6-client", "tun6-server")
     before = machine.network()
     for role in ("server", "client"):
-        machine.sh(f"mkdir -p /run/systemd/system/tun6-{role}.service.d; cd /run/systemd/system/tun6-{role}.service.d; "
-                   "printf '[Service]\\nWatchdogSec=3\\n' > quick.conf")  # fmt: skip
-    machine.run("systemctl", "daemon-reload")
+        machine.drop_in(role, "WatchdogSec=3")
     machine.run("systemctl", "start", "tun6-server", "tun6-client")
     for role, number in itertools.product(("server", "client"), ("KILL", "STOP")):
         machine.connected()
@@ -9473,6 +9514,20 @@ def check_reboot(machine: Machine) -> None:
     print(f"    up again: {machine.run('systemd-analyze').splitlines()[0]}")
 
 
+def check_upgrade(machine: Machine) -> None:
+    """A server that was set up before there was `install`: as root, and all in /etc/tun6."""
+    machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+    machine.sh("cd /etc/tun6; mv /var/lib/tun6/{assignments,keys}.json /var/lib/tun6/server.pem .; rm -r /var/lib/tun6; chown -R root: .")
+    machine.sh(r"sed -i 's|/var/lib/tun6/||; /^control/d' /etc/tun6/config.ini; chmod 644 /etc/tun6/config.ini")
+    machine.sh("cd /etc/systemd/system; sed -i '/^User=/d; /^Group=/d; /^StateDir/d; /^ProtectSystem/d; /^RuntimeD/d' tun6-server.service")
+    machine.sh("systemctl daemon-reload; systemctl start tun6-server; ls /etc/tun6/assignments.json.lock")
+    said = machine.sh("/root/venv/bin/python /mnt/tun6.py install server")
+    assert "moved /etc/tun6/assignments.json to /var/lib/tun6/assignments.json" in said, said
+    machine.run("systemctl", "start", "tun6-client")
+    machine.connected()
+    assert set(machine.sh("stat -c %U:%G /var/lib/tun6/*; stat -c %a /etc/tun6/config.ini").split()) == {"tun6:tun6", "640"}
+
+
 def check_remove(machine: Machine) -> None:
     for role in ("client", "server"):
         machine.run("/root/venv/bin/python", "/mnt/tun6.py", "install", role, "--remove")
@@ -9495,6 +9550,7 @@ def systemd_command(arguments: list[str]) -> int:
         check_reload_and_bad_configuration,
         check_state_of_root,
         check_reboot,
+        check_upgrade,
         check_remove,
     )
     for suite in options.debian:

@@ -3796,7 +3796,7 @@ UNIT = """\
 # {unit_folder}/tun6-{role}.service, as `tun6.py install {role}` writes it; see docs/operating.md, "Run it as a service"
 [Unit]
 Description=tun6 {role}: {what}
-Documentation=file:/opt/tun6/tun6.py
+Documentation=file:{program}
 Wants=network-online.target
 After=network-online.target
 # it may have to wait for its network for hours
@@ -3855,10 +3855,11 @@ WantedBy=multi-user.target
 """
 
 
-def service_unit(role: str, low_port: bool = False) -> str:
+def service_unit(role: str, low_port: bool = False, program: Path = PROGRAM_FOLDER / "tun6.py") -> str:
     """Returns the unit of systemd for the server or the client; `low_port`: the server listens on a port below 1024."""
     return UNIT.format(
         role=role,
+        program=program,
         what="IPv6 prefixes over TCP" if role == "server" else "an IPv6 prefix over TCP",
         unit_folder=UNIT_FOLDER,
         reload="ExecReload=/bin/kill -HUP $MAINPID\n" if role == "server" else "",
@@ -3934,6 +3935,7 @@ class Installer:
         self._role, self._root, self._read, self._service = role, root, read, f"tun6-{role}.service"
         self._changed = False  # whether the service must be restarted
         self._config: Any = None
+        self._program = PROGRAM_FOLDER / "tun6.py"
 
     def install(self, settings: Mapping[str, str], old: Path | None) -> None:
         """Does all steps; `settings` are changed in config.ini, which, where there is none yet, begins as `old` or ./config.ini.
@@ -3945,7 +3947,11 @@ class Installer:
             self._copy_program()
             self._configure(settings, old)
             self._set_sysctls()
-            self._write(UNIT_FOLDER / self._service, service_unit(self._role, getattr(self._config, "listenport", 1024) < 1024), 0o644)
+            self._write(
+                UNIT_FOLDER / self._service,
+                service_unit(self._role, getattr(self._config, "listenport", 1024) < 1024, self._program),
+                0o644,
+            )
             self._start()
         except OSError as error:
             raise StorageError(f"{error.filename or self._root}: {error.strerror}; run this as root") from None
@@ -4030,6 +4036,7 @@ class Installer:
         for path in (program, python):
             if path.parts[1] in ("home", "root", "tmp") and self._root == Path("/"):
                 raise RequestError(f"{path} is where a service can't read it; run this with the system's /usr/bin/python3 or a venv of it")
+        self._program = program
         if self._owns_launcher() or not self._at(LAUNCHER).exists():
             self._write(LAUNCHER, f'#!/bin/sh\n# made by `tun6.py install`\n{library}exec {python} {program} "$@"\n', 0o755)
 
@@ -4109,6 +4116,8 @@ class Installer:
             if name and files[key].is_file() and files[key] != there[key].resolve():
                 if there[key].exists():
                     raise RequestError(f"{files[key]} and {there[key]} are both there; move the one away that does not count")
+                if self._at(UNIT_FOLDER / self._service).exists():  # it may be an older one, which has its state elsewhere
+                    self._run("systemctl", "stop", self._service)
                 if key == "assignments":  # they are whole, and no server has them
                     AssignmentStore(PrefixPool(self._config.prefixrange), str(files[key])).close()
                 for suffix in (".bak", ""):
@@ -4830,6 +4839,8 @@ def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
 
 def install_command(options: argparse.Namespace) -> None:
     """`tun6.py install`."""
+    if options.root == "/" and os.geteuid():
+        raise RequestError("a service needs root to be put in place; use sudo")
     installer = Installer(options.role, Path(options.root), functools.partial(read_config, section=options.role))
     if options.remove:
         installer.remove()
