@@ -3733,7 +3733,18 @@ def test_a_token_carries_what_a_client_has_to_know_and_no_part_of_it_can_be_lost
     assert re.fullmatch("tun6:[A-Za-z0-9_-]{200,280}", token)
     assert tun6.decode_token(f" {token[:80]}\n{token[80:]} \n") == JOINED
     other = b"[2]" + hashlib.sha256(b"[2]").digest()[:4]
-    wrong = [token[:-1], token[:50] + token[51:], token.replace("tun6:", ""), "tun6:", "", token + "A", token.swapcase(), "tun6:é"]
+    mistyped = tun6.encode_token({**JOINED, "key": "j" + "k" * 42})[:-6] + token[-6:]  # all but the check is as good
+    wrong = [
+        mistyped,
+        token[:-1],
+        token[:50] + token[51:],
+        token.replace("tun6:", ""),
+        "tun6:",
+        "",
+        token + "A",
+        token.swapcase(),
+        "tun6:é",
+    ]
     for text in wrong:
         with pytest.raises(tun6.RequestError, match=r"no token that `tun6.py clients add` printed: .*; copy the whole line"):
             tun6.decode_token(text)
