@@ -3862,7 +3862,7 @@ def service_unit(role: str, low_port: bool = False, program: Path = PROGRAM_FOLD
         program=program,
         what="IPv6 prefixes over TCP" if role == "server" else "an IPv6 prefix over TCP",
         unit_folder=UNIT_FOLDER,
-        reload="ExecReload=/bin/kill -HUP $MAINPID\n" if role == "server" else "",
+        reload='ExecReload=/bin/sh -c "kill -HUP $MAINPID"\n' if role == "server" else "",
         capset="# for the `setpriv` that keeps radvd from outliving the client\nSystemCallFilter=capset\n" if role == "client" else "",
         why="; CAP_NET_BIND_SERVICE: the port" if low_port else "",
         capabilities="CAP_NET_ADMIN CAP_NET_RAW" + " CAP_NET_BIND_SERVICE" * low_port,
