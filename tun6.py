@@ -2991,6 +2991,7 @@ class Server:
             if not has_routed_address(self._config.prefixrange):
                 ours.update(self._give_address(undo))
             self._monitor.watch("lo", lambda *_: self._restore(ours))
+            undo.callback(ours.clear)  # first of all at the end, so that nothing is put back which has just been undone
             forwarding = functools.partial(watch_forwarding, self._config.tun.replace("%d", "*"), self._config.prefixrange)
             for work in (self._monitor.run, self._paths.run, trim_heap, forwarding):
                 undo.callback(gevent.spawn(work).kill)
@@ -3026,10 +3027,11 @@ class Server:
 
     def _restore(self, ours: dict[str, list[Step]]) -> None:
         """Restores what somebody removed from lo. It may also have been another tun6's own: then ours is there, and this fails."""
-        for what, plan in ours.items():
+        for what in list(ours):
             with suppress(KernelError):
-                self._kernel.apply(plan)
-                log.warning("somebody removed the %s; it is back", what)
+                if what in ours:  # the end may have begun while `ip` ran for the one before
+                    self._kernel.apply(ours[what])
+                    log.warning("somebody removed the %s; it is back", what)
 
     def reload(self) -> None:
         """Reads keys and certificate again, and ends the sessions whose key was removed, revoked or replaced. Raises ConfigError."""
@@ -3381,10 +3383,12 @@ class Client:
         """Restores what somebody may have removed of the TUN's address and routes. Returns whether anything was missing."""
         if not self._tun:
             return False
-        steps = [*(address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else ()), *self._routes]
-        self._kernel.reapply(device_plan(self._tun.name, self._config.mtu))
+        device = self._tun.name
+        self._kernel.reapply(device_plan(device, self._config.mtu))
+        # what is wanted now, and no more what it was when `ip` began: the end may have begun meanwhile, too, and has undone it
+        steps = [*(address_plan(device, self._prefix, os.getpid()) if self._prefix else ()), *self._routes]
         missing = self._kernel.reapply([step for step in steps if step.undo])
-        self._kernel.reapply([multicast_step(self._tun.name)])
+        self._kernel.reapply([multicast_step(device)])
         return missing
 
     def _restore_rejects(self) -> None:
@@ -3886,6 +3890,8 @@ def decode_token(token: str) -> dict[str, str]:
         version, *values = json.loads(body)
         if version != TOKEN_VERSION:
             raise ValueError("it is of another version of tun6")
+        if not all(str(value).isprintable() for value in values):
+            raise ValueError("a setting in it has more than one line")  # it might bring others, such as commands to be run
         return dict(zip(TOKEN_KEYS, map(str, values)))
     except ValueError as error:
         reason = to_printable(error)
