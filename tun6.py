@@ -33,11 +33,15 @@ The file, top to bottom. A section uses only names defined above it; those marke
     network plans                the commands for `ip`, as pairs of do and undo (pure)
     storage                      GroupCommit, JsonFile, AssignmentStore, KeyStore
     kernel                       Kernel (runs `ip`), Tun, DeviceMonitor (netlink), default_id, find_dropping_chains (runs `nft`)
-    connections                  Stream, TlsStream, TCP options, congestion control, PacedWriter
+    connections                  Stream, TlsStream, TCP options, PathMtu, MtuMonitor, congestion control, PacedWriter
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
     session                      PathMonitor, Session: one connection, one TUN, two pumps
+    hooks                        Hooks: the operator's program, run when sessions begin and end
+    neighbour proxy              NeighbourProxy: answers for the prefixes of a range that is on-link, not routed
     service manager              ServiceManager: what systemd is told
     server                       ServerConfig, AdmissionControl, Server
+    firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
+    lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
     client                       ClientConfig, Client
     administration               LoopLatency, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
@@ -75,6 +79,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import shutil
 import signal
 import socket as system_socket
@@ -101,6 +106,7 @@ try:
     import gevent.event
     import gevent.lock
     import gevent.pool
+    import gevent.threadpool
     import netifaces
     import pytun
     from gevent import socket
@@ -170,6 +176,10 @@ class SessionError(Tun6Error):
 
 class ProtocolError(SessionError):
     """The peer broke a rule of the wire. Ends the session, as a stream of frames cannot be resynchronised."""
+
+
+class PeerSilent(SessionError):
+    """Nothing comes from the peer any more, not even an answer to probes."""
 
 
 class OffloadRefused(SessionError):
@@ -312,6 +322,11 @@ def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] |
 def to_printable(text: object, limit: int = 200) -> str:
     """Makes a peer's text safe for one line of a log or terminal, and no longer than `limit` characters."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:limit])
+
+
+def quote_id(id_: str) -> str:
+    """Returns an Id as the log shows it."""
+    return repr(id_[:ID_MAX])
 
 
 def parse_network(text: object, strict: bool = True) -> IPv6Network:
@@ -552,11 +567,15 @@ def coalesce_datagrams(frames: memoryview, ends: list[int]) -> list[int]:
     return coalesced
 
 
+def sum_words(data: bytes | memoryview) -> int:
+    """Returns the sum of the 16-bit words of these bytes, modulo 0xFFFF: 0 where a right checksum is among them (RFC 1071)."""
+    return (int.from_bytes(data, "big") << 8 * (len(data) % 2)) % 0xFFFF  # 2**16 is 1, modulo 0xFFFF
+
+
 def _has_valid_checksum(frame: memoryview) -> bool:
-    """Returns whether a UDP datagram has its checksum and it is right: with the pseudo header (RFC 8200 section 8.1) the sum is 0."""
+    """Returns whether a UDP datagram has its checksum and it is right, with the pseudo header (RFC 8200 section 8.1)."""
     udp = frame[_FRAME_MIN:]
-    summed = int.from_bytes(frame[OFFLOAD_HEADER.size + 8 :], "big") << 8 * (len(frame) % 2)  # 2**16 is 1, modulo 0xFFFF
-    return bool((udp[6] or udp[7]) and (summed + len(udp) + 17) % 0xFFFF == 0)
+    return bool((udp[6] or udp[7]) and (sum_words(frame[OFFLOAD_HEADER.size + 8 :]) + len(udp) + 17) % 0xFFFF == 0)
 
 
 def _write_gso_headers(frame: memoryview, size: int) -> None:
@@ -634,8 +653,8 @@ class PrefixPool:
         """Makes a /64 assignable again that is reserved for the server or an Id which owns another one by now. Otherwise does nothing."""
         index = (int(prefix.network_address) >> 64) - self._base
         if index in self._owner_of and self._index_of.get(self._owner_of[index]) != index:
-            del self._owner_of[index]
-            self._released.append(index)
+            owner = self._owner_of.pop(index)
+            self._released += [index] if owner or index < self._next else []  # what the server had at the end is not given first
 
     def release(self, id_: str) -> None:
         """Takes back the Id's /64, which the Id has never heard of. Raises KeyError when it owns none."""
@@ -971,6 +990,7 @@ class SendQueue:
 
 ROUTE_PROTOCOL = 116  # marks our routes, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of what we add to lo, behind all others
+BEGUN_HERE = "not from 2000::/3"  # what this machine begins, whose source is not chosen yet
 RULE_PRIORITY = 11_600  # of the client's rules, which have this and the next one; the rule for the table main has 32766
 
 
@@ -1030,12 +1050,16 @@ def server_plan(device: str, mtu: int, prefix: IPv6Network) -> list[Step]:
 
 
 def source_plan(source: str, process: int) -> list[Step]:
-    """Looks up packets with this source in the client's table, behind all routes of the table main that are no default routes."""
-    rules = [
-        f"priority {RULE_PRIORITY} {source} lookup main suppress_prefixlength 0 proto {ROUTE_PROTOCOL}",
-        f"priority {RULE_PRIORITY + 1} {source} lookup {OWNER_BASE + process} proto {ROUTE_PROTOCOL}",
-    ]
-    return [Step(f"rule add {rule}", f"rule del {rule}") for rule in rules]
+    """Looks up packets with this source in the client's table, behind all routes of the table main that are no default routes.
+
+    For BEGUN_HERE a unique local source (RFC 4193) comes first, which goes its own way, too, if it has one.
+    """
+    ours = f"suppress_ifgroup {OWNER_BASE + process}"  # in which no device is: only so that another client's rules are others
+    rules = [f"priority {RULE_PRIORITY} {source} lookup main suppress_prefixlength 0 {ours}"]
+    if source == BEGUN_HERE:
+        rules.append(f"priority {RULE_PRIORITY + 1} from fc00::/7 lookup main {ours}")
+    rules.append(f"priority {RULE_PRIORITY + 1} {source} lookup {OWNER_BASE + process}")
+    return [Step(f"rule add {rule} proto {ROUTE_PROTOCOL}", f"rule del {rule} proto {ROUTE_PROTOCOL}") for rule in rules]
 
 
 def parse_sources(rules: str) -> list[tuple[str, int]]:
@@ -1063,7 +1087,7 @@ def tunnel_plan(device: str, default_route: bool, process: int) -> list[Step]:
     goes its own way: replies of the machine's native address, and packets that carry IPv4.
     """
     route = f"default dev {device} table {OWNER_BASE + process} proto {ROUTE_PROTOCOL}"
-    return [Step(f"route add {route}", f"route del {route}"), *(source_plan("not from 2000::/3", process) if default_route else [])]
+    return [Step(f"route add {route}", f"route del {route}"), *(source_plan(BEGUN_HERE, process) if default_route else [])]
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------
@@ -1456,18 +1480,18 @@ class KeyStore:
 # ---- kernel ----------------------------------------------------------------------------------------------------------
 
 IP_S = 5.0  # for one run of `ip`, which takes 2 ms, or of `nft`
-IP_KILLED = "somebody killed `ip`"
+IP_KILLED, IP_TIMED_OUT = "somebody killed `ip`", f"`ip` did not end within {IP_S:.0f} s"  # why a command may have been run or not
 TUN_CLOSE_S = 5.0  # for the close of a TUN, which takes 24 ms
 TUN_CLOSERS = 64  # threads: in threads the closes overlap
 DEVICE_REMOVED, DEVICE_SET_DOWN = "somebody removed it", "somebody set it down"  # what others may do to a device of ours
 ADDRESS_REMOVED, ROUTE_REMOVED = "somebody removed its address", "somebody removed its route"
 EVENTS_LOST = "perhaps somebody removed something of it"  # the kernel had more netlink messages than we read
-REPAIRS_MAX, REPAIRS_S = 5, 60  # of the client's TUN in place, in so many seconds; more and it is made again
+REPAIRS_MAX, REPAIRS_S = 5, 60  # of one TUN in place, in so many seconds; more and it is made again
 MANAGERS = {  # that may change devices which are not theirs, by a path that is there while they run
     "/run/systemd/netif/links": "systemd-networkd, see contrib/networkd-tun6.conf",
     "/run/NetworkManager": "NetworkManager, see contrib/NetworkManager-tun6.conf",
 }
-SETTLE_S = 0.1  # from the first message about a change of a device until all of the change has happened
+SETTLE_S = 0.02  # from the first message about a change of a device until all of the change has happened
 
 
 def run_program(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
@@ -1498,15 +1522,16 @@ class Kernel:
             number, reason = min(failures.items())
             raise KernelError(f"`ip -6 {plan[number].do}` failed: {reason}")
 
-    def reapply(self, plan: Sequence[Step]) -> bool:
-        """Does those steps again that others may have undone. Those that nobody undid fail. Returns whether any was undone."""
-        return len(self._commands.submit([step.do for step in plan])) < len(plan)
+    def reapply(self, plan: Sequence[Step]) -> list[Step]:
+        """Does those steps again that others may have undone. Those that nobody undid fail. Returns the others."""
+        failures = self._commands.submit([step.do for step in plan])
+        return [step for number, step in enumerate(plan) if number not in failures]
 
     def undo(self, plan: Sequence[Step]) -> None:
         """Undoes the steps in reverse order. A step that others have undone already is no error."""
         undone = [step.undo for step in reversed(plan) if step.undo]
         failures = self._commands.submit(undone) if undone else {}
-        if IP_KILLED in failures.values():
+        if {IP_KILLED, IP_TIMED_OUT} & set(failures.values()):  # when many devices go at once, the kernel lets everybody wait for seconds
             failures = self._commands.submit(undone)
         for number, reason in failures.items():
             log.debug("`ip -6 %s` failed: %s", undone[number], reason)
@@ -1546,7 +1571,7 @@ class Kernel:
             return [dict.fromkeys(range(len(commands)), reason) for commands in jobs]
         except subprocess.TimeoutExpired:
             log.error("`ip` did not end within %.0f s and was killed; `ip monitor` or the kernel's log may show what it waits for", IP_S)
-            return [dict.fromkeys(range(len(commands)), f"`ip` did not end within {IP_S:.0f} s") for commands in jobs]
+            return [dict.fromkeys(range(len(commands)), IP_TIMED_OUT) for commands in jobs]
         if "BusyBox" in done.stderr:
             reason = "this `ip` is BusyBox's, which can't do that; install iproute2 (on OpenWrt the package ip-full)"
             return [dict.fromkeys(range(len(commands)), reason) for commands in jobs]
@@ -1656,8 +1681,13 @@ class Tun:
 
 def tun_error(name: str, error: OSError) -> KernelError:
     """Returns the error for a read or write of a TUN that failed."""
-    reason = {errno.EBADFD: DEVICE_REMOVED, errno.EIO: DEVICE_SET_DOWN}.get(error.errno or 0, error.strerror)
-    return KernelError(f"TUN device {name}: {reason}")
+    return KernelError(f"TUN device {name}: {DEVICE_REMOVED if error.errno == errno.EBADFD else error.strerror}")
+
+
+def log_repair(name: str, what: str) -> None:
+    """Warns that somebody has changed a TUN, which is as before again, and names who may have been it."""
+    managers = " or ".join(manager for path, manager in MANAGERS.items() if Path(path).exists())
+    log.warning("TUN device %s: %s; it is back%s", name, what, managers and f" (perhaps it was {managers})")
 
 
 @functools.cache
@@ -1674,6 +1704,26 @@ def log_missing_offloads(gso_kinds: frozenset[str]) -> None:
     log.info("this kernel hands %s to a TUN only one by one: it works, but slower", what)
 
 
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+LOAD_WORD, LOAD_HALF, LOAD_BYTE, AND, IF_EQUAL, GIVE = 0x20, 0x28, 0x30, 0x54, 0x15, 0x06  # linux/bpf_common.h
+
+
+def attach_filter(sock: socket.socket, program: list[tuple[int, int, int, int]]) -> None:
+    """The kernel gives the socket only what the program passes, whose lines are code, jt, jf and k of linux/filter.h. Raises OSError."""
+    lines = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(lines)))
+
+
+IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
+
+
+def is_up(interface: str) -> bool:
+    """Returns whether somebody has set the interface up. Raises OSError when there is none of this name."""
+    with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        ifreq = fcntl.ioctl(sock, SIOCGIFFLAGS, struct.pack("16s24x", interface.encode()))
+    return bool(struct.unpack_from("H", ifreq, 16)[0] & IFF_UP)
+
+
 class DeviceMonitor:
     """Reports when somebody removes a device of ours, sets it down, or removes its address or route: rtnetlink(7)."""
 
@@ -1681,12 +1731,11 @@ class DeviceMonitor:
     GROUPS = 0x1 | 0x100 | 0x400  # RTMGRP_LINK, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE
     IFA_ADDRESS, RTA_OIF = 1, 4
     MESSAGE_HEADER, ATTRIBUTE_HEADER = struct.Struct("=IH10x"), struct.Struct("=HH")  # length with the header, type
-    SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # asm-generic/socket.h
-    IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
+    SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 
     def __init__(self) -> None:
         self._callbacks: dict[int, Callable[[str, bytes], None]] = {}  # by index of the device
-        self._pending: set[tuple[int, str, bytes]] = set()  # removals that are to be verified
+        self._pending: dict[int, set[tuple[str, bytes]]] = {}  # by index: what was removed and is to be verified
 
     def watch(self, device: str, on_removal: Callable[[str, bytes], None]) -> int:
         """From now on calls `on_removal(what, address)` for what is removed of the device. Returns the number that `unwatch` takes."""
@@ -1730,48 +1779,52 @@ class DeviceMonitor:
         with suppress(OSError):  # refused in an unprivileged container, where EVENTS_LOST is more frequent
             sock.setsockopt(socket.SOL_SOCKET, self.SO_RCVBUFFORCE, 4 << 20)
         with suppress(OSError):  # the filter only saves work: parse_removals ignores the same messages
-            sock.setsockopt(socket.SOL_SOCKET, self.SO_ATTACH_FILTER, self._filter())
+            attach_filter(sock, self._filter())
         sock.bind((0, self.GROUPS))
         return sock
 
-    def _filter(self) -> bytes:
-        """Returns a struct sock_fprog (linux/filter.h) that drops messages of new routes, and of removed ones that are not ours."""
-        load_half, load_byte, equal, give = 0x28, 0x30, 0x15, 0x06
+    def _filter(self) -> list[tuple[int, int, int, int]]:
+        """Returns the program that drops messages of new routes, and of removed ones that are not ours."""
         deleted, new = (int.from_bytes(struct.pack("=H", kind), "big") for kind in (self.DELROUTE, self.NEWROUTE))
-        program = [
-            (load_half, 0, 0, 4),  # nlmsg_type, which the filter reads as big-endian
-            (equal, 0, 2, deleted),
-            (load_byte, 0, 0, 16 + 5),  # rtm_protocol
-            (equal, 1, 2, ROUTE_PROTOCOL),
-            (equal, 1, 0, new),
-            (give, 0, 0, 0xFFFF_FFFF),
-            (give, 0, 0, 0),
+        return [
+            (LOAD_HALF, 0, 0, 4),  # nlmsg_type, which the filter reads as big-endian
+            (IF_EQUAL, 0, 2, deleted),
+            (LOAD_BYTE, 0, 0, 16 + 5),  # rtm_protocol
+            (IF_EQUAL, 1, 2, ROUTE_PROTOCOL),
+            (IF_EQUAL, 1, 0, new),
+            (GIVE, 0, 0, 0xFFFF_FFFF),
+            (GIVE, 0, 0, 0),
         ]
-        self._program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-        return struct.pack("HP", len(program), ctypes.addressof(self._program))
 
     def _verify_later(self, index: int, what: str, address: bytes) -> None:
-        removal = index, what, address
-        if index in self._callbacks and removal not in self._pending:
-            self._pending.add(removal)
-            gevent.spawn_later(SETTLE_S, self._verify, removal)
+        if index in self._callbacks:
+            if index not in self._pending:
+                self._pending[index] = set()
+                gevent.spawn(self._verify_pending, index)
+            self._pending[index].add((what, address))
 
-    def _verify(self, removal: tuple[int, str, bytes]) -> None:
-        """Reports the removal as what it became: a removed device loses its address and routes first, a new one was not up at first."""
-        self._pending.discard(removal)
-        index, what, address = removal
+    def _verify_pending(self, index: int) -> None:
+        """Reports what was removed of a device, a report at a time, until nothing more is."""
         try:
-            name = system_socket.if_indextoname(index)
-            with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-                ifreq = fcntl.ioctl(sock, self.SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
-            if not struct.unpack_from("H", ifreq, 16)[0] & self.IFF_UP:
-                what = DEVICE_SET_DOWN
+            while self._pending[index]:
+                gevent.sleep(SETTLE_S)
+                removals, self._pending[index] = self._pending[index], set()
+                for what, address in self._verify(index, removals):
+                    if index in self._callbacks:
+                        self._callbacks[index](what, address)
+        finally:
+            del self._pending[index]
+
+    def _verify(self, index: int, removals: set[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        """Returns what the removals became: a device that is removed or set down loses the rest, a new one was not up at first."""
+        try:
+            if not is_up(system_socket.if_indextoname(index)):
+                return [(DEVICE_SET_DOWN, b"")]
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.ENODEV):  # without a free descriptor it cannot be verified
-                return
-            what = DEVICE_REMOVED
-        if what and index in self._callbacks:
-            self._callbacks[index](what, address)
+                return []
+            return [(DEVICE_REMOVED, b"")]
+        return sorted(removal for removal in removals if removal[0])
 
 
 def split_netlink(data: bytes, header: struct.Struct) -> Iterator[tuple[int, bytes]]:
@@ -1788,7 +1841,7 @@ def parse_removals(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
     for kind, body in split_netlink(messages, DeviceMonitor.MESSAGE_HEADER):
         if kind in (DeviceMonitor.NEWLINK, DeviceMonitor.DELLINK) and len(body) >= 16:
             family, index, flags = struct.unpack_from("=BxxxiI", body)
-            if family == 0 and (kind == DeviceMonitor.DELLINK or not flags & DeviceMonitor.IFF_UP):
+            if family == 0 and (kind == DeviceMonitor.DELLINK or not flags & IFF_UP):
                 yield index, "", b""
         elif kind == DeviceMonitor.DELADDR and len(body) >= 8:
             address = dict(split_netlink(body[8:], DeviceMonitor.ATTRIBUTE_HEADER)).get(DeviceMonitor.IFA_ADDRESS, b"")
@@ -1807,9 +1860,12 @@ def interface_addresses(interface: str, family: int) -> list[str]:
 
 
 def machine_addresses() -> list[tuple[str, IPv6Address]]:
-    """Returns all IPv6 addresses of this machine, each with its interface."""
-    pairs = [(interface, text) for interface in netifaces.interfaces() for text in interface_addresses(interface, netifaces.AF_INET6)]
-    return [(interface, IPv6Address(text.partition("%")[0])) for interface, text in pairs]
+    """Returns all IPv6 addresses of this machine, each with its interface. At once, also beside a thousand TUNs."""
+    try:
+        fields = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    except OSError:  # there is no IPv6
+        return []
+    return [(interface, IPv6Address(int(address, 16))) for address, *_, interface in fields]
 
 
 def default_interface(family: int = netifaces.AF_INET) -> str | None:
@@ -1849,12 +1905,17 @@ def default_id() -> str:
     return addresses[0]
 
 
-def read_sysctl(name: str) -> str:
-    """Returns the value of a sysctl such as net.ipv6.conf.all.forwarding, "" when this kernel does not have it."""
+def read_text(path: Path) -> str:
+    """Returns the text of a file of the kernel, "" when there is none."""
     try:
-        return Path("/proc/sys", *name.split(".")).read_text().strip()
+        return path.read_text("utf-8", "replace").strip()
     except OSError:
         return ""
+
+
+def read_sysctl(name: str) -> str:
+    """Returns the value of a sysctl such as net.ipv6.conf.all.forwarding, "" when this kernel does not have it."""
+    return read_text(Path("/proc/sys", *name.split(".")))
 
 
 def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
@@ -1880,15 +1941,15 @@ def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
     def advice(chain: str, names: str) -> str:
         iptables = f"`ip6tables -I %s -i {devices.replace('*', '+')} -j ACCEPT` and the same with -o"
         if "firewalld" in names:
-            return f"firewalld's; `firewall-cmd --permanent --zone=trusted --add-source={pool}` and `firewall-cmd --reload` help"
+            source = f"`firewall-cmd --permanent --zone=trusted --add-source={pool}` and `firewall-cmd --reload`"
+            return f"firewalld's; {source} help, and docs/operating.md has what lets connections from outside in"
         if "ufw" in names:
             return f"ufw's; `ufw route allow from {pool}` and `ufw route allow to {pool}` help"
-        if "DOCKER-USER" in names:
-            return f"Docker's; {iptables % 'DOCKER-USER'} help"
+        docker = "Docker's" if "docker" in names.lower() else ""
         if chain == "ip6 filter FORWARD":
-            return f"that of ip6tables; {iptables % 'FORWARD'} help"
-        owner = "Docker's" if "docker" in names.lower() else "nftables'"
-        return f"""{owner}; `nft insert rule {chain} iifname '"{devices}"' accept` and the same with oifname help"""
+            first = "DOCKER-USER" if "DOCKER-USER" in names else "FORWARD"  # Docker 20.10 has no DOCKER-USER for IPv6
+            return f"{docker or 'that of ip6tables'}; {iptables % first} help"
+        return f"""{docker or "nftables'"}; `nft insert rule {chain} iifname '"{devices}"' accept` and the same with oifname help"""
 
     try:
         chains = [entry["chain"] for entry in nft("chains") if "chain" in entry]
@@ -1901,8 +1962,8 @@ def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
     dropping = {}
     for chain in chains:
         family, table = place = chain["family"], chain["table"]
-        if chain.get("hook") != "forward" or family not in ("inet", "ip6"):
-            continue
+        if chain.get("hook") != "forward" or family not in ("inet", "ip6") or table == "firewalld_policy_drop":
+            continue  # the last of these is there only while firewalld reloads
         name = f"{family} {table} {chain['name']}"
         rules = [entry["rule"]["expr"] for entry in nft("chain", *name.split()) if "rule" in entry]
         kinds = [{kind for statement in rule for kind in statement} for rule in rules]
@@ -1920,7 +1981,13 @@ USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledge
 TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
 SIOCOUTQ, SIOCOUTQNSD = termios.TIOCOUTQ, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
 IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
-STALLED_RETRANSMITS = 3  # of one segment, after which it may be too large for the path
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_SEND_QUEUE = 19, 20, 21, 2  # linux/tcp.h
+ICMP_DEST_UNREACH, ICMP_HOST_UNREACH, ICMP_FRAG_NEEDED = 3, 1, 4  # linux/icmp.h
+PATH_MTUS = 1280, 576  # bytes, tried in turn where large packets vanish: IPv6's minimum, which most paths take, and IPv4's (RFC 1122)
+JIFFIES_S = 0.02  # two units in which most of the kernel's times of TCP are measured
+MTU_CHECK_S = 1.0  # between two looks at all connections
+MTU_RENEWAL_S = 240.0  # between two renewals of what the kernel forgets after 600 s (net.ipv4.route.mtu_expires)
+MTU_HOSTS_MAX = 1024  # hosts whose path's MTU is remembered
 LEGACY_READ_TIME_S = 0.2  # for a legacy client to read the answer, once its kernel has it, before the first frame follows
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs neither BBR nor a paced writer
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
@@ -1945,8 +2012,13 @@ class Stream:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         file = io.FileIO(sock.fileno(), "r+", closefd=False)
-        self.readinto: Read = file.readinto
+        self._read_socket: Read = file.readinto
         self.write: Write = file.write  # writes to the socket what `encrypt` returned, if there is one
+
+    @property
+    def readinto(self) -> Read:
+        """The Read of the pump."""
+        return self._read_socket
 
     def receive(self) -> bytes:
         """Waits for data and returns it. Raises EOFError, OSError, ProtocolError."""
@@ -1980,8 +2052,6 @@ class TlsStream(Stream):
         Raises ProtocolError, EOFError, OSError.
         """
         super().__init__(sock)
-        self._read_socket = self.readinto
-        self.readinto = self._read_records
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._header = b""  # the beginning of a record's header, which is not in `_incoming` yet
         self._missing = 0  # bytes that a record in `_incoming` lacks
@@ -1990,6 +2060,10 @@ class TlsStream(Stream):
         server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, None if server_side else server_name)
         self._wait_for(self._tls.do_handshake)
+
+    @property
+    def readinto(self) -> Read:
+        return self._read_records
 
     def fingerprint(self) -> str:
         """Returns the fingerprint of the peer's certificate: "sha256:" and 64 hexadecimal digits."""
@@ -2141,7 +2215,11 @@ def has_aes_instructions() -> bool:
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """Disables Nagle's algorithm, and makes TCP notice a dead peer: after KEEPALIVE when idle, after USER_TIMEOUT_MS when not."""
+    """Disables Nagle's algorithm, and makes TCP notice a dead peer after USER_TIMEOUT_MS: of unacknowledged data or, when idle, of silence.
+
+    When idle, KEEPALIVE says when TCP asks. How often in vain, TCP_USER_TIMEOUT decides, as in tcp_keepalive_timer() of the kernel; the
+    number of probes counts only where that is not supported.
+    """
     idle, interval, probes = KEEPALIVE
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -2157,9 +2235,181 @@ def read_tcp_info(sock: socket.socket, kind: str, at: int) -> int:
     return cast(int, struct.unpack_from(kind, info.ljust(256, b"\0"), at)[0])
 
 
-def allow_fragmentation(sock: socket.socket) -> None:
-    """Lets routers fragment what this connection sends: on some paths nobody says that a packet was too large (RFC 2923)."""
-    sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+def probe_window(sock: socket.socket) -> tuple[int, int]:
+    """Sends an empty segment, which the peer's kernel answers. Raises OSError.
+
+    Returns sequence numbers: of the first byte that is not acknowledged, and of the first that was not sent. The kernel sends the
+    segment when the repair of a socket ends, tcp_send_window_probe.
+    """
+    reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+        end = sock.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ)
+    finally:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)  # it has cleared that, and no new server could take the port
+    sequence = []
+    for request in (SIOCOUTQ, SIOCOUTQNSD):
+        waiting = bytearray(4)
+        fcntl.ioctl(sock.fileno(), request, waiting)
+        sequence.append((end - int.from_bytes(waiting, sys.byteorder)) % 2**32)
+    return sequence[0], sequence[1]
+
+
+def report_unreachable(sock: socket.socket, code: int, sequence: int, mtu: int = 0) -> None:
+    """Tells our kernel, as a router would with ICMP, that a segment of this connection did not arrive. Raises OSError.
+
+    No socket option does to a live connection what the kernel does then. ICMP_HOST_UNREACH, for the first byte that is not
+    acknowledged: the timeout after which that is sent again is halved (RFC 6069). ICMP_FRAG_NEEDED, for a byte that is on the way:
+    all that is larger than the MTU is sent again at once, smaller, and the MTU holds for that host for ten minutes (RFC 1191).
+    """
+    (host, port), (peer_host, peer_port) = sock.getsockname(), sock.getpeername()
+    ends = socket.inet_aton(host) + socket.inet_aton(peer_host)
+    quoted = struct.pack(">BBHHHBBH8s", 0x45, 0, 1500, 0, 0x4000, 64, socket.IPPROTO_TCP, 0, ends)  # an IPv4 header
+    quoted += struct.pack(">HHI", port, peer_port, sequence)
+    head = struct.pack(">BBHHH", ICMP_DEST_UNREACH, code, 0, 0, mtu)
+    message = head[:2] + struct.pack(">H", 0xFFFF - sum_words(head + quoted)) + head[4:] + quoted
+    with system_socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+        raw.sendto(message, socket.MSG_DONTWAIT, (host, 0))
+
+
+def set_path_mtu(sock: socket.socket, mtu: int) -> None:
+    """Sets the largest packet, in bytes, that the path of this connection takes. Raises OSError."""
+    report_unreachable(sock, ICMP_FRAG_NEEDED, probe_window(sock)[1], mtu)
+
+
+@dataclass
+class Stall:
+    """What is known while one segment is sent again and again."""
+
+    sequence: int  # number of its first byte
+    asked: float  # when the last empty segment left
+    passed: int | None = None  # how often the segment had been sent again when an empty one was answered first
+    failed: float = math.inf  # when the segment was found to be sent once more since, or the kernel was told an MTU
+    mtu: int | None = None  # that the kernel was told since
+
+
+class PathMtu:
+    """What one connection may send: smaller packets, where large ones vanish and nobody says so (RFC 2923).
+
+    That is so when a segment was sent once more in vain although, before that and after it, empty ones were answered. On a dead path
+    none is answered.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str, mtu: int | None = None) -> None:
+        """`peer` is for the log. `mtu` is that of the path, when it was found by an earlier connection."""
+        self.mtu = mtu  # None: as the kernel has it
+        self._sock, self._peer = sock, peer
+        self._told = -math.inf  # when the kernel was told that
+        self._stall: Stall | None = None
+        self._fragments = False  # whether routers may fragment what it sends
+
+    def check(self, now: float) -> bool:
+        """Looks for a stall, and tries smaller packets. Returns whether `mtu` has just been found. Raises OSError."""
+        before = self.mtu
+        retransmits = read_tcp_info(self._sock, "B", 2)  # tcpi_retransmits: of one segment, by timeouts
+        if retransmits and not self._fragments:
+            try:
+                self._follow(retransmits, now)
+            except PermissionError:
+                self._allow_fragmentation()
+        elif not retransmits:
+            self._end_stall(now)
+            if self.mtu and now - self._told >= MTU_RENEWAL_S:
+                self._told = now
+                set_path_mtu(self._sock, self.mtu)
+        return self.mtu != before
+
+    def _end_stall(self, now: float) -> None:
+        """Takes note of progress, and of what has brought it."""
+        stall, self._stall = self._stall, None
+        if stall and stall.mtu:
+            self.mtu, self._told = stall.mtu, now
+            log.warning("large packets to %s vanish on the path: from now on it gets none above %d bytes", self._peer, self.mtu)
+
+    def _follow(self, retransmits: int, now: float) -> None:
+        """Goes on with a stall: one step of asking, sending again, and trying a smaller MTU, as long as all is answered but the segment."""
+        wait = MTU_CHECK_S / 2 + 2 * read_tcp_info(self._sock, "I", 68) / 1e6  # tcpi_rtt
+        heard = now - read_tcp_info(self._sock, "I", 56) / 1e3 + JIFFIES_S  # tcpi_last_ack_recv
+        answered = self._stall is not None and heard > self._stall.asked
+        if self._stall and not answered and now - self._stall.asked < wait:
+            return
+        sequence, _ = probe_window(self._sock)
+        if self._stall and sequence != self._stall.sequence:
+            self._end_stall(now)
+        stall = self._stall
+        if stall is None or not answered:
+            self._stall = Stall(sequence, now)
+            return
+        stall.asked = now
+        if stall.passed is None:
+            stall.passed = retransmits
+            retransmits = self._send_again(retransmits, sequence)
+        if stall.failed == math.inf:
+            stall.failed = now if retransmits > stall.passed else math.inf
+        elif now - stall.failed >= wait:
+            self._try_smaller(stall, now)
+
+    def _send_again(self, retransmits: int, sequence: int) -> int:
+        """Sends the segment again now, which the kernel would do some seconds later. Returns the number of retransmissions then."""
+        before = retransmits
+        for _ in range(before):
+            if retransmits == before:
+                report_unreachable(self._sock, ICMP_HOST_UNREACH, sequence)
+                retransmits = read_tcp_info(self._sock, "B", 2)
+        return retransmits
+
+    def _try_smaller(self, stall: Stall, now: float) -> None:
+        mtu = read_tcp_info(self._sock, "I", 60)  # tcpi_pmtu
+        smaller = next((size for size in PATH_MTUS if size < mtu), None)
+        if smaller is None or smaller == stall.mtu:  # no smaller one helps, or the kernel does not take it
+            stall.mtu = None
+            self._allow_fragmentation()
+        else:
+            stall.mtu, stall.failed = smaller, now
+            set_path_mtu(self._sock, smaller)
+
+    def _allow_fragmentation(self) -> None:
+        self._fragments = True
+        self._sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        log.warning("%s does not get what is sent, perhaps large packets vanish on the path: routers may fragment them now", self._peer)
+
+
+class MtuMonitor:
+    """Looks at the PathMtu of each connection again and again, and remembers what was found for the hosts."""
+
+    def __init__(self) -> None:
+        self._paths: dict[PathMtu, str] = {}
+        self.found: dict[str, int] = {}  # MTUs in bytes, by the IPv4 address of the peer
+
+    @contextmanager
+    def watch(self, sock: socket.socket, peer: str, mtu: int | None = None) -> Iterator[None]:
+        """Monitors a connection meanwhile, as PathMtu has it. Raises OSError when it has ended."""
+        host = sock.getpeername()[0]
+        path = PathMtu(sock, peer, mtu)
+        self._paths[path] = host
+        try:
+            self._check(path, host)
+            yield
+        finally:
+            del self._paths[path]
+
+    def run(self) -> NoReturn:
+        """Monitors until it is killed."""
+        while True:
+            gevent.sleep(MTU_CHECK_S)
+            for count, (path, host) in enumerate(list(self._paths.items())):
+                self._check(path, host)
+                if count % BATCH_FRAMES == BATCH_FRAMES - 1:
+                    gevent.sleep()
+
+    def _check(self, path: PathMtu, host: str) -> None:
+        with suppress(OSError):  # the connection has just ended
+            if path.check(time.monotonic()) and path.mtu:
+                self.found[host] = path.mtu
+                if len(self.found) > MTU_HOSTS_MAX:
+                    del self.found[next(iter(self.found))]
 
 
 class CongestionControls(NamedTuple):
@@ -2237,16 +2487,19 @@ def receive_message(stream: Stream) -> tuple[dict[str, Any], bytes]:
             return found
 
 
+def is_unacknowledged(sock: socket.socket) -> bool:
+    """Returns whether the peer's kernel lacks anything that was sent. Raises OSError."""
+    unacknowledged = bytearray(4)
+    fcntl.ioctl(sock.fileno(), SIOCOUTQ, unacknowledged)
+    return any(unacknowledged)
+
+
 def wait_until_answer_is_read(sock: socket.socket) -> None:
     """Returns when the peer's kernel has what we sent, and its program, which waits for it, has had time to read it.
 
     A legacy client takes whatever its first recv returns as the answer: by then the first frame must not have arrived.
     """
-    unacknowledged = bytearray(4)
-    while True:
-        fcntl.ioctl(sock.fileno(), SIOCOUTQ, unacknowledged)
-        if not any(unacknowledged):
-            break
+    while is_unacknowledged(sock):
         gevent.sleep(0.01)
     gevent.sleep(LEGACY_READ_TIME_S)
 
@@ -2304,11 +2557,12 @@ class ReadinessCallbacks:
         self._source = self._hub.loop.io(source, 1)
         self._sink = self._hub.loop.io(source if sink is None else sink, 2)
         self._callback: Callable[[], None]
+        self._greenlet: gevent.Greenlet
         self.wants_write = False
 
     def run(self, callback: Callable[[], None]) -> NoReturn:
         """Calls the function until it raises something, and raises that."""
-        wake = gevent.getcurrent().switch
+        self._greenlet = gevent.getcurrent()
         failed: list[BaseException] = []
 
         def guarded() -> None:
@@ -2317,17 +2571,18 @@ class ReadinessCallbacks:
             except BaseException as error:  # the greenlet raises it
                 self._stop()
                 failed.append(error)
-                wake()
+                self._greenlet.switch()
 
         self._callback = guarded
         self._source.start(guarded)
         try:
             self._hub.switch()
-            raise failed[0]
+            raise failed.pop()
         finally:
             self._stop()
             self._source.close()
             self._sink.close()
+            del self._callback, self._greenlet  # no cycle of references, see Session
 
     def want_write(self, wanted: bool) -> None:
         """Sets whether the function is called when `sink` is writable, too."""
@@ -2405,7 +2660,8 @@ def pump_tun_to_tcp(
 def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing: bytes, bare: bool, traffic: TrafficCounters) -> NoReturn:
     """Writes the frames that `read` brings from the connection `fd` into the TUN; `trailing` are the bytes behind the handshake.
 
-    A frame that the kernel refuses is dropped. Raises EOFError or OSError when the connection ends, KernelError when the TUN fails,
+    A frame that the kernel refuses is dropped, also while the TUN is down (EIO), which the DeviceMonitor finds and repairs. Raises
+    EOFError or OSError when the connection ends, KernelError when the TUN fails,
     OffloadRefused when more than REFUSED_FRAMES_MAX frames of one GSO kind were refused, ProtocolError.
     """
 
@@ -2422,7 +2678,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                     traffic.dropped += 1
                 traffic.received += len(frame)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EIO):
                     raise tun_error(tun.name, error) from None
                 traffic.dropped += 1
                 if error.errno == errno.EINVAL:
@@ -2502,6 +2758,35 @@ class PeerPath:
         self.received = 0  # bytes until then
 
 
+UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
+ROUTER_SOLICITATION, ROUTER_ADVERTISEMENT = 133, 134  # RFC 4861
+
+
+def open_icmpv6(*kinds: int) -> socket.socket:
+    """Returns a raw socket that receives only ICMPv6 messages of these types. Raises OSError."""
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+    blocked = ((1 << 256) - 1) ^ sum(1 << kind for kind in kinds)
+    words = [blocked >> at & 0xFFFF_FFFF for at in range(0, 256, 32)]  # struct icmp6_filter
+    sock.setsockopt(socket.IPPROTO_ICMPV6, 1, struct.pack("8I", *words))  # ICMPV6_FILTER, linux/icmpv6.h
+    return sock
+
+
+def send_echo(sock: socket.socket, packet_info: bytes, hops: int, target: IPv6Address, number: int) -> None:
+    """Sends an echo request, if it can be sent at once, with a struct in6_pktinfo and this hop limit. The number comes back in answers."""
+    request = struct.pack(">BBHI", ECHO_REQUEST, 0, 0, number)  # the kernel fills in the checksum
+    options = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, packet_info), (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", hops))]
+    with suppress(OSError):  # no answer comes, as when it is lost
+        system_socket.socket.sendmsg(sock._sock, [request], options, socket.MSG_DONTWAIT, (str(target), 0))
+
+
+def echo_number(message: bytes) -> int | None:
+    """Returns the number of the echo request that an ICMPv6 message answers or, as an error, quotes; None when it does neither."""
+    echo = message[8 + IPV6_HEADER :] if message[0] in (UNREACHABLE, TIME_EXCEEDED) else message
+    if len(echo) < 8 or echo[0] not in (ECHO_REQUEST, ECHO_REPLY):
+        return None
+    return int.from_bytes(echo[4:8], "big")
+
+
 class PathMonitor:
     """Finds sessions whose peer is dead although TCP acknowledges, as behind a relay or when the peer's program hangs.
 
@@ -2509,9 +2794,6 @@ class PathMonitor:
     client's with a reply, the server's, as the hop limit is 1, with Time Exceeded; so does that of the original program. A session
     from which nothing comes for DEAD_PATH_S ends, if a probe was ever answered there.
     """
-
-    ICMPV6_FILTER = 1  # linux/icmpv6.h
-    UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
 
     def __init__(self) -> None:
         self._number = random.getrandbits(32)
@@ -2533,11 +2815,7 @@ class PathMonitor:
     def run(self) -> None:
         """Probes and reads the answers until it is killed."""
         try:
-            self._sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
-            passed = (self.UNREACHABLE, self.TIME_EXCEEDED, self.ECHO_REPLY)
-            blocked = ((1 << 256) - 1) ^ sum(1 << kind for kind in passed)
-            words = [blocked >> at & 0xFFFF_FFFF for at in range(0, 256, 32)]  # struct icmp6_filter
-            self._sock.setsockopt(socket.IPPROTO_ICMPV6, self.ICMPV6_FILTER, struct.pack("8I", *words))
+            self._sock = open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY)
         except OSError as error:
             log.warning("dead paths behind relays can't be noticed: %s", error.strerror)
             return
@@ -2554,40 +2832,31 @@ class PathMonitor:
     def _check_all(self) -> NoReturn:
         while True:
             gevent.sleep(PATH_CHECK_S)
-            for count, (number, (session, path)) in enumerate(list(self._sessions.items())):
-                with suppress(OSError):  # its connection has just ended
-                    self._check(number, session, path)
+            for count, number in enumerate(list(self._sessions)):
+                if number in self._sessions:
+                    with suppress(OSError):  # its connection has just ended
+                        self._check(number, *self._sessions[number])
                 if count % BATCH_FRAMES == BATCH_FRAMES - 1:
                     gevent.sleep()
 
     def _check(self, number: int, session: Session, path: PeerPath) -> None:
         now = time.monotonic()
-        session.check_stall()
         if session.traffic.received != path.received:
             path.received, path.heard = session.traffic.received, now
         elif path.answers and now - path.heard >= DEAD_PATH_S:
-            session.close(SessionError(f"no sign of life for {DEAD_PATH_S:.0f} s"))
+            session.close(PeerSilent(f"no sign of life for {DEAD_PATH_S:.0f} s"))
         elif now - max(path.heard, path.asked) >= PROBE_AFTER_S:
             self._probe(number, path)
 
     def _probe(self, number: int, path: PeerPath) -> None:
         path.asked = time.monotonic()
-        request = struct.pack(">BBHI", self.ECHO_REQUEST, 0, 0, number)  # the kernel fills in the checksum
-        options = [
-            (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, path.packet_info),
-            (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", path.hops)),
-        ]
-        with suppress(OSError):  # no answer comes, as when it is lost
-            if self._sock:
-                system_socket.socket.sendmsg(self._sock._sock, [request], options, socket.MSG_DONTWAIT, (str(path.target), 0))
+        if self._sock:
+            send_echo(self._sock, path.packet_info, path.hops, path.target, number)
 
     def _take_answer(self, message: bytes) -> None:
         """Notes the answer to a probe: a reply to it, or an error that quotes it."""
-        quoted = message[8 + IPV6_HEADER :] if message[0] in (self.UNREACHABLE, self.TIME_EXCEEDED) else message
-        if len(quoted) < 8 or quoted[0] not in (self.ECHO_REQUEST, self.ECHO_REPLY):
-            return
-        (number,) = struct.unpack_from(">I", quoted, 4)
-        if number in self._sessions:
+        number = echo_number(message)
+        if number is not None and number in self._sessions:
             session, path = self._sessions[number]
             if not path.answers:
                 log.debug("the path answers to %s", path.target)
@@ -2603,7 +2872,8 @@ class PathMonitor:
 class Session:
     """A connection after its handshake and a TUN, with a pump each way, from `run` until the first pump ends.
 
-    Whoever made the socket and the TUN closes them afterwards.
+    Whoever made the socket and the TUN closes them afterwards. Nothing that a session owns is part of a cycle of references: its
+    memory, with TLS 100 KB, is free at its end, and not only when Python next looks at all objects, after some hundred sessions.
     """
 
     def __init__(self, peer: str) -> None:
@@ -2614,9 +2884,7 @@ class Session:
         self.released = gevent.event.Event()  # set when all that the session owned is released
         self.traffic = TrafficCounters()
         self.lan = False  # whether the connection was taken for one over a LAN, by its round trip
-        self.use_real_link: Callable[[], None] = lambda: None  # set by `run`
-        self.fragments = False  # whether routers may fragment what it sends
-        self._sock: socket.socket | None = None
+        self._pace: Callable[[], None] = lambda: None  # set by `run`
         self.started = time.monotonic()
         self._end: gevent.event.AsyncResult = gevent.event.AsyncResult()
 
@@ -2629,6 +2897,10 @@ class Session:
         """Makes `run` return, now or as soon as it is called. The first reason counts."""
         if not self._end.ready():
             self._end.set(reason)
+
+    def end(self) -> str:
+        """Returns why it ended, in words."""
+        return describe_end(self._end.get_nowait()) if self.ending else "internal error"
 
     def run(
         self,
@@ -2646,7 +2918,7 @@ class Session:
         accepts, None for a legacy peer; `trailing` are the bytes behind its message.
         """
         bare = gso_kinds is None
-        sock = self._sock = stream.sock
+        sock = stream.sock
         self.refused = ingress_filter.refused
         lan = choose_congestion_control(sock, congestion)
         write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
@@ -2654,12 +2926,11 @@ class Session:
         deframer = Deframer(_tcp_buffer, None if bare else offered, ingress_filter)
         self.lan = lan and congestion.kind == "auto" and not bare
 
-        def use_real_link() -> None:
-            self.lan = False
+        def pace() -> None:
             choose_congestion_control(sock, congestion._replace(kind="real"))
             send_queue.pace(PacedWriter(sock, stream.write, whole=bare))
 
-        self.use_real_link = use_real_link
+        self._pace = pace
 
         def tun_to_tcp() -> None:
             if bare and ingress_filter.from_client:
@@ -2677,21 +2948,19 @@ class Session:
             send_queue.close()
         return reason
 
-    def check_stall(self) -> None:
-        """Allows fragmentation when a segment was sent again and again."""
-        if self._sock and not self.fragments and read_tcp_info(self._sock, "B", 2) >= STALLED_RETRANSMITS:  # tcpi_retransmits
-            self.fragments = True
-            allow_fragmentation(self._sock)
-            log.warning("%s does not get what is sent, perhaps large packets vanish on the path: they may be fragmented now", self.peer)
+    def use_real_link(self) -> None:
+        """From now on treats the connection as one over a real link, whatever its round trip is."""
+        self.lan = False
+        self._pace()
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
         try:
             pump(*args)
         except (Tun6Error, EOFError, OSError) as error:
-            self.close(error)
+            self.close(error.with_traceback(None))
         except Exception as error:  # a defect of ours ends this session, not the process
             log_defect("session", error)
-            self.close(error)
+            self.close(error.with_traceback(None))
 
     def summary(self) -> str:
         """Returns its age and traffic, for the log."""
@@ -2701,6 +2970,291 @@ class Session:
         dropped = traffic.dropped + traffic.queue_dropped
         by_kernel = "".join(f" ({count} as the kernel refused them, offload {kind})" for kind, count in traffic.refused.items())
         return f"after {age:.0f} s, {traffic.received} bytes received, {traffic.sent} sent, {dropped} packets dropped{by_kernel}{refused}"
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+HOOK_S = 30.0  # for one run
+HOOKS_AT_ONCE = 8  # runs at a time, each for another Id
+HOOKS_WAITING_MAX = 4096  # events that may wait for their run; at more no session is told of that begins then
+HOOKS_END_S = 5.0  # at the end, for all that wait and run
+HOOK_POLL_S = 0.05  # between two looks at whether a run is to be killed
+HOOK_OUTPUT_MAX, HOOK_LINES_MAX = 16 << 10, 50  # bytes and lines of a run's output that the log gets
+HOOK_READ_S = 0.01  # between two reads of the output behind that, so that a run which writes without end takes no CPU of ours
+HOOK_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Hooks:
+    """Runs the operator's program `hook` for events: in order and one at a time for an Id. Nobody waits for it but `close`."""
+
+    def __init__(self, path: str | None) -> None:
+        """Raises ConfigError when it can't be run."""
+        self._path = os.path.abspath(path) if path else None
+        self._events: dict[str, deque[tuple[str, dict[bytes, bytes]]]] = {}  # that wait or run, by Id: name, environment
+        self._waiting = 0  # events in all of them
+        self._greenlets = gevent.pool.Group()  # one for each of these Ids
+        self._cancelled = False
+        if self._path is None:
+            return
+        if not os.path.isfile(self._path):
+            raise ConfigError(f"hook = {path}: there is no such file")
+        if not os.access(self._path, os.X_OK):
+            raise ConfigError(f"hook = {path}: it is not executable; `chmod +x {path}` makes it so")
+        self._threads = gevent.threadpool.ThreadPool(HOOKS_AT_ONCE)  # not the hub's, in which `ip` and the disk would wait for it
+
+    def run(self, event: str, id_: str, required: bool = False, **values: object) -> bool:
+        """Runs the hook when its turn has come, with TUN6_PREFIX and so on of these values. Never waits.
+
+        Returns False when too many wait and it is left out. `required`: it is not, as the beginning was not either.
+        """
+        if self._path is None:
+            return True
+        if self._waiting >= HOOKS_WAITING_MAX and not required:
+            log.warning("hook for %s of %s: left out, and its end too, as %d others wait already", event, quote_id(id_), self._waiting)
+            return False
+        known = {"event": event, "id": id_, **dict.fromkeys(("prefix", "old_prefix", "device", "peer", "reason"), ""), **values}
+        environment = {f"TUN6_{name.upper()}".encode(): to_printable(value).encode() for name, value in known.items()}
+        events = self._events.setdefault(id_, deque())
+        events.append((event, {b"PATH": HOOK_PATH.encode(), **environment}))
+        self._waiting += 1
+        if len(events) == 1:
+            self._greenlets.spawn(self._run_events, id_, events)
+        return True
+
+    def close(self) -> None:
+        """Waits for all that were to be run, HOOKS_END_S at most. Then kills those that run, and leaves out the others."""
+        if not self._greenlets.join(HOOKS_END_S):
+            log.warning("hook: %d runs did not end within %.0f s and are killed or left out", self._waiting, HOOKS_END_S)
+            self._cancelled = True
+            self._greenlets.join(1)
+        if self._path:
+            with gevent.Timeout(1, False):
+                self._threads.kill()
+
+    def _run_events(self, id_: str, events: deque[tuple[str, dict[bytes, bytes]]]) -> None:
+        while events:
+            event, environment = events[0]
+            where = f"hook for {event} of {quote_id(id_)}"
+            try:
+                failure, output = self._threads.apply(self._run_program, (environment,))
+                lines = output[:HOOK_OUTPUT_MAX].decode(errors="replace").splitlines()
+                for line in lines[:HOOK_LINES_MAX]:
+                    log.info("%s: %s", where, to_printable(line.expandtabs()))
+                if len(output) > HOOK_OUTPUT_MAX or len(lines) > HOOK_LINES_MAX:
+                    log.info("%s: ..., the rest of its output is left out", where)
+                if failure and not self._cancelled:
+                    log.warning("%s: it %s", where, failure)
+            except Exception as error:  # a defect of ours ends this run only
+                log_defect(where, error)
+            events.popleft()
+            self._waiting -= 1
+        del self._events[id_]
+
+    def _run_program(self, environment: dict[bytes, bytes]) -> tuple[str, bytes]:
+        """Runs the hook, in a thread. Returns what went wrong, "" for nothing, and the begin of its output."""
+        if self._cancelled:
+            return "", b""
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what the hook starts has no signals blocked
+        pipe, null, path = subprocess.PIPE, subprocess.DEVNULL, cast(str, self._path)
+        try:
+            options: dict[str, Any] = {"env": environment, "cwd": "/", "start_new_session": True}
+            process = subprocess.Popen([path], stdin=null, stdout=pipe, stderr=subprocess.STDOUT, bufsize=0, **options)
+        except OSError as error:
+            hints = {errno.ENOEXEC: "; its first line must be like #!/bin/sh", errno.ENOENT: "; its first line names a missing program"}
+            return f"can't be run: {error.strerror}{hints.get(error.errno or 0, '')}", b""
+        assert process.stdout
+        output, deadline, is_open = bytearray(), time.monotonic() + HOOK_S, True
+        with process.stdout as source:  # not read to its end: what the hook leaves running may keep it open
+            os.set_blocking(source.fileno(), False)
+            readable = select.poll()
+            readable.register(source.fileno(), select.POLLIN)
+            while process.poll() is None and time.monotonic() < deadline and not self._cancelled:
+                if len(output) > HOOK_OUTPUT_MAX:
+                    time.sleep(HOOK_READ_S)
+                if not is_open:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(HOOK_POLL_S)
+                elif readable.poll(HOOK_POLL_S * 1000):
+                    data = source.read(1 << 16) or b""
+                    is_open = bool(data)
+                    output += data[: HOOK_OUTPUT_MAX + 1 - len(output)]
+            killed = process.returncode is None
+            if killed:
+                os.killpg(process.pid, signal.SIGKILL)
+            output += (source.read(1 << 16) or b"")[: HOOK_OUTPUT_MAX + 1 - len(output)]
+        if killed:
+            with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel
+                process.wait(1)
+            return f"did not end within {HOOK_S:.0f} s and was killed", bytes(output)
+        status = process.returncode
+        how = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}"
+        return how if status else "", bytes(output)
+
+
+# ---- neighbour proxy -------------------------------------------------------------------------------------------------
+
+NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT, ICMPV6 = 135, 136, 58  # RFC 4861 sections 4.3 and 4.4, RFC 4443
+ROUTER_FLAG, SOLICITED_FLAG = 0x80, 0x40  # RFC 4861 section 4.4; a proxy does not set the flag override, section 7.2.8
+SOLICITATION_MAX = 1280  # bytes of one with its options
+SOLICITATIONS_AT_ONCE, SOLICITATIONS_PAUSE_S = 32, 0.01  # are handled, then this pause: 3,200 a second, the kernel drops the others
+ADVERTISEMENTS_MAX, ADVERTISEMENTS_OF_PREFIX_MAX = 1000, 100  # in a second: of all, of one prefix
+OWN_ADDRESSES_S = 1.0  # between two looks at the addresses of this machine
+UPLINK_RETRY_S = 2.0  # between two attempts to open the interface
+ALL_NODES, ALL_NODES_MAC = IPv6Address("ff02::1"), bytes.fromhex("333300000001")  # RFC 4291 section 2.7.1, RFC 2464 section 7
+SOLICITED_NODES, LINK_LOCAL = IPv6Network("ff02::1:ff00:0/104"), IPv6Network("fe80::/10")  # RFC 4291 sections 2.7.1 and 2.5.6
+
+
+class Solicitation(NamedTuple):
+    """Somebody on the link asks who has an address."""
+
+    source: IPv6Address  # ::  when it wants to have the address itself, RFC 4862 section 5.4
+    target: IPv6Address
+
+
+def _sum(packet: bytes) -> int:
+    """Returns the sum, modulo 0xFFFF, over an ICMPv6 packet and its pseudo header: 0 when its checksum is right."""
+    return (sum_words(packet[8:]) + len(packet) - IPV6_HEADER + ICMPV6) % 0xFFFF
+
+
+def parse_solicitation(packet: bytes) -> Solicitation | None:
+    """Returns the neighbour solicitation in an IPv6 packet, None when it is none, or not a valid one (RFC 4861 section 7.1.1).
+
+    One with extension headers, which nobody sends, is none.
+    """
+    if len(packet) < IPV6_HEADER + 24 or packet[0] >> 4 != 6 or packet[6:8] != bytes([ICMPV6, 255]):
+        return None
+    length = int.from_bytes(packet[4:6], "big")
+    packet = packet[: IPV6_HEADER + length]  # behind it may be padding
+    if not 24 <= length == len(packet) - IPV6_HEADER or packet[40:42] != bytes([NEIGHBOUR_SOLICITATION, 0]) or _sum(packet):
+        return None
+    source, destination, target = (IPv6Address(packet[at : at + 16]) for at in (8, 24, 48))
+    at, kinds = IPV6_HEADER + 24, set()
+    while at < len(packet):
+        size = packet[at + 1] * 8 if at + 1 < len(packet) else 0
+        if not size or at + size > len(packet):
+            return None
+        kinds.add(packet[at])
+        at += size
+    if source.is_unspecified and (destination not in SOLICITED_NODES or 1 in kinds):  # 1: source link-layer address
+        return None
+    return None if source.is_multicast or target.is_multicast else Solicitation(source, target)
+
+
+def encode_advertisement(solicitation: Solicitation, source: IPv6Address, mac: bytes) -> bytes:
+    """Returns the packet that answers: the target is at this MAC address. To one who wants to have the address, all nodes hear it."""
+    for_all = solicitation.source.is_unspecified
+    flags = ROUTER_FLAG if for_all else ROUTER_FLAG | SOLICITED_FLAG
+    message = struct.pack(">BBHB3x16sBB6s", NEIGHBOUR_ADVERTISEMENT, 0, 0, flags, solicitation.target.packed, 2, 1, mac)
+    destination = ALL_NODES if for_all else solicitation.source
+    packet = struct.pack(">IHBB16s16s", 6 << 28, len(message), ICMPV6, 255, source.packed, destination.packed) + message
+    return packet[:42] + (0xFFFF - _sum(packet)).to_bytes(2, "big") + packet[44:]
+
+
+def parse_addresses(if_inet6: str) -> list[tuple[str, IPv6Address, int]]:
+    """Returns interface, address and prefix length of each line of /proc/net/if_inet6."""
+    lines = [line.split() for line in if_inet6.splitlines()]
+    return [(line[5], IPv6Address(bytes.fromhex(line[0])), int(line[2], 16)) for line in lines]
+
+
+class NeighbourProxy:
+    """Answers neighbour solicitations on an interface for all addresses of the prefixes that were added.
+
+    So a range works that the provider does not route here, but looks for on the link. The kernel's proxy_ndp knows single addresses.
+    """
+
+    SOL_PACKET, ADD_MEMBERSHIP, ALLMULTI = 263, 1, 2  # linux/socket.h, linux/if_packet.h
+    ETH_P_IPV6, OTHER_HOST = 0x86DD, 3  # linux/if_ether.h, linux/if_packet.h
+    SIOCGIFHWADDR, ARPHRD_ETHER = 0x8927, 1  # linux/sockios.h, linux/if_arp.h
+
+    def __init__(self, interface: str, pool: IPv6Network) -> None:
+        """Raises ConfigError for an interface that can't have neighbours."""
+        self._interface, self._pool = interface, pool
+        self._prefixes: dict[int, TokenBucket] = {}  # by the first 64 bits
+        self._all = TokenBucket(ADVERTISEMENTS_MAX, 1)
+        self._own: set[IPv6Address] = set()  # addresses of this machine, for which the kernel answers
+        self._on_link: list[IPv6Network] = []  # its networks that are as long as a prefix or longer, where others answer
+        self._source: IPv6Address | None = None  # the link-local address of the interface
+        self._looked = -math.inf  # time of the last look at these
+        try:
+            with system_socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+                ifreq = fcntl.ioctl(sock, self.SIOCGIFHWADDR, struct.pack("16s24x", interface.encode()))
+        except OSError as error:
+            raise ConfigError(f"ndp = {interface}: {error.strerror}; `ip link` shows which interfaces there are") from None
+        if struct.unpack_from("H", ifreq, 16)[0] != self.ARPHRD_ETHER:
+            raise ConfigError(f"ndp = {interface}: it is not like Ethernet, so nobody looks for neighbours there; leave ndp out")
+
+    def add(self, prefix: IPv6Network) -> None:
+        """From now on answers for this /64."""
+        self._prefixes[int(prefix.network_address) >> 64] = TokenBucket(ADVERTISEMENTS_OF_PREFIX_MAX, 1)
+
+    def remove(self, prefix: IPv6Network) -> None:
+        """Ends that."""
+        del self._prefixes[int(prefix.network_address) >> 64]
+
+    def run(self) -> NoReturn:
+        """Answers until it is killed, also when the interface has been away."""
+        lost = False
+        while True:
+            try:
+                with self._open() as sock:
+                    log.info("neighbours on %s are told that the clients' addresses are here", self._interface)
+                    lost = False
+                    while True:
+                        for _ in range(SOLICITATIONS_AT_ONCE):
+                            self._handle(sock, *sock.recvfrom(SOLICITATION_MAX))
+                        gevent.sleep(SOLICITATIONS_PAUSE_S)
+            except OSError as error:
+                if not lost:
+                    log.warning("ndp = %s: %s; nobody there can reach clients until that changes", self._interface, error.strerror)
+                lost = True
+            gevent.sleep(UPLINK_RETRY_S)
+
+    def _open(self) -> socket.socket:
+        with ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0))
+            attach_filter(sock, self._filter())
+            sock.bind((self._interface, self.ETH_P_IPV6))
+            # solicitations go to a multicast address for each 24 bits of targets; the membership ends with the socket
+            membership = struct.pack("iHH8x", system_socket.if_nametoindex(self._interface), self.ALLMULTI, 0)
+            sock.setsockopt(self.SOL_PACKET, self.ADD_MEMBERSHIP, membership)
+            down = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if down:
+                raise OSError(down, os.strerror(down))
+            undo.pop_all()
+            return sock
+
+    def _filter(self) -> list[tuple[int, int, int, int]]:
+        """Returns the program that passes solicitations for the pool: others cost no time of ours, however many there are."""
+        mask, base = int(self._pool.netmask) >> 64, int(self._pool.network_address) >> 64
+        fields = [(LOAD_BYTE, 6, 0xFF, ICMPV6), (LOAD_BYTE, 7, 0xFF, 255), (LOAD_BYTE, 40, 0xFF, NEIGHBOUR_SOLICITATION)]
+        fields += [(LOAD_WORD, at, mask >> shift & 0xFFFF_FFFF, base >> shift & 0xFFFF_FFFF) for at, shift in ((48, 32), (52, 0))]
+        program = []
+        for left, (load, at, bits, value) in zip(range(len(fields) - 1, -1, -1), fields):
+            program += [(load, 0, 0, at), (AND, 0, 0, bits), (IF_EQUAL, 0, 3 * left + 1, value)]
+        return [*program, (GIVE, 0, 0, 0xFFFF_FFFF), (GIVE, 0, 0, 0)]
+
+    def _handle(self, sock: socket.socket, packet: bytes, sender: tuple[str, int, int, int, bytes]) -> None:
+        solicitation = parse_solicitation(packet) if sender[2] != self.OTHER_HOST else None
+        if solicitation and self._answers_for(solicitation.target) and self._source:
+            answer = encode_advertisement(solicitation, self._source, sock.getsockname()[4])
+            mac = ALL_NODES_MAC if solicitation.source.is_unspecified else sender[4]
+            with suppress(OSError):  # it is asked again
+                target = self._interface, self.ETH_P_IPV6, 0, 0, mac
+                system_socket.socket.sendto(sock._sock, answer, socket.MSG_DONTWAIT, target)
+
+    def _answers_for(self, target: IPv6Address) -> bool:
+        bucket = self._prefixes.get(int(target) >> 64)
+        if not bucket:
+            return False
+        if time.monotonic() - self._looked >= OWN_ADDRESSES_S:
+            self._looked = time.monotonic()
+            addresses = parse_addresses(Path("/proc/net/if_inet6").read_text())
+            self._own = {address for _, address, _ in addresses}
+            self._on_link = [IPv6Network((address, length), False) for _, address, length in addresses if 64 <= length < 128]
+            of_interface = [address for name, address, _ in addresses if name == self._interface]
+            self._source = next((address for address in of_interface if address in LINK_LOCAL), None)
+        elsewhere = target in self._own or any(target in network for network in self._on_link)
+        return not elsewhere and bucket.take() and self._all.take()
 
 
 # ---- service manager -------------------------------------------------------------------------------------------------
@@ -2761,7 +3315,7 @@ HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all,
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
 CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
-FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off
+FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
 
@@ -2785,6 +3339,8 @@ class ServerConfig:
     control: str = "/run/tun6/server.sock"
     new_ids_per_hour: int = 0
     client_to_client: bool = True
+    hook: str | None = None
+    ndp: str | None = None
     documentation_addresses: bool = False
     address: str | None = None
     file: str = "config.ini"
@@ -2799,11 +3355,6 @@ def open_keys(config: ServerConfig) -> KeyStore | None:
     return KeyStore(config.keys) if config.keys else None
 
 
-def quote_id(id_: str) -> str:
-    """Returns an Id as the log shows it."""
-    return repr(id_[:ID_MAX])
-
-
 def warn_of_overlap(pool: IPv6Network) -> None:
     """Warns of addresses of this machine in the pool: the client that gets their /64 would get no traffic."""
     for interface, address in machine_addresses():
@@ -2811,44 +3362,52 @@ def warn_of_overlap(pool: IPv6Network) -> None:
             log.warning("%s of %s is in prefixrange %s; give a range without it", address, interface, pool)
 
 
-def has_routed_address(pool: IPv6Network) -> bool:
-    """Returns whether this machine has an address that is routed where the pool's are, on other devices than those of tun6."""
+def has_routed_address(pool: IPv6Network, own: IPv6Address | None = None) -> bool:
+    """Returns whether this machine has an address besides `own` that is routed where the pool's are, on devices that are not tun6's."""
     kind = GLOBAL if pool[0] in GLOBAL else UNIQUE_LOCAL
-    return any(address in kind for interface, address in machine_addresses() if not interface.startswith("tun6"))
+    return any(address in kind and address != own for interface, address in machine_addresses() if not interface.startswith("tun6"))
 
 
-def watch_forwarding(devices: str, pool: IPv6Network) -> None:
-    """Says once what keeps the machine from forwarding our packets, and once that it is gone. Runs until it is killed.
-
-    Docker, a firewall or a sysctl may do that at any time. That forwarding was off at the start has been said already.
-    """
-    was_on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
-    known: dict[str, str] = {}
+def watch_forwarding(was_on: bool) -> None:
+    """Says once that somebody turned forwarding off, as Docker or a sysctl may do, and once that it is on. Runs until it is killed."""
     while True:
         gevent.sleep(FORWARDING_CHECK_S)
         on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"
         if was_on and not on:
             log.warning(
-                "somebody turned IPv6 forwarding off, clients reach this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1` turns it"
-                " on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here"
+                "somebody turned IPv6 forwarding off, clients can reach this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1` turns"
+                " it on; look for who did it in /etc/sysctl.d, `sysctl --system` and what manages network or firewall here"
             )
         elif on and not was_on:
             log.info("IPv6 forwarding is on again")
         was_on = on
+
+
+def watch_other_firewalls(devices: str, find_range: Callable[[], IPv6Network | None], who: str) -> None:
+    """Says once which firewall drops what we forward, and once that it does not any more. Runs until it is killed.
+
+    `find_range` returns the range of `who`, None as long as it is not known.
+    """
+    known: dict[str, str] = {}
+    while True:
+        gevent.sleep(FORWARDING_CHECK_S)
+        pool = find_range()
+        if pool is None:
+            continue
         try:
             dropping = run_in_thread(find_dropping_chains, devices, pool)
         except (OSError, subprocess.TimeoutExpired, ValueError) as error:
             log.debug("the firewall can't be looked at: %s", error)
-        else:
-            for chain in dropping.keys() - known.keys():
-                log.warning(
-                    "the firewall's chain %s drops what it does not accept, and does not know %s and %s: clients reach this machine only;"
-                    " it is %s",
-                    *(chain, devices, pool, dropping[chain]),
-                )
-            for chain in known.keys() - dropping.keys():
-                log.info("the firewall's chain %s does not stand in the way of clients any more", chain)
-            known = dropping
+            continue
+        for chain in dropping.keys() - known.keys():
+            log.warning(
+                "the firewall's chain %s drops what it does not accept, and does not know %s and %s: %s can reach this machine only;"
+                " it is %s",
+                *(chain, devices, pool, who, dropping[chain]),
+            )
+        for chain in known.keys() - dropping.keys():
+            log.info("the firewall's chain %s does not stand in the way of %s any more", chain, who)
+        known = dropping
 
 
 def has_data(sock: socket.socket) -> bool:
@@ -2960,9 +3519,14 @@ class Server:
         self.keys = open_keys(config)
         self.store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
         self.sessions: dict[str, Session] = {}  # by Id
+        self._hooks = Hooks(config.hook)
+        self._proxy = NeighbourProxy(config.ndp, config.prefixrange) if config.ndp else None
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
+        self._lacks_address = False  # whether this machine has no address that is routed
+        self._own: tuple[IPv6Network, list[Step]] | None = None  # the prefix of the server itself, by whose address lo has one
+        self._mtus = MtuMonitor()
         self._new_ids = TokenBucket(config.new_ids_per_hour, 3600)
         self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
         self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
@@ -2981,21 +3545,26 @@ class Server:
         route = pool_plan(self._config.prefixrange, os.getpid())
         with ExitStack() as undo:
             undo.callback(self.store.close)
+            undo.callback(self._hooks.close)
             listener = undo.enter_context(self._listen())
             self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             self._kernel.remove_stale()
             warn_of_overlap(self._config.prefixrange)
             undo.callback(self._kernel.undo, route)
             self._kernel.apply(route)
-            ours = {f"route of {self._config.prefixrange}": route}
-            if not has_routed_address(self._config.prefixrange):
-                ours.update(self._give_address(undo))
-            self._monitor.watch("lo", lambda *_: self._restore(ours))
-            undo.callback(ours.clear)  # first of all at the end, so that nothing is put back which has just been undone
-            forwarding = functools.partial(watch_forwarding, self._config.tun.replace("%d", "*"), self._config.prefixrange)
-            for work in (self._monitor.run, self._paths.run, trim_heap, forwarding):
+            undo.callback(self._take_address)
+            self._give_address()
+            self._monitor.watch("lo", lambda *_: self._restore(route))
+            was_on = read_sysctl("net.ipv6.conf.all.forwarding") == "1"  # else it was said at the start
+            forwarding = functools.partial(watch_forwarding, was_on)
+            devices, pool = self._config.tun.replace("%d", "*"), self._config.prefixrange
+            others = functools.partial(watch_other_firewalls, devices, lambda: pool, "clients")
+            for work in (self._monitor.run, self._paths.run, self._mtus.run, trim_heap, forwarding, others, self._watch_address):
                 undo.callback(gevent.spawn(work).kill)
+            if self._proxy:
+                undo.callback(gevent.spawn(self._proxy.run).kill)
             undo.callback(self._end_sessions)
+            gevent.sleep()  # so that each has begun, and sees what changes from now on
             where = self._config.localhost, self._config.listenport
             log.info("serving %s on %s port %d, with %d assignments", self._config.prefixrange, *where, len(self.store.pool.owners()))
             service_manager.notify("READY=1")
@@ -3004,33 +3573,56 @@ class Server:
                     self._accept(listener)
                 gevent.sleep()  # accept returns at once while connections wait
 
-    def _give_address(self, undo: ExitStack) -> dict[str, list[Step]]:
-        """Gives lo an address of the pool, from which the kernel then sends ICMPv6 errors. Returns what others might remove."""
-        given: dict[str, list[Step]] = {}
-        prefix = self.store.pool.keep()
-        outcome = f"{self._config.prefixrange} has no /64 to spare for it; give it one"
+    def _give_address(self) -> None:
+        """Gives lo an address of the pool, from which the kernel then sends ICMPv6 errors, if this machine has none that is routed."""
+        pool, network = self.store.pool, self._config.prefixrange
+        if has_routed_address(network):
+            return
+        self._lacks_address = True
+        prefix = pool.keep()
+        outcome = f"{network} has no /64 to spare for it; give it one"
         if prefix:
-            plan = [own_address_step(prefix, os.getpid())]
-            undo.callback(self._kernel.undo, plan)
+            self._own = prefix, [own_address_step(prefix, os.getpid())]  # set first, so that a kill meanwhile undoes the plan
+            outcome = f"so lo has {prefix[1]}, and no client gets {prefix}"
             try:
-                self._kernel.apply(plan)
-                outcome, given = f"so lo has {prefix[1]}, and no client gets {prefix}", {f"address {prefix[1]}": plan}
+                self._kernel.apply(self._own[1])
             except KernelError as error:
-                self.store.pool.unreserve(prefix)
+                self._take_address()
                 outcome = f"and it can't be given one of the pool: {error}"
         log.warning(
             "this machine has no IPv6 address that is routed, from which it could say that a packet is too big or has made too many hops:"
             " uploads would hang and traceroute would lack a hop; %s",
             outcome,
         )
-        return given
 
-    def _restore(self, ours: dict[str, list[Step]]) -> None:
+    def _take_address(self) -> None:
+        """Takes the address of the pool from lo."""
+        if self._own:
+            (prefix, plan), self._own = self._own, None
+            self._kernel.undo(plan)
+            self.store.pool.unreserve(prefix)
+
+    def _watch_address(self) -> NoReturn:
+        """Gives lo an address when this machine loses its last one that is routed, and takes it when one comes, as after a boot."""
+        while True:
+            gevent.sleep(FORWARDING_CHECK_S)
+            if not self._lacks_address:
+                self._give_address()
+            elif has_routed_address(self._config.prefixrange, self._own[0][1] if self._own else None):
+                self._lacks_address = False
+                gone = f"; {self._own[0][1]} is gone from lo" if self._own else ""
+                self._take_address()
+                log.info("this machine has an IPv6 address that is routed%s", gone)
+
+    def _restore(self, route: list[Step]) -> None:
         """Restores what somebody removed from lo. It may also have been another tun6's own: then ours is there, and this fails."""
-        for what in list(ours):
-            with suppress(KernelError):
-                if what in ours:  # the end may have begun while `ip` ran for the one before
-                    self._kernel.apply(ours[what])
+        ours = {f"route of {self._config.prefixrange}": route}
+        if self._own:
+            ours[f"address {self._own[0][1]}"] = self._own[1]
+        for what, plan in ours.items():
+            if plan is route or self._own:  # it may have been taken at the end, while `ip` ran for the route
+                with suppress(KernelError):
+                    self._kernel.apply(plan)
                     log.warning("somebody removed the %s; it is back", what)
 
     def reload(self) -> None:
@@ -3103,12 +3695,13 @@ class Server:
         with sock:
             try:
                 set_tcp_options(sock)
-                with gevent.Timeout(HANDSHAKE_S):
-                    stream = self._open_stream(sock)
-                    message, trailing = receive_message(stream)
-                hello = parse_hello(message)
-                self._check_key(hello, stream)
-                self._serve_client(stream, peer, hello, trailing)
+                with self._mtus.watch(sock, peer, self._mtus.found.get(sock.getpeername()[0])):
+                    with gevent.Timeout(HANDSHAKE_S):
+                        stream = self._open_stream(sock)
+                        message, trailing = receive_message(stream)
+                    hello = parse_hello(message)
+                    self._check_key(hello, stream)
+                    self._serve_client(stream, peer, hello, trailing)
             except Refusal as refusal:
                 log.warning("%s: refused, %s", peer, refusal)
                 self._refuse(stream or Stream(sock), refusal)
@@ -3177,10 +3770,17 @@ class Server:
                 tun.set_offload(gso_kinds)
                 plan = server_plan(tun.name, self._config.mtu, prefix)
                 self._kernel.apply(plan)
+                if self._proxy:
+                    self._proxy.add(prefix)
+                    undo.callback(self._proxy.remove, prefix)
+
+                repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
 
                 def on_removal(what: str, _: bytes) -> None:
-                    if what == EVENTS_LOST:
+                    if what == EVENTS_LOST or (what in (DEVICE_SET_DOWN, ROUTE_REMOVED) and repairs.take()):
                         self._kernel.reapply(plan)
+                        if what != EVENTS_LOST:
+                            log_repair(tun.name, what)
                     elif what != ADDRESS_REMOVED:  # the device has no address of ours
                         session.close(KernelError(f"TUN device {tun.name}: {what}"))
 
@@ -3192,7 +3792,10 @@ class Server:
                 stream.send(encode_message(answer))
                 log.info("%s from %s: has %s on %s%s", quote_id(id_), peer, prefix, tun.name, stream.security)
                 ingress_filter = IngressFilter(prefix, True, None if self._config.client_to_client else self._config.prefixrange)
-                with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 64)):
+                told: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": peer}
+                if self._hooks.run("session-up", id_, **told):
+                    undo.callback(lambda: self._hooks.run("session-down", id_, True, reason=session.end(), **told))
+                with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 255)):
                     reason = session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
             if isinstance(reason, OffloadRefused):
                 self._stop_offering(id_, reason.kind)
@@ -3253,6 +3856,606 @@ class Server:
         self._connections.join()
 
 
+# ---- firewall --------------------------------------------------------------------------------------------------------
+
+# Of what comes from the tunnel and belongs to nothing that began here:
+PINGS_PER_S, PINGS_PER_SOURCE_PER_S = 20, 5  # admitted, in all and from each /64, so that a sweep can't fill the neighbour table (RFC 6583)
+REFUSALS_PER_S = 10  # that are told to the sender by an ICMPv6 error
+NETLINK_NETFILTER, NFTABLES_GROUP = 12, 0x40  # linux/netlink.h; NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h, as a bit
+NFT_SETTLE_S = 0.01  # from the first message about a change until all of them have come, as a change is one transaction
+
+
+class Opening(NamedTuple):
+    """Ports that the Internet may connect to."""
+
+    host: int | None  # the lower 64 bits of a LAN host's address; None: this machine
+    protocol: str
+    first: int
+    last: int
+
+
+def parse_openings(text: str) -> tuple[Opening, ...]:
+    """Returns what the setting `open` names. Raises ValueError, which completes a sentence with "it"."""
+    openings = []
+    for entry in text.lower().split(","):
+        found = re.fullmatch(r"\s*(this|[0-9a-f:.]+)\s+(tcp|udp)\s+([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", entry)
+        if not found:
+            raise ValueError("must be entries like ::22 tcp 443, ::5 udp 5000-5010 or this tcp 22, with commas between them")
+        who, protocol, first, last = found.groups(found[3])
+        if not 1 <= int(first) <= int(last) <= 65_535:
+            raise ValueError("must have ports from 1 to 65535, or ranges of them such as 5000-5010")
+        host = None
+        if who != "this":
+            with suppress(ValueError):
+                host = int(IPv6Address(who))
+            if host is None or not 1 < host < 1 << 64:
+                raise ValueError(f"has {who}: a LAN host is written as the lower half of its address, such as ::22, this machine as `this`")
+        openings.append(Opening(host, protocol, int(first), int(last)))
+    return tuple(openings)
+
+
+def firewall_rules(table: str, device: str, openings: Iterable[Opening]) -> str:
+    """Returns the table in nft's language. Of what comes from the device it admits what RFC 4890 and the openings say, and answers.
+
+    A probe of the server, which is no hop away, has the hop limit 255 that nothing forwarded has (RFC 5082). An error about a connection
+    of ours is "related" and not counted as a ping; one about something else might be a sweep.
+    """
+    opened: dict[bool, str] = {False: "", True: ""}  # by whether it is this machine
+    for host, protocol, first, last in openings:
+        target = "" if host is None else f"ip6 daddr & ::ffff:ffff:ffff:ffff == {IPv6Address(host)} "
+        opened[host is None] += f"{target}{protocol} dport {first}-{last} ct state new accept\n"
+    probes = "icmpv6 type echo-request ip6 hoplimit 255 accept\n"
+    hooks = "".join(
+        f"""
+        chain {hook} {{
+            type filter hook {hook} priority filter; policy accept;
+            iifname != "{device}" accept
+            {rules}goto rest
+        }}"""
+        for hook, rules in (("input", f"{probes}jump common\n{opened[True]}"), ("forward", f"jump common\n{opened[False]}"))
+    )
+    return f"""table inet {table} {{
+        set pinging {{ type ipv6_addr; size 1024; flags dynamic,timeout; timeout 10s; }}
+        chain pings {{
+            update @pinging {{ ip6 saddr & ffff:ffff:ffff:ffff:: limit rate over {PINGS_PER_SOURCE_PER_S}/second }} drop
+            limit rate {PINGS_PER_S}/second accept
+            drop
+        }}
+        chain common {{
+            ct state established,related accept
+            icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem, echo-request }} goto pings
+            ct state invalid drop
+        }}
+        chain rest {{ limit rate {REFUSALS_PER_S}/second reject with icmpv6 type admin-prohibited; drop; }}{hooks}
+    }}"""
+
+
+class Firewall:
+    """Keeps the table of a client's device in nftables, from `open` to `close`. Touches no other table."""
+
+    def __init__(self, device: str, wanted: bool, openings: Iterable[Opening], on_failure: Callable[[KernelError], None]) -> None:
+        """`on_failure` is called when somebody has removed the table and it can't be put back."""
+        self._name = device if device == "tun6" else f"tun6-{device}"  # nft takes a name like ip or 6in4 for another word
+        self._remove = f"table inet {self._name}\ndelete table inet {self._name}\n"  # also when there is none
+        self._rules = firewall_rules(self._name, device, openings) if wanted else ""
+        self._on_failure = on_failure
+        self._one_at_a_time = gevent.lock.Semaphore()
+        self._listing = ""  # of the table as we made it; "" while it is not open
+
+    def open(self) -> None:
+        """Makes the table, before the first packet can come, in place of one that a killed tun6 has left. Raises KernelError."""
+        if self._rules:
+            self._listing = self._make()
+        else:
+            with suppress(KernelError):  # mostly there is none, or not even nft
+                self._nft("-f -", f"delete table inet {self._name}\n")
+                log.info("removing the firewall's table inet %s, which a killed tun6 has left", self._name)
+
+    def close(self) -> None:
+        """Removes the table."""
+        was_open, self._listing = bool(self._listing), ""
+        if self._rules:
+            try:
+                self._nft("-f -", self._remove)
+            except KernelError as error:
+                log.log(logging.ERROR if was_open else logging.DEBUG, "the firewall's table inet %s is left: %s", self._name, error)
+
+    def watch(self) -> None:
+        """Puts the table back whenever somebody has removed or changed it, as `nft flush ruleset` does. Runs until it is killed."""
+        if not self._rules:
+            return
+        try:
+            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as sock:
+                sock.bind((0, NFTABLES_GROUP))
+                while True:
+                    if self._is_concerned(sock):
+                        with gevent.Timeout(NFT_SETTLE_S, False):
+                            while True:  # the other messages about the same change
+                                self._is_concerned(sock)
+                        self._restore()
+        except OSError as error:
+            log.warning("what others do to the firewall can't be watched: %s", error.strerror)
+
+    def _is_concerned(self, sock: socket.socket) -> bool:
+        """Waits for the kernel's next message about a change, and returns whether it names our table."""
+        try:
+            return self._name.encode() + b"\0" in sock.recv(1 << 16)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            return True  # it had more messages than we read
+
+    def _restore(self) -> None:
+        with suppress(KernelError):  # it is not there
+            if self._list() == self._listing:
+                return
+        if self._listing:  # it is open, also after that switch
+            try:
+                self._listing = self._make()
+                why = "`nft flush ruleset` does that, and with it each restart of nftables.service"
+                log.warning("somebody removed or changed the firewall's table inet %s; it is back (%s)", self._name, why)
+            except KernelError as error:
+                self._on_failure(error)
+
+    def _make(self) -> str:
+        """Makes or replaces the table in one transaction, and returns its listing."""
+        self._nft("-f -", self._remove + self._rules + "\n")
+        return self._list()
+
+    def _list(self) -> str:
+        return self._nft(f"-s -t list table inet {self._name}")
+
+    def _nft(self, arguments: str, text: str = "") -> str:
+        """Runs nft, to its end even when the caller is killed, and returns its output. Raises KernelError."""
+        return cast(str, gevent.spawn(self._run, ["nft", *arguments.split()], text).get())
+
+    def _run(self, command: list[str], text: str) -> str:
+        try:
+            with self._one_at_a_time:
+                done = run_in_thread(run_program, command, text)
+            if not done.returncode:
+                return done.stdout
+            reason = (done.stderr.strip() or f"it ended with {done.returncode}").splitlines()[0]
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except subprocess.TimeoutExpired:
+            reason = f"it did not end within {IP_S:.0f} s"
+        raise KernelError(f"the firewall can't be set, `nft` failed: {reason}")
+
+
+# ---- lan -------------------------------------------------------------------------------------------------------------
+
+RUNTIME_FOLDER = Path(
+    os.environ.get("RUNTIME_DIRECTORY", "/run/tun6")
+)  # for what does not outlive a reboot, as sysctls and addresses don't
+IPV6_CONF = Path("/proc/sys/net/ipv6/conf")
+LAN_CHECK_S = 1.0  # between two looks at the interface, its address, radvd and forwarding
+LISTEN_S = 3.0  # for other routers on the LAN, before the first announcement
+LAN_GRACE_S = 10.0  # without a tunnel until the announcement is withdrawn, where `grace` is off
+PROVE_HOPS, PROVE_AGAIN_S, PROVE_S = 8, 1.0, 10.0  # how far the Internet is probed; between two rounds; before silence is accepted
+RADVD_START_S = 0.3  # from its start until SIGHUP does not end it any more
+RADVD_END_S = 1.5  # for radvd, which says goodbye to the LAN at its end and takes 10 ms
+ROUTER_LIFETIME_S, PREFERRED_S, VALID_S = 1800, 2700, 5400  # RFC 4861 section 6.2.1; RFC 9096 section 3.4 for those of a prefix
+OLD_STEP_S = 600  # in which the lifetime of an earlier prefix falls; radvd's DecrementLifetimes leaves out what is not preferred
+RDNSS_LIFETIME_S = 1200  # RFC 8106 section 5.1: twice MaxRtrAdvInterval, which is 600 s in radvd
+
+
+class Announcement(NamedTuple):
+    """What the hosts of the LAN are told."""
+
+    interface: str
+    routed: bool  # whether we are their router at the moment
+    prefix: IPv6Network
+    old: dict[IPv6Network, int]  # prefixes that the client had -> seconds for which the hosts may keep their addresses
+    mtu: int
+    dns: Sequence[IPv6Address]
+    preference: str  # low, medium or high: RFC 4191
+
+    def radvd_conf(self) -> str:
+        """Returns the file for radvd, see radvd.conf(5)."""
+        lines = [
+            f"AdvSendAdvert on; AdvDefaultLifetime {ROUTER_LIFETIME_S if self.routed else 0}; AdvDefaultPreference {self.preference};",
+            f"AdvLinkMTU {self.mtu};",
+            f"prefix {self.prefix} {{ AdvPreferredLifetime {PREFERRED_S if self.routed else 0}; AdvValidLifetime {VALID_S};"
+            " DeprecatePrefix on; };",
+        ]
+        for prefix, seconds in self.old.items():
+            lines.append(f"prefix {prefix} {{ AdvPreferredLifetime 0; AdvValidLifetime {seconds}; }};")
+        if self.dns:
+            servers = " ".join(map(str, self.dns))
+            lines.append(f"RDNSS {servers} {{ AdvRDNSSLifetime {RDNSS_LIFETIME_S if self.routed else 0}; }};")
+        return "".join([f"interface {self.interface} {{\n", *(f"    {line}\n" for line in lines), "};\n"])
+
+
+def lan_address_plan(interface: str, prefix: IPv6Network) -> list[Step]:
+    """The address that is announced. Where the kernel takes router advertisements, it learns another one, and a route, from our own.
+
+    The TUN has the address, too, so that the machine keeps it while the interface is missing or down.
+    """
+    learned = (f"route flush root {prefix} dev {interface} proto kernel", f"addr flush dev {interface} to {prefix} dynamic")
+    address = f"{prefix[1]}/64 dev {interface}"
+    return [*(Step(forget, forget) for forget in learned), Step(f"addr add {address} nodad", f"addr del {address}")]
+
+
+def forwarding_plan(conf: dict[str, str], lan: str, lan_is_uplink: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the sysctls to write, in this order, to turn forwarding on, and those that put it all back.
+
+    `conf` has the sysctls forwarding and accept_ra as they are, such as "eth0/accept_ra". An interface that takes router advertisements
+    goes on to do so, which a machine that forwards does only with the value 2; but our LAN only if the machine's uplink is there.
+    """
+    if conf.get("all/forwarding") == "1":
+        return {}, {}
+    others = {f"{name}/accept_ra" for name in ("all", "lo", *(() if lan_is_uplink else (lan,)))}
+    accepting = [name for name, value in conf.items() if name.endswith("/accept_ra") and value == "1" and name not in others]
+    forwarding = [name for name, value in conf.items() if name.endswith("/forwarding") and value == "1"]  # all/forwarding resets these
+    back = {"all/forwarding": "0", **dict.fromkeys(forwarding, "1"), **dict.fromkeys(accepting, "1")}
+    return {**dict.fromkeys(accepting, "2"), "all/forwarding": "1"}, back
+
+
+def has_ra_route(routes: str, interface: str) -> bool:
+    """Returns whether the interface has a default route by router advertisements, in the text of /proc/net/ipv6_route."""
+    ra_default = 0x0001_0000 | 0x0004_0000  # RTF_DEFAULT, RTF_ADDRCONF, linux/ipv6_route.h
+    fields = (line.split() for line in routes.splitlines())
+    return any(int(each[8], 16) & ra_default == ra_default and each[9] == interface for each in fields if len(each) == 10)
+
+
+def wait_for_internet(lan: str, device: str, source: IPv6Address) -> None:
+    """Returns when something behind the server has answered through this tunnel: the router where a hop limit ends, whichever it is.
+
+    When there is only silence it returns after PROVE_S; while the server itself says that there is no way, never. Raises OSError.
+    """
+    silent_until, base, server, refused = time.monotonic() + PROVE_S, random.getrandbits(28) << 4, "", False
+    packet_info = source.packed + struct.pack("i", system_socket.if_nametoindex(device))
+    with open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY) as sock:
+        while refused or time.monotonic() < silent_until:
+            for hops in range(1, PROVE_HOPS + 1):
+                send_echo(sock, packet_info, hops, FAR_ADDRESS, base + hops)
+            with gevent.Timeout(PROVE_AGAIN_S, False):
+                while True:
+                    message, (sender, *_) = sock.recvfrom(IPV6_HEADER + 64)
+                    number = echo_number(message)
+                    if number == base + 1:
+                        server = sender
+                    elif number is None or number not in range(base + 1, base + PROVE_HOPS + 1):
+                        continue
+                    elif message[0] != UNREACHABLE or server not in ("", sender):
+                        return
+                    elif server and not refused:
+                        refused = True
+                        log.warning("LAN %s: the server has no way to the Internet, so the hosts are not told of it yet", lan)
+    log.warning("LAN %s: nothing behind the server answers; the hosts are told of the tunnel all the same", lan)
+
+
+def wait_for_radvd(ended: Callable[[], bool]) -> None:
+    """Returns when it has ended, and after RADVD_END_S at the latest."""
+    deadline = time.monotonic() + RADVD_END_S
+    while not ended() and time.monotonic() < deadline:
+        gevent.sleep(0.01)
+
+
+def end_stale_radvd(folder: Path) -> None:
+    """Ends the radvd of a killed client, which lives only where there is no `setpriv`."""
+    pid, conf = read_text(folder / "radvd.pid"), str(folder / "radvd.conf")
+    command = Path(f"/proc/{pid}/cmdline")
+    if pid.isdigit() and conf in read_text(command):
+        with suppress(OSError):
+            os.kill(int(pid), signal.SIGTERM)
+        wait_for_radvd(lambda: conf not in read_text(command))
+
+
+class Radvd:
+    """radvd as a child, which tells the hosts of a LAN an Announcement until it is ended."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError when there is no radvd."""
+        self._program = shutil.which("radvd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+        if self._program is None:
+            raise ConfigError("[client] lan: the program radvd is missing; install it with `apt-get install radvd`")
+        self._folder, self._conf, self._pid = folder, folder / "radvd.conf", folder / "radvd.pid"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._restarts = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        self._failed = False  # which the log has said
+        self.told: Announcement | None = None
+
+    def tell(self, announcement: Announcement) -> None:
+        """Tells the hosts, if it is not what they know, and starts it again if it has ended. To be called once a second. Raises OSError."""
+        running = self._process is not None and self._process.poll() is None
+        if running and time.monotonic() - self._started < RADVD_START_S:  # SIGHUP would end it
+            return
+        if announcement != self.told:
+            new = self._conf.with_suffix(".new")
+            new.touch(SECRET_MODE)  # radvd refuses a file that others may write
+            new.write_text(announcement.radvd_conf())
+            new.replace(self._conf)
+            self.told = announcement
+            if running and self._process:
+                self._process.send_signal(signal.SIGHUP)
+        if self._process is None:
+            self._start()
+        elif not running and self._restarts.take():
+            if not self._failed:
+                self._failed = True
+                last = "".join(read_text(self._folder / "radvd.log").splitlines()[-1:])
+                name, status = announcement.interface, self._process.returncode
+                log.error("LAN %s: radvd ended with %d; it is started again: %s", name, status, last)
+            self._start()
+
+    def _start(self) -> None:
+        """Starts it in this thread, the main one: `setpriv` ends it when that ends, in whatever way."""
+        setpriv = shutil.which("setpriv")
+        command = [*([setpriv, "--pdeathsig", "TERM", "--"] if setpriv else ()), cast(str, self._program), "-n", "-m", "stderr"]
+        with open(self._folder / "radvd.log", "wb") as errors:
+            self._process = subprocess.Popen(
+                [*command, "-C", str(self._conf), "-p", str(self._pid)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # so that Ctrl-C does not reach it
+            )
+        self._started = time.monotonic()
+
+    def end(self) -> None:
+        """Ends it. It tells the hosts that we are no router any more."""
+        process = self._process
+        if process and process.poll() is None:
+            process.terminate()
+            wait_for_radvd(lambda: process.poll() is not None)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+class LanChanges:
+    """What we change on the machine for a LAN: sysctls and an address. It stands in a file from before each change until it is undone."""
+
+    def __init__(self, kernel: Kernel, folder: Path) -> None:
+        self._kernel, self._folder = kernel, folder
+        self._file = JsonFile(str(folder / "changes.json"), "changes", 0o644)
+        self.interface = ""
+        self.prefix: IPv6Network | None = None  # whose ::1 the interface has from us
+        self.sysctls: dict[str, str] = {}  # as they were
+
+    def find(self) -> bool:
+        """Reads what a killed client has left. Returns whether there is anything."""
+        with suppress(ConfigError, ValueError, KeyError, TypeError):
+            left = dict(self._file.load())
+            self.prefix = IPv6Network(left["prefix"]) if left["prefix"] else None
+            self.interface, self.sysctls = left["interface"], dict(left["sysctls"])
+        return bool(self.interface)
+
+    def save(self) -> None:
+        """Saves what is to be undone. Raises KernelError."""
+        prefix = str(self.prefix) if self.prefix else ""
+        try:
+            self._folder.mkdir(0o755, parents=True, exist_ok=True)
+            self._file.save({"interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
+        except (OSError, StorageError) as error:
+            raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
+
+    def write(self, sysctls: dict[str, str]) -> None:
+        """Writes sysctls in a thread, as they wait for a lock of the kernel. One that can't be written stays as it is."""
+
+        def write() -> None:
+            for name, value in sysctls.items():
+                try:
+                    (IPV6_CONF / name).write_text(value)
+                except OSError as error:  # the interface has gone
+                    log.debug("%s can't be set to %s: %s", name, value, error.strerror)
+
+        run_in_thread(write)
+
+    def undo(self) -> None:
+        """Undoes everything, and removes the folder."""
+        if self.prefix:
+            self._kernel.undo(lan_address_plan(self.interface, self.prefix))
+        self.write(self.sysctls)
+        self.interface, self.prefix, self.sysctls = "", None, {}
+        with suppress(OSError):
+            for path in (*self._folder.glob("radvd.*"), self._folder / "changes.json"):
+                path.unlink(missing_ok=True)
+            self._folder.rmdir()
+
+
+class LanRouter:
+    """Makes this machine the IPv6 router of one LAN, for whose hosts it is one only while the tunnel works.
+
+    What happens outside (to the tunnel, the interface, what others remove) only changes fields; one greenlet then makes the LAN what it
+    is to be.
+    """
+
+    def __init__(
+        self, kernel: Kernel, interface: str | None, tun: str, mtu: int, dns: Sequence[IPv6Address], preference: str, grace: float | None
+    ) -> None:
+        """`interface` None: there is no LAN, and only what a killed client has left is cleared. Raises ConfigError."""
+        self._folder = RUNTIME_FOLDER / f"{tun}-{os.stat('/proc/self/ns/net').st_ino}"  # each network namespace has its own
+        if interface == tun:
+            raise ConfigError(f"[client] lan = {interface}: that is the tunnel's own device; name the interface of the LAN, such as eth1")
+        self._kernel, self._interface, self._mtu, self._dns, self._preference = kernel, interface or "", mtu, dns, preference
+        self._changes = LanChanges(kernel, self._folder)
+        self._radvd = Radvd(self._folder) if interface else None
+        self._grace_s = LAN_GRACE_S if grace is None else grace
+        self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        self._index = self._last_index = 0  # of the interface: 0 while it can't be used; when it could last
+        self._missing = ""  # why it can't, which the log has said
+        self._quiet_at = 0.0  # when other routers have been listened for
+        self._other_router: str | None = None
+        self._prefix: IPv6Network | None = None
+        self._old: dict[IPv6Network, float] = {}  # earlier prefixes, and when their addresses end
+        self._up, self._lost = False, 0.0  # whether there is a tunnel; when there was one last
+        self._proven = self._announced = False  # whether the Internet answered through it; whether the hosts know
+        self._changed = gevent.event.Event()
+        self._workers: dict[str, gevent.Greenlet] = {}
+
+    def begin(self) -> None:
+        """Clears what a killed client has left, and turns forwarding on. Raises KernelError.
+
+        The TUN is there: no other client lives that has one of this name, and so this folder.
+        """
+        if self._changes.find():
+            log.info("removing what a killed tun6 has left for its LAN %s", self._changes.interface)
+            end_stale_radvd(self._folder)
+            self._changes.undo()
+        if self._interface:
+            paths = [path for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")]
+            conf = {f"{path.parent.name}/{path.name}": read_text(path) for path in paths}
+            uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
+            forward, self._changes.sysctls = forwarding_plan(conf, self._interface, uplink)
+            self._changes.interface = self._interface
+            self._changes.save()
+            self._changes.write(forward)
+            if read_text(IPV6_CONF / "all/forwarding") != "1":
+                raise KernelError("IPv6 forwarding can't be turned on, which `lan` needs; make /proc/sys writable in this container")
+            self._work("run", self._run)
+
+    def tunnel_up(self, device: str, prefix: IPv6Network) -> None:
+        """There is a tunnel, out of this device."""
+        if not self._interface:
+            return
+        if self._prefix and self._prefix != prefix and self._announced:
+            self._old[self._prefix] = time.monotonic() + VALID_S
+        self._old.pop(prefix, None)
+        self._prefix, self._up, self._proven = prefix, True, self._announced
+        self._work("prove", self._prove, device, prefix[1])
+        self._changed.set()
+
+    def tunnel_down(self, final: bool = False) -> None:
+        """There is none. `final`: the server won't have this client, so that the hosts are told at once, not after `grace`."""
+        if self._up:
+            self._up, self._lost = False, time.monotonic()
+            self._workers["prove"].kill()
+        if final:
+            self._lost = -math.inf
+        self._changed.set()
+
+    def close(self) -> None:
+        """Tells the hosts that we are no router any more, and undoes everything."""
+        gevent.killall(list(self._workers.values()))
+        if self._radvd and self._changes.interface:  # else we have not begun
+            self._radvd.end()
+            self._changes.undo()
+
+    def _work(self, name: str, function: Callable[..., None], *arguments: object) -> None:
+        """Starts a greenlet, instead of an earlier one of this name."""
+        if name in self._workers:
+            self._workers[name].kill()
+        self._workers[name] = gevent.spawn(function, *arguments)
+
+    def _run(self) -> NoReturn:
+        """Makes the LAN what it is to be, at each change and once a second, until it is killed."""
+        while True:
+            try:
+                self._look_at_interface()
+                self._keep_forwarding()
+                if self._prefix:
+                    self._keep_address(self._prefix)
+                    self._decide(self._prefix)
+                    self._tell(self._prefix)
+            except (Tun6Error, OSError) as error:
+                log.warning("LAN %s: %s", self._interface, describe_end(error))
+            now = time.monotonic()
+            self._changed.wait(min([LAN_CHECK_S, *(at - now for at in (self._quiet_at, self._lost + self._grace_s) if at > now)]))
+            self._changed.clear()
+
+    def _look_at_interface(self) -> None:
+        """Notes whether it is there and up, which may change at any time, as with a USB adapter."""
+        name, index, missing = self._interface, 0, ""
+        try:
+            index = system_socket.if_nametoindex(name) if is_up(name) else 0
+            missing = "" if index else "it is down"
+        except OSError:
+            missing = "there is no such interface"
+        if missing and missing != self._missing:
+            log.warning("LAN %s: %s; the tunnel works without it, and it is used as soon as that changes", name, missing)
+        elif self._missing and not missing:
+            log.info("LAN %s: it is there now", name)
+        self._missing = missing
+        if index and index != self._index:
+            self._changes.prefix, self._other_router, self._quiet_at = None, None, time.monotonic() + LISTEN_S
+            if index != self._last_index:  # radvd changes these
+                self._last_index = index
+                self._changes.sysctls.update({f"{name}/{key}": read_text(IPV6_CONF / name / key) for key in ("mtu", "hop_limit")})
+            self._work("listen", self._listen)
+        self._index = index
+
+    def _keep_forwarding(self) -> None:
+        if read_text(IPV6_CONF / "all/forwarding") == "0" and self._repairs.take():
+            log.warning("LAN %s: somebody turned IPv6 forwarding off, which `lan` needs; it is on again", self._interface)
+            self._changes.write({"all/forwarding": "1"})
+
+    def _keep_address(self, prefix: IPv6Network) -> None:
+        before = self._changes.prefix
+        if not self._index or (before == prefix and (str(prefix[1]) in self._own_addresses() or not self._repairs.take())):
+            return
+        self._changes.prefix = prefix
+        self._changes.save()
+        if before and before != prefix:
+            self._kernel.undo(lan_address_plan(self._interface, before))
+        self._kernel.reapply(lan_address_plan(self._interface, prefix))
+        if before == prefix:
+            log.warning("LAN %s: somebody removed its address %s; it is back", self._interface, prefix[1])
+
+    def _decide(self, prefix: IPv6Network) -> None:
+        """Decides whether we are the hosts' router now."""
+        now, was_announced = time.monotonic(), self._announced
+        if not self._up:
+            self._announced = was_announced and now - self._lost < self._grace_s
+        elif self._proven and self._index and (now >= self._quiet_at or self._other_router):
+            self._announced = True
+        if self._announced and not was_announced:
+            log.info("LAN %s: announces %s", self._interface, prefix)
+        elif was_announced and not self._announced:
+            log.warning("LAN %s: has no tunnel, so its hosts are told not to use %s any more", self._interface, prefix)
+
+    def _tell(self, prefix: IPv6Network) -> None:
+        """Tells the hosts what holds now; nothing before we are their router for the first time."""
+        if self._radvd is None or not (self._announced or self._radvd.told):
+            return
+        now = time.monotonic()
+        self._old = {old: end for old, end in self._old.items() if end > now}
+        self._radvd.tell(
+            Announcement(
+                interface=self._interface,
+                routed=self._announced,
+                prefix=prefix,
+                old={old: math.ceil((end - now) / OLD_STEP_S) * OLD_STEP_S for old, end in self._old.items()},
+                mtu=min(self._mtu, int(read_text(Path(f"/sys/class/net/{self._interface}/mtu")) or self._mtu)),
+                dns=self._dns,
+                preference=self._preference if self._preference != "auto" else "low" if self._other_router else "medium",
+            )
+        )
+
+    def _listen(self) -> None:
+        """Notes another router on the LAN, which it asks to speak, until it is killed."""
+        with suppress(OSError), open_icmpv6(ROUTER_ADVERTISEMENT) as sock:  # the interface has gone
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._interface.encode())
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+            with suppress(OSError):  # it has no address yet
+                sock.sendto(struct.pack(">BBHI", ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
+            while True:
+                message, (sender, *_) = sock.recvfrom(64)
+                router = sender.partition("%")[0]
+                lifetime = int.from_bytes(message[6:8], "big")
+                if not lifetime or self._other_router or not IPv6Address(router).is_link_local or router in self._own_addresses():
+                    continue
+                self._other_router = router
+                advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
+                name = self._interface
+                log.warning("LAN %s: %s is an IPv6 router there already%s", name, router, advice if self._preference == "auto" else "")
+                self._changed.set()
+
+    def _own_addresses(self) -> list[str]:
+        return [address.partition("%")[0] for address in interface_addresses(self._interface, netifaces.AF_INET6)]
+
+    def _prove(self, device: str, source: IPv6Address) -> None:
+        """Notes when the Internet has answered through the tunnel."""
+        if not self._proven:
+            with suppress(OSError):  # the device has gone
+                wait_for_internet(self._interface, device, source)
+                self._proven = True
+                self._changed.set()
+
+
 # ---- client ----------------------------------------------------------------------------------------------------------
 
 RETRY_S = 2.0  # between two attempts to connect, on average
@@ -3260,6 +4463,8 @@ RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so th
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
 FINAL_RETRY_S = 60.0  # between two attempts after one of those
 CONNECT_S = 10.0  # for one TCP connect
+IPV4_TCP_HEADERS = 40  # bytes, without options
+SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
 LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address is tried
 
 
@@ -3276,11 +4481,17 @@ class ClientConfig:
     tun: str = "tun6"
     mtu: int = 1500
     default_route: bool = True
+    lan: str | None = None
+    lan_dns: tuple[IPv6Address, ...] = ()
+    lan_preference: str = "auto"
+    firewall: bool | None = None  # None: with `lan`
+    open: tuple[Opening, ...] = ()
     grace: int | None = 10  # seconds; None: for ever
     mss: int | None = None
     tls: bool = False
     fingerprint: str | None = None
     key: str | None = None
+    hook: str | None = None
     documentation_addresses: bool = False
     file: str = "config.ini"
 
@@ -3289,16 +4500,26 @@ class Client:
     """Keeps a TUN, and a connection to the server whenever that can be reached."""
 
     def __init__(self, config: ClientConfig) -> None:
-        """Raises ConfigError when the kernel does not have the congestion control."""
+        """Raises ConfigError when the kernel does not have the congestion control, or the machine the firewall, that it asks for."""
         self._config = config
+        firewall = config.lan is not None if config.firewall is None else config.firewall
+        if firewall and not shutil.which("nft"):
+            raise ConfigError(f"{config.file}: [client] has a firewall, which needs `nft`; install it with `apt-get install nftables`")
+        if config.open and not firewall:
+            raise ConfigError(f"{config.file}: [client] has `open` but no firewall, so everything is open; set `firewall = yes`")
+        self._firewall = Firewall(config.tun, firewall, config.open, self._on_defect)
         self._server = f"{config.remotehost} port {config.remoteport}"  # for the log
         self._congestion = find_congestion_controls(config.congestion, config.link)
         encrypted = config.tls or config.fingerprint or config.key
         self._tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
         self._id = config.id
+        self._hooks = Hooks(config.hook)
+        self._told: IPv6Network | None = None  # the last prefix that the hook was told of
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
+        self._mtus = MtuMonitor()
+        self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -3306,11 +4527,12 @@ class Client:
         self._routes: list[Step] = []  # into the tunnel, as long as there is one
         self._withdrawal: gevent.Greenlet | None = None  # of the routes, after `grace`
         self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        self._changes = gevent.lock.RLock()  # held while address and routes are changed, so that nobody restores half of them
         self._session: Session | None = None
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
         self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
         self._last_good: list[tuple[str, int]] = []  # the address of the last connection
-        self._fragments = False  # whether routers have to fragment on the path to the server
+        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
         self._retry_s = RETRY_S
         self._state = f"connecting to {self._server}"
@@ -3323,16 +4545,19 @@ class Client:
         """Serves until it is killed, then removes the TUN. Raises KernelError when the TUN can't be made at the start."""
         self._kernel.remove_stale()
         self._monitor.watch("lo", lambda what, _: self._restore_rejects())
-        helpers = [gevent.spawn(work) for work in (self._monitor.run, self._paths.run, trim_heap)]
+        works = [self._monitor.run, self._paths.run, self._mtus.run, trim_heap, self._firewall.watch]
+        if self._config.lan:
+            works.append(functools.partial(watch_other_firewalls, self._config.tun, lambda: self._prefix, "the LAN"))
+        helpers = [gevent.spawn(work) for work in works]
         try:
             self._open_tun()
+            self._lan.begin()
             service_manager.notify("READY=1")
             while True:
                 try:
                     try:
                         self._run_session(self._tun or self._open_tun())
                     finally:
-                        self._fragments = bool(self._session and self._session.fragments)
                         self._withdraw_later()
                 except KernelError as error:  # somebody removed the device or what belongs to it: everything is made again
                     self._log_outage(error)
@@ -3344,11 +4569,14 @@ class Client:
                 gevent.sleep(self._retry_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER))
         finally:
             gevent.killall(helpers)
+            self._lan.close()
             self._close_tun()
+            self._hooks.close()
 
     def _open_tun(self) -> Tun:
         self._tun_error = None
-        self._tun = Tun(self._config.tun)
+        self._tun = Tun(self._config.tun)  # first, as a device of one name is only one program's
+        self._firewall.open()
         self._kernel.apply(device_plan(self._tun.name, self._config.mtu))
         self._watched = self._monitor.watch(self._tun.name, self._on_removal)
         return self._tun
@@ -3362,6 +4590,7 @@ class Client:
         if prefix and self._tun:
             self._kernel.undo([*address_plan(self._tun.name, prefix, os.getpid()), *routes])
         if self._tun:
+            self._firewall.close()
             self._tun.close()
         self._tun = None
 
@@ -3372,24 +4601,21 @@ class Client:
 
     def _withdraw(self) -> None:
         """Ends the routes into the tunnel, so that new traffic fails at once, and discards what has waited for too long."""
-        log.warning("no tunnel for %d s: IPv6 traffic is rejected until it is back", self._config.grace)
         routes, self._routes = self._routes, []
         self._kernel.undo(routes)
+        log.warning("no tunnel for %d s: IPv6 traffic is rejected until it is back", self._config.grace)
         with suppress(OSError):  # the next session finds out
             while self._tun and self._tun.file.readinto(_tun_buffer):
                 pass
 
     def _restore(self) -> bool:
         """Restores what somebody may have removed of the TUN's address and routes. Returns whether anything was missing."""
-        if not self._tun:
-            return False
-        device = self._tun.name
-        self._kernel.reapply(device_plan(device, self._config.mtu))
-        # what is wanted now, and no more what it was when `ip` began: the end may have begun meanwhile, too, and has undone it
-        steps = [*(address_plan(device, self._prefix, os.getpid()) if self._prefix else ()), *self._routes]
-        missing = self._kernel.reapply([step for step in steps if step.undo])
-        self._kernel.reapply([multicast_step(device)])
-        return missing
+        with self._changes:
+            if not self._tun:
+                return False
+            address = address_plan(self._tun.name, self._prefix, os.getpid()) if self._prefix else []
+            again = self._kernel.reapply([*device_plan(self._tun.name, self._config.mtu), *address, *self._routes])
+        return any(step.undo for step in again)
 
     def _restore_rejects(self) -> None:
         """Restores the routes that reject, in case it was one of these that somebody removed."""
@@ -3402,15 +4628,21 @@ class Client:
             return
         if what == ROUTE_REMOVED and not self._routes:  # we have removed it
             return
-        earlier_address = bool(address and self._prefix and address != self._prefix[1].packed)
-        if self._tun and not earlier_address and what in (ADDRESS_REMOVED, ROUTE_REMOVED) and self._repairs.take():
-            if self._restore():  # else we have removed an earlier one ourselves
-                managers = " or ".join(name for path, name in MANAGERS.items() if Path(path).exists())
-                log.warning("TUN device %s: %s; it is back%s", self._tun.name, what, managers and f" (perhaps it was {managers})")
-        elif self._tun and not earlier_address:
-            self._tun_error = KernelError(f"TUN device {self._tun.name}: {what}")
-            if self._session:
-                self._session.close(self._tun_error)
+        if not self._tun or (address and self._prefix and address != self._prefix[1].packed):  # we have removed an earlier one ourselves
+            return
+        if what != DEVICE_REMOVED:
+            if not self._restore() and what != DEVICE_SET_DOWN:  # nothing was missing
+                return
+            if self._repairs.take():
+                log_repair(self._tun.name, what)
+                return
+        self._on_defect(KernelError(f"TUN device {self._tun.name}: {what}"))
+
+    def _on_defect(self, error: KernelError) -> None:
+        """Ends the session, and everything is made again before the next one."""
+        self._tun_error = error
+        if self._session:
+            self._session.close(error)
 
     def _run_session(self, tun: Tun) -> NoReturn:
         """Connects and runs the session. Raises the reason of its end."""
@@ -3419,7 +4651,7 @@ class Client:
         if self._id is None:
             self._id = default_id()
             self._warn_of_another_id(self._id)
-        with self._connect() as sock:
+        with self._connect() as sock, self._watch_mtu(sock):
             set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
                 stream = self._open_stream(sock)
@@ -3431,19 +4663,62 @@ class Client:
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
             tun.set_offload(gso_kinds)
-            self._set_prefix(tun, prefix)
-            self._open_routes(tun)
+            with self._changes:
+                self._set_prefix(tun, prefix)
+                self._open_routes(tun)
+            self._lan.tunnel_up(tun.name, prefix)
             log.info("%s at %s: has %s on %s%s", quote_id(self._id), self._server, prefix, tun.name, stream.security)
-            self._logged_outage = None
+            if self._mss != self._logged_mss:
+                log.warning(
+                    "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
+                )
+            self._logged_outage, self._logged_mss = None, self._mss
             self._state = f"has {prefix} on {tun.name} from {self._server}{stream.security}"
             self._last_good = [sock.getpeername()]
             self._session = Session("the server")
-            self._session.fragments = self._fragments
             if self._tun_error:
                 raise self._tun_error
-            with self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
+            with self._announce(self._id, prefix, tun), self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
                 ingress_filter = IngressFilter(prefix, from_client=False)
                 raise self._session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
+
+    @contextmanager
+    def _announce(self, id_: str, prefix: IPv6Network, tun: Tun) -> Iterator[None]:
+        """Runs the hook for a session that begins, and at the end of the block for its end."""
+        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self._server}
+        if prefix != self._told and self._hooks.run("prefix", id_, old_prefix=self._told or "", **values):
+            self._told = prefix
+        if not self._hooks.run("up", id_, **values):
+            yield
+            return
+        reason = "the client stops"
+        try:
+            yield
+        except Exception as error:
+            reason = describe_end(error)
+            raise
+        finally:
+            self._hooks.run("down", id_, True, reason=reason, **values)
+
+    @contextmanager
+    def _watch_mtu(self, sock: socket.socket) -> Iterator[None]:
+        """Looks after the size of packets, unless `mss` is set.
+
+        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
+        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
+        """
+        if self._config.mss:
+            yield
+            return
+        try:
+            with self._mtus.watch(sock, "the server"):
+                yield
+        except (gevent.Timeout, PeerSilent) as error:
+            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
+            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
+            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
+                self._mss = None if self._mss else SMALL_MSS
+            raise
 
     def _warn_of_another_id(self, id_: str) -> None:
         """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
@@ -3475,10 +4750,10 @@ class Client:
             with ExitStack() as undo:
                 sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
                 try:
-                    if self._config.mss:
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, self._config.mss)  # also limits what the server sends
-                    if self._fragments:
-                        allow_fragmentation(sock)
+                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
+                    mss = self._config.mss or min(self._mss or math.inf, found)
+                    if mss < math.inf:
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
                     with gevent.Timeout(CONNECT_S):
                         sock.connect(address)
                 except (gevent.Timeout, OSError) as error:
@@ -3510,6 +4785,7 @@ class Client:
 
     def _set_prefix(self, tun: Tun, prefix: IPv6Network) -> None:
         if prefix == self._prefix:
+            self._restore()  # in case that nobody told us of a removal
             return
         old, self._prefix = self._prefix, prefix  # set first, so that a kill meanwhile undoes the plan
         if old:
@@ -3527,8 +4803,9 @@ class Client:
 
     def _log_outage(self, error: BaseException) -> None:
         """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
-        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, ProtocolError) else ""
+        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
         final = kind in FINAL_REFUSALS
+        self._lan.tunnel_down(final)
         self._retry_s = FINAL_RETRY_S if final else RETRY_S
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
         until = "the server won't serve this client until its operator changes that; " if final else ""
@@ -4297,7 +5574,9 @@ class Lab:
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
-            raise KernelError(f"the program {command[0]} is missing; on Debian: apt-get install iproute2 nftables iputils-ping") from None
+            raise KernelError(
+                f"the program {command[0]} is missing; on Debian: apt-get install iproute2 nftables iputils-ping radvd"
+            ) from None
         if done.returncode:
             raise KernelError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
         return done.stdout
@@ -4318,12 +5597,18 @@ class Demo:
         remotehost = 10.9.0.1
         remoteport = 10000
     """
-    BULK_BYTES = 64 << 20  # each way
+    BULK_BYTES, BULK_PORT = 64 << 20, 5001  # each way; of a host of the LAN or the Internet
+    LAN_S = 15.0  # until a LAN host has IPv6, of which tun6 listens 3 s for other routers
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self._lab, self._folder = lab, folder
         self._running: dict[str, subprocess.Popen[str]] = {}
-        (folder / "config.ini").write_text(textwrap.dedent(self.CONFIG).format(folder=folder))
+        config = textwrap.dedent(self.CONFIG).format(folder=folder)
+        (folder / "config.ini").write_text(config)
+        (folder / "client.ini").write_text(f"{config}lan = eth1\n")
+        lab.set_sysctl("client", "net.ipv6.conf.all.forwarding", "0")  # `lan` turns it on
+        lab.set_sysctl("internet", "net.ipv6.conf.all.forwarding", "1")  # it is a router of the Internet, too
+        lab.ip("server", f"-6 route add default via {Lab.INTERNET}")
 
     def run(self) -> None:
         """Runs all steps. Raises KernelError at the first that fails."""
@@ -4331,16 +5616,17 @@ class Demo:
         say("six hosts are up", "internet - server - nat - client - lan, and second behind the same nat; only IPv4 passes the nat")
         self._start("server", "server")
         began = time.monotonic()
-        self._start("client", "client")
+        self._start("client", "client", "client.ini")
         prefix = self._prefix("client")
         say("hello and prefix", f"the client said its MAC and got {prefix}, {time.monotonic() - began:.2f} s after it was started")
-        self._lab.ip("client", f"addr add {prefix[2]}/64 dev eth1 nodad")
-        self._lab.ip("lan", f"addr add {prefix[0x10]}/64 dev eth0 nodad")
-        self._lab.ip("lan", f"-6 route add default via {prefix[2]}")
-        wait_until("the LAN host reaches its router", lambda: self._lab.pings("lan", str(prefix[2])))
-        say("a LAN host reaches the IPv6 Internet", f"{prefix[0x10]} pinged {Lab.INTERNET}: {self._ping('lan')}")
-        for source, sink, words in (("lan", "internet", "up"), ("internet", "lan", "down")):
-            say(f"bulk transfer {words}", self._transfer(source, sink, str(prefix[0x10]) if sink == "lan" else Lab.INTERNET))
+        wait_until("the LAN host reaches the Internet", lambda: self._lab.pings("lan"), self.LAN_S)
+        address = re.findall(r"inet6 (\S+)/64 scope global", self._lab.ip("lan", "-6 addr show dev eth0"))[0]
+        took = f"{time.monotonic() - began:.1f} s after the client was started"
+        say("a LAN host where nothing is configured", f"by `lan = eth1` on the client it has address and route, {took}")
+        say("a LAN host reaches the IPv6 Internet", f"{address} pinged {Lab.INTERNET}: {self._ping('lan')}")
+        say("bulk transfer up", self._transfer("lan", "internet", Lab.INTERNET))
+        say("firewall", self._show_firewall(address))
+        say("bulk transfer down", self._transfer("internet", "lan", address))
         outage = self._kill_server(prefix)
         say("server killed and restarted", f"the tunnel was back {outage:.1f} s after the restart, with the same {prefix}")
         self._start("second", "client")
@@ -4348,11 +5634,58 @@ class Demo:
         if other == prefix:
             raise KernelError(f"the second client got the first one's prefix, {prefix}")
         say("a second client", f"it got {other} and pinged {Lab.INTERNET}: {self._ping('second')}")
+        say("native IPv6 beside the tunnel", self._show_native(prefix))
+        self.stop()
+        wait_until("the LAN host has no route any more", lambda: "default" not in self._lab.ip("lan", "-6 route"))
+        say("the client ends", "and tells the LAN host, which has no route any more and loses no time with dead IPv6")
         say("keys and encryption", self._show_keys())
+
+    def _show_firewall(self, address: str) -> str:
+        """Connects from the Internet to the LAN host, and starts the client again with a firewall that lets this in."""
+        with self._lab.inside("lan"):
+            listener = system_socket.create_server((address, self.BULK_PORT), family=system_socket.AF_INET6)
+        with listener, self._lab.inside("internet"):
+            try:
+                system_socket.create_connection((address, self.BULK_PORT), 5).close()
+            except OSError as error:
+                refused = describe_end(error)
+            else:
+                raise KernelError("a connection from the Internet to the LAN host was not refused")
+        self.stop("client")
+        opening = f"::{':'.join(IPv6Address(address).exploded.split(':')[4:])} tcp {self.BULK_PORT}"
+        with open(self._folder / "client.ini", "a") as config:
+            config.write(f"open = {opening}\n")
+        self._start("client", "client", "client.ini")
+        wait_until("the LAN host reaches the Internet again", lambda: self._lab.pings("lan"), self.LAN_S)
+        return f"a connection from the Internet to the LAN host fails ({refused}); from now on the client has `open = {opening}`"
+
+    def _show_native(self, prefix: IPv6Network) -> str:
+        """Gives the client's host IPv6 of a provider, too, and starts the client again beside it. Takes it away afterwards."""
+        lab, native = self._lab, "2001:db8:aaaa::5"
+        self.stop("client")
+        lab.ip("internet", f"link add eth1 type veth peer name eth2 netns {lab._names['client']}")
+        for host, device, address in (("internet", "eth1", "2001:db8:aaaa::1"), ("client", "eth2", native)):
+            lab.ip(host, f"link set {device} up")
+            lab.ip(host, f"addr add {address}/64 dev {device} nodad")
+        lab.ip("client", "-6 route add default via 2001:db8:aaaa::1 metric 1")
+        wait_until("native IPv6 works", lambda: lab.pings("client"))
+        with lab.inside("internet"):
+            listener = system_socket.create_server((Lab.INTERNET, 5002), family=system_socket.AF_INET6)
+        with lab.inside("client"):
+            near = system_socket.create_connection((Lab.INTERNET, 5002), 5)
+        with listener, near, listener.accept()[0] as far:
+            self._start("client", "client", "client.ini")
+            for address in (str(prefix[1]), native):
+                wait_until(f"{address} answers", lambda address=address: lab.pings("internet", address))  # type: ignore[misc]
+            far.settimeout(5)
+            near.sendall(b"alive")
+            if far.recv(5) != b"alive":
+                raise KernelError("a connection of the native address did not survive the tunnel's coming")
+        lab.ip("internet", "link del eth1")
+        return f"a connection from {native} went on when the tunnel came, and {prefix[1]} and {native} both answer"
 
     def _show_keys(self) -> str:
         """Starts everything again with keys, of which only one client has one."""
-        self.stop()
         for host in self._running:
             (self._folder / f"{host}.log").unlink()
         self._running.clear()
@@ -4378,11 +5711,12 @@ class Demo:
             raise KernelError(f"`tun6.py {' '.join(arguments)}` failed: {done.stderr.strip()}")
         return done.stdout
 
-    def stop(self) -> None:
-        """Ends the programs. Kills one that does not end within 5 s, and raises KernelError."""
-        for process in reversed(self._running.values()):
+    def stop(self, *hosts: str) -> None:
+        """Ends the programs on these hosts, or on all. Kills one that does not end within 5 s, and raises KernelError."""
+        running = {host: self._running[host] for host in hosts or self._running}
+        for process in reversed(running.values()):
             process.terminate()
-        for host, process in self._running.items():
+        for host, process in running.items():
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
@@ -4423,7 +5757,7 @@ class Demo:
     def _transfer(self, source: str, sink: str, address: str) -> str:
         data = os.urandom(1 << 20) * (self.BULK_BYTES >> 20)
         with self._lab.inside(sink):
-            listener = system_socket.create_server((address, 5001), family=system_socket.AF_INET6)
+            listener = system_socket.create_server((address, self.BULK_PORT), family=system_socket.AF_INET6)
         with self._lab.inside(source):
             sender = system_socket.socket(system_socket.AF_INET6)
 
@@ -4434,7 +5768,7 @@ class Demo:
         received = bytearray()
         with listener, sender:
             sender.settimeout(20)
-            sender.connect((address, 5001))
+            sender.connect((address, self.BULK_PORT))
             receiver, _ = listener.accept()
             with receiver:
                 began = time.monotonic()
@@ -4474,6 +5808,7 @@ CLIENTS_OPTIONS = {
 }  # of `clients`; the others are arguments of the request
 LOG_LINES_MAX = 10_000  # lines that may wait for the reader of the log
 LOG_FLUSH_S = 1.0  # at the end, for those lines
+M_ARENA_MAX = -8  # malloc.h
 
 # A setting's parser takes the text in config.ini and returns its value. It raises ValueError, which completes a sentence with "it".
 
@@ -4535,6 +5870,15 @@ def _path(text: str) -> str:
     return text  # read_config completes it
 
 
+def _addresses(text: str) -> tuple[IPv6Address, ...]:
+    try:
+        if "%" in text:
+            raise ValueError("an address with a scope")
+        return tuple(IPv6Address(word.strip()) for word in text.split(","))
+    except ValueError:
+        raise ValueError("must be IPv6 addresses, separated by commas") from None
+
+
 def _grace(text: str) -> int | None:
     if text.lower() == "off":
         return None
@@ -4574,6 +5918,8 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "control": _path,
         "new_ids_per_hour": _integer(0, 1_000_000),
         "client_to_client": _boolean,
+        "hook": _path,
+        "ndp": _matching(r"(?!\.\.?$)[^\s/]{1,15}", "must be the name of an interface, such as eth0"),
         "documentation_addresses": _boolean,
         "address": _HOST,
     },
@@ -4587,11 +5933,17 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "tun": _matching(r"(?!\.\.?$)[\w.-]{1,15}", "must be a device name of at most 15 characters"),
         "mtu": _MTU,
         "default_route": _boolean,
+        "lan": _matching(r"(?!lo$|\.\.?$)[^\s/,:]{1,15}", "must be the name of one interface, such as eth1, as the prefix is one /64"),
+        "lan_dns": _addresses,
+        "lan_preference": _matching("auto|low|medium|high", "must be auto, low, medium or high"),
+        "firewall": _boolean,
+        "open": parse_openings,
         "grace": _grace,
         "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
         "tls": _boolean,
         "fingerprint": _fingerprint,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
+        "hook": _path,
         "documentation_addresses": _boolean,
     },
 }
@@ -4620,7 +5972,7 @@ def read_config(path: str, section: str) -> Any:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a readable file with -c FILE") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: it is not UTF-8 text") from None
+        raise ConfigError(f"{path}: it is not UTF-8 text; save it as UTF-8") from None
     except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
         raise ConfigError(f"{' '.join(str(error).split())}; keep one of them") from None
     except configparser.Error as error:
@@ -4633,7 +5985,7 @@ def read_config(path: str, section: str) -> Any:
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: unknown key; {_suggest(key, _PARSERS[name], '%s')}")
             if "\n" in value:
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: an indented line follows, don't indent")
-            if re.fullmatch(r"(['\"]).*\1", value):
+            if re.fullmatch(r"(['\"]).*\1|[\u2018-\u201f\xab\xbb].*[\u2018-\u201f\xab\xbb]", value):
                 raise ConfigError(f"{path}: [{name}] {key} = {to_printable(value)}: it is in quotes, write it without")
     if section not in parser:
         raise ConfigError(f"{path}: there is no section [{section}]; add one with its keys, as in the config.ini that came with tun6")
@@ -4715,6 +6067,12 @@ def client_command(options: argparse.Namespace) -> None:
     require_privilege()
     require_ipv6()
     client = Client(config)
+    if config.firewall is None and not config.lan:
+        log.warning(
+            "the whole IPv6 Internet reaches this machine at the address that it gets; `firewall = yes` in %s lets in only answers, and"
+            " `open` there what is named",
+            config.file,
+        )
     run_until_signalled(client.run, client.state)
 
 
@@ -4915,6 +6273,16 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def share_one_heap() -> None:
+    """Lets all threads allocate from one heap; to be called before there are threads.
+
+    glibc would give the first 16 threads on two processors a heap each, which keeps what the thread frees: 4 MB after 10 minutes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have one heap anyway
+    if mallopt:
+        mallopt(M_ARENA_MAX, 1)
+
+
 def run_until_signalled(run: Callable[[], object], state: Callable[[], str], reload: Callable[[], None] | None = None) -> None:
     """Runs until `run` fails, whose error this raises, or until SIGTERM or SIGINT, which kills it so that it undoes what it did.
 
@@ -5084,6 +6452,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status: 2 for usage and configuration, 1 for what fails later."""
+    share_one_heap()
     options = build_parser().parse_args(arguments, argparse.Namespace(verbose=False, config=None, json=False))
     stderr = set_up_logging(options.verbose)
     try:

@@ -755,13 +755,14 @@ def measure_round_trips(testbed: Testbed, count: int, interval: float) -> list[f
 def ping_meanwhile(testbed: Testbed, host: str, interval: float) -> Iterator[list[float]]:
     """Pings internet from a host meanwhile. Afterwards the list that is yielded has the round trips in ms. Raises BenchError likewise."""
     round_trips: list[float] = []
-    with testbed.lab.popen(host, "ping", "-6", "-i", str(interval), Lab.INTERNET, stdout=subprocess.PIPE) as process:
-        try:
-            yield round_trips
-        finally:
-            process.send_signal(signal.SIGINT)
-            output, _ = process.communicate()
-    round_trips += parse_round_trips(output)
+    with tempfile.TemporaryFile("w+") as output:  # a pipe is full after some hundred answers, and ping would wait
+        with testbed.lab.popen(host, "ping", "-6", "-i", str(interval), Lab.INTERNET, stdout=output) as process:
+            try:
+                yield round_trips
+            finally:
+                process.send_signal(signal.SIGINT)
+        output.seek(0)
+        round_trips += parse_round_trips(output.read())
 
 
 def parse_round_trips(output: str) -> list[float]:
