@@ -11505,6 +11505,22 @@ def check_reboot(machine: Machine) -> None:
     print(f"    up again: {machine.run('systemd-analyze').splitlines()[0]}")
 
 
+def check_lan(machine: Machine) -> None:
+    """What a client with `lan` does inside the same sandbox. Without an Internet, radvd stays out of it."""
+    machine.run("systemctl", "stop", "tun6-client")
+    machine.sh("ip link add lan0 type veth peer name host0; ip link set lan0 up; ip link set host0 up")
+    wait_until("link-local addresses", lambda: machine.sh("ip -6 addr show dev lan0 scope link -tentative"), 10)
+    before = machine.network() + machine.sh("nft list tables")
+    machine.run("tun6", "install", "client", "--set", "lan=lan0")
+    prefix = IPv6Network(machine.connected())
+    wait_until("the address on the LAN", lambda: f"{prefix[1]}/64" in machine.sh("ip -6 addr show dev lan0"), 10)
+    assert "table inet tun6" in machine.sh("nft list tables")
+    machine.run("systemctl", "stop", "tun6-client")
+    assert machine.network() + machine.sh("nft list tables") == before
+    machine.sh("sed -i '/^lan = /d' /etc/tun6/config.ini; ip link del lan0; systemctl start tun6-client")
+    machine.connected()
+
+
 def check_upgrade(machine: Machine) -> None:
     """A server that was set up before there was `install`: as root, and all in /etc/tun6."""
     machine.run("systemctl", "stop", "tun6-client", "tun6-server")
@@ -11541,6 +11557,7 @@ def systemd_command(arguments: list[str]) -> int:
         check_reload_and_bad_configuration,
         check_state_of_root,
         check_reboot,
+        check_lan,
         check_upgrade,
         check_remove,
     )
