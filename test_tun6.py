@@ -27,12 +27,14 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     session
     hooks
     neighbour proxy
+    service manager
     server
     firewall
     lan
     client
     administration
     metrics                      also the dashboard's queries
+    installation
     demo
     command line
     sources and documents        maps, order of definitions, links
@@ -52,6 +54,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     fuzzing                      `test_tun6.py fuzz`
     soak                         `test_tun6.py soak`
     observers                    `test_tun6.py observers`: a real Prometheus and a real browser
+    systemd                      `test_tun6.py systemd`
     main
 """
 
@@ -61,6 +64,7 @@ import argparse
 import ast
 import base64
 import calendar
+import configparser
 import ctypes
 import dataclasses
 import errno
@@ -380,9 +384,6 @@ def refusal_of(store: tun6.KeyStore, id_: str, key: str) -> tuple[str, str]:
     with pytest.raises(tun6.Refusal) as caught:
         store.check(id_, key)
     return caught.value.code, caught.value.text
-
-
-ADDED = {"prefix": "p", "id": "i", "key": "k", "fingerprint": "f"}  # as `clients add` answers
 
 
 # ---- kit: hosts ------------------------------------------------------------------------------------------------------
@@ -792,6 +793,7 @@ class Tunnel:
                 "prefixrange": self.pool,
                 "assignments": "assignments.json",
                 "control": self._folder / f"{len(self._programs)}.sock",
+                "documentation_addresses": "yes",
             },
             "client": {"remotehost": Lab.SERVER, "remoteport": self.port, "control": self._folder / f"{len(self._programs)}.sock"},
         }[role]
@@ -2815,6 +2817,29 @@ def test_a_save_keeps_the_symbolic_link_and_the_mode_of_the_file(tmp_path: Path,
     assert sorted(os.listdir(path.parent)) == ["real.json", "real.json.bak", "real.json.lock"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to others, which takes root")
+def test_what_root_saves_is_the_services_whose_folder_or_file_it_is(tmp_path: Path, open_store: OpenStore) -> None:
+    def owners(prefix: str) -> dict[str, tuple[int, int]]:
+        return {path.name: (path.stat().st_uid, path.stat().st_gid) for path in tmp_path.glob(f"{prefix}*")}
+
+    os.chown(tmp_path, 4711, 4712)
+    open_store(tmp_path / "new.json").assign("a")
+    tun6.KeyStore(str(tmp_path / "new-keys.json")).issue("a")
+    assert set(owners("new").values()) == {(4711, 4712)}
+    assert sorted(owners("new")) == ["new-keys.json", "new.json", "new.json.bak", "new.json.lock"]
+    for name, mode in (("old.json", 0o640), ("old-keys.json", 0o640)):
+        (tmp_path / name).touch()
+        os.chown(tmp_path / name, 0, 4713)
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "old.json.lock").symlink_to("somebody-elses")
+    open_store(tmp_path / "old.json").assign("a")  # without a lock
+    (tmp_path / "old.json.lock").unlink()
+    tun6.KeyStore(str(tmp_path / "old-keys.json")).issue("a")
+    assert owners("old") == dict.fromkeys(("old.json", "old.json.bak", "old-keys.json"), (0, 4713))
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in owners("old")} == {0o640}
+    assert not (tmp_path / "somebody-elses").exists()
+
+
 def test_an_assignment_is_on_disk_before_it_is_returned(assignment_file: Path, open_store: OpenStore) -> None:
     store, synced = open_store(assignment_file), []
     assignment_file.touch()
@@ -3810,6 +3835,64 @@ def test_ndp_needs_an_interface_that_can_have_neighbours() -> None:
             tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, ndp=interface))
 
 
+# ---- service manager -------------------------------------------------------------------------------------------------
+
+
+class ManagerByHand(SocketOwner):
+    """What systemd is to a service: the socket that it reads, and the environment that it gives."""
+
+    def __init__(self, address: str) -> None:
+        self.sock: Any = gevent.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind("\0" + address[1:] if address[0] == "@" else address)
+        self.sock.settimeout(10)
+        self.environment = {"NOTIFY_SOCKET": address}
+
+    def hears(self, *wanted: str) -> list[str]:
+        """What it hears until it has heard these, in this order; between them may be others."""
+        heard, missing = [], list(wanted)
+        while missing:
+            heard += self.sock.recv(4096).decode().split("\n")
+            while missing and missing[0] in heard:
+                del heard[: heard.index(missing.pop(0)) + 1]
+        return heard
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_hears_of_the_state_and_that_the_event_loop_runs(tmp_path: Path, abstract: bool) -> None:
+    with ManagerByHand(f"@tun6-test-{os.getpid()}" if abstract else str(tmp_path / "notify")) as manager:
+        service, state = tun6.ServiceManager({**manager.environment, "WATCHDOG_USEC": "200000"}), ["connecting"]
+        with cast(Any, service)._socket:
+            feeder = spawn(service.run, lambda: state[0])
+            assert manager.hears("WATCHDOG=1", "STATUS=connecting", "WATCHDOG=1", "WATCHDOG=1") == []
+            state[0] = "connected"
+            manager.hears("STATUS=connected", "WATCHDOG=1")
+            feeder.kill()
+            with service.reloading():
+                service.notify("in between")
+            manager.hears("RELOADING=1", "in between", "READY=1")
+
+
+def test_without_a_service_manager_nothing_is_said() -> None:
+    service = tun6.ServiceManager({"WATCHDOG_USEC": "1000"})
+    service.notify("READY=1")
+    service.run(lambda: "state")  # ends at once
+
+
+def test_a_watchdog_that_is_anothers_is_not_fed_and_a_manager_that_is_gone_or_slow_holds_nobody(tmp_path: Path) -> None:
+    with ManagerByHand(str(tmp_path / "notify")) as manager:
+        service = tun6.ServiceManager({**manager.environment, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"})
+        with cast(Any, service)._socket:
+            feeder = spawn(service.run, lambda: "state")
+            assert manager.hears("STATUS=state") == []
+            with pytest.raises(TimeoutError), gevent.Timeout(0.3, TimeoutError):
+                manager.sock.recv(1)
+            feeder.kill()
+            for _ in range(10_000):  # it does not read
+                service.notify("STATUS=x")
+            manager.sock.close()
+            service.notify("READY=1")
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 
@@ -4050,6 +4133,20 @@ def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> No
         client.run()
     assert 1 <= min(pauses) < 1.2 and 2.8 < max(pauses) <= 3
     assert 1.9 < statistics.mean(pauses) < 2.1
+
+
+def test_what_the_servers_end_undoes_while_ip_runs_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, route, address = cast(Any, tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL))), [tun6.Step("a")], [tun6.Step("b")]
+    server._own = POOL, address
+    applied: list[list[tun6.Step]] = []
+
+    def end_meanwhile(plan: list[tun6.Step]) -> None:
+        applied.append(plan)
+        server._own = None  # as _take_address does before it undoes that
+
+    monkeypatch.setattr(server._kernel, "apply", end_meanwhile)
+    server._restore(route)
+    assert applied == [route]
 
 
 # ---- administration --------------------------------------------------------------------------------------------------
@@ -4326,6 +4423,198 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are_and_for_each_of_them
     assert not [name for name in names if f"`{re.sub('_(count|sum|bucket)$', '', name)}`" not in documented and "process" not in name]
 
 
+# ---- installation ----------------------------------------------------------------------------------------------------
+
+EXAMPLE = ("--set", "documentation_addresses=yes")
+JOINED = {"remotehost": "tun6.example", "remoteport": "443", "id": "é # 1", "key": "k" * 43, "fingerprint": "sha256:" + "0f" * 32}
+
+
+class FileRoot:
+    """A folder that stands for the whole of a machine's files, on which nothing runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.here = folder / "root", folder / "here"
+        self.here.mkdir(parents=True)
+
+    def install(self, *arguments: str, status: int = 0) -> list[str]:
+        """What `tun6.py install` says that it does, or in one line why it does not."""
+        done = run_tun6("install", *arguments, "--root", str(self.root), cwd=self.here)
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+        return [line.strip() for line in (done.stderr if status else done.stdout).splitlines()]
+
+    def config(self, section: str) -> dict[str, str]:
+        """What stands in the section of the config.ini of the service."""
+        parser = configparser.ConfigParser(interpolation=None)
+        parser.read(self.root / "etc/tun6/config.ini", "utf-8")
+        return dict(parser[section])
+
+    def files(self) -> dict[str, int]:
+        """All files but the copied packages, with their mode."""
+        copied = self.root / "opt/tun6/lib"
+        found = [path for path in self.root.rglob("*") if path.is_file() and copied not in path.parents]
+        return {str(path.relative_to(self.root)): stat.S_IMODE(path.stat().st_mode) for path in found}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> FileRoot:
+    return FileRoot(tmp_path)
+
+
+def test_a_token_carries_what_a_client_has_to_know_and_no_part_of_it_can_be_lost() -> None:
+    token = tun6.encode_token(JOINED)
+    assert re.fullmatch("tun6:[A-Za-z0-9_-]{200,280}", token)
+    assert tun6.decode_token(f" {token[:80]}\n{token[80:]} \n") == JOINED
+    other = b"[2]" + hashlib.sha256(b"[2]").digest()[:4]
+    mistyped = tun6.encode_token({**JOINED, "key": "j" + "k" * 42})[:-6] + token[-6:]  # all but the check is as good
+    wrong = [
+        mistyped,
+        token[:-1],
+        token[:50] + token[51:],
+        token.replace("tun6:", ""),
+        "tun6:",
+        "",
+        token + "A",
+        token.swapcase(),
+        "tun6:é",
+    ]
+    for text in wrong:
+        with pytest.raises(tun6.RequestError, match=r"no token that `tun6.py clients add` printed: .*; copy the whole line"):
+            tun6.decode_token(text)
+    with pytest.raises(tun6.RequestError, match="more than one line"):
+        tun6.decode_token(tun6.encode_token({**JOINED, "id": "a\ntun = theirs"}))
+    with pytest.raises(tun6.RequestError, match="another version"):
+        tun6.decode_token("tun6:" + base64.urlsafe_b64encode(other).decode().rstrip("="))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "[client]\nid = b\nnew = \\1\n"),
+        ("[server]\nid = a\n", "[server]\nid = a\n\n[client]\nid = b\nnew = \\1\n"),
+        ("[client]\nID: a # c\n\n[server]\nid = a\n", "[client]\nid = b\nnew = \\1\n\n[server]\nid = a\n"),
+        ("# x\n[client]\n# says\n#id = a\n#new = 1\nz = 1", "# x\n[client]\n# says\nid = b\nnew = \\1\nz = 1"),
+    ],
+)
+def test_settings_are_changed_in_their_section_and_other_lines_stay(before: str, after: str) -> None:
+    assert tun6.set_in_section(before, "client", {"id": "b", "new": "\\1"}).replace("\n\n", "\n") == after.replace("\n\n", "\n")
+    assert tun6.set_in_section(after, "client", {"id": "b", "new": "\\1"}) == after
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_the_units_in_contrib_are_those_that_install_writes(role: str) -> None:
+    assert (Path(__file__).parent / f"contrib/tun6-{role}.service").read_text() == tun6.service_unit(role)
+    assert "CAP_NET_BIND_SERVICE" not in tun6.service_unit(role)
+    assert tun6.service_unit(role, True).count("CAP_NET_RAW CAP_NET_BIND_SERVICE") == 2
+
+
+def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_state(machine: FileRoot) -> None:
+    said = machine.install("server", "--prefix", "2001:db8:7::/48", "--set", "listenport=443", *EXAMPLE)
+    assert "made the certificate /var/lib/tun6/server.pem" in said
+    state = {name: f"/var/lib/tun6/{name}" for name in ("assignments.json", "keys.json", "server.pem")}
+    assert machine.config("server") == {
+        "localhost": "0.0.0.0", "listenport": "443", "prefixrange": "2001:db8:7::/48", "documentation_addresses": "yes",
+        "assignments": state["assignments.json"], "keys": state["keys.json"], "cert": state["server.pem"],
+        "control": "/run/tun6-server/server.sock",
+    }  # fmt: skip
+    files = machine.files()
+    assert files["etc/tun6/config.ini"] == 0o640
+    assert files["var/lib/tun6/server.pem"] == 0o600
+    assert "CAP_NET_BIND_SERVICE" in (machine.root / "etc/systemd/system/tun6-server.service").read_text()
+    assert (machine.root / "etc/sysctl.d/60-tun6.conf").read_text() == "net.ipv6.conf.all.forwarding=1\n"
+    launcher = (machine.root / "usr/local/bin/tun6").read_text()
+    assert "exec " in launcher and " /opt/tun6/tun6.py " in launcher
+    copied = {**os.environ, "PYTHONPATH": str(machine.root / "opt/tun6/lib")}
+    python = getattr(sys, "_base_executable", sys.executable)
+    done = subprocess.run([python, "-S", machine.root / "opt/tun6/tun6.py", "--version"], env=copied, capture_output=True, text=True)
+    assert done.stdout == f"tun6 {tun6.__version__}\n", done.stderr
+
+    before = {path: untouched(machine.root / path) for path in files}
+    assert machine.install("server") == []
+    assert {path: untouched(machine.root / path) for path in machine.files()} == before
+    assert machine.install("server", "--set", "mtu=1400") == ["wrote /etc/tun6/config.ini"]
+    assert machine.config("server")["mtu"] == "1400"
+    assert machine.install("client", "--remote", "tun6.example:10001") == [
+        "wrote /etc/tun6/config.ini", "wrote /etc/systemd/system/tun6-client.service",
+    ]  # fmt: skip
+    assert machine.config("client") == {"remotehost": "tun6.example", "remoteport": "10001"}
+    assert machine.config("server")["mtu"] == "1400"
+    assert "removed /opt/tun6" not in machine.install("server", "--remove")
+    assert "removed /opt/tun6" in machine.install("client", "--remove")
+    assert sorted(machine.files()) == ["etc/tun6/config.ini", "var/lib/tun6/server.pem"]
+
+
+def test_a_client_joins_by_a_token_in_the_command_or_on_standard_input(machine: FileRoot) -> None:
+    token = tun6.encode_token({**JOINED, "id": "pi"})
+    machine.install("client", "--join", token)
+    assert machine.config("client") == {**JOINED, "id": "pi"}
+    (machine.root / "etc/tun6/config.ini").unlink()
+    command = [sys.executable, TUN6, "install", "client", "--join", "-", "--root", str(machine.root)]
+    subprocess.run(command, input=token + "\n", text=True, cwd=machine.here, check=True, timeout=30, stdout=subprocess.DEVNULL)
+    assert machine.config("client") == {**JOINED, "id": "pi"}
+    assert machine.files()["etc/tun6/config.ini"] == 0o640
+    (line,) = machine.install("client", "--join", "tun6:x", status=2)
+    assert "no token" in line
+
+
+def test_install_asks_for_what_it_must_know_when_it_is_at_a_terminal(machine: FileRoot) -> None:
+    ours, terminal = os.openpty()
+    with open(ours, "w") as keyboard, open(terminal) as stdin:
+        keyboard.write("tun6.example\n")
+        keyboard.flush()
+        command = [sys.executable, TUN6, "install", "client", "--root", str(machine.root)]
+        done = subprocess.run(command, stdin=stdin, cwd=machine.here, timeout=30, capture_output=True, text=True)
+        assert done.stdout.startswith("remotehost (name or address of the server): "), done.stderr
+    assert machine.config("client")["remotehost"] == "tun6.example"
+    assert "[client] remotehost is missing" in FileRoot(machine.here).install("client", status=2)[-1]  # no terminal
+
+
+def test_the_address_that_clients_add_prints_is_the_operators_or_the_kernels() -> None:
+    config = tun6.ServerConfig("0.0.0.0", 1, POOL)
+    assert tun6.public_address(dataclasses.replace(config, address="tun6.example", localhost="10.0.0.1")) == "tun6.example"
+    assert tun6.public_address(dataclasses.replace(config, localhost="10.0.0.1")) == "10.0.0.1"
+    for address, edit in (("10.0.0.1", "unless it is"), ("9.9.9.9", "where the client sees"), ("tun6.example", "where the client sees")):
+        assert f"# EDIT THIS {edit}" in tun6.format_client_section({**JOINED, "remotehost": address}, "p")
+
+
+def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_existed(machine: FileRoot) -> None:
+    config = machine.here / "config.ini"
+    settings = {**SERVER, "assignments": "who.json", "keys": "keys.json", "cert": "cert.pem"}
+    for name, text in (("who.json", '{"a": "2001:db8:1:2::/64"}'), ("who.json.bak", "{}"), ("keys.json", "{}")):
+        (machine.here / name).write_text(text)
+    make_certificate(machine.here / "cert.pem")
+    inode = (machine.here / "who.json").stat().st_ino
+    write_ini(config, server={key: value for key, value in settings.items() if key != "assignments"})
+    (machine.here / "assignments.json").write_text("{}")
+    (line,) = machine.install("server", status=2)
+    assert "assignments.json has assignments" in line
+    (machine.here / "assignments.json").unlink()
+    write_ini(config, server=settings)
+    with AnotherServer(machine.here / "who.json"):
+        assert "in use by another tun6 server" in machine.install("server", status=2)[0]
+    said = machine.install("server")
+    state = machine.root / "var/lib/tun6"
+    assert sorted(os.listdir(state)) == ["cert.pem", "keys.json", "who.json", "who.json.bak"]
+    assert (state / "who.json").stat().st_ino == inode
+    assert sorted(os.listdir(machine.here)) == ["config.ini", "who.json.lock"]
+    assert machine.config("server")["assignments"] == "/var/lib/tun6/who.json"
+    assert not any("certificate" in line for line in said)
+    assert machine.install("server") == []
+    (line,) = machine.install("server", "-c", str(config), status=2)
+    assert "is there already" in line
+    (line,) = machine.install("server", "--set", "mtu=1", status=2)
+    assert "must be a whole number from 1280" in line
+
+
+class AnotherServer(SocketOwner):
+    """One that has these assignments open."""
+
+    def __init__(self, path: Path) -> None:
+        self._store = tun6.AssignmentStore(tun6.PrefixPool(POOL), str(path))
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+
+
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -4374,7 +4663,7 @@ def test_a_demo_told_to_stop_leaves_nothing(hosts: Lab, tmp_path: Path, number: 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-SERVER = {"localhost": "192.0.2.1", "listenport": "10000", "prefixrange": "2001:db8:1::/56"}
+SERVER = {"localhost": "192.0.2.1", "listenport": "10000", "prefixrange": "2001:db8:1::/56", "documentation_addresses": "yes"}
 CLIENT = {"remotehost": "tun6.example", "remoteport": "10000"}
 REQUIRED = {"server": SERVER, "client": CLIENT}
 
@@ -4389,14 +4678,16 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
     assert dataclasses.asdict(tun6.read_config(path, "server")) == {
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
-        "keys": None, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0, "client_to_client": True,
-        "hook": None, "ndp": None, "log": "text", "metrics": None, "metrics_clients": False, "file": path,
+        "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
+        "client_to_client": True, "documentation_addresses": True, "address": None, "hook": None, "ndp": None, "log": "text",
+        "metrics": None, "metrics_clients": False, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
-        "fingerprint": None, "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None, "file": path,
+        "fingerprint": None, "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
+        "documentation_addresses": False, "file": path,
     }  # fmt: skip
 
 
@@ -4412,8 +4703,8 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
         ("server", "mtu", "1280", 1280),
         ("server", "max_clients", "1", 1),
+        ("client", "remotehost", "10.0.0.7", "10.0.0.7"),
         ("server", "ndp", "enp1s0.100", "enp1s0.100"),
-        ("client", "remotehost", "203.0.113.7", "203.0.113.7"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
         ("client", "lan", "eth0.5", "eth0.5"),
@@ -4520,23 +4811,33 @@ def test_a_config_that_can_not_be_read_is_one_sentence(tmp_path: Path) -> None:
             tun6.read_config(path, "server")
 
 
-def test_the_config_is_the_named_one_or_the_folders_or_that_in_etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_is_the_named_one_or_that_in_etc_or_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     etc = tmp_path / "etc.ini"
-    monkeypatch.setattr(tun6, "CONFIG_FILES", ("config.ini", str(etc)))
+    monkeypatch.setattr(tun6, "CONFIG_FILES", (str(etc), "config.ini"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(tun6.ConfigError, match=r"neither ./config.ini nor .*etc.ini.*-c FILE"):
+    with pytest.raises(tun6.ConfigError, match=r"neither .*etc.ini nor ./config.ini.*-c FILE"):
         tun6.find_config(None)
-    etc.touch()
-    assert tun6.find_config(None) == str(etc)
     write_config(tmp_path)
     assert tun6.find_config(None) == "config.ini"
+    etc.touch()
+    assert tun6.find_config(None) == str(etc)
     assert tun6.find_config("other.ini") == "other.ini"
 
 
-def test_the_shipped_examples_are_read_as_they_are(open_store: OpenStore, tmp_path: Path) -> None:
+def test_the_shipped_examples_are_read_once_their_addresses_are_permitted(open_store: OpenStore, tmp_path: Path) -> None:
     folder = Path(tun6.__file__).parent
-    server = tun6.read_config(str(folder / "config.ini"), "server")
-    assert tun6.read_config(str(folder / "config.ini"), "client").remoteport == server.listenport
+    for section, key, value, what in (
+        ("server", "prefixrange", "2001:db8:1::/48", "the range that is routed to this machine"),
+        ("client", "remotehost", "192.0.2.1", "your server's name or address"),
+    ):
+        complaint = rf"config.ini: \[{section}\] {key} = {value}: it is an example, which reaches nobody; set {what}$"
+        with pytest.raises(tun6.ConfigError, match=complaint):
+            tun6.read_config(str(folder / "config.ini"), section)
+    shipped = (folder / "config.ini").read_text()
+    config, permitted = tmp_path / "config.ini", shipped.replace("#documentation_addresses = no", "documentation_addresses = yes")
+    config.write_text(permitted)
+    server = tun6.read_config(str(config), "server")
+    assert tun6.read_config(str(config), "client").remoteport == server.listenport
     shutil.copy(folder / "assignments.json.example", tmp_path / "example.json")
     open_store(tmp_path / "example.json", server.prefixrange)
 
@@ -4547,6 +4848,14 @@ def test_a_configuration_error_is_one_line_on_stderr_and_status_2(command: str, 
     said = only_line(run_tun6(command, "-c", path), 2)
     assert said == f"tun6: {path}: [{command}] mtu = 12: it must be a whole number from 1280 to 65500\n"
     assert "missing.ini: No such file" in only_line(run_tun6(command, "-c", "missing.ini", cwd=tmp_path), 2)
+
+
+def test_a_config_with_a_key_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
+    config = write_config(tmp_path, client={**CLIENT, "key": "k" * 43})
+    for mode, warnings_ in ((0o644, 1), (0o640, 0), (0o600, 0)):
+        os.chmod(config, mode)
+        done = run_tun6("client", "-c", config, preexec_fn=drop_privilege)
+        assert done.stderr.count(f"WARNING {config} has a key, and whoever reads it can be this client; `chmod o= {config}`") == warnings_
 
 
 def test_usage_errors_have_status_2_and_help_and_version_0() -> None:
@@ -4583,14 +4892,18 @@ def test_without_privilege_it_is_one_sentence(command: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("journal", [False, True])
 def test_events_are_a_line_each_with_the_time_unless_the_journal_adds_it(journal: bool, tmp_path: Path) -> None:
-    script = "import tun6; tun6.set_up_logging(False); tun6.log.warning('told %s', 'so'); tun6.log.debug('not said')"
+    script = "import tun6; end = tun6.set_up_logging(False); tun6.log.warning('told %s', 'so'); tun6.log.debug('not said')\n"
+    script += "tun6.log.info('two\\nlines'); end.write_line('tun6: the end')"
     with open(tmp_path / "log", "w+") as file:
         status = os.fstat(file.fileno())
         stream = f"{status.st_dev}:{status.st_ino + (not journal)}"  # the journal of something else is not ours
         environment = {**os.environ, "PYTHONPATH": str(Path(tun6.__file__).parent), "JOURNAL_STREAM": stream}
         subprocess.run([sys.executable, "-c", script], env=environment, stderr=file, check=True, timeout=30)
     text = (tmp_path / "log").read_text()
-    assert re.fullmatch(r"WARNING told so\n" if journal else r"[0-9-]{10} [0-9:]{8}\S* WARNING told so\n", text)
+    if journal:
+        assert text == "<4>WARNING told so\n<6>INFO two\n<6>lines\n<3>tun6: the end\n"
+    else:
+        assert re.fullmatch(r"[0-9-]{10} [0-9:]{8}\S* WARNING told so\n\S+ \S+ INFO two\nlines\ntun6: the end\n", text)
 
 
 def test_warnings_that_differ_only_in_their_arguments_are_collapsed_and_counted() -> None:
@@ -4633,7 +4946,6 @@ def test_an_interface_that_goes_while_it_is_looked_at_is_no_error(monkeypatch: p
     tun6.warn_of_overlap(POOL)
     with pytest.raises(tun6.SessionError, match="set `id`"):
         tun6.default_id()
-    assert "remotehost = 192.0.2.1" in tun6.format_client_section(tun6.ServerConfig("0.0.0.0", 1, POOL), ADDED)
 
 
 @pytest.mark.parametrize(("section", "config"), [("server", tun6.ServerConfig), ("client", tun6.ClientConfig)])
@@ -5307,8 +5619,7 @@ def test_the_default_id_is_the_mac_of_the_interface_with_whatever_default_route(
             lab.ip("client", route)
         with lab.inside("client"):
             assert tun6.default_id() == mac
-            section = tun6.format_client_section(tun6.ServerConfig("0.0.0.0", 1, POOL), ADDED)
-        assert "remotehost = 10.8.0.2" in section
+            assert tun6.public_address(tun6.ServerConfig("0.0.0.0", 1, POOL)) == "10.8.0.2"
     finally:
         with suppress(tun6.KernelError):
             lab.ip("client", "rule del table 100 priority 100")
@@ -7268,7 +7579,7 @@ def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, ru
         site.write_config()
     assert site.clients("list") == []
     added = site.clients("add", "a")
-    assert (added["id"], added["prefix"], sorted(added)) == ("a", first, ["fingerprint", "id", "key", "prefix"])
+    assert (added["id"], added["prefix"], sorted(added)) == ("a", first, ["fingerprint", "id", "key", "prefix", "token"])
     tun6.KeyStore(str(site.keys)).check("a", added["key"])
     with_prefix = site.clients("add", "b c", "--prefix", third)
     assert with_prefix["prefix"] == third
@@ -7307,8 +7618,14 @@ def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_mo
     site.serve()
     done = lab.run("server", sys.executable, TUN6, "clients", "-c", str(site.config), "add", "it's 100 % = a:b[c]")
     assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        "# EDIT THIS unless it is on the same network, as nobody else reaches this address; or name another with --address" in done.stdout
+    )
     text, replaced = re.subn("(?m)^remotehost = .*$", f"remotehost = {Lab.SERVER}", done.stdout)
     assert replaced == 1
+    token = tun6.decode_token(text.splitlines()[-1])
+    assert [f"{key} = {value}" in done.stdout for key, value in token.items()] == [True] * 5
+    assert (token["id"], token["remoteport"]) == ("it's 100 % = a:b[c]", str(site.tunnel.port))
     (site.folder / "pasted.ini").write_text(text)
     client = Program(lab, "client", "client", site.folder / "pasted.ini", site.folder / "pasted.log")
     site.tunnel._programs.append(client)
@@ -7352,9 +7669,10 @@ def test_a_key_whose_config_ini_can_not_be_shown_is_not_made(site: Site, cert: s
 
 def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site) -> None:
     site.write_config()
-    options = ["-c", str(site.config), "--json"]
-    for arguments in (["list", *options], [*options, "list"]):
-        done = run_tun6("clients", *arguments)
+    config = ["-c", str(site.config)]
+    options = [*config, "--json"]
+    for arguments in (["clients", "list", *options], ["clients", *options, "list"], [*config, "-v", "clients", "list", "--json"]):
+        done = run_tun6(*arguments)
         assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
@@ -7416,6 +7734,42 @@ def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> 
     site.clients("pin", "a", str(pinned))
     assert peer.ended() == "closed"
     assert site.tunnel.visit("a") == pinned
+
+
+def test_an_open_server_gets_keys_without_a_cut(lab: Lab, site: Site) -> None:
+    old, new = site.tunnel.client("client", id="old"), site.tunnel.client("second", id="new")
+    open_server = site.serve(keys=None)
+    prefixes = {"old": old.prefix(), "new": new.prefix()}
+    open_server.stop()
+    server = site.serve(keys_required="no", new_ids_per_hour=1)
+    server.wait_for("WARNING open: whoever reaches port .* may claim any Id that has no key yet; `keys_required = yes` in .* closes it")
+    assert (old.prefix(times=2), new.prefix(times=2)) == (prefixes["old"], prefixes["new"])
+    lines = run_tun6("clients", "-c", str(site.config), "list").stdout.splitlines()
+    assert {re.sub(", connected.*", "", line) for line in lines} >= {f"{id_!r}  {prefix}  no key yet" for id_, prefix in prefixes.items()}
+
+    key = site.clients("add", "old")["key"]  # its session goes on until the client is told
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("INFO keys and certificate read anew")
+    ping(lab, "client", count=1)
+    assert "gone, " not in server.log()
+    assert site.tunnel.refusal("old")["Error"] == "tls-required"
+    assert site.answer("old", None)["Error"] == "denied"
+    ping(lab, "client", count=1)
+    old.stop()
+    keyed = site.client("old", key)
+    assert keyed.prefix() == prefixes["old"]
+    keyed.wait_for("over TLS")
+    assert site.tunnel.visit("one more") == site.visit("one more")  # plain, and inside TLS with its own or no key
+    assert site.tunnel.refusal("too many")["Text"] == "more than 1 new Ids in an hour"
+    assert "Prefix" in site.answer("has a key", site.clients("add", "has a key")["key"])  # that limit is for those without
+    site.clients("revoke", "old")
+    assert site.answer("old", key)["Error"] == "revoked"
+
+    server.stop()
+    server = site.serve()
+    new.wait_for("no connection to .*: tls-required")
+    assert site.answer("new", site.clients("add", "new")["key"])["Prefix"] == str(prefixes["new"])
+    server.stop()
 
 
 def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(site: Site) -> None:
@@ -10821,6 +11175,7 @@ class Soak:
                 "localhost": "0.0.0.0",
                 "listenport": SOAK_PORT,
                 "prefixrange": SOAK_POOL,
+                "documentation_addresses": "yes",
                 "assignments": self.disk / "assignments.json",
                 "control": self.folder / "control",
                 "cert": self.folder / "server.pem",
@@ -11437,7 +11792,7 @@ def soak_command(arguments: list[str]) -> int:
     if options.faults is known and options.minutes < LONG_MINUTES:
         unwanted += [kind for kind in FAULT_KINDS if kind.long]
     soak = Soak(options.minutes, options.clients, options.seed, [kind for kind in FAULT_KINDS if kind in wanted and kind not in unwanted])
-    tun6.run_until_signalled(soak.run)
+    tun6.run_until_signalled(soak.run, lambda: "")
     soak.report()
     return 0 if soak.finished and not soak.violations else 1
 
@@ -11520,6 +11875,306 @@ def observers_command(arguments: Sequence[str]) -> int:
     return int(bool(faults))
 
 
+# ---- systemd ---------------------------------------------------------------------------------------------------------
+
+DEBIANS = {"bookworm": "3.11", "trixie": "3.13"}  # and their Python, for which the one package is fetched that Debian does not have
+MACHINE_PACKAGES = (
+    "systemd,systemd-sysv,dbus,iproute2,python3,python3-venv,python3-gevent,python3-netifaces,openssl,procps,iputils-ping,nftables,radvd"
+)
+MACHINE = r"""  # $1: the root below the overlay; $2: its name; $3: this checkout. It boots again when it reboots.
+mount --make-rprivate /
+mkdir -p /run/systemd && mount -t tmpfs tmpfs /run/systemd  # of which nspawn wants to be sure that it is none of the disk
+mount -t cgroup2 none /sys/fs/cgroup
+mkdir "/sys/fs/cgroup/$2" && echo $$ > "/sys/fs/cgroup/$2/cgroup.procs"
+over=$(mktemp -d) && mount -t tmpfs tmpfs "$over" && mkdir "$over"/{upper,work,root}
+mount -t overlay overlay -o "lowerdir=$1,upperdir=$over/upper,workdir=$over/work" "$over/root"
+echo 'z /dev/net/tun 0666 - - -' > "$over/root/etc/tmpfiles.d/tun.conf"  # as udev has it on a machine
+status=133
+while [ $status = 133 ]; do
+    status=0
+    systemd-nspawn -q -D "$over/root" -M "$2" -b --private-network --console=pipe --register=no --keep-unit --bind-ro="$3:/mnt" || status=$?
+done
+umount -R "$over" && rmdir "$over"
+echo $$ > /sys/fs/cgroup/cgroup.procs
+find "/sys/fs/cgroup/$2" -depth -type d -exec rmdir {} \;
+"""
+
+
+def debian_root(suite: str, cache: Path) -> Path:
+    """A root of this Debian with what tun6 needs, made once; in it, /root/venv is a virtual environment that sees Debian's packages."""
+    root = cache / suite
+    if not (root / "root/ready").exists():
+        print(f"making {root}, which takes a minute or two", flush=True)
+        shutil.rmtree(root, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        include = f"--include={MACHINE_PACKAGES}"
+        subprocess.run(["debootstrap", "--variant=minbase", include, suite, str(root)], check=True, stdout=subprocess.DEVNULL)
+        fetch = [
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--python-version",
+            DEBIANS[suite],
+            "-d",
+            str(root / "root/wheels"),
+        ]
+        subprocess.run([sys.executable, "-m", "pip", *fetch, "python-pytun"], check=True)
+        script = (
+            "python3 -m venv --system-site-packages /root/venv && /root/venv/bin/pip install -q --no-index -f /root/wheels python-pytun"
+        )
+        subprocess.run(["chroot", str(root), "sh", "-ec", script], check=True)
+        (root / "root/ready").touch()
+    return root
+
+
+class Machine:
+    """A Debian that boots with systemd as process 1 in namespaces of its own, without a network. What it writes is gone with it."""
+
+    def __init__(self, root: Path) -> None:
+        self._name = f"tun6-systemd-{os.getpid()}"
+        command = ["unshare", "-m", "-C", "bash", "-euc", MACHINE, "machine", str(root), self._name, str(Path(__file__).resolve().parent)]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._init = 0
+
+    def __enter__(self) -> Machine:
+        self.wait_for_boot()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.kill(self._init, signal.SIGRTMIN + 4)  # systemd(1): power off
+            self._process.wait(30)
+        if self._process.poll() is None:
+            os.kill(self._init, signal.SIGKILL)  # and with it all that it contains
+            self._process.wait(30)
+
+    def wait_for_boot(self) -> None:
+        """Returns when it has booted, with a process 1 that is not the one of before."""
+
+        def find() -> int:
+            assert self._process.poll() is None, "the machine did not start; does this one have systemd-nspawn (package systemd-container)?"
+            of = [self._process.pid]
+            for pid in of:
+                with suppress(FileNotFoundError):
+                    of += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    if pid != self._init and re.search(r"^NSpid:.*\t1$", status, re.MULTILINE) and "Name:\tsystemd\n" in status:
+                        return pid
+            return 0
+
+        self._init = wait_until("process 1", find, 60)
+        wait_until("systemd", lambda: self.run("systemctl", "is-system-running", status=None) in ("running", "degraded"), 60)
+
+    def run(self, *command: str, status: int | None = 0, text: str = "") -> str:
+        """What a command says on standard output, with this exit status (None: any)."""
+        path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        inside = ["nsenter", "-t", str(self._init), "-a", "--wd=/root", "env", "-i", f"PATH={path}", "HOME=/root", *command]
+        done = subprocess.run(inside, capture_output=True, text=True, input=text, timeout=600)
+        assert status in (None, done.returncode), f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}{self.journal()}"
+        return done.stdout.strip() if status is None or not status else done.stderr.strip()
+
+    def sh(self, script: str) -> str:
+        return self.run("bash", "-euc", script)
+
+    def journal(self) -> str:
+        done = subprocess.run(
+            ["nsenter", "-t", str(self._init), "-a", "journalctl", "-n", "60", "--no-pager"], capture_output=True, text=True
+        )
+        return done.stdout
+
+    def show(self, role: str, name: str) -> str:
+        """A property of the service."""
+        return self.run("systemctl", "show", "-P", name, f"tun6-{role}")
+
+    def drop_in(self, role: str, *lines: str) -> None:
+        """Changes the service's unit by these lines, in place of those of the last call."""
+        folder = f"/run/systemd/system/tun6-{role}.service.d"
+        self.run(
+            "sh", "-ec", f"mkdir -p {folder}; cat > {folder}/test.conf; systemctl daemon-reload", text="\n".join(["[Service]", *lines])
+        )
+
+    def network(self) -> str:
+        """All that tun6 might leave behind."""
+        return self.sh("for what in addr route rule link; do ip -6 $what; done; ip -6 route show table all; ls /run")
+
+    def must_be(self, before: str) -> None:
+        """Fails, with the journal, unless the network is as it was."""
+        left, missing = (set(a.splitlines()) - set(b.splitlines()) for a, b in itertools.permutations((self.network(), before)))
+        assert not left | missing, f"left: {left}, missing: {missing}\n{self.journal()}"
+
+    def connected(self) -> str:
+        """The client's prefix, when it has one."""
+        found: list[str] = wait_until("a tunnel", lambda: re.findall("^has (.*?) on tun6", self.show("client", "StatusText")), 30)
+        return found[0]
+
+
+def check_install(machine: Machine) -> None:
+    python = "/root/venv/bin/python /mnt/tun6.py install"
+    settings = "--set documentation_addresses=yes --set localhost=127.0.0.1"
+    said = machine.sh(f"{python} server --prefix 2001:db8:7::/48 {settings}")
+    assert "started tun6-server.service" in said, said
+    added = json.loads(machine.run("tun6", "clients", "add", "pi", "--address", "127.0.0.1", "--json"))
+    machine.run("tun6", "install", "client", "--join", "-", "--set", "default_route=no", text=added["token"])
+    assert machine.connected() == added["prefix"]
+    machine.run("ping", "-c1", "-W5", "-I", str(IPv6Network(added["prefix"])[1]), "2001:db8:7:ffff::1")
+    for role in ("server", "client"):
+        said = machine.sh(f"{python} {role}")
+        assert said == f"tun6-{role}.service runs, nothing had to be changed", said
+        exposure = machine.run("systemd-analyze", "security", "--no-pager", f"tun6-{role}").splitlines()[-1]
+        print(f"    {exposure}")
+        assert float(re.findall(r": ([\d.]+)", exposure)[0]) <= 2.5
+        assert machine.run("systemd-analyze", "verify", f"/etc/systemd/system/tun6-{role}.service") == ""
+
+
+def check_stops(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+    before, number = machine.network(), many(20, 100)
+    for _ in range(number):
+        machine.run("systemctl", "start", "tun6-server", "tun6-client")
+        machine.connected()
+        machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+        machine.must_be(before)
+    print(f"    {number} stops, nothing left")
+    for role in ("server", "client"):  # the program does not depend on KillMode=mixed: `ip` holds out against the signal that it gets, too
+        machine.drop_in(role, "KillMode=control-group")
+    for _ in range(number // 4):
+        machine.run("systemctl", "start", "tun6-server", "tun6-client")
+        machine.connected()
+        machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+        machine.must_be(before)
+    print(f"    {number // 4} stops with KillMode=control-group, nothing left")
+    for role in ("server", "client"):
+        machine.drop_in(role)
+    machine.run("systemctl", "start", "tun6-server", "tun6-client")
+    machine.connected()
+    for role in ("server", "client"):
+        assert machine.show(role, "Result") == "success"
+
+
+def check_crashes(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+    before = machine.network()
+    for role in ("server", "client"):
+        machine.drop_in(role, "WatchdogSec=3")
+    machine.run("systemctl", "start", "tun6-server", "tun6-client")
+    for role, number in itertools.product(("server", "client"), ("KILL", "STOP")):
+        machine.connected()
+        restarts = int(machine.show(role, "NRestarts"))
+        began = time.monotonic()
+        machine.run("systemctl", "kill", f"--signal={number}", "--kill-whom=main", f"tun6-{role}")
+        wait_until("a restart", functools.partial(lambda role, more: int(machine.show(role, "NRestarts")) == more, role, restarts + 1), 30)
+        wait_until("the start", functools.partial(lambda role: machine.show(role, "ActiveState") == "active", role), 30)
+        print(f"    SIG{number} to the {role}: active again after {time.monotonic() - began:.1f} s")
+    machine.connected()
+    machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+    machine.must_be(before)
+    machine.run("systemctl", "start", "tun6-server", "tun6-client")
+    machine.connected()
+
+
+def check_reload_and_bad_configuration(machine: Machine) -> None:
+    pid = machine.show("server", "MainPID")
+    machine.run("systemctl", "reload", "tun6-server")
+    wait_until("the reload", lambda: "keys and certificate read anew" in machine.journal(), 10)
+    assert (machine.show("server", "MainPID"), machine.show("server", "ActiveState")) == (pid, "active")
+    machine.sh("cp -p /etc/tun6/config.ini /root/kept; sed -i 's/^listenport = .*/listenport = x/' /etc/tun6/config.ini")
+    assert "failed" in machine.run("systemctl", "restart", "tun6-server", status=1)
+    assert [machine.show("server", name) for name in ("ActiveState", "ExecMainStatus")] == ["failed", "2"]
+    machine.sh("cp -p /root/kept /etc/tun6/config.ini")
+    machine.run("systemctl", "start", "tun6-server")
+    machine.connected()
+    warnings_ = machine.run("journalctl", "-q", "-p", "warning", "-u", "tun6-*", "-o", "cat")
+    assert "must be a whole number" in warnings_
+    assert "INFO" not in warnings_
+    assert "WARNING" in warnings_
+
+
+def check_state_of_root(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "tun6-server")
+    machine.run("tun6", "clients", "add", "while stopped")
+    assert set(machine.sh("stat -c %U:%G /var/lib/tun6/*").split()) == {"tun6:tun6"}
+    machine.run("systemctl", "start", "tun6-server")
+    machine.connected()
+    assert "nothing keeps a second server off" not in machine.journal()
+
+
+def check_reboot(machine: Machine) -> None:
+    prefix, boot = machine.connected(), machine.run("cat", "/proc/sys/kernel/random/boot_id")
+    machine.run("systemctl", "reboot", status=None)
+    machine.wait_for_boot()
+    assert machine.run("cat", "/proc/sys/kernel/random/boot_id") != boot
+    assert machine.connected() == prefix
+    print(f"    up again: {machine.run('systemd-analyze').splitlines()[0]}")
+
+
+def check_lan(machine: Machine) -> None:
+    """What a client with `lan` does inside the same sandbox. Without an Internet, radvd stays out of it."""
+    machine.run("systemctl", "stop", "tun6-client")
+    machine.sh("ip link add lan0 type veth peer name host0; ip link set lan0 up; ip link set host0 up")
+    wait_until("link-local addresses", lambda: machine.sh("ip -6 addr show dev lan0 scope link -tentative"), 10)
+    before = machine.network() + machine.sh("nft list tables")
+    machine.run("tun6", "install", "client", "--set", "lan=lan0")
+    prefix = IPv6Network(machine.connected())
+    wait_until("the address on the LAN", lambda: f"{prefix[1]}/64" in machine.sh("ip -6 addr show dev lan0"), 10)
+    assert "table inet tun6" in machine.sh("nft list tables")
+    machine.run("systemctl", "stop", "tun6-client")
+    assert machine.network() + machine.sh("nft list tables") == before
+    machine.sh("sed -i '/^lan = /d' /etc/tun6/config.ini; ip link del lan0; systemctl start tun6-client")
+    machine.connected()
+
+
+def check_upgrade(machine: Machine) -> None:
+    """A server that was set up before there was `install`: as root, and all in /etc/tun6."""
+    machine.run("systemctl", "stop", "tun6-client", "tun6-server")
+    machine.sh("cd /etc/tun6; mv /var/lib/tun6/{assignments,keys}.json /var/lib/tun6/server.pem .; rm -r /var/lib/tun6; chown -R root: .")
+    machine.sh(r"sed -i 's|/var/lib/tun6/||; /^control/d' /etc/tun6/config.ini; chmod 644 /etc/tun6/config.ini")
+    machine.sh("cd /etc/systemd/system; sed -i '/^User=/d; /^Group=/d; /^StateDir/d; /^ProtectSystem/d; /^RuntimeD/d' tun6-server.service")
+    machine.sh("systemctl daemon-reload; systemctl start tun6-server; ls /etc/tun6/assignments.json.lock")
+    said = machine.sh("/root/venv/bin/python /mnt/tun6.py install server")
+    assert "moved /etc/tun6/assignments.json to /var/lib/tun6/assignments.json" in said, said
+    machine.run("systemctl", "start", "tun6-client")
+    machine.connected()
+    assert set(machine.sh("stat -c %U:%G /var/lib/tun6/*; stat -c %a /etc/tun6/config.ini").split()) == {"tun6:tun6", "640"}
+
+
+def check_remove(machine: Machine) -> None:
+    for role in ("client", "server"):
+        machine.run("/root/venv/bin/python", "/mnt/tun6.py", "install", role, "--remove")
+    left = machine.sh("ls -d /opt/tun6 /usr/local/bin/tun6 /etc/sysctl.d/60-tun6.conf /etc/systemd/system/*tun6* 2>/dev/null || true")
+    assert left == ""
+    assert machine.sh("ls /etc/tun6 /var/lib/tun6/keys.json /var/lib/tun6/server.pem").splitlines()[-1] == "config.ini"
+    assert "tun6" not in machine.sh("ip -6 addr; ip -6 route; ip -6 rule")
+
+
+def systemd_command(arguments: list[str]) -> int:
+    """`test_tun6.py systemd`: install, units and their service manager in a Debian that really boots; takes root. Gives the exit status."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py systemd", description=systemd_command.__doc__)
+    parser.add_argument("--debian", nargs="+", choices=DEBIANS, default=list(DEBIANS))
+    parser.add_argument("--cache", type=Path, default=Path("/var/cache/tun6-systemd"), help="folder for the roots, made once")
+    options = parser.parse_args(arguments)
+    checks = (
+        check_install,
+        check_stops,
+        check_crashes,
+        check_reload_and_bad_configuration,
+        check_state_of_root,
+        check_reboot,
+        check_lan,
+        check_upgrade,
+        check_remove,
+    )
+    for suite in options.debian:
+        with Machine(debian_root(suite, options.cache)) as machine:
+            print(f"{suite}: {machine.run('systemctl', '--version').splitlines()[0]}", flush=True)
+            for check in checks:
+                began = time.monotonic()
+                check(machine)
+                print(f"  ok  {check.__name__}, {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -11541,7 +12196,7 @@ def run_tests(*options: str) -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz ...`, `soak ...`, `observers`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. `fuzz ...`, `soak ...`, `observers`, `systemd ...`, `waits`: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -11551,6 +12206,8 @@ def main() -> int:
         return soak_command(sys.argv[2:])
     if sys.argv[1:2] == ["observers"]:
         return observers_command(sys.argv[2:])
+    if sys.argv[1:2] == ["systemd"]:
+        return systemd_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits")
     os.chdir(Path(__file__).parent)

@@ -38,12 +38,14 @@ The file, top to bottom. A section uses only names defined above it; those marke
     session                      PathMonitor, Session: one connection, one TUN, two pumps
     hooks                        Hooks: the operator's program, run when sessions begin and end
     neighbour proxy              NeighbourProxy: answers for the prefixes of a range that is on-link, not routed
+    service manager              ServiceManager: what systemd is told
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
     client                       ClientConfig, Client
     administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
+    installation                 tokens, the unit for systemd, Installer: `tun6.py install`
     demo                         Lab, a network of namespaces on this machine, and Demo
     command line                 config.ini, subcommands, start-up checks, logging, signals, exit status
 """
@@ -65,6 +67,7 @@ import gc
 import hashlib
 import hmac
 import html
+import importlib.metadata
 import inspect
 import io
 import ipaddress
@@ -74,6 +77,7 @@ import logging
 import math
 import os
 import platform
+import pwd
 import queue
 import random
 import re
@@ -94,12 +98,12 @@ import textwrap
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
-from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, TypeVar, Union, cast
+from typing import Any, Callable, ClassVar, Generic, NamedTuple, NoReturn, Optional, TypeVar, Union, cast
 
 try:
     import gevent
@@ -1166,6 +1170,14 @@ def run_in_thread(function: Callable[..., R], *args: Any) -> R:
     return cast(R, gevent.get_hub().threadpool.apply(function, args))
 
 
+def give_owner(fd: int, like: Path) -> None:
+    """Gives an open file to the owner and group of another, so that root leaves to itself nothing that a service has to write."""
+    wanted, found = like.stat(), os.fstat(fd)
+    if (found.st_uid, found.st_gid) != (wanted.st_uid, wanted.st_gid) and found.st_nlink == 1:
+        with suppress(PermissionError):  # without CAP_CHOWN it stays ours
+            os.fchown(fd, wanted.st_uid, wanted.st_gid)
+
+
 class JsonFile:
     """A JSON object in a file. Each save replaces the whole file durably, so that it is never half written."""
 
@@ -1174,10 +1186,10 @@ class JsonFile:
     def __init__(self, path: str, content: str, mode: int) -> None:
         """`content` names what is in the file, for messages. `mode` is that of a new file.
 
-        An old file keeps its own mode, without the rights of others if `mode` is SECRET_MODE.
+        An old file keeps owner, group and mode, without the rights of others if `mode` is SECRET_MODE. A new one is its folder's owner's.
         """
         self.path = Path(os.path.realpath(path))  # a symbolic link stays one
-        self._content, self._mode, self._mode_mask = content, mode, mode if mode == SECRET_MODE else 0o777
+        self._content, self._mode, self._mode_mask = content, mode, 0o770 if mode == SECRET_MODE else 0o777
 
     def version(self) -> tuple[int, ...]:
         """Returns a value that changes whenever somebody writes or replaces the file; () when there is no file."""
@@ -1254,6 +1266,7 @@ class JsonFile:
         try:
             new.unlink(missing_ok=True)
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode), "wb") as file:
+                give_owner(file.fileno(), self.path if self.path.exists() else self.path.parent)
                 if self.path.exists():
                     os.fchmod(file.fileno(), stat.S_IMODE(self.path.stat().st_mode) & self._mode_mask)
                 file.write(content)
@@ -1354,7 +1367,8 @@ class AssignmentStore:
     @staticmethod
     def _lock_file(path: Path) -> int | None:
         try:
-            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            give_owner(lock, path if path.exists() else path.parent)
         except FileNotFoundError:
             raise ConfigError(f"{path}: its folder does not exist; make it, or name another file") from None
         except OSError as error:
@@ -1647,7 +1661,7 @@ class Tun:
                 errno.ENODEV: "this kernel's module `tun` can't be loaded; if the kernel was upgraded since the last boot, reboot",
                 errno.ENXIO: "this kernel's module `tun` can't be loaded; if the kernel was upgraded since the last boot, reboot",
                 errno.EPERM: root,
-                errno.EACCES: root,
+                errno.EACCES: f"`chmod 666 /dev/net/tun`, as udev has it, or {root}",
                 errno.EBUSY: "another program has a device of this name; end it, or set another `tun` in config.ini",
             }.get(code, "see the kernel's log")
             raise KernelError(f"TUN device {name} can't be made: {reason}; {advice}") from None
@@ -3431,6 +3445,54 @@ class NeighbourProxy:
         return not elsewhere and bucket.take() and self._all.take()
 
 
+# ---- service manager -------------------------------------------------------------------------------------------------
+
+STATUS_S = 1.0  # between two looks at whether the status has changed
+
+
+class ServiceManager:
+    """Tells systemd how this program is, by the protocol of sd_notify(3). Does nothing where nobody has asked for that."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Opens the socket now, as there may be no descriptor later, and systemd ends whom it does not hear."""
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = system_socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
+        ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._watchdog_s = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
+
+    def notify(self, *lines: str) -> None:
+        """Sends these, such as READY=1. Never waits, never fails."""
+        if self._socket:
+            with suppress(OSError):
+                self._socket.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Says that configuration is read anew meanwhile, so that `systemctl reload` waits for the end."""
+        self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            yield
+        finally:
+            self.notify("READY=1")
+
+    def run(self, status: Callable[[], str]) -> None:
+        """Until it is killed, feeds the watchdog from the event loop and says what `status` returns whenever that is another line."""
+        said, pause, fed = "", min(STATUS_S, self._watchdog_s / 2 or STATUS_S), -math.inf
+        while self._socket:
+            if self._watchdog_s and time.monotonic() - fed >= self._watchdog_s / 2 - pause:
+                self.notify("WATCHDOG=1")
+                fed = time.monotonic()
+            now = status()
+            if now != said:
+                self.notify(f"STATUS={now}")
+                said = now
+            gevent.sleep(pause)
+
+
+service_manager = ServiceManager(os.environ)
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 BACKLOG = 1024  # connections that wait for accept, or of one host for admission
@@ -3461,6 +3523,7 @@ class ServerConfig:
     max_clients: int = 1000
     cert: str | None = None
     keys: str | None = None
+    keys_required: bool = True
     control: str = "/run/tun6/server.sock"
     new_ids_per_hour: int = 0
     client_to_client: bool = True
@@ -3469,6 +3532,8 @@ class ServerConfig:
     log: str = "text"
     metrics: tuple[str, int] | None = None  # address, port
     metrics_clients: bool = False
+    documentation_addresses: bool = False
+    address: str | None = None
     file: str = "config.ini"
 
 
@@ -3709,6 +3774,7 @@ class Server:
             where = self._config.localhost, self._config.listenport
             number = len(self.store.pool.owners())
             log.info("serving %s on %s port %d, with %d assignments", self._config.prefixrange, *where, number, extra=event("serving"))
+            service_manager.notify("READY=1")
             while True:
                 for _ in range(ACCEPT_BATCH):
                     self._accept(listener)
@@ -3763,9 +3829,10 @@ class Server:
         if self._own:
             ours[f"address {self._own[0][1]}"] = self._own[1]
         for what, plan in ours.items():
-            with suppress(KernelError):
-                self._kernel.apply(plan)
-                log.warning("somebody removed the %s; it is back", what)
+            if plan is route or self._own:  # it may have been taken at the end, while `ip` ran for the route
+                with suppress(KernelError):
+                    self._kernel.apply(plan)
+                    log.warning("somebody removed the %s; it is back", what)
 
     def reload(self) -> None:
         """Reads keys and certificate again, and ends the sessions whose key was removed, revoked or replaced. Raises ConfigError."""
@@ -3776,7 +3843,7 @@ class Server:
             self.keys.reload()
             for id_, old in before.items():
                 now = self.keys.find(id_)
-                if now is None or now.revoked or now != old:
+                if (old and now != old) or (now and now.revoked):  # one that had none goes on until its client has its first key
                     self.end_session(id_, "its key was taken away")
         self._tls = tls
 
@@ -3791,6 +3858,10 @@ class Server:
             "handshakes": dict(self.handshakes),
             "certificate": dict(zip(("begins", "expires"), self._certificate)) if self._certificate else None,
         }
+
+    def state(self) -> str:
+        """Returns a line for the service manager."""
+        return f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}: {len(self.sessions)} clients"
 
     def end_session(self, id_: str, reason: str) -> None:
         """Ends the session of the Id, if there is one."""
@@ -3881,7 +3952,7 @@ class Server:
 
     def _check_key(self, hello: Hello, stream: Stream) -> None:
         """Raises Refusal for a client that may not connect."""
-        if self.keys is None:
+        if self.keys is None or not (self._config.keys_required or self.keys.find(hello.id)):
             return
         if stream.encrypt is None:
             raise Refusal("tls-required", "this server serves only clients with a key, over TLS", f"{quote_id(hello.id)} without TLS")
@@ -3911,7 +3982,8 @@ class Server:
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
         if len(self.sessions) >= self._config.max_clients:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        if self.keys is None and self.store.pool.find(id_) is None and not self._new_ids.take():
+        has_key = self.keys is not None and self.keys.find(id_) is not None
+        if not has_key and self.store.pool.find(id_) is None and not self._new_ids.take():
             raise Refusal("busy", f"more than {self._config.new_ids_per_hour} new Ids in an hour")
         session = self.sessions[id_] = Session(peer)
         try:
@@ -4188,7 +4260,9 @@ class Firewall:
 
 # ---- lan -------------------------------------------------------------------------------------------------------------
 
-RUNTIME_FOLDER = Path("/run/tun6")  # for what does not outlive a reboot, as sysctls and addresses don't
+RUNTIME_FOLDER = Path(
+    os.environ.get("RUNTIME_DIRECTORY", "/run/tun6")
+)  # for what does not outlive a reboot, as sysctls and addresses don't
 IPV6_CONF = Path("/proc/sys/net/ipv6/conf")
 LAN_CHECK_S = 1.0  # between two looks at the interface, its address, radvd and forwarding
 LISTEN_S = 3.0  # for other routers on the LAN, before the first announcement
@@ -4661,6 +4735,7 @@ class ClientConfig:
     control: str = "/run/tun6/client.sock"
     log: str = "text"
     metrics: tuple[str, int] | None = None  # address, port
+    documentation_addresses: bool = False
     file: str = "config.ini"
 
 
@@ -4709,6 +4784,11 @@ class Client:
         self._outage: dict[str, Any] | None = None  # the last one, as `figures` returns it
         parts = {"lan": config.lan and self._lan.figures, "firewall": firewall and self._firewall.figures}
         self.parts: dict[str, Callable[[], dict[str, Any]]] = {name: part for name, part in parts.items() if callable(part)}
+        self._state = f"connecting to {self._server}"
+
+    def state(self) -> str:
+        """Returns a line for the service manager."""
+        return self._state
 
     def run(self) -> NoReturn:
         """Serves until it is killed, then removes the TUN. Raises KernelError when the TUN can't be made at the start."""
@@ -4721,6 +4801,7 @@ class Client:
         try:
             self._open_tun()
             self._lan.begin()
+            service_manager.notify("READY=1")
             while True:
                 try:
                     try:
@@ -4844,6 +4925,7 @@ class Client:
                 )
             self._logged_outage, self._logged_mss = None, self._mss
             self._note_state(True)
+            self._state = f"has {prefix} on {tun.name} from {self._server}{stream.security}"
             self._last_good = [sock.getpeername()]
             self._session = Session("the server")
             if self._tun_error:
@@ -4891,8 +4973,11 @@ class Client:
             raise
 
     def _warn_of_another_id(self, id_: str) -> None:
-        """Compares the Id, which nobody has set, with that of the last start. It is remembered for this only, beside config.ini."""
-        path = Path(f"{self._config.file}.last-id")
+        """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
+        (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
+        """
+        folder, name = os.path.split(self._config.file)
+        path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
         try:
             last = path.read_text("utf-8").strip() if path.exists() else id_
             if last != id_:
@@ -4979,6 +5064,7 @@ class Client:
         text, outage = describe_end(error), event("outage", id=self._id, peer=self._server, reason=describe_end(error))
         log.log(level, "no connection to %s: %s; %strying again every %.0f s", self._server, text, until, self._retry_s, extra=outage)
         self._logged_outage = kind
+        self._state = f"no connection to {self._server}: {text}"
         if not self._up:
             self.handshakes[error.code if isinstance(error, Refusal) else "failed"] += 1
         self._note_state(False, text)
@@ -5163,12 +5249,14 @@ class AdminRequestHandler(RequestHandler):
     def add(self, id: str, prefix: str | None, new_key: bool) -> dict[str, Any]:
         """Gives an Id a key and, if it has none, a prefix."""
         keys = self._require_keys()
-        if keys.find(id) and not new_key:
+        old = keys.find(id)
+        if old and not new_key:
             raise RequestError(f"{quote_id(id)} has a key already; with --new-key it gets another one, and the old one ends")
         if prefix is not None:
             self.pin(id, prefix)
         entry = {"id": id, "prefix": str(self._store.assign(id)), "key": keys.issue(id)}
-        self._end_session(id, "it got another key")
+        if old:  # a client that had none goes on until it is told its first one
+            self._end_session(id, "it got another key")
         return entry
 
     def pin(self, id: str, prefix: str) -> dict[str, Any]:
@@ -5651,6 +5739,395 @@ class Web:
         return [text.encode()]
 
 
+# ---- installation ----------------------------------------------------------------------------------------------------
+
+PROGRAM_FOLDER, LAUNCHER = Path("/opt/tun6"), Path("/usr/local/bin/tun6")
+CONFIG_FOLDER, STATE_FOLDER = Path("/etc/tun6"), Path("/var/lib/tun6")
+UNIT_FOLDER, SYSCTL_FILE = Path("/etc/systemd/system"), Path("/etc/sysctl.d/60-tun6.conf")
+COPIED = "copied-from"  # the file in PROGRAM_FOLDER that says that `install` made it
+SERVICE_USER = "tun6"
+START_S = 60.0  # for `systemctl`, which waits until the service is ready
+TOKEN_VERSION, TOKEN_CHECK = 1, 4  # of what is in a token; bytes of SHA-256 at its end, against typing errors
+TOKEN_KEYS = ("remotehost", "remoteport", "id", "key", "fingerprint")  # settings of [client]
+NEW_CONFIG = {  # of a machine that has no config.ini yet
+    "server": {"localhost": "0.0.0.0", "listenport": "10000", "assignments": "assignments.json"},
+    "client": {"remoteport": "10000"},
+}
+UNIT = """\
+# {unit_folder}/tun6-{role}.service, as `tun6.py install {role}` writes it; see docs/operating.md, "Run it as a service"
+[Unit]
+Description=tun6 {role}: {what}
+Documentation=file:{program}
+Wants=network-online.target
+After=network-online.target
+# it may have to wait for its network for hours
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart=/usr/local/bin/tun6 {role} -c /etc/tun6/config.ini
+{reload}Restart=always
+RestartSec=2
+# wrong configuration: it would be as wrong the next time
+RestartPreventExitStatus=2
+WatchdogSec=30
+WatchdogSignal=SIGKILL
+# a stop must not end what the program runs to clear up
+KillMode=mixed
+TimeoutStopSec=20
+LimitNOFILE=65536
+
+User=tun6
+Group=tun6
+StateDirectory=tun6
+StateDirectoryMode=0750
+RuntimeDirectory=tun6-{role}
+UMask=0077
+# CAP_NET_ADMIN: TUNs, routes and their sysctls; CAP_NET_RAW: the question whether the path is alive{why}
+AmbientCapabilities={capabilities}
+CapabilityBoundingSet={capabilities}
+NoNewPrivileges=yes
+DevicePolicy=closed
+DeviceAllow=/dev/net/tun rw
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+# not ProtectKernelTunables: accept_ra is turned off for each TUN
+ProtectControlGroups=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectClock=yes
+ProtectHostname=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+PrivateMounts=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+{capset}SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def service_unit(role: str, low_port: bool = False, program: Path = PROGRAM_FOLDER / "tun6.py") -> str:
+    """Returns the unit of systemd for the server or the client; `low_port`: the server listens on a port below 1024."""
+    return UNIT.format(
+        role=role,
+        program=program,
+        what="IPv6 prefixes over TCP" if role == "server" else "an IPv6 prefix over TCP",
+        unit_folder=UNIT_FOLDER,
+        reload='ExecReload=/bin/sh -c "kill -HUP $MAINPID"\n' if role == "server" else "",
+        capset="# for the `setpriv` that keeps radvd from outliving the client\nSystemCallFilter=capset\n" if role == "client" else "",
+        why="; CAP_NET_BIND_SERVICE: the port" if low_port else "",
+        capabilities="CAP_NET_ADMIN CAP_NET_RAW" + " CAP_NET_BIND_SERVICE" * low_port,
+    )
+
+
+def encode_token(settings: Mapping[str, str]) -> str:
+    """Returns one line with what a client has to know, its settings by TOKEN_KEYS: `tun6.py install client --join` takes it."""
+    body = json.dumps([TOKEN_VERSION, *(settings[key] for key in TOKEN_KEYS)], separators=(",", ":")).encode("ascii")
+    return "tun6:" + base64.urlsafe_b64encode(body + hashlib.sha256(body).digest()[:TOKEN_CHECK]).decode().rstrip("=")
+
+
+def decode_token(token: str) -> dict[str, str]:
+    """Returns the settings of [client] that a token stands for. Raises RequestError."""
+    try:
+        text = "".join(token.split()).partition("tun6:")[2]
+        data = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+        body, check = data[:-TOKEN_CHECK], data[-TOKEN_CHECK:]
+        if not text or hashlib.sha256(body).digest()[:TOKEN_CHECK] != check:
+            raise ValueError("a part of it is missing or mistyped")
+        version, *values = json.loads(body)
+        if version != TOKEN_VERSION:
+            raise ValueError("it is of another version of tun6")
+        if not all(str(value).isprintable() for value in values):
+            raise ValueError("a setting in it has more than one line")  # it might bring others, such as commands to be run
+        return dict(zip(TOKEN_KEYS, map(str, values)))
+    except ValueError as error:
+        reason = to_printable(error)
+        raise RequestError(f"this is no token that `tun6.py clients add` printed: {reason}; copy the whole line, from tun6: on") from None
+
+
+def set_in_section(text: str, section: str, settings: Mapping[str, str]) -> str:
+    """Returns the text of a config.ini with these settings in a section, every other line as it was."""
+    head, banner, rest = (f"\n{text}").partition(f"\n[{section}]")
+    if not banner:
+        return f"{text}\n[{section}]\n".lstrip("\n") + "".join(f"{key} = {value}\n" for key, value in settings.items())
+    body, following, others = rest.partition("\n[")
+    for key, value in settings.items():
+        line = f"\n{key} = {value}".replace("\\", r"\\")
+        body, found = re.subn(rf"(?i)\n{key}\s*[=:].*", line, body)
+        if not found:
+            body, found = re.subn(rf"\n#{key} = .*", line, body, count=1)
+        body = body if found else body.rstrip("\n") + f"\n{key} = {value}\n"
+    return (head + banner + body + following + others)[1:]
+
+
+def make_certificate(file: Path) -> None:
+    """Makes the server's certificate, valid for 100 years, as clients compare its fingerprint. Raises KernelError, StorageError."""
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=tun6 -keyout - -out -"
+    try:
+        made = subprocess.run(command.split(), capture_output=True, text=True)
+    except OSError as error:
+        raise KernelError(f"`openssl` can't be run: {error.strerror}; install it with `apt-get install openssl`") from None
+    if made.returncode:
+        raise KernelError(f"`{command}` failed: {' '.join(made.stderr.split())}")
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_MODE), "w", encoding="ascii") as pem:
+            give_owner(pem.fileno(), file.parent)
+            pem.write(made.stdout)
+    except OSError as error:
+        raise StorageError(f"{file} can't be written: {error.strerror}") from None
+
+
+class Installer:
+    """Puts a server or a client in place as a service of systemd, each thing once, and says what it did.
+
+    Below a `root` other than / it writes files only, which tests and builders of images want.
+    """
+
+    def __init__(self, role: str, root: Path, read: Callable[[str], Any]) -> None:
+        """`read` returns the ServerConfig or ClientConfig in a file."""
+        self._role, self._root, self._read, self._service = role, root, read, f"tun6-{role}.service"
+        self._changed = False  # whether the service must be restarted
+        self._config: Any = None
+        self._program = PROGRAM_FOLDER / "tun6.py"
+
+    def install(self, settings: Mapping[str, str], old: Path | None) -> None:
+        """Does all steps; `settings` are changed in config.ini, which, where there is none yet, begins as `old` or ./config.ini.
+
+        Raises RequestError, ConfigError, KernelError, StorageError. What was done by then stays, and the next run goes on from there.
+        """
+        try:
+            self._add_user()
+            self._copy_program()
+            self._configure(settings, old)
+            self._set_sysctls()
+            self._write(
+                UNIT_FOLDER / self._service,
+                service_unit(self._role, getattr(self._config, "listenport", 1024) < 1024, self._program),
+                0o644,
+            )
+            self._start()
+        except OSError as error:
+            raise StorageError(f"{error.filename or self._root}: {error.strerror}; run this as root") from None
+
+    def remove(self) -> None:
+        """Takes everything away but configuration and state. Raises KernelError, StorageError."""
+        unit, other = UNIT_FOLDER / self._service, UNIT_FOLDER / f"tun6-{'client' if self._role == 'server' else 'server'}.service"
+        if self._at(unit).exists():
+            self._run("systemctl", "disable", "--now", self._service)
+        gone = [unit, *([SYSCTL_FILE] if self._role == "server" else [])]
+        if not self._at(other).exists():
+            gone += [LAUNCHER] if self._owns_launcher() else []
+            gone += [PROGRAM_FOLDER] if self._at(PROGRAM_FOLDER / COPIED).exists() else []
+        for path in filter(lambda path: self._at(path).exists(), gone):
+            shutil.rmtree(self._at(path)) if self._at(path).is_dir() else self._at(path).unlink()
+            self._say(f"removed {path}")
+        self._run("systemctl", "daemon-reload")
+        self._say(f"kept {CONFIG_FOLDER} and {STATE_FOLDER}; sysctls stay as they are until the next boot")
+
+    def _at(self, path: Path) -> Path:
+        return self._root / path.relative_to("/")
+
+    def _say(self, what: str) -> None:
+        print(f"  {what}", flush=True)
+
+    def _run(self, *command: str) -> str:
+        """Runs a program of the machine and returns what it says. Raises KernelError."""
+        if self._root != Path("/"):
+            return ""
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=True, stdin=subprocess.DEVNULL).stdout
+        except OSError as error:
+            raise KernelError(f"`{command[0]}` can't be run: {error.strerror}; a service needs systemd") from None
+        except subprocess.TimeoutExpired:
+            raise KernelError(f"`{' '.join(command)}` did not end within {START_S:.0f} s") from None
+        except subprocess.CalledProcessError as error:
+            raise KernelError(f"`{' '.join(command)}` failed: {' '.join(error.stderr.split())}") from None
+
+    def _write(self, path: Path, text: str, mode: int, group: str = "root") -> None:
+        """Writes a file, durably enough, unless it is so already."""
+        file = self._at(path)
+        if not file.exists() or file.read_text("utf-8") != text or stat.S_IMODE(file.stat().st_mode) != mode:
+            file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            new = file.with_name(f"{file.name}.new")
+            new.unlink(missing_ok=True)
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_MODE), "w", encoding="utf-8") as output:
+                output.write(text)
+            self._give(new, mode, "root", group)
+            new.replace(file)
+            self._say(f"wrote {path}")
+            self._changed = True
+
+    def _give(self, path: Path, mode: int, user: str, group: str) -> None:
+        if self._root == Path("/"):
+            shutil.chown(path, user, group)
+        path.chmod(mode)
+
+    def _add_user(self) -> None:
+        with suppress(KeyError):
+            if self._root == Path("/"):
+                pwd.getpwnam(SERVICE_USER)
+            return
+        nobody = "--system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin"
+        self._run("useradd", *nobody.split(), SERVICE_USER)
+        self._say(f"made the user {SERVICE_USER}")
+
+    def _owns_launcher(self) -> bool:
+        return self._at(LAUNCHER).exists() and "`tun6.py install`" in self._at(LAUNCHER).read_text("utf-8", "replace")
+
+    def _copy_program(self) -> None:
+        """Copies this file and its virtual environment, unless pip has installed it or it is in its place; makes the command `tun6`."""
+        program, python, library = Path(__file__).resolve(), Path(sys.executable), ""
+        if program == self._at(PROGRAM_FOLDER / "tun6.py") and self._at(PROGRAM_FOLDER / COPIED).exists():
+            return
+        if program.parent != PROGRAM_FOLDER and not {"site-packages", "dist-packages"} & {*program.parts}:
+            if sys.prefix != sys.base_prefix:
+                self._copy_packages(PROGRAM_FOLDER / "lib")
+                library = f"PYTHONPATH={PROGRAM_FOLDER}/lib "
+            self._write(PROGRAM_FOLDER / COPIED, f"{program}\n", 0o644)
+            self._write(PROGRAM_FOLDER / "tun6.py", program.read_text("utf-8"), 0o755)
+            program, python = PROGRAM_FOLDER / "tun6.py", Path(cast(Any, sys)._base_executable)
+        for path in (program, python):
+            if path.parts[1] in ("home", "root", "tmp") and self._root == Path("/"):
+                raise RequestError(f"{path} is where a service can't read it; run this with the system's /usr/bin/python3 or a venv of it")
+        self._program = program
+        if self._owns_launcher() or not self._at(LAUNCHER).exists():
+            self._write(LAUNCHER, f'#!/bin/sh\n# made by `tun6.py install`\n{library}exec {python} {program} "$@"\n', 0o755)
+
+    def _copy_packages(self, to: Path) -> None:
+        """Copies the packages that tun6 needs, once for each of their versions."""
+        missing, found = {"gevent", "netifaces", "python-pytun"}, dict[str, importlib.metadata.Distribution]()
+        while missing:
+            name = missing.pop()
+            with suppress(importlib.metadata.PackageNotFoundError):  # one for other systems
+                found[name] = importlib.metadata.distribution(name)
+                wanted = (re.match(r"([\w.-]+)[^;]*(;.*extra.*)?", each) for each in found[name].requires or ())
+                missing |= {match[1].lower() for match in wanted if match and not match[2]} - found.keys()
+        found = {
+            name: each for name, each in found.items() if Path(str(each.locate_file(""))).is_relative_to(sys.prefix)
+        }  # not the system's
+        versions = sys.version + "".join(sorted(f"\n{name} {each.version}" for name, each in found.items()))
+        if (self._at(to) / "versions").exists() and (self._at(to) / "versions").read_text() == versions:
+            return
+        shutil.rmtree(self._at(to), ignore_errors=True)
+        for each in found.values():
+            for file in each.files or ():
+                if not {"..", "__pycache__"} & {*file.parts} and "tests" not in file.parts:
+                    target = self._at(to) / file
+                    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+                    shutil.copyfile(str(file.locate()), target)
+        (self._at(to) / "versions").write_text(versions)
+        self._say(f"copied {', '.join(sorted(found))} to {to}")
+        self._changed = True
+
+    def _configure(self, settings: Mapping[str, str], old: Path | None) -> None:
+        """Writes config.ini, and moves what it names to the folder for state."""
+        target, new = self._at(CONFIG_FOLDER / "config.ini"), NEW_CONFIG[self._role]
+        if target.exists() and old and not old.samefile(target):
+            raise RequestError(f"{target} is there already, and it is not {old}; move one of them away")
+        here = Path("config.ini")
+        base = target if target.exists() else old or (here if here.exists() else None)
+        text = base.read_text("utf-8-sig") if base else ""
+        if f"\n[{self._role}]" not in f"\n{text}":
+            settings = {**new, **settings}
+        text = set_in_section(text, self._role, settings)
+        folder = base.parent if base else target.parent
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=folder, prefix="config.ini."
+        ) as draft:  # its paths are relative to there
+            draft.write(text)
+            draft.flush()
+            try:
+                self._config = self._read(draft.name)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace(draft.name, str(base or target))) from None
+        if self._role == "server":
+            text = set_in_section(text, "server", self._move_state(folder))
+        if hasattr(self._config, "control"):
+            text = set_in_section(text, self._role, {"control": f"/run/tun6-{self._role}/{self._role}.sock"})
+        self._write(CONFIG_FOLDER / "config.ini", text, 0o640, SERVICE_USER)
+
+    def _move_state(self, folder: Path) -> dict[str, str]:
+        """Moves assignments, keys and certificate to the folder for state, makes what is missing there, and returns the settings for it."""
+        state = self._at(STATE_FOLDER)
+        state.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._give(state, 0o750, SERVICE_USER, SERVICE_USER)
+        names = {key: getattr(self._config, key) for key in ("assignments", "keys", "cert")}
+        files = {key: Path(os.path.realpath(folder / (name or ""))) for key, name in names.items()}
+        there = {key: state / Path(name or f"{key}.json").name for key, name in names.items()}
+        if names["assignments"] is None or not (files["assignments"].exists() or there["assignments"].exists()):
+            places = (folder, Path(), self._at(PROGRAM_FOLDER), self._at(CONFIG_FOLDER), state)
+            lost = next((file for place in places for file in place.glob("assignments.json*") if file.suffix in (".json", ".bak")), None)
+            if lost:
+                raise RequestError(
+                    f"{lost} has assignments and {folder}/config.ini does not name it: name its config.ini with -c, or move it away"
+                )
+            if names["keys"] is None:  # a new server is for those who have a key
+                there["cert"] = state / "server.pem"
+                names.update(keys="keys.json", cert="server.pem")
+        for key, name in names.items():
+            if name and files[key].is_file() and files[key] != there[key].resolve():
+                if there[key].exists():
+                    raise RequestError(f"{files[key]} and {there[key]} are both there; move the one away that does not count")
+                if self._at(UNIT_FOLDER / self._service).exists():  # it may be an older one, which has its state elsewhere
+                    self._run("systemctl", "stop", self._service)
+                if key == "assignments":  # they are whole, and no server has them
+                    AssignmentStore(PrefixPool(self._config.prefixrange), str(files[key])).close()
+                for suffix in (".bak", ""):
+                    if Path(f"{files[key]}{suffix}").exists():
+                        shutil.move(f"{files[key]}{suffix}", f"{there[key]}{suffix}")
+                self._say(f"moved {files[key]} to {STATE_FOLDER / there[key].name}")
+        if names["cert"] and not there["cert"].exists():
+            make_certificate(there["cert"])
+            self._say(f"made the certificate {STATE_FOLDER / there['cert'].name}")
+        for file in state.iterdir():
+            self._give(file, stat.S_IMODE(file.stat().st_mode), SERVICE_USER, SERVICE_USER)
+        return {key: str(STATE_FOLDER / there[key].name) for key, name in names.items() if name or key == "assignments"}
+
+    def _set_sysctls(self) -> None:
+        """Lets a server forward, and keep its own default route where that is from router advertisements."""
+        if self._role == "client":
+            return
+        uplink = re.search(r"dev (\S+) proto ra", self._run("ip", "-6", "route", "show", "default"))
+        wanted = [f"net.ipv6.conf.{uplink[1]}.accept_ra=2"] if uplink else []
+        wanted.append("net.ipv6.conf.all.forwarding=1")
+        old = self._at(SYSCTL_FILE).read_text("utf-8") if self._at(SYSCTL_FILE).exists() else ""
+        missing = [line for line in wanted if line not in old.replace(" ", "").splitlines()]
+        if missing:
+            self._write(SYSCTL_FILE, old + "".join(f"{line}\n" for line in missing), 0o644)
+        for name, _, value in (line.partition("=") for line in wanted):
+            if self._root == Path("/") and read_sysctl(name) != value:
+                Path("/proc/sys", *name.split(".")).write_text(value)
+                self._say(f"set {name} = {value}")
+
+    def _start(self) -> None:
+        """Starts the service at each boot, and now; returns when it says that it is ready."""
+        if self._root != Path("/"):
+            return
+        self._run("systemctl", "daemon-reload")
+        self._run("systemctl", "enable", self._service)
+        with suppress(KernelError):
+            self._run("systemctl", "is-active", self._service)
+            if not self._changed:
+                self._say(f"{self._service} runs, nothing had to be changed")
+                return
+        try:
+            self._run("systemctl", "restart", self._service)
+        except KernelError as error:
+            raise KernelError(f"{error}; `journalctl -u {self._service}` says why") from None
+        self._say(f"started {self._service}")
+
+
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -5793,6 +6270,7 @@ class Demo:
         localhost = 0.0.0.0
         listenport = 10000
         prefixrange = 2001:db8:1::/56
+        documentation_addresses = yes
         assignments = assignments.json
         control = {folder}/control
         [client]
@@ -5998,9 +6476,17 @@ class Demo:
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-CONFIG_FILES = ("config.ini", "/etc/tun6/config.ini")  # the first that exists is read
+CONFIG_FILES = ("/etc/tun6/config.ini", "config.ini")  # the first that exists is read: where a service runs, its is the one that counts
 WARNINGS_MAX, WARNINGS_INTERVAL_S = 20, 60  # so many warnings of one kind are logged in so many seconds
-CLIENTS_OPTIONS = {"command", "function", "verbose", "config", "json", "action"}  # of `clients`; the others are arguments of the request
+CLIENTS_OPTIONS = {
+    "command",
+    "function",
+    "verbose",
+    "config",
+    "json",
+    "action",
+    "address",
+}  # of `clients`; the others are arguments of the request
 LOG_LINES_MAX = 10_000  # lines that may wait for the reader of the log
 LOG_FLUSH_S = 1.0  # at the end, for those lines
 M_ARENA_MAX = -8  # malloc.h
@@ -6103,6 +6589,7 @@ _CONGESTION = _matching("[a-z0-9_-]{1,15}", "must be auto or the name of a TCP c
 _LINK = _matching("auto|real|lan", "must be auto, real or lan")
 _OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
 _LOG = _matching("text|json", "must be text or json")
+_HOST = _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server")
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
@@ -6118,6 +6605,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "max_clients": _integer(1, 1_000_000),
         "cert": _path,
         "keys": _path,
+        "keys_required": _boolean,
         "control": _path,
         "new_ids_per_hour": _integer(0, 1_000_000),
         "client_to_client": _boolean,
@@ -6126,9 +6614,11 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "log": _LOG,
         "metrics": _metrics,
         "metrics_clients": _boolean,
+        "documentation_addresses": _boolean,
+        "address": _HOST,
     },
     "client": {
-        "remotehost": _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server"),
+        "remotehost": _HOST,
         "remoteport": _integer(1, 65_535),
         "id": _id,
         "congestion": _CONGESTION,
@@ -6151,15 +6641,21 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "control": _path,
         "log": _LOG,
         "metrics": _metrics,
+        "documentation_addresses": _boolean,
     },
 }
+DOCUMENTATION = tuple(  # addresses that are nobody's: RFC 5737, RFC 3849, RFC 9637
+    map(ipaddress.ip_network, ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20"))
+)
 
 
 def find_config(named: str | None) -> str:
     """Returns the path of config.ini. Raises ConfigError when there is none."""
     path = named or next(filter(os.path.exists, CONFIG_FILES), None)
     if path is None:
-        raise ConfigError(f"there is neither ./{CONFIG_FILES[0]} nor {CONFIG_FILES[1]}; write one, or name it with -c FILE")
+        raise ConfigError(f"there is neither {CONFIG_FILES[0]} nor ./{CONFIG_FILES[1]}; write one, or name it with -c FILE")
+    if not named and path == CONFIG_FILES[0] and os.path.exists(CONFIG_FILES[1]) and not os.path.samefile(*CONFIG_FILES):
+        log.info("%s is used, not ./%s; name another one with -c FILE", *CONFIG_FILES)
     return path
 
 
@@ -6209,7 +6705,20 @@ def read_config(path: str, section: str) -> Any:
                 raise ConfigError(f"{path}: [{section}] {field.name} = {to_printable(text)}: it {error}") from None
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
+    key = {"server": "prefixrange", "client": "remotehost"}[section]
+    if is_documentation(values[key]) and not values.get("documentation_addresses"):
+        what = "the range that is routed to this machine" if section == "server" else "your server's name or address"
+        raise ConfigError(f"{path}: [{section}] {key} = {values[key]}: it is an example, which reaches nobody; set {what}")
     return _SECTIONS[section](**values)
+
+
+def is_documentation(address: IPv6Network | str) -> bool:
+    """Returns whether it is a range or an address that only documentation uses; a name is none."""
+    try:
+        network: Any = ipaddress.ip_network(address)
+    except ValueError:
+        return False
+    return any(network.version == each.version and network.subnet_of(each) for each in DOCUMENTATION)
 
 
 def _suggest(word: str, known: Iterable[str], form: str) -> str:
@@ -6228,12 +6737,12 @@ def server_command(options: argparse.Namespace) -> None:
     if config.assignments is None:
         warn_standing("assignments", "no `assignments` file in %s: all prefixes are forgotten when the server ends", config.file)
     server = Server(config)
-    if server.keys is None:
+    if server.keys is None or not config.keys_required:
+        which, closes = ("any Id", "keys") if server.keys is None else ("any Id that has no key yet", "keys_required = yes")
         warn_standing(
             "open",
-            "open: whoever reaches port %d gets a /64 and may claim any Id; `keys` in %s closes it, `new_ids_per_hour` bounds new Ids",
-            config.listenport,
-            config.file,
+            "open: whoever reaches port %d gets a /64 and may claim %s; `%s` in %s closes it, `new_ids_per_hour` bounds new Ids",
+            *(config.listenport, which, closes, config.file),
         )
 
     handler = AdminRequestHandler(server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures)
@@ -6246,13 +6755,14 @@ def server_command(options: argparse.Namespace) -> None:
 
     def reload() -> None:
         try:
-            server.reload()
+            with service_manager.reloading():
+                server.reload()
             what = "keys and certificate read anew" if config.cert else "nothing to be read anew: there are neither keys nor a certificate"
             log.info(what)
         except ConfigError as error:
             log.error("keys and certificate stay as they were: %s", error)
 
-    run_until_signalled(run, reload)
+    run_until_signalled(run, server.state, reload)
 
 
 def client_command(options: argparse.Namespace) -> None:
@@ -6260,6 +6770,8 @@ def client_command(options: argparse.Namespace) -> None:
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")  # resolv.conf(5): a name server that is back is noticed in seconds
     config: ClientConfig = read_config(find_config(options.config), "client")
     prepare_observers(config)
+    if config.key and os.stat(config.file).st_mode & stat.S_IROTH:
+        log.warning("%s has a key, and whoever reads it can be this client; `chmod o= %s` keeps others out", config.file, config.file)
     require_privilege()
     require_ipv6()
     client = Client(config)
@@ -6277,7 +6789,7 @@ def client_command(options: argparse.Namespace) -> None:
         with administered(config, handler, web):
             client.run()
 
-    run_until_signalled(run)
+    run_until_signalled(run, client.state)
 
 
 def prepare_observers(config: ServerConfig | ClientConfig) -> None:
@@ -6300,23 +6812,12 @@ def administered(config: ServerConfig | ClientConfig, handler: RequestHandler, w
 
 
 def keygen_command(options: argparse.Namespace) -> None:
-    """`tun6.py keygen`: makes the server's certificate, valid for a hundred years, as clients compare only its fingerprint."""
+    """`tun6.py keygen`: makes the server's certificate."""
     config: ServerConfig = read_config(find_config(options.config), "server")
     file = Path(config.cert or os.path.join(os.path.dirname(config.file), "server.pem"))
     if file.exists():
         raise ConfigError(f"{file} is there already, its fingerprint is {read_fingerprint(file)}; move it away to make another")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=tun6 -keyout - -out -"
-    try:
-        made = subprocess.run(command.split(), capture_output=True, text=True)
-    except OSError as error:
-        raise KernelError(f"`openssl` can't be run: {error.strerror}; install it with `apt-get install openssl`") from None
-    if made.returncode:
-        raise KernelError(f"`{command}` failed: {' '.join(made.stderr.split())}")
-    try:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SECRET_MODE), "w", encoding="ascii") as pem:
-            pem.write(made.stdout)
-    except OSError as error:
-        raise StorageError(f"{file} can't be written: {error.strerror}") from None
+    make_certificate(file)
     print(f"{file} is the server's key and certificate: keep it secret, and a copy of it safe.")
     if not config.cert:
         print(f"Add to [server] in {config.file}: cert = {file.name}")
@@ -6425,50 +6926,84 @@ def clients_command(options: argparse.Namespace) -> None:
     """`tun6.py clients`: asks the running server, or works on its files while none runs."""
     config: ServerConfig = read_config(find_config(options.config), "server")
     arguments = {name: value for name, value in vars(options).items() if name not in CLIENTS_OPTIONS}
-    fingerprint = ""
+    address, fingerprint = "", ""
     if options.action == "add":  # checked before anything changes, as the key is printed only once
         if re.search(r"^ | $|(^| )[#;]", options.id):
             raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
         if config.cert:
             fingerprint = read_fingerprint(Path(config.cert))
+        address = options.address or public_address(config)
     done = administer(config, {"do": options.action, **arguments})
+    settings = {}
     if options.action == "add":
-        done["fingerprint"] = fingerprint
+        settings = {**done, "remotehost": address, "remoteport": str(config.listenport), "fingerprint": fingerprint}
+        done = {**done, "fingerprint": fingerprint, "token": encode_token(settings)}
     if options.json:
         print(json.dumps(done, indent=1))
     elif options.action == "add":
-        print(format_client_section(config, done))
+        print(format_client_section(settings, done["prefix"]))
     else:
         for entry in done if isinstance(done, list) else [done]:
-            print(format_client(entry))
+            print(format_client(entry, config.keys is not None and not config.keys_required))
 
 
-def format_client_section(config: ServerConfig, added: dict[str, str]) -> str:
+def public_address(config: ServerConfig) -> str:
+    """Returns the server's address as its clients see it: what config.ini says, or else the kernel, which knows nothing of a NAT."""
+    if config.address or config.localhost != "0.0.0.0":
+        return config.address or config.localhost
+    with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+    return "192.0.2.1"
+
+
+def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
     """Returns the section [client] of config.ini for a client that was added."""
-    host = config.localhost
-    if host == "0.0.0.0":
-        interface = default_interface()
-        host = next(iter(interface_addresses(interface, netifaces.AF_INET) if interface else ()), "192.0.2.1")
-    return textwrap.dedent(f"""\
-        # config.ini of the client; its prefix is {added["prefix"]}. The key is shown only now; whoever has it is this client.
-        [client]
-        # EDIT THIS where the client sees the server by another address or name.
-        remotehost = {host}
-        remoteport = {config.listenport}
-        id = {added["id"]}
-        key = {added["key"]}
-        fingerprint = {added["fingerprint"]}""")
+    edit = "where the client sees the server by another address or name"
+    with suppress(ValueError):  # a name
+        if not ipaddress.ip_address(settings["remotehost"]).is_global:
+            edit = "unless it is on the same network, as nobody else reaches this address; or name another with --address, or in config.ini"
+    return "\n".join([
+        f"# config.ini of the client; its prefix is {prefix}. The key is shown only now; whoever has it is this client.",
+        "[client]",
+        f"# EDIT THIS {edit}.",
+        *(f"{key} = {settings[key]}" for key in TOKEN_KEYS),
+        "# All of that in one line, as a service: `sudo python3 tun6.py install client --join -` there, and then paste",
+        f"# {encode_token(settings)}",
+    ])  # fmt: skip
 
 
-def format_client(entry: dict[str, Any]) -> str:
+def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
     """Returns one line of `clients list`."""
     session = entry.get("session")
-    state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key"
+    state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key yet" if served_without_key else "no key"
     if session:
         refused = sum(session["refused"].values())
         state += f", connected for {session['seconds']} s from {session['peer']} on {session['device']}"
         state += f", {session['received']} bytes received, {session['sent']} sent, {session['dropped']} packets dropped, {refused} refused"
     return f"{quote_id(entry['id'])}  {entry['prefix'] or 'no prefix yet'}  {state}"
+
+
+def install_command(options: argparse.Namespace) -> None:
+    """`tun6.py install`."""
+    if options.root == "/" and os.geteuid():
+        raise RequestError("a service needs root to be put in place; use sudo")
+    installer = Installer(options.role, Path(options.root), functools.partial(read_config, section=options.role))
+    if options.remove:
+        installer.remove()
+        return
+    settings = dict(each.partition("=")[::2] for each in options.set)
+    if options.role == "client" and options.join:
+        settings.update(decode_token(sys.stdin.readline() if options.join == "-" else options.join))
+    host, _, port = (options.host or "").partition(":")
+    key = {"server": "prefixrange", "client": "remotehost"}[options.role]
+    if not host and key not in settings and sys.stdin.isatty() and not os.path.exists(CONFIG_FILES[0]):
+        host = input(
+            f"{key} ({'the IPv6 range routed to this machine' if options.role == 'server' else 'name or address of the server'}): "
+        )
+    settings.update({key: host} if host and options.role == "client" else {key: options.host} if options.host else {})
+    settings.update({"remoteport": port} if port and options.role == "client" else {})
+    installer.install(settings, Path(options.config) if options.config else None)
 
 
 def demo_command(options: argparse.Namespace) -> None:
@@ -6532,9 +7067,10 @@ def share_one_heap() -> None:
         mallopt(M_ARENA_MAX, 1)
 
 
-def run_until_signalled(run: Callable[[], object], reload: Callable[[], None] | None = None) -> None:
+def run_until_signalled(run: Callable[[], object], state: Callable[[], str], reload: Callable[[], None] | None = None) -> None:
     """Runs until `run` fails, whose error this raises, or until SIGTERM or SIGINT, which kills it so that it undoes what it did.
 
+    Meanwhile the service manager hears the `state`.
     SIGHUP calls `reload`; without that it ends the program, too.
     """
     stop = gevent.event.Event()
@@ -6545,7 +7081,9 @@ def run_until_signalled(run: Callable[[], object], reload: Callable[[], None] | 
     gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what `get` raises here
     service = gevent.spawn(run)
     service.link(lambda _: stop.set())
+    gevent.spawn(service_manager.run, state)
     stop.wait()
+    service_manager.notify("STOPPING=1")
     service.kill()
     service.get()
 
@@ -6575,16 +7113,19 @@ class WarningRateLimit(logging.Filter):
 class ThreadedLogHandler(logging.Handler):
     """Writes the log to a file in a thread of its own, so that nobody else waits for a reader that does not read."""
 
-    def __init__(self, fd: int) -> None:
+    PRIORITIES: ClassVar = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}  # sd-daemon(3)
+
+    def __init__(self, fd: int, journal: bool) -> None:
+        """With `journal`, each line begins with its priority."""
         super().__init__()
-        self._fd = fd
+        self._fd, self._journal = fd, journal
         self._lines: queue.Queue[str] = queue.Queue(LOG_LINES_MAX)
         self._lost = 0
         self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hands the record to the thread. Never waits."""
-        self.write_line(self.format(record))
+        self.write_line(self.format(record), record.levelno)
 
     def write_error(self, error: Tun6Error) -> None:
         """Hands the thread the error that ends the program."""
@@ -6593,8 +7134,10 @@ class ThreadedLogHandler(logging.Handler):
         else:
             self.write_line(f"tun6: {error}")
 
-    def write_line(self, line: str) -> None:
+    def write_line(self, line: str, level: int = logging.ERROR) -> None:
         """Hands a line to the thread as it is. Never waits."""
+        if self._journal:
+            line = re.sub("^", f"<{self.PRIORITIES.get(level, 6)}>", line, flags=re.MULTILINE)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="log", daemon=True)
             self._thread.start()
@@ -6641,10 +7184,10 @@ def set_log_format(kind: str) -> None:
 
 
 def set_up_logging(verbose: bool) -> ThreadedLogHandler:
-    """Logs to stderr, one line for each event; without the time where systemd's journal adds it (systemd.exec(5), JOURNAL_STREAM)."""
+    """Logs to stderr, one line for each event; to systemd's journal (systemd.exec(5), JOURNAL_STREAM) with priority and without time."""
     stderr = os.fstat(sys.stderr.fileno())
     journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
-    handler = ThreadedLogHandler(sys.stderr.fileno())
+    handler = ThreadedLogHandler(sys.stderr.fileno(), journal)
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s",
@@ -6656,9 +7199,6 @@ def set_up_logging(verbose: bool) -> ThreadedLogHandler:
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line, whose result names the `function` of the subcommand."""
-    parser = argparse.ArgumentParser(prog="tun6", description="A stable IPv6 /64 over one IPv4 TCP connection, through any NAT.")
-    parser.add_argument("--version", action="version", version=f"tun6 {__version__}")
-    parser.set_defaults(verbose=False, config=None, json=False)
 
     def shared(*names: str, **settings: Any) -> argparse.ArgumentParser:
         option = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -6666,9 +7206,13 @@ def build_parser() -> argparse.ArgumentParser:
         return option
 
     verbose = shared("-v", "--verbose", action="store_true", help="log more")
-    config = shared("-c", "--config", metavar="FILE", help=f"default: ./{CONFIG_FILES[0]}, then {CONFIG_FILES[1]}")
+    config = shared("-c", "--config", metavar="FILE", help=f"default: {CONFIG_FILES[0]}, then ./{CONFIG_FILES[1]}")
     as_json = shared("--json", action="store_true", help="answer in JSON")
     id_ = shared("id", metavar="ID", help="as the client says it, often a MAC address")
+
+    about = "A stable IPv6 /64 over one IPv4 TCP connection, through any NAT."
+    parser = argparse.ArgumentParser(prog="tun6", description=about, parents=[verbose, config])
+    parser.add_argument("--version", action="version", version=f"tun6 {__version__}")
 
     def add(to: Any, name: str, text: str, *parents: argparse.ArgumentParser, **defaults: Any) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = to.add_parser(name, help=text, description=text, parents=[verbose, *parents])
@@ -6686,12 +7230,30 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", action="store_true", help=f"show it again every {RATE_S:.0f} s, until Ctrl-C")
     status.add_argument("--sort", choices=tuple(CLIENT_ORDERS), default="id", help="order of the clients")
     add(commands, "keygen", "make the server's certificate and show its fingerprint", config, function=keygen_command)
+    installs = add(commands, "install", "put server or client in place as a service of systemd", function=install_command)
+    roles = installs.add_subparsers(dest="role", required=True, metavar="ROLE")
+    for role, flag, metavar, text in (
+        ("server", "--prefix", "RANGE", "the IPv6 range that is routed to this machine"),
+        ("client", "--remote", "HOST[:PORT]", "the server"),
+    ):
+        install = add(roles, role, f"the {role}; a second time, it changes only what is different", config)
+        install.add_argument(flag, dest="host", metavar=metavar, help=text)
+        install.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help=f"any other setting of [{role}], as in config.ini"
+        )
+        install.add_argument("--remove", action="store_true", help="take it away; configuration and state stay")
+        install.add_argument("--root", default="/", help=argparse.SUPPRESS)
+        if role == "client":
+            install.add_argument(
+                "--join", metavar="TOKEN", help="the line tun6:... that `clients add` printed, or - to read it from standard input"
+            )
     add(commands, "demo", "show it all on this machine, in network namespaces that are removed afterwards", function=demo_command)
 
     actions = clients.add_subparsers(dest="action", required=True, metavar="ACTION")
     add(actions, "list", "who has which prefix, has a key, is connected", config, as_json)
     added = add(actions, "add", "give an Id a key, and show once the [client] section for it", config, as_json, id_)
     added.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
+    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it")
     added.add_argument("--new-key", action="store_true", help="replace the key that the Id has")
     pinned = add(actions, "pin", "give an Id a certain prefix", config, as_json, id_)
     pinned.add_argument("prefix", metavar="PREFIX", help="a free /64 of prefixrange")
@@ -6703,7 +7265,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status: 2 for usage and configuration, 1 for what fails later."""
     share_one_heap()
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments, argparse.Namespace(verbose=False, config=None, json=False))
     stderr = set_up_logging(options.verbose)
     try:
         return options.function(options) or 0

@@ -597,6 +597,7 @@ TUN6_CONFIG = """
 localhost = 0.0.0.0
 listenport = 10000
 prefixrange = 2001:db8:1::/48
+documentation_addresses = yes
 assignments = assignments.json
 max_clients = 60000
 control = /run/tun6-bench.sock
