@@ -4536,7 +4536,8 @@ def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_s
     assert machine.install("client", "--remote", "tun6.example:10001") == [
         "wrote /etc/tun6/config.ini", "wrote /etc/systemd/system/tun6-client.service",
     ]  # fmt: skip
-    assert machine.config("client") == {"remotehost": "tun6.example", "remoteport": "10001"}
+    control = "/run/tun6-client/client.sock"
+    assert machine.config("client") == {"remotehost": "tun6.example", "remoteport": "10001", "control": control}
     assert machine.config("server")["mtu"] == "1400"
     assert "removed /opt/tun6" not in machine.install("server", "--remove")
     assert "removed /opt/tun6" in machine.install("client", "--remove")

@@ -6053,8 +6053,7 @@ class Installer:
                 raise ConfigError(str(error).replace(draft.name, str(base or target))) from None
         if self._role == "server":
             text = set_in_section(text, "server", self._move_state(folder))
-        if hasattr(self._config, "control"):
-            text = set_in_section(text, self._role, {"control": f"/run/tun6-{self._role}/{self._role}.sock"})
+        text = set_in_section(text, self._role, {"control": f"/run/tun6-{self._role}/{self._role}.sock"})
         self._write(CONFIG_FOLDER / "config.ini", text, 0o640, SERVICE_USER)
 
     def _move_state(self, folder: Path) -> dict[str, str]:
