@@ -4547,11 +4547,11 @@ def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_s
 def test_a_client_joins_by_a_token_in_the_command_or_on_standard_input(machine: FileRoot) -> None:
     token = tun6.encode_token({**JOINED, "id": "pi"})
     machine.install("client", "--join", token)
-    assert machine.config("client") == {**JOINED, "id": "pi"}
+    assert machine.config("client") == {**JOINED, "id": "pi", "control": "/run/tun6-client/client.sock"}
     (machine.root / "etc/tun6/config.ini").unlink()
     command = [sys.executable, TUN6, "install", "client", "--join", "-", "--root", str(machine.root)]
     subprocess.run(command, input=token + "\n", text=True, cwd=machine.here, check=True, timeout=30, stdout=subprocess.DEVNULL)
-    assert machine.config("client") == {**JOINED, "id": "pi"}
+    assert machine.config("client") == {**JOINED, "id": "pi", "control": "/run/tun6-client/client.sock"}
     assert machine.files()["etc/tun6/config.ini"] == 0o640
     (line,) = machine.install("client", "--join", "tun6:x", status=2)
     assert "no token" in line
@@ -8534,11 +8534,11 @@ def test_both_sides_serve_metrics_and_a_page(lab: Lab, tunnel: Tunnel) -> None:
     client.prefix()
     ping(lab, "client")
     for program in (server, client):
+        wait_until("a sample", lambda: scraped(fetched(lab, program.host, "/metrics"))["tun6_loop_latency_seconds_count", ()])  # noqa: B023
         found = scraped(fetched(lab, program.host, "/metrics"))
         assert found["tun6_up", ()] == 1
         assert found["tun6_packets_total", (("direction", "sent"),)] >= 5
         assert found["tun6_handshakes_total", (("outcome", "served"),)] == 1
-        assert found["tun6_loop_latency_seconds_count", ()] > 0
         page = PageReader(fetched(lab, program.host, "/"))
         assert any("<b>hostile</b>" in text for text in page.texts)
     assert scraped(fetched(lab, "server", "/metrics"))["tun6_sessions", ()] == 1
