@@ -11631,8 +11631,10 @@ class Soak:
     def _measure(self) -> None:
         control, request = str(self.folder / "control"), {"do": "status", "files": [str(self.disk / "assignments.json"), None]}
         while True:
+            everybody_comes_back = any(fault.kind.whom == "all" for client in self.clients for fault in client.faults)
             with suppress(OSError, tun6.RequestError):  # there is no server at the moment
-                self.server.measure(tun6.run_in_thread(tun6.ask_server, control, request))
+                if not everybody_comes_back:  # what old and new sessions have at once is no growth
+                    self.server.measure(tun6.run_in_thread(tun6.ask_server, control, request))
             for client in self.clients:
                 with suppress(OSError):  # it has just ended
                     client.measure({})
