@@ -5659,7 +5659,7 @@ def test_a_mac_address_that_may_change_is_warned_of_and_so_is_one_that_did(lab: 
 def test_an_id_that_is_set_is_not_warned_of(tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(id="set")
     client.prefix()
-    assert "WARNING" not in client.log()
+    assert "the Id is " not in client.log()
     assert not Path(f"{client.config}.last-id").exists()
 
 
