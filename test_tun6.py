@@ -11746,7 +11746,7 @@ FAULT_KINDS = (
     FaultKind("client-respelled", "client", 5, Soak.respell),
     FaultKind("client-stopped", "client", 5, Soak.pause, (10,)),
     FaultKind("client-hung", "client", 8, Soak.hang_up, long=True),
-    FaultKind("client-ip-hangs", "client", 15, Soak.hang_clients_ip),  # a run that hangs, and two pauses until all is made anew
+    FaultKind("client-ip-hangs", "client", 18, Soak.hang_clients_ip),  # a run that hangs, then pauses: what it left is in the way
     FaultKind("nat-mapping-lost", "client", 40, Soak.drop_nat_mapping),
     FaultKind("address-changed", "client", 40, Soak.change_address),
     FaultKind("large-fragmented", "client", 5, Soak.shrink_path, SMALLER_LINK),
