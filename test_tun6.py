@@ -50,6 +50,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: LAN              router advertisements, forwarding, other routers
     end to end: metrics
     end to end: faults           of disks, files, links, names, devices, `ip`
+    end to end: doctor           machines that are broken in one way each
     end to end: scale            many clients, and limits
     fuzzing                      `test_tun6.py fuzz`
     soak                         `test_tun6.py soak`
@@ -3789,7 +3790,7 @@ def test_the_kernel_passes_only_solicitations_for_the_pool(pool: str) -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with near, far:
         near.setblocking(False)
-        tun6.attach_filter(cast(Any, near), neighbour_proxy(network)._filter())
+        tun6.attach_filter(cast(Any, near), tun6.filter_program(tun6.solicitation_fields(network)))
 
         def passes(data: bytes) -> bool:
             far.send(data)
@@ -4103,14 +4104,14 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
     monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
     client = tun6.Client(tun6.ClientConfig("moved.example", 1))
     client._last_good = old = [("10.0.0.1", 1)]
-    assert client._find_addresses() == old
-    assert client._find_addresses() == old
+    assert client.find_addresses() == old
+    assert client.find_addresses() == old
     assert len(asked) == 1  # the first goes on
     answer.set()
     gevent.joinall([cast(Any, client)._lookup])
     answer.clear()
-    assert client._find_addresses() == [("10.0.0.2", 1), *old]
-    assert client._find_addresses() == old
+    assert client.find_addresses() == [("10.0.0.2", 1), *old]
+    assert client.find_addresses() == old
     assert len(asked) == 2
     answer.set()
     gevent.joinall([cast(Any, client)._lookup])
@@ -5244,7 +5245,7 @@ def test_without_ipv6_in_the_kernel_nothing_starts(lab: Lab, tunnel: Tunnel) -> 
 def test_a_server_that_starts_warns_once(tunnel: Tunnel, host: str, options: dict[str, object], warning: str) -> None:
     server = tunnel.server(host, **options)
     server.wait_for(f"WARNING {warning}")
-    server.said("WARNING (?!open: whoever reaches port|this machine has no IPv6 address that is routed)", 1)
+    server.said("WARNING (?!open: whoever reaches port|this machine has no IPv6 (?:address that is routed|default route))", 1)
 
 
 BARE_HELLO: dict[str, object] = {"Id": "cut } { anyhow"}
@@ -10232,6 +10233,352 @@ def test_an_nft_that_hangs_or_fails_keeps_nobody_waiting(lab: Lab, tunnel: Tunne
     wait_until("the last nft ends", lambda: not lab.run("server", "ip", "netns", "pids", lab._names["server"]).stdout.split()[1:])
 
 
+# ---- end to end: doctor ----------------------------------------------------------------------------------------------
+
+QUICK_DOCTOR = ("tun6.POOL_S = 0.5", "tun6.LISTEN_S = 0.5", "tun6.PROVE_AGAIN_S = 0.3", "tun6.CONNECT_S = 1.0", "tun6.HANDSHAKE_S = 3.0")
+
+
+class Patient:
+    """A machine of the lab, examined by a config.ini."""
+
+    def __init__(self, lab: Lab, folder: Path, config: Path, host: str = "", role: str = "") -> None:
+        self._lab, self._folder, self.config = lab, folder, config
+        self._role = role or config.stem.partition("-")[2]
+        self._host = host or self._role
+
+    def findings(self, *first: str, faults: Sequence[str] = ()) -> dict[str, list[str]]:
+        """What each check finds: results and texts. The program `first` runs the doctor, which itself has these faults."""
+        (folder := self._folder / "doctor").mkdir(exist_ok=True)
+        with tun6_with(folder, *QUICK_DOCTOR, *faults):
+            command = [*first, sys.executable, TUN6, "doctor", self._role, "-c", str(self.config), "--json"]
+            done = self._lab.run(self._host, *command, timeout=60)
+        assert done.stderr == "", done.stderr
+        found: dict[str, list[str]] = {}
+        for each in json.loads(done.stdout)[self._role]:
+            found.setdefault(each["check"], []).append(f"{each['result']} {each['text']}")
+        assert done.returncode == int(any(text.startswith("FAIL") for texts in found.values() for text in texts)), found
+        return found
+
+    def shows(self, *first: str, faults: Sequence[str] = (), **symptoms: str) -> None:
+        """These checks, with _ for a blank, find something that begins with this pattern, and all others find nothing wrong."""
+        found = self.findings(*first, faults=faults)
+        for check, pattern in symptoms.items():
+            assert any(re.match(pattern, text) for text in found[check.replace("_", " ")]), (check, pattern, found)
+        others = [text for check, texts in found.items() if check.replace(" ", "_") not in symptoms for text in texts]
+        assert not [text for text in others if re.match("FAIL|warn", text)], others
+
+    def edit(self, **settings: object) -> Patient:
+        """The same machine with another config.ini, None to leave a key out."""
+        section, *lines = [line for line in self.config.read_text().splitlines() if line]
+        keys: dict[str, Any] = dict(line.split(" = ", 1) for line in lines)
+        other = write_ini(self.config.with_name(f"other-{self.config.name}"), **{section.strip("[]"): {**keys, **settings}})
+        other.chmod(0o600)
+        return Patient(self._lab, self._folder, other, self._host, self._role)
+
+
+def mounting(what: str, *command: str) -> tuple[str, ...]:
+    """The beginning of a command that sees this mount alone."""
+    return "unshare", "-m", "sh", "-c", f'mount {what} && exec "$@"', "sh", *command
+
+
+@contextmanager
+def without_file(path: Path) -> Iterator[None]:
+    """A file is away meanwhile."""
+    away = path.rename(path.with_name(path.name + ".away"))
+    try:
+        yield
+    finally:
+        away.rename(path)
+
+
+@contextmanager
+def link_with(lab: Lab, host: str, device: str, setting: str, usual: str) -> Iterator[None]:
+    """A setting of `ip link` is another one meanwhile."""
+    lab.ip(host, f"link set {device} {setting}")
+    try:
+        yield
+    finally:
+        lab.ip(host, f"link set {device} {usual}")
+
+
+@contextmanager
+def without_table(lab: Lab) -> Iterator[None]:
+    """The client's firewall is away; the client, which does not run, puts it back."""
+    assert lab.run("client", "nft", "delete table inet tun6").returncode == 0
+    yield
+
+
+@contextmanager
+def another_router(lab: Lab) -> Iterator[None]:
+    """A LAN host says that it is an IPv6 router."""
+    with socket_on(lab, "lan", kind=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMPV6) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+        said = struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0)
+        deaf = sysctl(lab, "client", "net.ipv6.conf.eth1.accept_ra", "0")
+        with deaf, repeated(functools.partial(other.sendto, said, ("ff02::1", 0)), 0.1):
+            yield
+
+
+@pytest.fixture
+def good_server(site: Site, beyond: None) -> Program:
+    """With TLS, keys and a backup."""
+    site.fingerprint = make_certificate(site.cert, "-subj", "/CN=tun6", "-days", "36500")
+    site.issue("somebody")
+    for path in (site.cert, site.keys):
+        path.chmod(0o600)
+    server = site.serve()
+    site.clients("add", "other")
+    return server
+
+
+@pytest.fixture
+def good_client(lab: Lab, lan: Lan, site: Site, good_server: Program, tmp_path: Path) -> Program:
+    """With TLS, a key and a LAN, whose host pings."""
+    key = site.clients("add", "me")["key"]
+    with tun6_with(tmp_path, LISTEN_SHORTLY):
+        client = site.client("me", key, lan="eth1")
+    client.config.chmod(0o600)
+    wait_until("the LAN host's ping is answered", lambda: lab.pings("lan"), 20)
+    return client
+
+
+def test_the_doctor_finds_nothing_on_good_machines_and_takes_no_session(
+    lab: Lab, lan: Lan, tunnel: Tunnel, good_server: Program, good_client: Program, tmp_path: Path
+) -> None:
+    prefix = good_client.prefix()
+    before = {host: state_of(lab, host) for host in Lab.HOSTS}
+    patients = [Patient(lab, tmp_path, program.config) for program in (good_client, good_server)]
+    with repeated(lambda: lab.pings("internet", str(prefix[1])), 0.1):
+        found = {check: texts for patient in patients for check, texts in patient.findings().items()}
+    assert {host: state_of(lab, host) for host in Lab.HOSTS} == before
+    assert not [text for texts in found.values() for text in texts if not text.startswith("ok ")], found
+    assert found["hello"] == [f"ok the server has {prefix} for this client"]
+    assert found["range"] == [f"ok packets for {tunnel.pool} come by eth1"]
+    good_server.said("'me' from .*: asks whether it would be served", 1)
+    good_client.said(": has ", 1)  # it goes on, in the same session
+    done = lab.run("client", sys.executable, TUN6, "doctor", "-c", str(good_client.config))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(re.match("(ok     |skipped| {24}|The client of )", line) for line in done.stdout.splitlines()), done.stdout
+
+
+def test_the_doctor_names_what_is_wrong_with_a_client(
+    lab: Lab, lan: Lan, site: Site, good_server: Program, good_client: Program, tmp_path: Path
+) -> None:
+    me = Patient(lab, tmp_path, good_client.config)
+    prefix = good_client.prefix()
+    resolv = tmp_path / "resolv.conf"
+    resolv.write_text(f"nameserver {Lab.INTERNET}\noptions timeout:1 attempts:1\n")
+    names = mounting(f"--bind {resolv} /etc/resolv.conf")
+    # what is wrong with config.ini
+    me.edit(id=None).shows(Id="warn the Id is the MAC address of eth0, which its hardware does not have", hello="FAIL denied")
+    me.edit(fingerprint="sha256:" + 64 * "0").shows(TLS=f"FAIL the server's certificate has another fingerprint, {site.fingerprint}")
+    me.edit(remoteport=1).shows(TCP="FAIL 10.9.0.1 port 1: Connection refused; does the server run")
+    other = me.edit(tun="other", lan=None, control="none.sock")
+    other.config.chmod(0o644)
+    found = other.findings()
+    assert found["hello"] == ["skipped no client runs that knows if this server can be asked without taking its session over"]
+    assert [text.partition(";")[0] for text in found["config"]] == [
+        f"warn {other.config} has a key, and whoever reads it can be this client",
+        "warn the whole IPv6 Internet reaches this machine at the address that it gets",
+    ]
+    assert found["TUN"] == ["FAIL there is no device other, so no client runs; start it, and see what its log says"]
+    me.edit(remotehost="tun6.example").shows(
+        *names,
+        DNS="FAIL tun6.example: .*; is the name right",
+        TCP="FAIL tun6.example",
+        name_servers=f"FAIL {Lab.INTERNET}: all name servers are reached only through the tunnel, nor the server without it; add",
+    )
+    me.edit(hook="missing").shows(programs="FAIL hook = .*missing: there is no such file")
+    # what is wrong with the machine
+    with another_router(lab), firewall(lab, "inet mine", f"chain onward {{ {HOOK} policy drop; }}", "client"):
+        me.shows(
+            *names,
+            LAN="FAIL the firewall's chain inet mine onward drops .*: the LAN can reach this machine only; .*`nft insert rule inet mine",
+            other_routers="warn fe80::[0-9a-f:]+ is an IPv6 router on eth1, too",
+            name_servers=f"warn {Lab.INTERNET}: all name servers are reached only through the tunnel; add one with IPv4",
+        )
+    with changed(lab, "client", "-6 route add default dev eth0 table 77", "-6 rule add priority 100 to 2000::/3 lookup 77"):
+        me.shows(routes="FAIL what this machine begins goes to eth0, not to tun6", server_end="FAIL")
+    with link_with(lab, "client", "tun6", "mtu 1400", "mtu 1500"), link_with(lab, "client", "eth1", "down", "up"):
+        me.shows(TUN="warn somebody has given tun6 an mtu of 1400, not 1500", LAN="FAIL there is no interface eth1, or it is down")
+    wait_until("the LAN is served again", lambda: str(prefix[1]) in lab.ip("client", "-6 addr show dev eth1"))
+    with ExitStack() as undo:
+        for interface in ("lo", "eth1"):  # radvd, without forwarding, says that it is no router, which this machine would listen to
+            undo.enter_context(sysctl(lab, "client", f"net.ipv6.conf.{interface}.accept_ra", "0"))
+        undo.enter_context(paused(good_client))
+        undo.enter_context(without_table(lab))
+        lab.ip("client", f"addr del {prefix[1]}/64 dev eth1")
+        symptoms: dict[str, Any] = {
+            "firewall": "FAIL the client's firewall is not there, so that everything is open",
+            "server_end": "FAIL the other end of the tunnel does not answer",
+        }
+        lab.set_sysctl("client", "net.ipv6.conf.all.forwarding", "0")
+        me.shows(LAN=f"FAIL eth1 has not got {prefix[1]}", **symptoms)
+        me.shows(LAN="FAIL IPv6 forwarding is off, so that eth1 reaches this machine only", **symptoms)
+
+
+def test_the_doctor_names_what_is_wrong_between_client_and_server(
+    lab: Lab, lan: Lan, site: Site, good_server: Program, good_client: Program, tmp_path: Path
+) -> None:
+    me, server = Patient(lab, tmp_path, good_client.config), Patient(lab, tmp_path, good_server.config)
+    with sysctl(lab, "server", "net.ipv6.conf.all.forwarding", "0"):
+        me.shows(server_end="FAIL the other end of the tunnel does not answer; is IPv6 forwarding on there")
+        server.shows(forwarding="FAIL IPv6 forwarding is off, .*`sysctl -w net.ipv6.conf.all.forwarding=1`")
+    with sysctl(lab, "internet", "net.ipv6.conf.all.forwarding", "0"):
+        me.shows(Internet="warn nothing behind the server answers; is its range routed to it")
+    route = f"default via {Lab.INTERNET}"
+    lab.ip("server", f"-6 route del {route}")
+    try:
+        me.shows(Internet="FAIL the server 2001:db8:ffff::1 has no way to the Internet")
+        with sysctl(lab, "server", "net.ipv6.conf.eth1.accept_ra", "1"):
+            server.shows(uplink="FAIL this machine has no IPv6 default route, .*`sysctl -w net.ipv6.conf.eth1.accept_ra=2` helps")
+        with sysctl(lab, "server", "net.ipv6.conf.eth1.accept_ra", "0"), sysctl(lab, "server", "net.ipv6.conf.eth0.accept_ra", "0"):
+            server.shows(uplink="FAIL this machine has no IPv6 default route, so that clients reach nobody; ask its provider")
+    finally:
+        lab.ip("server", f"-6 route add {route}")
+    with firewall(lab, "ip hole", f"chain onward {{ {HOOK} meta length > 1400 drop; }}", "nat"):
+        me.shows(path_MTU="warn packets of 1500 bytes to or from 10.9.0.1 vanish, .*mss = 1220", large_packets="FAIL packets of 1500")
+    site.clients("revoke", "me")
+    good_client.wait_for("revoked")
+    me.shows(
+        hello="FAIL the client that runs has no connection: revoked: this Id was revoked",
+        server_end="FAIL",
+        LAN="FAIL the hosts of eth1 are told of no router here",
+    )
+    site.clients("restore", "me")
+    lab.ip("client", "route del default")
+    try:
+        symptoms: dict[str, Any] = {"TCP": "FAIL", "server_end": "FAIL", "hello": "FAIL", "LAN": "FAIL"}
+        me.shows(IPv4_route="FAIL there is no IPv4 way to the server: Network is unreachable; connect the network", **symptoms)
+    finally:
+        lab.ip("client", "route add default via 10.8.0.1")
+
+
+def test_the_doctor_names_what_is_wrong_with_a_server(lab: Lab, tunnel: Tunnel, site: Site, good_server: Program, tmp_path: Path) -> None:
+    server = Patient(lab, tmp_path, good_server.config)
+    site.clients("add", "another")
+    (tmp_path / "hook").write_text("#!/bin/sh\n")
+    # what is wrong with files and config.ini, each in a check of its own
+    site.keys.chmod(0o604)
+    short = tmp_path / "short.pem"
+    make_certificate(short)
+    short.chmod(0o600)
+    filled = mounting(f"-t tmpfs -o size=64k none {tmp_path / 'full'}")
+    (tmp_path / "full").mkdir()
+    with firewall(lab, "ip6 filter", f"chain DOCKER-USER {{ }}; chain FORWARD {{ {HOOK} policy drop; jump DOCKER-USER; }}"):
+        server.edit(max_clients=1_000_000, congestion="nonesuch", hook="hook", cert=short.name, assignments="full/a.json", mtu=1500).shows(
+            *filled,
+            config=f"warn others can read the secret in {site.keys}; `chmod o= ",
+            descriptors="warn max_clients = 1000000 takes 2000100 descriptors, the limit is",
+            BBR="FAIL congestion = nonesuch: this kernel has no such",
+            hook_and_ndp="FAIL hook = .*hook: it is not executable",
+            certificate="warn the certificate is valid from .*: others have no way in without `fingerprint`",
+            disk="FAIL the disk of .* is full or can only be read, 64 KiB are free",
+            firewall="FAIL the firewall's chain ip6 filter FORWARD .*; it is Docker's; `ip6tables -I DOCKER-USER",
+        )
+    site.keys.chmod(0o600)
+    used = IPv6Network(f"{tunnel.pool[0]}/63")
+    with without_file(site.assignments.with_name(site.assignments.name + ".bak")):
+        server.shows(assignments="warn there is no .*bak, which the server makes")
+    with without_file(site.assignments):
+        server.shows(assignments="FAIL .* has no assignments, but .*bak has, so it was lost")
+    server.edit(prefixrange=used).shows(assignments=f"FAIL all 2 /64s of {used} have an owner")
+    server.edit(prefixrange="2001:db8:ffff::/64").shows(
+        overlap="FAIL 2001:db8:ffff::1 of eth1 is in prefixrange",
+        assignments="FAIL .* is outside 2001:db8:ffff::/64",
+        range="warn 2001:db8:ffff::/64 is within the network of eth1: perhaps it is not routed, but needs `ndp = eth1`",
+    )
+    with on_link(lab, tunnel.pool), running(lab, "internet", "ping", "-6", "-i", "0.2", str(tunnel.pool[77])):
+        server.shows(
+            faults=["tun6.POOL_S = 4.0"],
+            range=f"FAIL {tunnel.pool} is not routed here, its addresses are looked for on the link of eth7; set `ndp = eth7`",
+        )
+        with link_with(lab, "server", "eth7", "down", "up"):
+            server.edit(ndp="eth7").shows(hook_and_ndp="FAIL ndp = eth7: it is down")
+        lab.ip("internet", f"-6 route replace {tunnel.pool} dev eth7")  # it went with the link
+    # what is wrong with the machine
+    proc = mounting("--bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys /proc/sys")
+    server.shows(*proc, faults=["tun6.RELEASED *= 2"], machine="warn /proc/sys is read-only")
+    server.shows(faults=["tun6.RELEASED *= 2"], machine="warn the clock says 20.*, which is wrong")
+    server.shows(*mounting("-t tmpfs none /dev/net"), machine="FAIL there is no /dev/net/tun")
+    with sysctl(lab, "second", "net.ipv6.conf.default.disable_ipv6", "1"):
+        Patient(lab, tmp_path, good_server.config, "second").edit(control="none.sock").shows(
+            machine="FAIL IPv6 is off in this kernel; turn it on",
+            server="FAIL no server listens on 0.0.0.0 port",
+            forwarding="FAIL IPv6 forwarding is off",
+            uplink="FAIL this machine has no IPv6 default route",
+            own_address="warn no IPv6 address here is routed",
+        )
+    server.edit(control="none.sock").shows(server="FAIL another program listens on 0.0.0.0 port .*none.sock")
+
+
+def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab: Lab, tunnel: Tunnel) -> None:
+    server = tunnel.server(prefixrange=f"{tunnel.pool[0]}/63", max_clients=1)
+
+    def asked(id_: str) -> dict[str, Any]:
+        with tunnel.connect() as peer:
+            peer.sock.sendall(json.dumps({"Id": id_, "Dry": True}).encode())
+            answer = peer.answer()
+            assert peer.ended() == "closed"
+            return answer
+
+    assert asked("first") == {"Dry": True}
+    assert not assignments_in(tunnel._folder / "assignments.json")
+    with tunnel.peer("first", offload=[]) as first:
+        assert first.answer()["Dry"] is True  # so that its client knows
+        assert asked("first") == {"Dry": True, "Prefix": str(first.prefix)}
+        assert asked("second")["Error"] == "busy"
+        first.echo()  # its session goes on
+    wait_until("there is room", lambda: "Dry" in asked("second"))
+    with tunnel.peer("second") as legacy:
+        assert set(legacy.answer()) == {"Prefix"}
+    wait_until_no_sessions(lab)
+    wait_until("there is room, but no prefix", lambda: asked("third")["Error"] == "pool-exhausted")
+    server.wait_for("'first' from .*: asks whether it would be served", 2)
+
+
+def test_a_default_route_that_will_be_lost_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, accept_ra, forwarding in (("eth0", 1, 1), ("eth1", 2, 1), ("eth2", 1, 0), ("eth3", 1, 1), ("lo", 1, 1), ("tun6", 1, 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "accept_ra").write_text(f"{accept_ra}\n")
+        (tmp_path / name / "forwarding").write_text(f"{forwarding}\n")
+    monkeypatch.setattr(tun6, "IPV6_CONF", tmp_path)
+    monkeypatch.setattr(tun6, "has_ra_route", lambda routes, name: name != "eth3")
+    tun6.warn_of_expiring_routes("tun6")
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["eth0 ignores router advertisements"]
+
+
+def test_what_the_doctor_finds_is_warned_of_at_the_start(site: Site, beyond: None) -> None:
+    site.issue("somebody")
+    site.keys.chmod(0o644)
+    server = site.serve(max_clients=1_000_000)
+    server.said(f"WARNING others can read the secret in {site.keys}", 1)
+    server.said("WARNING max_clients = 1000000 takes 2000100 descriptors", 1)
+    server.said("WARNING the certificate is valid from .* set the clock", 1)
+
+
+def test_the_doctor_says_what_only_root_can_see_and_names_the_sides_it_has_examined(tmp_path: Path) -> None:
+    path = write_ini(
+        tmp_path / "both.ini",
+        server={"localhost": "127.0.0.1", "listenport": 1, "prefixrange": "fd00:1::/48", "control": "none.sock"},
+        client={"remotehost": "127.0.0.1", "remoteport": 1, "tun": "none"},
+    )
+    (tmp_path / "quick").mkdir()
+    with tun6_with(tmp_path / "quick", *QUICK_DOCTOR):
+        command = [sys.executable, TUN6, "doctor", "-c", str(path), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, preexec_fn=drop_privilege)
+    assert (done.returncode, done.stderr) == (1, "")
+    found = {side: {each["check"]: each for each in findings} for side, findings in json.loads(done.stdout).items()}
+    assert list(found) == ["server", "client"]
+    assert found["server"]["firewall"] == {"check": "firewall", "result": "skipped", "text": "only root can see this; run it with sudo"}
+    assert found["client"]["TCP"]["text"].startswith("127.0.0.1 port 1: Connection refused")
+    for wrong in (("-c", str(tmp_path / "missing")), ("client", "-c", str(write_ini(path, server={}))), ("nobody",)):
+        assert run_tun6("doctor", *wrong).returncode == 2
+
+
 # ---- end to end: scale -----------------------------------------------------------------------------------------------
 
 
@@ -10654,7 +11001,8 @@ class Fuzz:
         if self.random.random() < 0.5:
             message[self.random.choice(self.FIELDS)] = self.random.choice(self.VALUES + self.TEXTS)
         try:
-            id_, kinds, key = tun6.parse_hello(message)
+            id_, kinds, key, dry = tun6.parse_hello(message)
+            assert isinstance(dry, bool)
             assert tun6.is_valid_id(id_)
             assert isinstance(key, str)
             assert kinds is None or all(isinstance(kind, str) for kind in kinds)

@@ -46,6 +46,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
+    doctor                       ServerDoctor, ClientDoctor: what is checked by `tun6.py doctor`, and some of it at the start
     demo                         Lab, a network of namespaces on this machine, and Demo
     command line                 config.ini, subcommands, start-up checks, logging, signals, exit status
 """
@@ -74,6 +75,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import platform
@@ -315,6 +317,7 @@ class Hello(NamedTuple):
     id: str  # as canonical_id returns it
     gso_kinds: frozenset[str] | None  # as parse_offload returns them
     key: str  # "" when the client sent none
+    dry: bool = False  # whether the client only asks if it would be served
 
 
 def parse_hello(message: dict[str, Any]) -> Hello:
@@ -324,7 +327,7 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    return Hello(canonical_id(message["Id"]), parse_offload(message), key)
+    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True)
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -645,6 +648,10 @@ class PrefixPool:
     def owners(self) -> list[str]:
         """Returns all Ids that own a /64."""
         return list(self._index_of)
+
+    def is_exhausted(self) -> bool:
+        """Returns whether each /64 has an owner or is reserved."""
+        return len(self._owner_of) >= self.size
 
     def find(self, id_: str) -> IPv6Network | None:
         """Returns the /64 that the Id owns, or None."""
@@ -1292,8 +1299,11 @@ class AssignmentStore:
     such a copy has been lost by accident: all clients would be renumbered.
     """
 
-    def __init__(self, pool: PrefixPool, path: str | None = None) -> None:
-        """Locks and reads the file; a missing or empty one is an empty map. Raises ConfigError, which names the wrong entry."""
+    def __init__(self, pool: PrefixPool, path: str | None = None, lock: bool = True) -> None:
+        """Locks and reads the file; a missing or empty one is an empty map. Raises ConfigError, which names the wrong entry.
+
+        Without a lock it may only be read.
+        """
         self.pool = pool
         self._file = JsonFile(path, "assignments", 0o644) if path else None
         self._saved: dict[str, str] = {}
@@ -1302,7 +1312,7 @@ class AssignmentStore:
         self._changing: dict[str, gevent.event.Event] = {}  # by Id, set when the change is done
         self._saves = GroupCommit(self._save_batch)
         if self._file:
-            self._lock = self._lock_file(self._file.path)
+            self._lock = self._lock_file(self._file.path) if lock else None
             try:
                 self._load(self._file)
             except ConfigError:
@@ -1313,6 +1323,16 @@ class AssignmentStore:
     def path(self) -> Path | None:
         """Path of the file, without symbolic links."""
         return self._file.path if self._file else None
+
+    @property
+    def backup(self) -> Path | None:
+        """Path of the last good copy."""
+        return self._file.backup if self._file else None
+
+    def find(self, id_: str) -> IPv6Network | None:
+        """Returns the /64 that the Id has on disk, or None."""
+        with self._exclusive(id_):
+            return self.pool.find(id_)
 
     def assign(self, id_: str) -> IPv6Network:
         """Returns the Id's /64, which is on disk by then.
@@ -1750,6 +1770,16 @@ def attach_filter(sock: socket.socket, program: list[tuple[int, int, int, int]])
     """The kernel gives the socket only what the program passes, whose lines are code, jt, jf and k of linux/filter.h. Raises OSError."""
     lines = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(lines)))
+
+
+def filter_program(*alternatives: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Returns the program for attach_filter that passes what one alternative describes, by fields: load, offset, mask, value."""
+    program = []
+    for fields in alternatives:
+        for left, (load, at, bits, value) in zip(range(len(fields) - 1, -1, -1), fields):
+            program += [(load, 0, 0, at), (AND, 0, 0, bits), (IF_EQUAL, 0, 3 * left + 1, value)]
+        program.append((GIVE, 0, 0, 0xFFFF_FFFF))
+    return [*program, (GIVE, 0, 0, 0)]
 
 
 IFF_UP, SIOCGIFFLAGS = 0x1, 0x8913  # linux/if.h, linux/sockios.h
@@ -2842,6 +2872,7 @@ class PeerPath:
 
 UNREACHABLE, TIME_EXCEEDED, ECHO_REQUEST, ECHO_REPLY = 1, 3, 128, 129  # RFC 4443
 ROUTER_SOLICITATION, ROUTER_ADVERTISEMENT = 133, 134  # RFC 4861
+ECHO_MIN = IPV6_HEADER + 8  # bytes of an echo request without data
 
 
 def open_icmpv6(*kinds: int) -> socket.socket:
@@ -2853,9 +2884,12 @@ def open_icmpv6(*kinds: int) -> socket.socket:
     return sock
 
 
-def send_echo(sock: socket.socket, packet_info: bytes, hops: int, target: IPv6Address, number: int) -> None:
-    """Sends an echo request, if it can be sent at once, with a struct in6_pktinfo and this hop limit. The number comes back in answers."""
-    request = struct.pack(">BBHI", ECHO_REQUEST, 0, 0, number)  # the kernel fills in the checksum
+def send_echo(sock: socket.socket, packet_info: bytes, hops: int, target: IPv6Address, number: int, size: int = ECHO_MIN) -> None:
+    """Sends an echo request, if it can be sent at once, with a struct in6_pktinfo and this hop limit. The number comes back in answers.
+
+    `size` is that of the IPv6 packet, in bytes.
+    """
+    request = struct.pack(">BBHI", ECHO_REQUEST, 0, 0, number) + bytes(size - ECHO_MIN)  # the kernel fills in the checksum
     options = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, packet_info), (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("i", hops))]
     with suppress(OSError):  # no answer comes, as when it is lost
         system_socket.socket.sendmsg(sock._sock, [request], options, socket.MSG_DONTWAIT, (str(target), 0))
@@ -3292,6 +3326,28 @@ ALL_NODES, ALL_NODES_MAC = IPv6Address("ff02::1"), bytes.fromhex("333300000001")
 SOLICITED_NODES, LINK_LOCAL = IPv6Network("ff02::1:ff00:0/104"), IPv6Network("fe80::/10")  # RFC 4291 sections 2.7.1 and 2.5.6
 
 
+SOL_PACKET, ADD_MEMBERSHIP, ALLMULTI = 263, 1, 2  # linux/socket.h, linux/if_packet.h
+ETH_P_IPV6, PACKET_HOST, PACKET_OTHERHOST, PACKET_OUTGOING = 0x86DD, 0, 3, 4  # linux/if_ether.h, linux/if_packet.h
+
+
+def prefix_fields(network: IPv6Network, at: int) -> list[tuple[int, int, int, int]]:
+    """Returns the fields for filter_program of an address at this offset that is in a network, /64 or shorter."""
+    mask, base = int(network.netmask) >> 64, int(network.network_address) >> 64
+    return [(LOAD_WORD, at + 4 * word, mask >> shift & 0xFFFF_FFFF, base >> shift & 0xFFFF_FFFF) for word, shift in ((0, 32), (1, 0))]
+
+
+def solicitation_fields(network: IPv6Network) -> list[tuple[int, int, int, int]]:
+    """Returns those of a neighbour solicitation for an address of the network."""
+    kinds = [(LOAD_BYTE, 6, 0xFF, ICMPV6), (LOAD_BYTE, 7, 0xFF, 255), (LOAD_BYTE, 40, 0xFF, NEIGHBOUR_SOLICITATION)]
+    return [*kinds, *prefix_fields(network, 48)]
+
+
+def hear_all_multicast(sock: socket.socket, interface: str) -> None:
+    """Solicitations go to a multicast address for each 24 bits of targets: the socket hears all of them, until it ends. Raises OSError."""
+    membership = struct.pack("iHH8x", system_socket.if_nametoindex(interface), ALLMULTI, 0)
+    sock.setsockopt(SOL_PACKET, ADD_MEMBERSHIP, membership)
+
+
 class Solicitation(NamedTuple):
     """Somebody on the link asks who has an address."""
 
@@ -3350,8 +3406,6 @@ class NeighbourProxy:
     So a range works that the provider does not route here, but looks for on the link. The kernel's proxy_ndp knows single addresses.
     """
 
-    SOL_PACKET, ADD_MEMBERSHIP, ALLMULTI = 263, 1, 2  # linux/socket.h, linux/if_packet.h
-    ETH_P_IPV6, OTHER_HOST = 0x86DD, 3  # linux/if_ether.h, linux/if_packet.h
     SIOCGIFHWADDR, ARPHRD_ETHER = 0x8927, 1  # linux/sockios.h, linux/if_arp.h
 
     def __init__(self, interface: str, pool: IPv6Network) -> None:
@@ -3400,34 +3454,23 @@ class NeighbourProxy:
     def _open(self) -> socket.socket:
         with ExitStack() as undo:
             sock = undo.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0))
-            attach_filter(sock, self._filter())
-            sock.bind((self._interface, self.ETH_P_IPV6))
-            # solicitations go to a multicast address for each 24 bits of targets; the membership ends with the socket
-            membership = struct.pack("iHH8x", system_socket.if_nametoindex(self._interface), self.ALLMULTI, 0)
-            sock.setsockopt(self.SOL_PACKET, self.ADD_MEMBERSHIP, membership)
+            # solicitations for others cost no time of ours, however many there are
+            attach_filter(sock, filter_program(solicitation_fields(self._pool)))
+            sock.bind((self._interface, ETH_P_IPV6))
+            hear_all_multicast(sock, self._interface)
             down = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if down:
                 raise OSError(down, os.strerror(down))
             undo.pop_all()
             return sock
 
-    def _filter(self) -> list[tuple[int, int, int, int]]:
-        """Returns the program that passes solicitations for the pool: others cost no time of ours, however many there are."""
-        mask, base = int(self._pool.netmask) >> 64, int(self._pool.network_address) >> 64
-        fields = [(LOAD_BYTE, 6, 0xFF, ICMPV6), (LOAD_BYTE, 7, 0xFF, 255), (LOAD_BYTE, 40, 0xFF, NEIGHBOUR_SOLICITATION)]
-        fields += [(LOAD_WORD, at, mask >> shift & 0xFFFF_FFFF, base >> shift & 0xFFFF_FFFF) for at, shift in ((48, 32), (52, 0))]
-        program = []
-        for left, (load, at, bits, value) in zip(range(len(fields) - 1, -1, -1), fields):
-            program += [(load, 0, 0, at), (AND, 0, 0, bits), (IF_EQUAL, 0, 3 * left + 1, value)]
-        return [*program, (GIVE, 0, 0, 0xFFFF_FFFF), (GIVE, 0, 0, 0)]
-
     def _handle(self, sock: socket.socket, packet: bytes, sender: tuple[str, int, int, int, bytes]) -> None:
-        solicitation = parse_solicitation(packet) if sender[2] != self.OTHER_HOST else None
+        solicitation = parse_solicitation(packet) if sender[2] != PACKET_OTHERHOST else None
         if solicitation and self._answers_for(solicitation.target) and self._source:
             answer = encode_advertisement(solicitation, self._source, sock.getsockname()[4])
             mac = ALL_NODES_MAC if solicitation.source.is_unspecified else sender[4]
             with suppress(OSError):  # it is asked again
-                target = self._interface, self.ETH_P_IPV6, 0, 0, mac
+                target = self._interface, ETH_P_IPV6, 0, 0, mac
                 system_socket.socket.sendto(sock._sock, answer, socket.MSG_DONTWAIT, target)
 
     def _answers_for(self, target: IPv6Address) -> bool:
@@ -3546,10 +3589,10 @@ def open_keys(config: ServerConfig) -> KeyStore | None:
     return KeyStore(config.keys) if config.keys else None
 
 
-def warn_of_overlap(pool: IPv6Network) -> None:
-    """Warns of addresses of this machine in the pool: the client that gets their /64 would get no traffic."""
+def warn_of_overlap(pool: IPv6Network, own: IPv6Address | None = None) -> None:
+    """Warns of addresses of this machine in the pool, besides `own`: the client that gets their /64 would get no traffic."""
     for interface, address in machine_addresses():
-        if address in pool:
+        if address in pool and address != own:
             warn_standing(f"overlap {address}", "%s of %s is in prefixrange %s; give a range without it", address, interface, pool)
 
 
@@ -3576,6 +3619,15 @@ def watch_forwarding(was_on: bool) -> None:
         was_on = on
 
 
+def describe_dropping_chains(devices: str, pool: IPv6Network, who: str) -> dict[str, str]:
+    """Returns what is to be said of each chain that find_dropping_chains finds; `who` has the range. Raises as that does."""
+    return {
+        chain: f"the firewall's chain {chain} drops what it does not accept, and does not know {devices} and {pool}: {who} can reach this"
+        f" machine only; it is {whose}"
+        for chain, whose in run_in_thread(find_dropping_chains, devices, pool).items()
+    }
+
+
 def watch_other_firewalls(devices: str, find_range: Callable[[], IPv6Network | None], who: str) -> None:
     """Says once which firewall drops what we forward, and once that it does not any more. Runs until it is killed.
 
@@ -3588,17 +3640,12 @@ def watch_other_firewalls(devices: str, find_range: Callable[[], IPv6Network | N
         if pool is None:
             continue
         try:
-            dropping = run_in_thread(find_dropping_chains, devices, pool)
+            dropping = describe_dropping_chains(devices, pool, who)
         except (OSError, subprocess.TimeoutExpired, ValueError) as error:
             log.debug("the firewall can't be looked at: %s", error)
             continue
         for chain in dropping.keys() - known.keys():
-            warn_standing(
-                f"chain {chain}",
-                "the firewall's chain %s drops what it does not accept, and does not know %s and %s: %s can reach this machine only;"
-                " it is %s",
-                *(chain, devices, pool, who, dropping[chain]),
-            )
+            warn_standing(f"chain {chain}", "%s", dropping[chain])
         for chain in known.keys() - dropping.keys():
             log.info("the firewall's chain %s does not stand in the way of %s any more", chain, who)
             standing_warnings.pop(f"chain {chain}", None)
@@ -3923,7 +3970,7 @@ class Server:
                         message, trailing = receive_message(stream)
                     hello = parse_hello(message)
                     self._check_key(hello, stream)
-                    self._serve_client(stream, peer, hello, trailing)
+                    (self._answer_dry if hello.dry else self._serve_client)(stream, peer, hello, trailing)
             except Refusal as refusal:
                 self.handshakes[refusal.code] += 1
                 log.warning("%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
@@ -3973,11 +4020,25 @@ class Server:
             except (OSError, ProtocolError) as error:
                 log.debug("the refused client left: %s", describe_end(error))
 
-    def _serve_client(self, stream: Stream, peer: str, hello: Hello, trailing: bytes) -> None:
-        """Serves a client after its hello until it leaves. Raises Refusal, OSError, ProtocolError."""
-        id_, gso_kinds, _ = hello
+    def _leave_admission(self) -> None:
         if not self._admission.release(gevent.getcurrent()):  # admission control has just ended it, and the kill may come at any switch
             raise Refusal("busy", "too many say who they are at the moment")
+
+    def _answer_dry(self, stream: Stream, peer: str, hello: Hello, _: bytes) -> None:
+        """Tells a client whether it would be served, and changes nothing. Raises Refusal, OSError."""
+        self._leave_admission()
+        prefix = self.store.find(hello.id)
+        if len(self.sessions) >= self._config.max_clients and hello.id not in self.sessions:
+            raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
+        if prefix is None and self.store.pool.is_exhausted():
+            raise Refusal("pool-exhausted", f"no free /64 in {self._config.prefixrange}")
+        log.info("%s from %s: asks whether it would be served", quote_id(hello.id), peer)
+        stream.send(encode_message({"Dry": True, **({"Prefix": str(prefix)} if prefix else {})}))
+
+    def _serve_client(self, stream: Stream, peer: str, hello: Hello, trailing: bytes) -> None:
+        """Serves a client after its hello until it leaves. Raises Refusal, OSError, ProtocolError."""
+        id_, gso_kinds, *_ = hello
+        self._leave_admission()
         self._take_over(id_, peer)
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
         if len(self.sessions) >= self._config.max_clients:
@@ -4014,7 +4075,7 @@ class Server:
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered.get(id_, set())
                 if gso_kinds is not None:
-                    answer["Offload"] = sorted(offered)
+                    answer.update(Offload=sorted(offered), Dry=True)  # as the client knows extensions, it is told of this one
                 stream.send(encode_message(answer))
                 self.handshakes["served"] += 1
                 begin = event("session-begin", id=id_, peer=peer, prefix=prefix, device=tun.name, security=stream.security[7:] or "plain")
@@ -4195,6 +4256,12 @@ class Firewall:
             except KernelError as error:
                 log.log(logging.ERROR if was_open else logging.DEBUG, "the firewall's table inet %s is left: %s", self._name, error)
 
+    def is_there(self) -> bool:
+        """Returns whether there is such a table, whoever made it."""
+        with suppress(KernelError):
+            return bool(self._list())
+        return False
+
     def watch(self) -> None:
         """Puts the table back whenever somebody has removed or changed it, as `nft flush ruleset` does. Runs until it is killed."""
         if not self._rules:
@@ -4334,6 +4401,23 @@ def has_ra_route(routes: str, interface: str) -> bool:
     return any(int(each[8], 16) & ra_default == ra_default and each[9] == interface for each in fields if len(each) == 10)
 
 
+def probe_hops(sock: socket.socket, packet_info: bytes, base: int, hops: int) -> Iterator[tuple[int, int, str]]:
+    """Sends an echo request to a far address with each hop limit up to `hops`, and yields what comes within PROVE_AGAIN_S.
+
+    That is: the hop limit, the type of the answer, its sender. The requests have the numbers behind `base`.
+    """
+    for each in range(1, hops + 1):
+        send_echo(sock, packet_info, each, FAR_ADDRESS, base + each)
+    deadline = time.monotonic() + PROVE_AGAIN_S
+    with suppress(socket.timeout):
+        while True:
+            sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+            message, (sender, *_) = sock.recvfrom(IPV6_HEADER + 64)
+            number = echo_number(message)
+            if number is not None and number - base in range(1, hops + 1):
+                yield number - base, message[0], sender
+
+
 def wait_for_internet(lan: str, device: str, source: IPv6Address) -> None:
     """Returns when something behind the server has answered through this tunnel: the router where a hop limit ends, whichever it is.
 
@@ -4343,22 +4427,30 @@ def wait_for_internet(lan: str, device: str, source: IPv6Address) -> None:
     packet_info = source.packed + struct.pack("i", system_socket.if_nametoindex(device))
     with open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY) as sock:
         while refused or time.monotonic() < silent_until:
-            for hops in range(1, PROVE_HOPS + 1):
-                send_echo(sock, packet_info, hops, FAR_ADDRESS, base + hops)
-            with gevent.Timeout(PROVE_AGAIN_S, False):
-                while True:
-                    message, (sender, *_) = sock.recvfrom(IPV6_HEADER + 64)
-                    number = echo_number(message)
-                    if number == base + 1:
-                        server = sender
-                    elif number is None or number not in range(base + 1, base + PROVE_HOPS + 1):
-                        continue
-                    elif message[0] != UNREACHABLE or server not in ("", sender):
-                        return
-                    elif server and not refused:
-                        refused = True
-                        log.warning("LAN %s: the server has no way to the Internet, so the hosts are not told of it yet", lan)
+            for hop, kind, sender in probe_hops(sock, packet_info, base, PROVE_HOPS):
+                if hop == 1:
+                    server = sender
+                elif kind != UNREACHABLE or server not in ("", sender):
+                    return
+                elif server and not refused:
+                    refused = True
+                    log.warning("LAN %s: the server has no way to the Internet, so the hosts are not told of it yet", lan)
     log.warning("LAN %s: nothing behind the server answers; the hosts are told of the tunnel all the same", lan)
+
+
+def find_other_routers(interface: str) -> Iterator[str]:
+    """Asks the IPv6 routers on an interface to speak, and yields each other one as often as it does. Raises OSError."""
+    with open_icmpv6(ROUTER_ADVERTISEMENT) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+        with suppress(OSError):  # it has no address yet
+            sock.sendto(struct.pack(">BBHI", ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
+        while True:
+            message, (sender, *_) = sock.recvfrom(64)
+            router = sender.partition("%")[0]
+            own = [address.partition("%")[0] for address in interface_addresses(interface, netifaces.AF_INET6)]
+            if int.from_bytes(message[6:8], "big") and IPv6Address(router).is_link_local and router not in own:  # its lifetime
+                yield router
 
 
 def wait_for_radvd(ended: Callable[[], bool]) -> None:
@@ -4667,16 +4759,9 @@ class LanRouter:
 
     def _listen(self) -> None:
         """Notes another router on the LAN, which it asks to speak, until it is killed."""
-        with suppress(OSError), open_icmpv6(ROUTER_ADVERTISEMENT) as sock:  # the interface has gone
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._interface.encode())
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
-            with suppress(OSError):  # it has no address yet
-                sock.sendto(struct.pack(">BBHI", ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
-            while True:
-                message, (sender, *_) = sock.recvfrom(64)
-                router = sender.partition("%")[0]
-                lifetime = int.from_bytes(message[6:8], "big")
-                if not lifetime or self._other_router or not IPv6Address(router).is_link_local or router in self._own_addresses():
+        with suppress(OSError):  # the interface has gone
+            for router in find_other_routers(self._interface):
+                if self._other_router:
                     continue
                 self._other_router = router
                 advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
@@ -4739,6 +4824,22 @@ class ClientConfig:
     file: str = "config.ini"
 
 
+def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
+    """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
+    (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
+    """
+    folder, name = os.path.split(file)
+    path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
+    try:
+        last = path.read_text("utf-8").strip() if path.exists() else id_
+        if last != id_:
+            log.warning("the Id is %s and was %s at the last start: it gets another prefix; set `id` in config.ini", id_, last)
+        if remember and (last != id_ or not path.exists()):
+            path.write_text(f"{id_}\n", "utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        log.debug("%s: %s; a change of the Id will not be noticed", path, error)
+
+
 class Client:
     """Keeps a TUN, and a connection to the server whenever that can be reached."""
 
@@ -4763,6 +4864,7 @@ class Client:
         self._paths = PathMonitor()
         self._mtus = MtuMonitor()
         self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
+        self._dry = False  # whether the server that answered last knows a dry hello
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -4899,11 +5001,11 @@ class Client:
             raise self._tun_error
         if self._id is None:
             self._id = default_id()
-            self._warn_of_another_id(self._id)
-        with self._connect() as sock, self._watch_mtu(sock):
+            warn_of_another_id(self._config.file, self._id, remember=True)
+        with self.connect() as sock, self._watch_mtu(sock):
             set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
-                stream = self._open_stream(sock)
+                stream = self.open_stream(sock)
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(offered)}
                 if self._config.key:
@@ -4911,6 +5013,7 @@ class Client:
                 stream.send(encode_message(hello))
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
+            self._dry = message.get("Dry") is True
             tun.set_offload(gso_kinds)
             with self._changes:
                 self._set_prefix(tun, prefix)
@@ -4972,22 +5075,7 @@ class Client:
                 self._mss = None if self._mss else SMALL_MSS
             raise
 
-    def _warn_of_another_id(self, id_: str) -> None:
-        """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
-        (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
-        """
-        folder, name = os.path.split(self._config.file)
-        path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
-        try:
-            last = path.read_text("utf-8").strip() if path.exists() else id_
-            if last != id_:
-                log.warning("the Id is %s and was %s at the last start: it gets another prefix; set `id` in config.ini", id_, last)
-            if last != id_ or not path.exists():
-                path.write_text(f"{id_}\n", "utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            log.debug("%s: %s; a change of the Id will not be noticed", path, error)
-
-    def _open_stream(self, sock: socket.socket) -> Stream:
+    def open_stream(self, sock: socket.socket) -> Stream:
         """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
         if self._tls is None:
             return Stream(sock)
@@ -4996,9 +5084,9 @@ class Client:
             raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
         return stream
 
-    def _connect(self) -> socket.socket:
+    def connect(self) -> socket.socket:
         """Returns a connection to the first of the server's addresses that accepts it. Raises gevent.Timeout, OSError."""
-        for address in self._find_addresses():
+        for address in self.find_addresses():
             with ExitStack() as undo:
                 sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
                 try:
@@ -5015,7 +5103,7 @@ class Client:
                     return sock
         raise failure
 
-    def _find_addresses(self) -> list[tuple[str, int]]:
+    def find_addresses(self) -> list[tuple[str, int]]:
         """Returns the server's IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last.
 
         A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
@@ -5100,6 +5188,7 @@ class Client:
             "device": self._tun and self._tun.name,
             "session": session or None,
             "outage": self._outage,
+            "dry": self._dry,
             "handshakes": dict(self.handshakes),
             "parts": {name: part() for name, part in self.parts.items()},
         }
@@ -6127,6 +6216,590 @@ class Installer:
         self._say(f"started {self._service}")
 
 
+# ---- doctor ----------------------------------------------------------------------------------------------------------
+
+CHECK_S = 20.0  # for one check; most take milliseconds
+POOL_S = 10.0  # in which something for the pool may come from outside
+DESCRIPTORS_PER_CLIENT, OTHER_DESCRIPTORS = 2, 100
+DISK_MIN = 1 << 20  # bytes that must be free beside twice the file of assignments, as each save writes it anew
+CERTIFICATE_S = 30 * 86_400  # before its end a certificate is warned of
+RELEASED = 1_767_225_600  # Unix time, 2026-01-01: a clock that says less is wrong
+IP_MTU, IP_PMTUDISC_PROBE, IPV4_ICMP_HEADERS = 14, 3, 28  # linux/in.h; bytes
+
+
+class Skipped(Exception):
+    """A check can't be made; the text is why."""
+
+
+class Finding(NamedTuple):
+    """What a check has found."""
+
+    check: str
+    result: str  # ok, warn, FAIL or skipped
+    text: str
+
+    def format(self) -> str:
+        """Returns lines of at most 79 characters, if no word is longer."""
+        begin = f"{self.result:<7} {self.check:<15} "
+        return textwrap.fill(begin + self.text, 79, subsequent_indent=" " * 24, break_long_words=False, break_on_hyphens=False)
+
+
+def needed(value: T | None, where: str) -> T:
+    """Returns what an earlier check has found. Raises Skipped when it has not."""
+    if value is None:
+        raise Skipped(f"not possible, see {where}")
+    return value
+
+
+def require_privilege() -> None:
+    """Raises KernelError without CAP_NET_ADMIN (linux/capability.h), which root has."""
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if capabilities and not int(capabilities[1], 16) >> 12 & 1:
+        raise KernelError("making network devices needs root; run it with sudo")
+
+
+def require_ipv6() -> None:
+    """Raises KernelError where a new device gets no IPv6."""
+    if read_sysctl("net.ipv6.conf.default.disable_ipv6") != "0":
+        where = " for this container, from outside" if not os.access("/proc/sys/net/ipv6/conf/all/disable_ipv6", os.W_OK) else ""
+        raise KernelError(f"IPv6 is off in this kernel; turn it on{where} with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`")
+
+
+def warn_of_forwarding() -> None:
+    """Warns when IPv6 forwarding is off. The server depends on it, but the sysctl is the operator's and is not set."""
+    if read_sysctl("net.ipv6.conf.all.forwarding") == "1":
+        return
+    warn_standing(
+        "forwarding",
+        "IPv6 forwarding is off, clients reach this machine only; turn it on with `sysctl -w net.ipv6.conf.all.forwarding=1`"
+        " and keep it on with `echo net.ipv6.conf.all.forwarding=1 >> /etc/sysctl.d/60-tun6.conf`; an uplink that gets its address"
+        " or default route from router advertisements loses them then, unless you first"
+        " `sysctl -w net.ipv6.conf.%s.accept_ra=2` and keep that in the same file",
+        default_interface(netifaces.AF_INET6) or "eth0",
+    )
+
+
+def find_deaf_interfaces(*others: str) -> list[str]:
+    """Returns the interfaces, besides `others`, that ignore router advertisements only because they forward."""
+    found = []
+    for path in sorted(IPV6_CONF.glob("*/accept_ra")):
+        deaf = read_text(path) == "1" and read_text(path.with_name("forwarding")) == "1"
+        found += [path.parent.name] if deaf and path.parent.name not in {"all", "default", "lo", *others} else []
+    return found
+
+
+def warn_of_expiring_routes(*others: str) -> None:
+    """Warns of such interfaces that have a default route by router advertisements, and will lose it."""
+    for name in find_deaf_interfaces(*others):
+        if has_ra_route(read_text(Path("/proc/net/ipv6_route")), name):
+            how = f"`sysctl -w net.ipv6.conf.{name}.accept_ra=2`, and keep that in /etc/sysctl.d"
+            log.warning("%s ignores router advertisements, as it forwards, and will lose its default route by them; %s", name, how)
+
+
+def show_ip(what: str) -> list[dict[str, Any]]:
+    """Returns what `ip -6 -j` shows, nothing where it fails. Raises OSError, subprocess.TimeoutExpired."""
+    shown: list[dict[str, Any]] = json.loads(run_in_thread(run_program, ["ip", "-6", "-j", *what.split()]).stdout.strip() or "[]")
+    return shown
+
+
+def find_way(target: object, source: str = "") -> str:
+    """Returns the device by which packets of this machine go there, "nowhere" when they don't. Raises as show_ip does."""
+    ways = show_ip(f"route get {target} {source}")
+    return str(ways[0].get("dev")) if ways and ways[0].get("type", "unicast") == "unicast" else "nowhere"
+
+
+def answers_ping(host: str, size: int) -> bool:
+    """Returns whether one of three pings by an IPv4 packet of this size, which no router may fragment, is answered. Raises OSError."""
+    number = random.getrandbits(32)
+    data = struct.pack(">HHI", 8 << 8, 0, number) + bytes(size - IPV4_ICMP_HEADERS)  # ICMP_ECHO, RFC 792
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
+        for _ in range(3):
+            sock.sendto(data[:2] + struct.pack(">H", 0xFFFF - sum_words(data)) + data[4:], (host, 0))
+            with gevent.Timeout(PROVE_AGAIN_S, False):
+                while True:
+                    answer, (sender, _) = sock.recvfrom(PACKET_MAX)
+                    if sender == host and answer[20:21] == b"\0" and answer[24:28] == data[4:8]:  # ICMP_ECHOREPLY
+                        return True
+    return False
+
+
+def answers_echo(device: str, source: IPv6Address, target: str, size: int) -> bool:
+    """Returns whether one of three echo requests of this size, out of the device, is answered by one of this size. Raises OSError."""
+    packet_info, number = source.packed + struct.pack("i", system_socket.if_nametoindex(device)), random.getrandbits(32)
+    with open_icmpv6(ECHO_REPLY) as sock:
+        for _ in range(3):
+            send_echo(sock, packet_info, 64, IPv6Address(target), number, size)
+            with gevent.Timeout(PROVE_AGAIN_S, False):
+                while True:
+                    message = sock.recv(PACKET_MAX)
+                    if echo_number(message) == number and len(message) == size - IPV6_HEADER:
+                        return True
+    return False
+
+
+def require_root() -> None:
+    """Raises PermissionError for what only root can see."""
+    try:
+        require_privilege()
+    except KernelError as error:
+        raise PermissionError from error
+
+
+def warn_of_dropping_chains(devices: str, pool: IPv6Network, who: str) -> None:
+    """Warns of other firewalls, see describe_dropping_chains. Raises as that does, and PermissionError."""
+    require_root()
+    for text in describe_dropping_chains(devices, pool, who).values():
+        log.warning("%s", text)
+
+
+class Doctor:
+    """The checks of a machine for one section of config.ini: the methods `_check_...`, made in the order in which they stand here.
+
+    Each logs what is wrong, as at a start, or raises it, and else returns what is right. None changes anything.
+    """
+
+    FATAL: frozenset[str] = frozenset()  # checks of which each warning is a FAIL; an error, or what is raised, is one anyway
+    AT_START: tuple[str, ...] = ()  # those that server and client make when they start, too
+    hint = ""  # what the user may do meanwhile
+
+    def is_running(self) -> bool:
+        """Returns whether the program that it is about runs."""
+        raise NotImplementedError
+
+    def run(self) -> Iterator[Finding]:
+        """Makes all checks."""
+        for method in vars(type(self)):
+            if method.startswith("_check_"):
+                yield from self._make(method[7:].replace("_", " "), getattr(self, method))
+
+    def warn(self) -> None:
+        """Makes those of the start, whose warnings go to the log. What one raises, the start itself raises, or it is no harm."""
+        for name in self.AT_START:
+            with suppress(Tun6Error, OSError, ValueError, subprocess.TimeoutExpired, Skipped):
+                getattr(self, f"_check_{name}")()
+
+    def _make(self, name: str, check: Callable[[], str]) -> list[Finding]:
+        logged = logging.handlers.BufferingHandler(1_000)
+        logged.setLevel(logging.WARNING)
+        log.addHandler(logged)
+        log.propagate = False
+        end = []
+        try:
+            with gevent.Timeout(CHECK_S):
+                end = [Finding(name, "ok", check())]
+        except Skipped as reason:
+            end = [Finding(name, "skipped", str(reason))]
+        except PermissionError:
+            end = [Finding(name, "skipped", "only root can see this; run it with sudo")]
+        except (Tun6Error, gevent.Timeout, EOFError, OSError, ValueError, subprocess.TimeoutExpired) as error:
+            end = [Finding(name, "FAIL", describe_end(error))]
+        finally:
+            log.removeHandler(logged)
+            log.propagate = True
+        bad = {True: "FAIL", False: "warn"}
+        faults = [Finding(name, bad[name in self.FATAL or each.levelno >= logging.ERROR], each.getMessage()) for each in logged.buffer]
+        return [*faults, *(each for each in end if not faults or each.result == "FAIL")]
+
+    @staticmethod
+    def examine_machine() -> str:
+        """What both sides need of it."""
+        require_ipv6()
+        if not shutil.which("ip"):
+            raise KernelError("the program `ip` is missing; install it with `apt-get install iproute2`")
+        if not os.path.exists("/dev/net/tun"):
+            raise KernelError("there is no /dev/net/tun; `modprobe tun`, or give this container the device")
+        if os.statvfs("/proc/sys").f_flag & os.ST_RDONLY:
+            log.warning("/proc/sys is read-only, so that sysctls of our devices can't be set; make it writable in this container")
+        if time.time() < RELEASED:
+            log.warning("the clock says %s, which is wrong: certificates can't be checked by it; set it", time.strftime("%Y-%m-%d"))
+        if tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (6, 2):
+            return f"Linux {platform.release()} hands UDP to a TUN packet by packet: no fault, but slower than 6.2 and newer"
+        return f"Linux {platform.release()} takes large packets of TCP and UDP"
+
+
+class ServerDoctor(Doctor):
+    """The checks of a server's machine."""
+
+    FATAL = frozenset({"forwarding", "uplink", "overlap", "firewall"})
+    AT_START = "config", "uplink", "descriptors", "disk", "certificate"
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config, self._pool = config, config.prefixrange
+        self._pid = 0  # of the server that runs
+        self._packets: socket.socket | None = None  # what comes for the pool
+        self._until = 0.0  # when that has been waited for
+        self.hint = f"To see whether {self._pool} is routed here, ping {self._pool[1]} from another machine now."
+
+    def is_running(self) -> bool:
+        """Returns whether the server runs, whose process it notes."""
+        with system_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, suppress(OSError):
+            sock.connect(self._config.control)
+            self._pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        return bool(self._pid)
+
+    def run(self) -> Iterator[Finding]:
+        """Makes all checks, and hears meanwhile what comes for the pool."""
+        with ExitStack() as undo:
+            with suppress(OSError):
+                sock = undo.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IPV6)))
+                attach_filter(sock, filter_program(solicitation_fields(self._pool), prefix_fields(self._pool, 24)))
+                self._packets, self._until = sock, time.monotonic() + POOL_S
+                hear_all_multicast(sock, self._config.ndp or default_interface(netifaces.AF_INET6) or "")
+            yield from super().run()
+
+    def _is_ours(self, interface: str) -> bool:
+        return re.fullmatch(re.escape(self._config.tun).replace("%d", r"\d+"), interface) is not None
+
+    def _find_own(self) -> IPv6Address | None:
+        """Returns the address that the server has given lo, if it has."""
+        found = parse_own_addresses(run_in_thread(run_program, ["ip", "-6", "addr", "show", "dev", "lo"]).stdout)
+        return next((prefix[1] for prefix, _ in found if prefix.subnet_of(self._pool)), None)
+
+    def _check_config(self) -> str:
+        for path in filter(os.path.exists, filter(None, (self._config.cert, self._config.keys))):
+            if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
+                log.warning("others can read the secret in %s; `chmod o= %s`", path, path)
+        if self._config.assignments is None:
+            warn_standing("assignments", "no `assignments` file in %s: all prefixes are forgotten when the server ends", self._config.file)
+        if not self._config.keys or not self._config.keys_required:
+            which, closes = ("any Id that has no key yet", "keys_required = yes") if self._config.keys else ("any Id", "keys")
+            warn_standing(
+                "open",
+                "open: whoever reaches port %d gets a /64 and may claim %s; `%s` in %s closes it, `new_ids_per_hour` bounds new Ids",
+                *(self._config.listenport, which, closes, self._config.file),
+            )
+        open_keys(self._config)
+        return f"{self._config.file} is a server's"
+
+    def _check_machine(self) -> str:
+        return self.examine_machine()
+
+    def _check_server(self) -> str:
+        host, port = self._config.localhost, self._config.listenport
+        with socket.socket() as probe, suppress(OSError):
+            probe.connect((host, port))
+            if self.is_running():
+                return f"process {self._pid} listens on {host} port {port}"
+            raise KernelError(f"another program listens on {host} port {port}: nobody has {self._config.control}; see `ss -tlnp`")
+        raise KernelError(f"no server listens on {host} port {port}; start it, and see what its log says")
+
+    def _check_forwarding(self) -> str:
+        warn_of_forwarding()
+        return "IPv6 forwarding is on"
+
+    def _check_uplink(self) -> str:
+        ours = list(filter(self._is_ours, netifaces.interfaces()))
+        warn_of_expiring_routes(*ours)
+        way = find_way(FAR_ADDRESS)
+        if way == "nowhere":
+            deaf = "`, or `".join(f"sysctl -w net.ipv6.conf.{name}.accept_ra=2" for name in find_deaf_interfaces(*ours)[:4])
+            how = f"`{deaf}` helps if a router there tells it" if deaf else "ask its provider which one to set"
+            log.warning("this machine has no IPv6 default route, so that clients reach nobody; %s", how)
+        return f"the way to the IPv6 Internet is {way}"
+
+    def _check_own_address(self) -> str:
+        own = self._find_own()
+        if not own and not has_routed_address(self._pool):
+            log.warning("no IPv6 address here is routed, from which ICMPv6 errors could come; a server that runs gives lo one of its range")
+        return f"ICMPv6 errors come from {own or 'an address that is routed'}"
+
+    def _check_overlap(self) -> str:
+        warn_of_overlap(self._pool, self._find_own())
+        return f"no address of this machine is in {self._pool}"
+
+    def _check_firewall(self) -> str:
+        warn_of_dropping_chains(self._config.tun.replace("%d", "*"), self._pool, "clients")
+        return "no chain drops what is forwarded, or it knows tun6"
+
+    def _check_descriptors(self) -> str:
+        """Their limit, which a server raises up to the hard one."""
+        _, limit = resource.prlimit(self._pid, resource.RLIMIT_NOFILE)
+        most, required = self._config.max_clients, DESCRIPTORS_PER_CLIENT * self._config.max_clients + OTHER_DESCRIPTORS
+        if limit < required:
+            log.warning("max_clients = %d takes %d descriptors, the limit is %d; raise LimitNOFILE= or `ulimit -Hn`", most, required, limit)
+        return f"{limit} are enough for {most} clients"
+
+    def _check_BBR(self) -> str:
+        return f"real links get {find_congestion_controls(self._config.congestion, self._config.link).real}"
+
+    def _check_disk(self) -> str:
+        path = Path(os.path.realpath(needed(self._config.assignments, "config")))
+        disk, size = os.statvfs(path.parent), path.stat().st_size if path.exists() else 0
+        free = disk.f_bavail * disk.f_frsize
+        if disk.f_flag & os.ST_RDONLY or (disk.f_files and not disk.f_favail) or free < 2 * size + DISK_MIN:
+            log.error("the disk of %s is full or can only be read, %d KiB are free: new Ids are refused; make room", path, free >> 10)
+        return f"{free >> 20} MiB are free for {path}"
+
+    def _check_assignments(self) -> str:
+        """The file and its backup, without its lock."""
+        store = AssignmentStore(PrefixPool(self._pool), self._config.assignments, lock=False)
+        owners, backup = len(store.pool.owners()), store.backup
+        if store.pool.is_exhausted():
+            log.error("all %d /64s of %s have an owner: new Ids are refused; make the range larger", store.pool.size, self._pool)
+        if owners and backup and not backup.exists():
+            log.warning("there is no %s, which the server makes at the next new Id; keep a copy on another machine, too", backup)
+        return f"{owners} of {store.pool.size} /64s have an owner; keep a copy of the file on another machine"
+
+    def _check_certificate(self) -> str:
+        """And the clock, by which clients with `tls = yes` see whether it is valid."""
+        path = needed(self._config.cert, "config, there is no TLS")
+        server_tls_context(path)
+        begins, ends = certificate_validity(path) or (0, 0)
+        days = f"{time.strftime('%Y-%m-%d', time.gmtime(begins))} to {time.strftime('%Y-%m-%d', time.gmtime(ends))}"
+        if not begins <= time.time() <= ends - CERTIFICATE_S:
+            log.warning("the certificate is valid from %s: others have no way in without `fingerprint`; renew it, or set the clock", days)
+        return f"it is valid from {days}"
+
+    def _check_hook_and_ndp(self) -> str:
+        Hooks(self._config.hook)
+        if self._config.ndp:
+            NeighbourProxy(self._config.ndp, self._pool)
+            if not is_up(self._config.ndp):
+                raise KernelError(f"ndp = {self._config.ndp}: it is down; `ip link set {self._config.ndp} up`")
+        return "what config.ini names is there"
+
+    def _check_range(self) -> str:
+        """Whether the pool is routed here, or its addresses are looked for on a link: by what has come meanwhile."""
+        if self._packets is None:
+            raise PermissionError
+        with suppress(socket.timeout):
+            while True:
+                self._packets.settimeout(max(self._until - time.monotonic(), 1e-3))
+                packet, (interface, _, kind, *_) = self._packets.recvfrom(SOLICITATION_MAX)
+                asked = parse_solicitation(packet)
+                target = asked.target if asked else IPv6Address(packet[24:40])
+                if kind == PACKET_OUTGOING or self._is_ours(interface) or target not in self._pool:
+                    continue
+                if asked and interface != self._config.ndp:
+                    how = f"set `ndp = {interface}`, or ask the provider to route it"
+                    raise KernelError(f"{self._pool} is not routed here, its addresses are looked for on the link of {interface}; {how}")
+                if asked or kind == PACKET_HOST:
+                    return f"packets for {self._pool} come by {interface}"
+        for interface, address, length in parse_addresses(read_text(Path("/proc/net/if_inet6"))):
+            if self._pool.subnet_of(IPv6Network((address, length), False)) and interface != self._config.ndp:
+                log.warning("%s is within the network of %s: perhaps it is not routed, but needs `ndp = %s`", self._pool, *2 * [interface])
+        raise Skipped(f"nothing came for {self._pool}; ping {self._pool[1]} from another machine while this runs, to see if it is routed")
+
+
+class ClientDoctor(Doctor):
+    """The checks of a client's machine, along the way of a packet: to the server, and then into the tunnel."""
+
+    FATAL = frozenset({"routes", "LAN"})
+    AT_START = ("config",)
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._where = f"{config.remotehost} port {config.remoteport}"
+        self._status: dict[str, Any] = {}  # of the client that runs
+        self._client: Client | None = None
+        self._sock: socket.socket | None = None  # to the server
+        self._stream: Stream | None = None
+        self._prefix: IPv6Network | None = None
+        self._server_end: str | None = None  # the address by which the server answers in the tunnel
+
+    def is_running(self) -> bool:
+        """Returns whether a client has its device."""
+        return self._config.tun in netifaces.interfaces()
+
+    def run(self) -> Iterator[Finding]:
+        """Makes all checks. Asks the client that runs, if it does, what it knows."""
+        with suppress(OSError, RequestError):
+            self._status = ask_server(self._config.control, {"do": "status"})
+        yield from super().run()
+        if self._sock:
+            self._sock.close()
+
+    def _check_config(self) -> str:
+        path = self._config.file
+        if self._config.key and os.stat(path).st_mode & stat.S_IROTH:
+            log.warning("%s has a key, and whoever reads it can be this client; `chmod o= %s` keeps others out", path, path)
+        if self._config.firewall is None and not self._config.lan:
+            how = f"`firewall = yes` in {path} lets in only answers, and `open` there what is named"
+            warn_standing("firewall", "the whole IPv6 Internet reaches this machine at the address that it gets; %s", how)
+        return f"{self._config.file} is a client's"
+
+    def _check_machine(self) -> str:
+        return self.examine_machine()
+
+    def _check_programs(self) -> str:
+        self._client = Client(self._config)
+        return "what config.ini needs is there"
+
+    def _check_Id(self) -> str:
+        id_ = self._config.id or default_id()
+        if not self._config.id:
+            warn_of_another_id(self._config.file, id_, remember=False)
+        return f"this machine is {quote_id(id_)}"
+
+    def _check_IPv4_route(self) -> str:
+        with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((self._config.remotehost if is_ipv4(self._config.remotehost) else "192.0.2.1", 9))  # nothing is sent
+            except OSError as error:
+                raise SessionError(f"there is no IPv4 way to the server: {error.strerror}; connect the network, see `ip route`") from None
+            return f"packets to the server leave from {probe.getsockname()[0]}"
+
+    def _check_DNS(self) -> str:
+        try:
+            found = needed(self._client, "programs").find_addresses()
+        except OSError as error:
+            raise SessionError(f"{self._config.remotehost}: {error.strerror}; is the name right, does a name server answer?") from None
+        return f"the server is {', '.join(host for host, _ in found)}"
+
+    def _check_TCP(self) -> str:
+        began = time.monotonic()
+        try:
+            self._sock = needed(self._client, "programs").connect()
+        except (gevent.Timeout, OSError) as error:
+            advice = "does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
+            raise SessionError(f"{self._where}: {describe_end(error)}; {advice}") from None
+        return f"{self._where} answers in {1000 * (time.monotonic() - began):.0f} ms"
+
+    def _check_TLS(self) -> str:
+        try:
+            with gevent.Timeout(HANDSHAKE_S):
+                self._stream = needed(self._client, "programs").open_stream(needed(self._sock, "TCP"))
+        except ProtocolError as error:
+            advice = f"compare with `keygen` on the server; the clock here says {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
+            raise SessionError(f"{error}; {advice}") from None
+        return "the server's certificate is the right one" if self._stream.encrypt else "none is asked for"
+
+    def _check_hello(self) -> str:
+        """Whether the server serves this Id: by what the client that runs has heard, or by asking without taking a session."""
+        outage = self._status.get("outage") or {}
+        if outage and outage["seconds"] is None:
+            raise SessionError(f"the client that runs has no connection: {outage['last_reason']}; the server's log may say more")
+        stream = needed(self._stream, "TLS")
+        host, port = stream.sock.getpeername()
+        if not self._status.get("dry") or self._status["address"] != f"{host} port {port}":
+            raise Skipped("no client runs that knows if this server can be asked without taking its session over")
+        hello = {
+            "Id": self._config.id or default_id(),
+            "Offload": [],
+            "Dry": True,
+            **({"Key": self._config.key} if self._config.key else {}),
+        }
+        with gevent.Timeout(HANDSHAKE_S):
+            stream.send(encode_message(hello))
+            answer, _ = receive_message(stream)
+        prefix = parse_answer(answer)[0] if {"Error", "Prefix"} & answer.keys() else "a new prefix"
+        return f"the server has {prefix} for this client"
+
+    def _check_path_MTU(self) -> str:
+        """Of the path outside, by what the kernel knows and by pings."""
+        host, port = needed(self._sock, "TCP").getpeername()
+        advice = "`mss = 1220` in config.ini spares the client a stall at its start"
+        with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))
+            mtu = probe.getsockopt(socket.IPPROTO_IP, IP_MTU)
+            if mtu <= PATH_MTUS[0]:
+                log.warning("packets to %s have at most %d bytes: the path is narrow, or larger ones vanish; %s", host, mtu, advice)
+            elif not answers_ping(host, IPV4_ICMP_HEADERS):
+                raise Skipped(f"{host} answers no pings")
+            elif not answers_ping(host, mtu) and probe.getsockopt(socket.IPPROTO_IP, IP_MTU) >= mtu:
+                log.warning("packets of %d bytes to or from %s vanish, and nobody says so; %s", mtu, host, advice)
+            return f"{probe.getsockopt(socket.IPPROTO_IP, IP_MTU)} bytes"
+
+    def _check_TUN(self) -> str:
+        name = self._config.tun
+        if not self.is_running():
+            raise KernelError(f"there is no device {name}, so no client runs; start it, and see what its log says")
+        own = next((address for interface, address in machine_addresses() if interface == name), None)
+        if not is_up(name) or own is None:
+            raise KernelError(f"{name} is down or has no address: the server has not answered yet, see above, or somebody changed it")
+        self._prefix = IPv6Network((own, 64), False)
+        mtu = read_text(Path(f"/sys/class/net/{name}/mtu"))
+        if mtu != str(self._config.mtu):
+            log.warning("somebody has given %s an mtu of %s, not %d; restart the client", name, mtu, self._config.mtu)
+        managers = " or ".join(manager for path, manager in MANAGERS.items() if Path(path).exists())
+        return f"{name} has {own}" + (managers and f"; if it gets lost, perhaps by {managers}")
+
+    def _check_routes(self) -> str:
+        name, own = self._config.tun, needed(self._prefix, "TUN")[1]
+        ways = {f"packets from {own}": find_way(FAR_ADDRESS, f"from {own}")}
+        if self._config.default_route:
+            ways["what this machine begins"] = find_way(FAR_ADDRESS)
+        for what, way in ways.items():
+            if way != name:
+                log.warning("%s goes to %s, not to %s: no tunnel now, or somebody changed `ip -6 rule` or `ip -6 route`", what, way, name)
+        others = {str(route.get("dev")) for route in show_ip("route show default")} - {name}
+        return f"packets go to {name}" + (f"; {', '.join(sorted(others))} has a default route for its own addresses" if others else "")
+
+    def _probe(self, hops: int) -> Iterator[tuple[int, int, str]]:
+        """Yields what answers to three rounds of probe_hops into the tunnel."""
+        packet_info = needed(self._prefix, "TUN")[1].packed + struct.pack("i", system_socket.if_nametoindex(self._config.tun))
+        with open_icmpv6(UNREACHABLE, TIME_EXCEEDED, ECHO_REPLY) as sock:
+            for _ in range(3):
+                yield from probe_hops(sock, packet_info, random.getrandbits(28) << 4, hops)
+
+    def _check_server_end(self) -> str:
+        began = time.monotonic()
+        for *_, sender in self._probe(1):
+            self._server_end = sender
+            return f"{sender} answers in {1000 * (time.monotonic() - began):.0f} ms"
+        raise SessionError("the other end of the tunnel does not answer; is IPv6 forwarding on there? `tun6.py doctor` there tells")
+
+    def _check_Internet(self) -> str:
+        end, refused = needed(self._server_end, "server end"), False
+        for hop, kind, sender in self._probe(PROVE_HOPS):
+            if sender != end:
+                return f"{sender} answers, behind the server"
+            refused = refused or (hop > 1 and kind == UNREACHABLE)
+        if refused:
+            raise SessionError(f"the server {end} has no way to the Internet; there, see `ip -6 route show default` and `tun6.py doctor`")
+        log.warning("nothing behind the server answers; is its range routed to it? `tun6.py doctor` there tells")
+        return ""
+
+    def _check_large_packets(self) -> str:
+        end, source, name = needed(self._server_end, "server end"), needed(self._prefix, "TUN")[1], self._config.tun
+        if not answers_echo(name, source, end, ECHO_MIN):
+            raise Skipped(f"{end} answers no pings")
+        if not answers_echo(name, source, end, self._config.mtu):
+            raise SessionError(f"packets of {self._config.mtu} bytes don't come back from {end}; see path MTU, and `mtu` on both sides")
+        return f"packets of {self._config.mtu} bytes go to {end} and come back"
+
+    def _check_firewall(self) -> str:
+        if not (self._config.lan if self._config.firewall is None else self._config.firewall):
+            raise Skipped("there is none in config.ini")
+        needed(self._prefix, "TUN")
+        require_root()
+        if not Firewall(self._config.tun, True, (), lambda error: None).is_there():
+            raise KernelError("the client's firewall is not there, so that everything is open; restart the client, and see its log")
+        return "the client's firewall is there"
+
+    def _check_LAN(self) -> str:
+        lan, prefix = needed(self._config.lan, "config, there is no `lan`"), needed(self._prefix, "TUN")
+        if lan not in netifaces.interfaces() or not is_up(lan):
+            raise KernelError(f"there is no interface {lan}, or it is down; see `ip link`")
+        if str(prefix[1]) not in interface_addresses(lan, netifaces.AF_INET6):
+            log.warning("%s has not got %s; the client's log says who removed it", lan, prefix[1])
+        if read_sysctl("net.ipv6.conf.all.forwarding") != "1":
+            log.warning("IPv6 forwarding is off, so that %s reaches this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1`", lan)
+        warn_of_expiring_routes(lan, self._config.tun)
+        warn_of_dropping_chains(self._config.tun, prefix, "the LAN")
+        if self._status and not self._status["parts"].get("lan", {}).get("announces"):
+            log.warning("the hosts of %s are told of no router here; see Internet, above, and the client's log", lan)
+        return f"the hosts of {lan} are told of {prefix}"
+
+    def _check_other_routers(self) -> str:
+        lan, found = needed(self._config.lan, "config, there is no `lan`"), set()
+        with gevent.Timeout(LISTEN_S, False):
+            for router in find_other_routers(lan):
+                found.add(router)
+        if found:
+            log.warning("%s is an IPv6 router on %s, too; end it, or see `lan_preference`", ", ".join(sorted(found)), lan)
+        return f"there is no other IPv6 router on {lan}"
+
+    def _check_name_servers(self) -> str:
+        servers = re.findall(r"^\s*nameserver\s+([0-9a-fA-F.:]+)", read_text(Path("/etc/resolv.conf")), re.MULTILINE)
+        inside = [each for each in servers if not is_ipv4(each) and find_way(each) in (self._config.tun, "nowhere")]
+        if inside and inside == servers:
+            level, then = (logging.WARNING, "") if is_ipv4(self._config.remotehost) else (logging.ERROR, ", nor the server without it")
+            log.log(level, "%s: all name servers are reached only through the tunnel%s; add one with IPv4", ", ".join(inside), then)
+        return f"{len(servers)}, of which {len(inside)} only through the tunnel"
+
+
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -6733,16 +7406,8 @@ def server_command(options: argparse.Namespace) -> None:
     require_ipv6()
     warn_of_forwarding()
     raise_descriptor_limit()
-    if config.assignments is None:
-        warn_standing("assignments", "no `assignments` file in %s: all prefixes are forgotten when the server ends", config.file)
     server = Server(config)
-    if server.keys is None or not config.keys_required:
-        which, closes = ("any Id", "keys") if server.keys is None else ("any Id that has no key yet", "keys_required = yes")
-        warn_standing(
-            "open",
-            "open: whoever reaches port %d gets a /64 and may claim %s; `%s` in %s closes it, `new_ids_per_hour` bounds new Ids",
-            *(config.listenport, which, closes, config.file),
-        )
+    ServerDoctor(config).warn()
 
     handler = AdminRequestHandler(server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures)
 
@@ -6769,18 +7434,10 @@ def client_command(options: argparse.Namespace) -> None:
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")  # resolv.conf(5): a name server that is back is noticed in seconds
     config: ClientConfig = read_config(find_config(options.config), "client")
     prepare_observers(config)
-    if config.key and os.stat(config.file).st_mode & stat.S_IROTH:
-        log.warning("%s has a key, and whoever reads it can be this client; `chmod o= %s` keeps others out", config.file, config.file)
+    ClientDoctor(config).warn()
     require_privilege()
     require_ipv6()
     client = Client(config)
-    if config.firewall is None and not config.lan:
-        warn_standing(
-            "firewall",
-            "the whole IPv6 Internet reaches this machine at the address that it gets; `firewall = yes` in %s lets in only answers, and"
-            " `open` there what is named",
-            config.file,
-        )
     handler = RequestHandler(client.figures, LoopLatency())
     web = Web(config.metrics, handler, False) if config.metrics else None
 
@@ -6921,6 +7578,28 @@ def print_lines(lines: Iterable[str]) -> bool:
     return True
 
 
+def doctor_command(options: argparse.Namespace) -> int:
+    """`tun6.py doctor`: examines this machine. Returns 1 when something fails, else 0."""
+    gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what a check finds
+    path = find_config(options.config)
+    kinds: dict[str, Any] = {"server": ServerDoctor, "client": ClientDoctor}
+    sides = [options.side] if options.side else [side for side in kinds if side in parse_config(path)]
+    doctors: dict[str, Doctor] = {side: kinds[side](read_config(path, side)) for side in sides or ["client"]}
+    if len(doctors) > 1:
+        doctors = {side: doctor for side, doctor in doctors.items() if doctor.is_running()} or doctors
+    found: dict[str, list[Finding]] = {}
+    for side, doctor in doctors.items():
+        if not options.json:
+            print(f"The {side} of {path}. {doctor.hint}".rstrip(), flush=True)
+        for finding in doctor.run():
+            found.setdefault(side, []).append(finding)
+            if not options.json:
+                print(finding.format(), flush=True)
+    if options.json:
+        print(json.dumps({side: [each._asdict() for each in findings] for side, findings in found.items()}, indent=1))
+    return int(any(each.result == "FAIL" for findings in found.values() for each in findings))
+
+
 def clients_command(options: argparse.Namespace) -> None:
     """`tun6.py clients`: asks the running server, or works on its files while none runs."""
     config: ServerConfig = read_config(find_config(options.config), "server")
@@ -7020,34 +7699,6 @@ def demo_command(options: argparse.Namespace) -> None:
         undo.callback(demo.stop)
         demo.run()
     print("All steps held, and all that the demo made is removed. README.md tells how to do the same between a VPS and a Raspberry Pi.")
-
-
-def require_privilege() -> None:
-    """Raises KernelError without CAP_NET_ADMIN (linux/capability.h), which root has."""
-    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if capabilities and not int(capabilities[1], 16) >> 12 & 1:
-        raise KernelError("making network devices needs root; run it with sudo")
-
-
-def require_ipv6() -> None:
-    """Raises KernelError where a new device gets no IPv6."""
-    if read_sysctl("net.ipv6.conf.default.disable_ipv6") != "0":
-        where = " for this container, from outside" if not os.access("/proc/sys/net/ipv6/conf/all/disable_ipv6", os.W_OK) else ""
-        raise KernelError(f"IPv6 is off in this kernel; turn it on{where} with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`")
-
-
-def warn_of_forwarding() -> None:
-    """Warns when IPv6 forwarding is off. The server depends on it, but the sysctl is the operator's and is not set."""
-    if read_sysctl("net.ipv6.conf.all.forwarding") == "1":
-        return
-    warn_standing(
-        "forwarding",
-        "IPv6 forwarding is off, clients reach this machine only; turn it on with `sysctl -w net.ipv6.conf.all.forwarding=1`"
-        " and keep it on with `echo net.ipv6.conf.all.forwarding=1 >> /etc/sysctl.d/60-tun6.conf`; an uplink that gets its address"
-        " or default route from router advertisements loses them then, unless you first"
-        " `sysctl -w net.ipv6.conf.%s.accept_ra=2` and keep that in the same file",
-        default_interface(netifaces.AF_INET6) or "eth0",
-    )
 
 
 def raise_descriptor_limit() -> None:
@@ -7228,6 +7879,8 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("side", nargs="?", choices=("server", "client"), help="where both run; otherwise it is not needed")
     status.add_argument("--watch", action="store_true", help=f"show it again every {RATE_S:.0f} s, until Ctrl-C")
     status.add_argument("--sort", choices=tuple(CLIENT_ORDERS), default="id", help="order of the clients")
+    doctor = add(commands, "doctor", "find out what is wrong, and what to do; on either machine", config, as_json, function=doctor_command)
+    doctor.add_argument("side", nargs="?", choices=("server", "client"), help="else those in the config.ini, of two the one that runs")
     add(commands, "keygen", "make the server's certificate and show its fingerprint", config, function=keygen_command)
     installs = add(commands, "install", "put server or client in place as a service of systemd", function=install_command)
     roles = installs.add_subparsers(dest="role", required=True, metavar="ROLE")
