@@ -22,7 +22,7 @@ setup(
     extras_require={
         "bench": ["matplotlib"],
         "metrics": ["prometheus_client"],
-        "test": ["hypothesis", "mypy", "prometheus_client", "pytest", "ruff==0.17.6"],
+        "test": ["build", "hypothesis", "mypy", "prometheus_client", "pytest", "ruff==0.17.6", "setuptools>=70.1"],
     },
     entry_points={"console_scripts": ["tun6 = tun6:main"]},
     classifiers=[

@@ -38,6 +38,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     demo
     command line
     sources and documents        maps, order of definitions, links
+    packages                     what is in sdist and wheel, man page, completion
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
     end to end: hooks
     end to end: neighbour proxy  and a tunnel of Hurricane Electric's to the server
@@ -56,6 +57,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     soak                         `test_tun6.py soak`
     observers                    `test_tun6.py observers`: a real Prometheus and a real browser
     systemd                      `test_tun6.py systemd`
+    debian                       `test_tun6.py packages`: the .deb, and what the Dockerfile does
     main
 """
 
@@ -4545,6 +4547,31 @@ def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_s
     assert sorted(machine.files()) == ["etc/tun6/config.ini", "var/lib/tun6/server.pem"]
 
 
+def test_install_uses_the_program_and_the_unit_of_debians_package(machine: FileRoot) -> None:
+    program, unit, ours = (
+        machine.root / path for path in ("usr/lib/tun6/tun6.py", "usr/lib/systemd/system/tun6-server.service", "etc/systemd")
+    )
+    for path, text in ((program, Path(TUN6).read_text()), (unit, tun6.service_unit("server", program=tun6.PACKAGE))):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert "\nExecStart=/usr/bin/tun6 server " in unit.read_text()
+
+    def install(*arguments: str) -> str:
+        command = [sys.executable, str(program), "install", "server", "--root", str(machine.root), *arguments]
+        done: subprocess.CompletedProcess[str] = subprocess.run(command, cwd=machine.here, check=True, capture_output=True, text=True)
+        return done.stdout
+
+    assert "etc/systemd" not in install("--prefix", "2001:db8:7::/48", *EXAMPLE)
+    assert {path.split("/")[0] for path in machine.files()} == {"etc", "var", "usr"}
+    assert not [path for path in machine.files() if path.startswith(("usr/local", "etc/systemd"))]
+    assert "wrote /etc/systemd/system/tun6-server.service" in install("--set", "listenport=443")
+    written = (ours / "system/tun6-server.service").read_text()
+    assert "ExecStart=/usr/bin/tun6 " in written and "CAP_NET_BIND_SERVICE" in written
+    assert "removed /etc/systemd/system/tun6-server.service" in install("--set", "listenport=10000")
+    install("--remove")
+    assert unit.exists() and program.exists()
+
+
 def test_a_client_joins_by_a_token_in_the_command_or_on_standard_input(machine: FileRoot) -> None:
     token = tun6.encode_token({**JOINED, "id": "pi"})
     machine.install("client", "--join", token)
@@ -5115,6 +5142,96 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path, file: str, old: str,
     assert old in documents[file]
     (tmp_path / file).write_text(documents[file].replace(old, new, 1))
     assert fault in faults_of_documents(tmp_path)
+
+
+# ---- packages --------------------------------------------------------------------------------------------------------
+
+CHECKOUT = Path(__file__).resolve().parent
+
+
+def copy_checkout(to: Path) -> set[str]:
+    """Copies what belongs to the project, and gives its files."""
+    ignored = [line.strip("/") for line in (CHECKOUT / ".gitignore").read_text().splitlines()]
+    shutil.copytree(CHECKOUT, to, ignore=shutil.ignore_patterns(".git", *ignored))
+    return {str(path.relative_to(to)) for path in to.rglob("*") if path.is_file()}
+
+
+def build_packages(source: Path, *options: str) -> list[Path]:
+    """The sdist, and the wheel that is made of it."""
+    command = [sys.executable, "-m", "build", "-o", str(source.parent / "dist"), *options, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sorted((source.parent / "dist").iterdir(), key=lambda path: path.suffix)
+
+
+def test_the_sdist_is_complete_and_the_wheel_made_of_it_runs(tmp_path: Path) -> None:
+    wanted = copy_checkout(tmp_path / "source")
+    assert {"LICENSE", "contrib/debian/rules", "docs/operating.md", "test_tun6.py"} < wanted
+    sdist, wheel = build_packages(tmp_path / "source", "--no-isolation")
+    shutil.unpack_archive(sdist, tmp_path)
+    (unpacked,) = tmp_path.glob("tun6-*/")
+    assert wanted <= {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--ignore-installed", "--prefix"]
+    subprocess.run([*install, tmp_path / "prefix", wheel], check=True, stdout=subprocess.DEVNULL)
+    (packages,) = tmp_path.glob("prefix/**/*-packages")
+    environment = {**os.environ, "PYTHONPATH": str(packages)}
+    done = subprocess.run([tmp_path / "prefix/bin/tun6", "--version"], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"tun6 {tun6.__version__}\n", done.stderr
+    (about,) = packages.glob("tun6-*.dist-info")
+    assert list(about.rglob("LICENSE"))
+    assert {"gevent", "netifaces", "python-pytun"} == set(re.findall(r"(?m)^Requires-Dist: ([\w-]+)$", (about / "METADATA").read_text()))
+
+
+def made_by_manual(kind: str) -> str:
+    return subprocess.run([sys.executable, CHECKOUT / "contrib/manual.py", kind], capture_output=True, text=True, check=True).stdout
+
+
+def all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from chain.from_iterable(map(all_parsers, action.choices.values()))
+
+
+def shown_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """All but --help and what is hidden."""
+    return [action for action in parser._actions if action.help is not argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)]
+
+
+def test_the_man_page_has_each_command_and_each_option_with_what_it_does() -> None:
+    page = made_by_manual("man").replace("\\-", "-").replace("\\fB", "").replace("\\fR", "").replace("\\fI", "")
+    assert page.startswith(f'.TH TUN6 8 "" "tun6 {tun6.__version__}"\n')
+    sections = dict(zip(*[iter(re.split(r"(?m)^\.SS (.*)\n", "top\n" + page)[1:])] * 2))
+    options, _, _ = page.partition(".SH COMMANDS")
+    parsers = list(all_parsers(tun6.build_parser()))
+    assert list(sections) == [each.prog for each in parsers[1:]]
+    for each in parsers:
+        for action in shown_actions(each):
+            text = options if each is parsers[0] else options + sections[each.prog]
+            choices = () if isinstance(action, argparse._SubParsersAction) else action.choices or ()
+            for word in (*action.option_strings, *choices, str(action.help or "")):
+                assert word in text, (each.prog, word)
+
+
+def test_bash_completes_each_command_option_and_choice() -> None:
+    cases = {}
+    for each in all_parsers(tun6.build_parser()):
+        words = {"--help"}
+        for action in shown_actions(each):
+            words |= set(action.option_strings or action.choices or ())
+            if action.nargs != 0:
+                cases.update({f"{each.prog} {flag}": set(action.choices or ()) for flag in action.option_strings})
+        cases[each.prog] = words
+        cases[f"{each.prog} -v"] = words
+    script = f"""set -u; {made_by_manual("bash")}
+        while read -r line; do COMP_WORDS=($line ""); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _tun6; echo "${{COMPREPLY[@]}}"; done"""
+    done = subprocess.run(["bash", "-c", script], input="\n".join(cases) + "\n", capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert dict(zip(cases, (set(line.split()) for line in done.stdout.splitlines()))) == cases
+
+
+def test_the_debian_package_is_of_this_version() -> None:
+    assert (CHECKOUT / "contrib/debian/changelog").read_text().startswith(f"tun6 ({tun6.__version__}) ")
 
 
 # ---- end to end: lifecycle -------------------------------------------------------------------------------------------
@@ -12527,6 +12644,161 @@ def systemd_command(arguments: list[str]) -> int:
     return 0
 
 
+# ---- debian ----------------------------------------------------------------------------------------------------------
+
+LAYER = r"""  # $1: the layer's folder; $2: the root below it; $3: what is at /mnt in it; $4: downloads that are kept; $5: what runs in it
+mount --make-rprivate /
+mkdir -p "$1"/{upper,work,root} "$4"
+mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" "$1/root"
+mount -t proc proc "$1/root/proc"
+mount --rbind /dev "$1/root/dev"
+mount --bind "$3" "$1/root/mnt"
+mount --bind "$4" "$1/root/var/cache/apt/archives"
+cp -L --remove-destination /etc/resolv.conf "$1/root/etc/resolv.conf"
+chroot "$1/root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive \
+    PIP_NO_INDEX=1 PIP_FIND_LINKS=/mnt sh -ec "$5"
+"""
+
+
+class Layer:
+    """What is changed above a root of Debian, in a folder; nothing boots in it."""
+
+    def __init__(self, folder: Path, below: Path, shared: Path) -> None:
+        """In it, `shared` is to be seen at /mnt, and pip finds its packages there and nowhere else."""
+        self.folder, self._below, self._shared, self.upper = folder, below, shared, folder / "upper"
+        self.upper.mkdir(parents=True)
+
+    def sh(self, script: str) -> str:
+        """What the script says on standard output."""
+        plain = Path(str(self._below).rpartition(":")[2])
+        downloads = plain.with_name(f"{plain.name}-downloads")
+        words = [LAYER, "layer", *map(str, (self.folder, self._below, self._shared, downloads)), script]
+        done = subprocess.run(["unshare", "-m", "bash", "-euc", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.returncode == 0, f"{script}: {done.returncode}\n{done.stdout[-5000:]}{done.stderr[-5000:]}"
+        return done.stdout.strip()
+
+
+def plain_root(suite: str, cache: Path) -> Path:
+    """The smallest root of this Debian, made once."""
+    root = cache / f"{suite}-plain"
+    if not root.exists():
+        print(f"making {root}, which takes a minute", flush=True)
+        making = cache / f"{suite}-plain.new"
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        subprocess.run(["debootstrap", "--variant=minbase", suite, str(making)], check=True, stdout=subprocess.DEVNULL)
+        making.rename(root)
+    return root
+
+
+def follow_dockerfile(root: Path, folder: Path, shared: Path) -> list[Layer]:
+    """Does on this root what contrib/Dockerfile says, without Docker; gives its stages."""
+    stages: dict[str, Layer] = {}
+    work = ""
+    for line in re.sub(r"\\\n", "", (CHECKOUT / "contrib/Dockerfile").read_text()).splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "FROM":
+            stages[rest.split()[-1]] = stage = Layer(folder / f"stage{len(stages)}", root, shared)
+            work = ""
+        elif word == "WORKDIR":
+            work = rest
+        elif word == "COPY":
+            *sources, to = rest.split()
+            origin = stages[sources.pop(0).partition("=")[2]].upper if sources[0].startswith("--from=") else CHECKOUT
+            target = stage.upper / (to.strip("/") if to.startswith("/") else f"{work}/{to}".strip("/"))
+            target.mkdir(parents=True, exist_ok=True)
+            for source in chain.from_iterable(origin.glob(source.strip("/")) for source in sources):
+                if source.is_dir():
+                    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(source, target)
+        elif word == "RUN":
+            stage.sh(f"cd /{work}; {rest}")
+        else:
+            assert word in ("", "#", "ARG", "VOLUME", "HEALTHCHECK", "ENTRYPOINT", "CMD"), line
+    return list(stages.values())
+
+
+LEFT = "find / -xdev -path /proc -prune -o -path /mnt -prune -o -path /var/log -prune -o -name '*tun6*' ! -name 'tun6.deb' -print"
+
+
+def check_deb(machine: Machine) -> None:
+    """The package alone, on a machine that boots: `tun6 install`, a tunnel, a reboot, removal, installation anew, purge."""
+    said = machine.sh("tun6 install server --prefix 2001:db8:7::/48 --set documentation_addresses=yes --set localhost=127.0.0.1")
+    assert "started tun6-server.service" in said, said
+    added = json.loads(machine.run("tun6", "clients", "add", "pi", "--address", "127.0.0.1", "--json"))
+    machine.run("tun6", "install", "client", "--join", "-", "--set", "default_route=no", text=added["token"])
+    assert machine.connected() == added["prefix"]
+    machine.run("ping", "-c1", "-W5", "-I", str(IPv6Network(added["prefix"])[1]), "2001:db8:7:ffff::1")
+    assert machine.sh("ls -d /opt/tun6 /usr/local/bin/tun6 /etc/systemd/system/tun6* 2>/dev/null || true") == ""
+    assert "1 connected" in machine.run("tun6", "status", "server")
+    for role in ("server", "client"):
+        assert machine.run("systemd-analyze", "verify", f"tun6-{role}.service") == ""
+        assert machine.show(role, "FragmentPath") == f"/usr/lib/systemd/system/tun6-{role}.service"
+    check_reboot(machine)
+    state = machine.sh("sha256sum /var/lib/tun6/*.json /etc/tun6/config.ini")
+    pid = machine.show("server", "MainPID")
+    machine.run("dpkg", "-i", "/tun6.deb")  # as an upgrade does
+    assert machine.connected() == added["prefix"]
+    assert machine.show("server", "MainPID") != pid
+    machine.run("dpkg", "-r", "tun6")
+    assert "tun6" not in machine.sh("ip -6 addr; ip -6 route; ip -6 rule; ls /usr/bin /usr/lib; systemctl list-units --all --plain 'tun6*'")
+    assert machine.sh("sha256sum /var/lib/tun6/*.json /etc/tun6/config.ini") == state
+    machine.run("dpkg", "-i", "/tun6.deb")
+    for role in ("server", "client"):
+        machine.run("tun6", "install", role)
+    assert machine.connected() == added["prefix"]
+    machine.run("dpkg", "-P", "tun6")
+    assert machine.sh(LEFT) == ""
+    assert "tun6" not in machine.sh("ip -6 addr; ip -6 route; ip -6 rule; ls /run")
+
+
+def check_pip(folder: Path) -> None:
+    """What `python -m build` makes, in fresh virtual environments, with its dependencies from where pip has them."""
+    copy_checkout(folder / "source")
+    for package in build_packages(folder / "source"):
+        venv = folder / f"venv{package.suffix}"
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+        subprocess.run([venv / "bin/pip", "install", "-q", package], check=True, cwd=folder)
+        done = subprocess.run([venv / "bin/tun6", "--version"], capture_output=True, text=True, cwd=folder)
+        assert done.stdout == f"tun6 {tun6.__version__}\n", done.stderr
+
+
+def packages_command(arguments: Sequence[str]) -> int:
+    """`test_tun6.py packages`: sdist, wheel, contrib/Dockerfile and the .deb in fresh roots; takes root. Gives the exit status."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py packages", description=packages_command.__doc__)
+    parser.add_argument("--debian", nargs="+", choices=DEBIANS, default=list(DEBIANS))
+    parser.add_argument(
+        "--cache", type=Path, default=Path("/var/cache/tun6-systemd"), help="folder for the roots, made once; not in an overlay"
+    )
+    options = parser.parse_args(arguments)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.cache) as name:
+        folder, shared = Path(name), Path(name, "shared")
+        check_pip(folder / "pip")
+        print("ok  sdist and wheel install and run", flush=True)
+        source = re.findall(r"python-pytun==\S+", (CHECKOUT / "contrib/debian/rules").read_text())
+        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(shared), *source]
+        subprocess.run(fetch, check=True)
+        for suite in options.debian:
+            root = plain_root(suite, options.cache)
+            build, image = follow_dockerfile(root, folder / suite, shared)
+            assert image.sh("tun6 --version") == f"tun6 {tun6.__version__}"
+            (package,) = build.upper.glob("tun6_*.deb")
+            print(f"ok  {suite}: the Dockerfile's lines build {package.name}, {package.stat().st_size >> 10} KiB", flush=True)
+            fresh = Layer(folder / suite / "fresh", root, shared)
+            shutil.copy(package, fresh.upper / "tun6.deb")
+            fresh.sh("apt-get update; apt-get install -y --no-install-recommends /tun6.deb; tun6 --version")
+            alone = Layer(folder / suite / "purged", Path(f"{fresh.upper}:{root}"), shared)
+            assert alone.sh(f"apt-get purge -y tun6 >&2; {LEFT}") == ""
+            fresh.sh("apt-get install -y --no-install-recommends systemd-sysv dbus iputils-ping man-db groff-base bash-completion")
+            assert fresh.sh("man --warnings -l /usr/share/man/man8/tun6.8.gz 2>&1 >/dev/null") == ""
+            with Machine(Path(f"{fresh.upper}:{root}")) as machine:
+                check_deb(machine)
+            print(f"ok  {suite}: installed, upgraded, removed and purged", flush=True)
+    return 0
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -12548,7 +12820,7 @@ def run_tests(*options: str) -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz ...`, `soak ...`, `observers`, `systemd ...`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `waits`: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -12560,6 +12832,8 @@ def main() -> int:
         return observers_command(sys.argv[2:])
     if sys.argv[1:2] == ["systemd"]:
         return systemd_command(sys.argv[2:])
+    if sys.argv[1:2] == ["packages"]:
+        return packages_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits")
     os.chdir(Path(__file__).parent)

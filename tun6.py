@@ -5833,6 +5833,8 @@ class Web:
 PROGRAM_FOLDER, LAUNCHER = Path("/opt/tun6"), Path("/usr/local/bin/tun6")
 CONFIG_FOLDER, STATE_FOLDER = Path("/etc/tun6"), Path("/var/lib/tun6")
 UNIT_FOLDER, SYSCTL_FILE = Path("/etc/systemd/system"), Path("/etc/sysctl.d/60-tun6.conf")
+PACKAGE, PACKAGE_LAUNCHER = Path("/usr/lib/tun6/tun6.py"), Path("/usr/bin/tun6")  # where Debian's package has them, see contrib/debian
+PACKAGE_UNITS = Path("/usr/lib/systemd/system")
 COPIED = "copied-from"  # the file in PROGRAM_FOLDER that says that `install` made it
 SERVICE_USER = "tun6"
 START_S = 60.0  # for `systemctl`, which waits until the service is ready
@@ -5843,7 +5845,7 @@ NEW_CONFIG = {  # of a machine that has no config.ini yet
     "client": {"remoteport": "10000"},
 }
 UNIT = """\
-# {unit_folder}/tun6-{role}.service, as `tun6.py install {role}` writes it; see docs/operating.md, "Run it as a service"
+# tun6-{role}.service, as `tun6.py install {role}` writes it; see docs/operating.md, "Run it as a service"
 [Unit]
 Description=tun6 {role}: {what}
 Documentation=file:{program}
@@ -5854,7 +5856,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-ExecStart=/usr/local/bin/tun6 {role} -c /etc/tun6/config.ini
+ExecStart={launcher} {role} -c /etc/tun6/config.ini
 {reload}Restart=always
 RestartSec=2
 # wrong configuration: it would be as wrong the next time
@@ -5911,7 +5913,7 @@ def service_unit(role: str, low_port: bool = False, program: Path = PROGRAM_FOLD
         role=role,
         program=program,
         what="IPv6 prefixes over TCP" if role == "server" else "an IPv6 prefix over TCP",
-        unit_folder=UNIT_FOLDER,
+        launcher=PACKAGE_LAUNCHER if program == PACKAGE else LAUNCHER,
         reload='ExecReload=/bin/sh -c "kill -HUP $MAINPID"\n' if role == "server" else "",
         capset="# for the `setpriv` that keeps radvd from outliving the client\nSystemCallFilter=capset\n" if role == "client" else "",
         why="; CAP_NET_BIND_SERVICE: the port" if low_port else "",
@@ -5999,11 +6001,7 @@ class Installer:
             self._copy_program()
             self._configure(settings, old)
             self._set_sysctls()
-            self._write(
-                UNIT_FOLDER / self._service,
-                service_unit(self._role, getattr(self._config, "listenport", 1024) < 1024, self._program),
-                0o644,
-            )
+            self._place_unit()
             self._start()
         except OSError as error:
             raise StorageError(f"{error.filename or self._root}: {error.strerror}; run this as root") from None
@@ -6011,15 +6009,13 @@ class Installer:
     def remove(self) -> None:
         """Takes everything away but configuration and state. Raises KernelError, StorageError."""
         unit, other = UNIT_FOLDER / self._service, UNIT_FOLDER / f"tun6-{'client' if self._role == 'server' else 'server'}.service"
-        if self._at(unit).exists():
+        if self._at(unit).exists() or self._at(PACKAGE_UNITS / self._service).exists():
             self._run("systemctl", "disable", "--now", self._service)
         gone = [unit, *([SYSCTL_FILE] if self._role == "server" else [])]
         if not self._at(other).exists():
             gone += [LAUNCHER] if self._owns_launcher() else []
             gone += [PROGRAM_FOLDER] if self._at(PROGRAM_FOLDER / COPIED).exists() else []
-        for path in filter(lambda path: self._at(path).exists(), gone):
-            shutil.rmtree(self._at(path)) if self._at(path).is_dir() else self._at(path).unlink()
-            self._say(f"removed {path}")
+        self._delete(*gone)
         self._run("systemctl", "daemon-reload")
         self._say(f"kept {CONFIG_FOLDER} and {STATE_FOLDER}; sysctls stay as they are until the next boot")
 
@@ -6056,6 +6052,12 @@ class Installer:
             self._say(f"wrote {path}")
             self._changed = True
 
+    def _delete(self, *paths: Path) -> None:
+        for path in filter(lambda path: self._at(path).exists(), paths):
+            shutil.rmtree(self._at(path)) if self._at(path).is_dir() else self._at(path).unlink()
+            self._say(f"removed {path}")
+            self._changed = True
+
     def _give(self, path: Path, mode: int, user: str, group: str) -> None:
         if self._root == Path("/"):
             shutil.chown(path, user, group)
@@ -6074,8 +6076,11 @@ class Installer:
         return self._at(LAUNCHER).exists() and "`tun6.py install`" in self._at(LAUNCHER).read_text("utf-8", "replace")
 
     def _copy_program(self) -> None:
-        """Copies this file and its virtual environment, unless pip has installed it or it is in its place; makes the command `tun6`."""
+        """Copies this file and its virtual environment, unless it is installed already; makes the command `tun6`."""
         program, python, library = Path(__file__).resolve(), Path(sys.executable), ""
+        if program == self._at(PACKAGE):
+            self._program = PACKAGE
+            return
         if program == self._at(PROGRAM_FOLDER / "tun6.py") and self._at(PROGRAM_FOLDER / COPIED).exists():
             return
         if program.parent != PROGRAM_FOLDER and not {"site-packages", "dist-packages"} & {*program.parts}:
@@ -6197,6 +6202,15 @@ class Installer:
             if self._root == Path("/") and read_sysctl(name) != value:
                 Path("/proc/sys", *name.split(".")).write_text(value)
                 self._say(f"set {name} = {value}")
+
+    def _place_unit(self) -> None:
+        """Writes the unit of systemd, unless the one that Debian's package has brought is the right one."""
+        unit, ours = service_unit(self._role, getattr(self._config, "listenport", 1024) < 1024, self._program), UNIT_FOLDER / self._service
+        packaged = self._at(PACKAGE_UNITS / self._service)
+        if packaged.exists() and packaged.read_text("utf-8") == unit:
+            self._delete(ours)
+        else:
+            self._write(ours, unit, 0o644)
 
     def _start(self) -> None:
         """Starts the service at each boot, and now; returns when it says that it is ready."""
