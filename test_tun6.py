@@ -3809,7 +3809,7 @@ def test_the_proxy_leaves_addresses_and_networks_of_this_machine_to_the_kernel(m
     prefix = subnet(3)
     lines = [(prefix[1], 128, "lo"), (prefix[0x10_0000_0001], 112, "eth0"), (POOL[5], POOL.prefixlen, "eth1"), (ROUTER, 64, "eth1")]
     text = "".join(f"{address.packed.hex()} 02 {length:02x} 00 80 {name:>8}\n" for address, length, name in lines)
-    monkeypatch.setattr(Path, "read_text", lambda _: text)
+    monkeypatch.setattr(tun6, "read_text", lambda _: text)
     assert tun6.parse_addresses(text) == [(name, address, length) for address, length, name in lines]
     proxy = neighbour_proxy()
     for each in (prefix, subnet(0)):
@@ -4086,6 +4086,33 @@ def test_an_interface_whose_default_route_is_by_router_advertisements_is_known()
     assert tun6.has_ra_route(f"{line % '00450003'}\n", "eth0")
     assert not tun6.has_ra_route(f"{line % '00450003'}\n", "eth1")
     assert not tun6.has_ra_route(f"{line % '00000003'}\n\n", "eth0")
+
+
+@pytest.fixture
+def router() -> Any:
+    """The router of a LAN that is not there."""
+    return tun6.LanRouter(tun6.Kernel(), "lan-of-nobody", "tun6", 1500, (), "auto", 10)
+
+
+def test_a_flood_of_router_advertisements_leaves_the_others_their_turn(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Flood(mock.MagicMock):
+        count = 0
+
+        def recvfrom(self, _: int) -> tuple[bytes, tuple[str, int]]:
+            Flood.count += 1
+            assert Flood.count < 1000, "nobody else had a turn"
+            lifetime = 1800 if Flood.count > 3 else 0  # that of one who is no router
+            return struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, lifetime, 0, 0), ("fe80::bad%lan-of-nobody", 0)
+
+        def __enter__(self) -> Flood:
+            return self
+
+    monkeypatch.setattr(tun6, "open_icmpv6", lambda _: Flood())
+    listener = spawn(router._listen)
+    gevent.sleep(0)
+    assert Flood.count == 1
+    results([listener])  # it has heard enough
+    assert (Flood.count, router._other_router) == (4, "fe80::bad")
 
 
 # ---- client ----------------------------------------------------------------------------------------------------------

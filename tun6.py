@@ -1529,6 +1529,7 @@ MANAGERS = {  # that may change devices which are not theirs, by a path that is 
     "/run/systemd/netif/links": "systemd-networkd, see contrib/networkd-tun6.conf",
     "/run/NetworkManager": "NetworkManager, see contrib/NetworkManager-tun6.conf",
 }
+IF_INET6 = Path("/proc/net/if_inet6")  # the machine's IPv6 addresses
 SETTLE_S = 0.02  # from the first message about a change of a device until all of the change has happened
 
 
@@ -1889,6 +1890,14 @@ def parse_removals(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
             yield int.from_bytes(index, sys.byteorder), ROUTE_REMOVED, b""
 
 
+def read_text(path: Path) -> str:
+    """Returns the text of a file of the kernel, "" when there is none."""
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
 def interface_addresses(interface: str, family: int) -> list[str]:
     """Returns the addresses of an interface; none when the interface has just been removed."""
     try:
@@ -1897,13 +1906,15 @@ def interface_addresses(interface: str, family: int) -> list[str]:
         return []
 
 
+def parse_addresses(if_inet6: str) -> list[tuple[str, IPv6Address, int]]:
+    """Returns interface, address and prefix length of each line of /proc/net/if_inet6."""
+    lines = [line.split() for line in if_inet6.splitlines()]
+    return [(line[5], IPv6Address(bytes.fromhex(line[0])), int(line[2], 16)) for line in lines]
+
+
 def machine_addresses() -> list[tuple[str, IPv6Address]]:
     """Returns all IPv6 addresses of this machine, each with its interface. At once, also beside a thousand TUNs."""
-    try:
-        fields = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-    except OSError:  # there is no IPv6
-        return []
-    return [(interface, IPv6Address(int(address, 16))) for address, *_, interface in fields]
+    return [(interface, address) for interface, address, _ in parse_addresses(read_text(IF_INET6))]
 
 
 def default_interface(family: int = netifaces.AF_INET) -> str | None:
@@ -1942,14 +1953,6 @@ def default_id() -> str:
                 interface,
             )
     return addresses[0]
-
-
-def read_text(path: Path) -> str:
-    """Returns the text of a file of the kernel, "" when there is none."""
-    try:
-        return path.read_text("utf-8", "replace").strip()
-    except OSError:
-        return ""
 
 
 def read_sysctl(name: str) -> str:
@@ -3338,12 +3341,6 @@ def encode_advertisement(solicitation: Solicitation, source: IPv6Address, mac: b
     return packet[:42] + (0xFFFF - _sum(packet)).to_bytes(2, "big") + packet[44:]
 
 
-def parse_addresses(if_inet6: str) -> list[tuple[str, IPv6Address, int]]:
-    """Returns interface, address and prefix length of each line of /proc/net/if_inet6."""
-    lines = [line.split() for line in if_inet6.splitlines()]
-    return [(line[5], IPv6Address(bytes.fromhex(line[0])), int(line[2], 16)) for line in lines]
-
-
 class NeighbourProxy:
     """Answers neighbour solicitations on an interface for all addresses of the prefixes that were added.
 
@@ -3436,7 +3433,7 @@ class NeighbourProxy:
             return False
         if time.monotonic() - self._looked >= OWN_ADDRESSES_S:
             self._looked = time.monotonic()
-            addresses = parse_addresses(Path("/proc/net/if_inet6").read_text())
+            addresses = parse_addresses(read_text(IF_INET6))
             self._own = {address for _, address, _ in addresses}
             self._on_link = [IPv6Network((address, length), False) for _, address, length in addresses if 64 <= length < 128]
             of_interface = [address for name, address, _ in addresses if name == self._interface]
@@ -4266,6 +4263,7 @@ RUNTIME_FOLDER = Path(
 IPV6_CONF = Path("/proc/sys/net/ipv6/conf")
 LAN_CHECK_S = 1.0  # between two looks at the interface, its address, radvd and forwarding
 LISTEN_S = 3.0  # for other routers on the LAN, before the first announcement
+LISTEN_PAUSE_S = 0.01  # behind each router advertisement, of which anybody there may send a flood
 LAN_GRACE_S = 10.0  # without a tunnel until the announcement is withdrawn, where `grace` is off
 PROVE_HOPS, PROVE_AGAIN_S, PROVE_S = 8, 1.0, 10.0  # how far the Internet is probed; between two rounds; before silence is accepted
 RADVD_START_S = 0.3  # from its start until SIGHUP does not end it any more
@@ -4625,7 +4623,7 @@ class LanRouter:
 
     def _keep_address(self, prefix: IPv6Network) -> None:
         before = self._changes.prefix
-        if not self._index or (before == prefix and (str(prefix[1]) in self._own_addresses() or not self._repairs.take())):
+        if not self._index or (before == prefix and (self._has_address(prefix[1]) or not self._repairs.take())):
             return
         self._changes.prefix = prefix
         self._changes.save()
@@ -4666,26 +4664,25 @@ class LanRouter:
         )
 
     def _listen(self) -> None:
-        """Notes another router on the LAN, which it asks to speak, until it is killed."""
+        """Notes the first other router on the LAN, which it asks to speak."""
         with suppress(OSError), open_icmpv6(ROUTER_ADVERTISEMENT) as sock:  # the interface has gone
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._interface.encode())
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
             with suppress(OSError):  # it has no address yet
                 sock.sendto(struct.pack(">BBHI", ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
-            while True:
+            while not self._other_router:
                 message, (sender, *_) = sock.recvfrom(64)
-                router = sender.partition("%")[0]
-                lifetime = int.from_bytes(message[6:8], "big")
-                if not lifetime or self._other_router or not IPv6Address(router).is_link_local or router in self._own_addresses():
-                    continue
-                self._other_router = router
-                advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
-                name = self._interface
-                log.warning("LAN %s: %s is an IPv6 router there already%s", name, router, advice if self._preference == "auto" else "")
-                self._changed.set()
+                router = IPv6Address(sender.partition("%")[0])
+                if any(message[6:8]) and router.is_link_local and not self._has_address(router):  # with a lifetime
+                    self._other_router = str(router)
+                gevent.sleep(LISTEN_PAUSE_S)
+            advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
+            text = advice if self._preference == "auto" else ""
+            log.warning("LAN %s: %s is an IPv6 router there already%s", self._interface, self._other_router, text)
+            self._changed.set()
 
-    def _own_addresses(self) -> list[str]:
-        return [address.partition("%")[0] for address in interface_addresses(self._interface, netifaces.AF_INET6)]
+    def _has_address(self, address: IPv6Address) -> bool:
+        return (self._interface, address) in machine_addresses()
 
     def _prove(self, device: str, source: IPv6Address) -> None:
         """Notes when the Internet has answered through the tunnel."""
