@@ -8328,13 +8328,14 @@ def test_a_killed_client_leaves_no_route_on_the_lan_and_the_next_one_clears_the_
         else ["which = tun6.shutil.which", "tun6.shutil.which = lambda name, **more: name != 'setpriv' and which(name, **more)"]
     )
     with tun6_with(tmp_path, LISTEN_SHORTLY, *lines):
-        client = tunnel.client(lan="eth1")
+        client = tunnel.client(lan="eth1", firewall="yes" if setpriv else "no")
         wait_until("the host has a route", lan.routed)
         client.kill()
         if setpriv:
             wait_until("radvd ends, and the route with it", lambda: not radvds(lab) and not lan.routed(), 3)
         assert state_of(lab, "client") != before
-        again = tunnel.client()  # without `lan`, too
+        (lan_folder(lab) / "changes.json.new").touch()  # as when it is killed while it writes
+        again = tunnel.client(tun="tun6" if setpriv else "other")  # without `lan`, too
         again.said("removing what a killed tun6 has left for its LAN eth1", 1)
         wait_until("the host has no route", lambda: not lan.routed())
         again.prefix()
@@ -8481,6 +8482,30 @@ def test_what_others_do_to_the_lan_is_mended(
     finally:
         with suppress(tun6.KernelError):
             lab.ip("client", "link del usb0")
+
+
+def test_two_clients_of_one_machine_have_a_lan_each_and_forwarding_ends_with_the_last(
+    lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
+) -> None:
+    lab.ip("client", f"link add usb0 type veth peer name eth9 netns {lab._names['lan']}")
+    try:
+        lab.ip("client", "link set usb0 up")
+        lab.ip("lan", "link set eth9 up")
+        wait_until("the link is up", lambda: "tentative" not in lab.ip("client", "-6 addr"))
+        before = state_of(lab, "client")
+        with tun6_with(tmp_path, LISTEN_SHORTLY):
+            first = tunnel.client(lan="eth1", id="a")
+            first.wait_for("LAN eth1: announces")
+            second = tunnel.client(lan="usb0", id="b", tun="b")
+            second.wait_for("LAN usb0: announces")
+            refused = tunnel.failure_at_start("client", 1, lan="eth1", tun="c")
+            assert f"lan = eth1: another tun6 client is that LAN's router, process {first.process.pid}" in refused
+        first.stop()
+        second.wait_for("somebody turned IPv6 forwarding off, .*; it is on again")
+        second.stop()
+        as_before(lab, before)
+    finally:
+        lab.ip("client", "link del usb0")
 
 
 def test_hosts_are_told_only_when_the_internet_has_answered(lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:

@@ -4448,21 +4448,22 @@ class LanChanges:
         self.interface = ""
         self.prefix: IPv6Network | None = None  # whose ::1 the interface has from us
         self.sysctls: dict[str, str] = {}  # as they were
+        self.process = 0  # which has changed them
 
     def find(self) -> bool:
-        """Reads what a killed client has left. Returns whether there is anything."""
+        """Reads what a client has written. Returns whether that one still lives."""
         with suppress(ConfigError, ValueError, KeyError, TypeError):
             left = dict(self._file.load())
             self.prefix = IPv6Network(left["prefix"]) if left["prefix"] else None
-            self.interface, self.sysctls = left["interface"], dict(left["sysctls"])
-        return bool(self.interface)
+            self.interface, self.sysctls, self.process = left["interface"], dict(left["sysctls"]), int(left["process"])
+        return self.process not in (0, os.getpid()) and Path(f"/proc/{self.process}").exists()  # the first as in Kernel.remove_stale
 
     def save(self) -> None:
         """Saves what is to be undone. Raises KernelError."""
         prefix = str(self.prefix) if self.prefix else ""
         try:
             self._folder.mkdir(0o755, parents=True, exist_ok=True)
-            self._file.save({"interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
+            self._file.save({"process": os.getpid(), "interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
         except (OSError, StorageError) as error:
             raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
 
@@ -4485,7 +4486,7 @@ class LanChanges:
         self.write(self.sysctls)
         self.interface, self.prefix, self.sysctls = "", None, {}
         with suppress(OSError):
-            for path in (*self._folder.glob("radvd.*"), self._folder / "changes.json"):
+            for path in (*self._folder.glob("radvd.*"), *self._folder.glob("changes.*")):
                 path.unlink(missing_ok=True)
             self._folder.rmdir()
 
@@ -4526,22 +4527,21 @@ class LanRouter:
         return {"interface": self._interface, "missing": self._missing or None, "announces": announces, "other_router": self._other_router}
 
     def begin(self) -> None:
-        """Clears what a killed client has left, and turns forwarding on. Raises KernelError.
+        """Clears what killed clients have left, and turns forwarding on. Raises KernelError.
 
         The TUN is there: no other client lives that has one of this name, and so this folder.
         """
-        if self._changes.find():
-            log.info("removing what a killed tun6 has left for its LAN %s", self._changes.interface)
-            end_stale_radvd(self._folder)
-            self._changes.undo()
+        for folder in RUNTIME_FOLDER.glob(f"*-{self._folder.name.rpartition('-')[2]}"):
+            left = LanChanges(self._kernel, folder)
+            if not left.find() or folder == self._folder:
+                log.info("removing what a killed tun6 has left for its LAN %s", left.interface or folder)
+                end_stale_radvd(folder)
+                left.undo()
+            elif left.interface == self._interface:  # each would take the hosts' route away when the other one has a tunnel
+                raise KernelError(f"[client] lan = {self._interface}: another tun6 client is that LAN's router, process {left.process}")
         if self._interface:
-            paths = [path for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")]
-            conf = {f"{path.parent.name}/{path.name}": read_text(path) for path in paths}
-            uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
-            forward, self._changes.sysctls = forwarding_plan(conf, self._interface, uplink)
             self._changes.interface = self._interface
-            self._changes.save()
-            self._changes.write(forward)
+            self._turn_forwarding_on()
             if read_text(IPV6_CONF / "all/forwarding") != "1":
                 raise KernelError("IPv6 forwarding can't be turned on, which `lan` needs; make /proc/sys writable in this container")
             self._work("run", self._run)
@@ -4616,10 +4616,20 @@ class LanRouter:
             self._work("listen", self._listen)
         self._index = index
 
+    def _turn_forwarding_on(self) -> None:
+        """Remembers the sysctls that this changes, unless they have been changed already. Raises KernelError."""
+        paths = [path for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")]
+        conf = {f"{path.parent.name}/{path.name}": read_text(path) for path in paths}
+        uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
+        forward, before = forwarding_plan(conf, self._interface, uplink)
+        self._changes.sysctls = {**before, **self._changes.sysctls}
+        self._changes.save()
+        self._changes.write(forward)
+
     def _keep_forwarding(self) -> None:
         if read_text(IPV6_CONF / "all/forwarding") == "0" and self._repairs.take():
             log.warning("LAN %s: somebody turned IPv6 forwarding off, which `lan` needs; it is on again", self._interface)
-            self._changes.write({"all/forwarding": "1"})
+            self._turn_forwarding_on()
 
     def _keep_address(self, prefix: IPv6Network) -> None:
         before = self._changes.prefix
