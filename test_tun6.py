@@ -4115,6 +4115,16 @@ def test_a_flood_of_router_advertisements_leaves_the_others_their_turn(router: A
     assert (Flood.count, router._other_router) == (4, "fe80::bad")
 
 
+def test_a_server_that_changes_the_prefix_all_the_time_does_not_make_the_announcement_long(
+    router: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "_prove", lambda *_: None)
+    for number in range(1, 50):
+        router._announced = True
+        router.tunnel_up("tun6", subnet(number))
+    assert list(router._old) == [subnet(number) for number in range(49 - tun6.OLD_PREFIXES_MAX, 49)]
+
+
 # ---- client ----------------------------------------------------------------------------------------------------------
 
 

@@ -4269,6 +4269,7 @@ PROVE_HOPS, PROVE_AGAIN_S, PROVE_S = 8, 1.0, 10.0  # how far the Internet is pro
 RADVD_START_S = 0.3  # from its start until SIGHUP does not end it any more
 RADVD_END_S = 1.5  # for radvd, which says goodbye to the LAN at its end and takes 10 ms
 ROUTER_LIFETIME_S, PREFERRED_S, VALID_S = 1800, 2700, 5400  # RFC 4861 section 6.2.1; RFC 9096 section 3.4 for those of a prefix
+OLD_PREFIXES_MAX = 8  # earlier prefixes that are announced as such: all options are to fit one packet
 OLD_STEP_S = 600  # in which the lifetime of an earlier prefix falls; radvd's DecrementLifetimes leaves out what is not preferred
 RDNSS_LIFETIME_S = 1200  # RFC 8106 section 5.1: twice MaxRtrAdvInterval, which is 600 s in radvd
 
@@ -4553,6 +4554,7 @@ class LanRouter:
         if self._prefix and self._prefix != prefix and self._announced:
             self._old[self._prefix] = time.monotonic() + VALID_S
         self._old.pop(prefix, None)
+        self._old = dict(list(self._old.items())[-OLD_PREFIXES_MAX:])
         self._prefix, self._up, self._proven = prefix, True, self._announced
         self._work("prove", self._prove, device, prefix[1])
         self._changed.set()
