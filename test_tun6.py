@@ -4125,6 +4125,17 @@ def test_a_server_that_changes_the_prefix_all_the_time_does_not_make_the_announc
     assert list(router._old) == [subnet(number) for number in range(49 - tun6.OLD_PREFIXES_MAX, 49)]
 
 
+def test_what_keeps_the_lan_from_being_as_it_should_is_said_once(
+    router: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, denied = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(router, "_look_at_interface", mock.Mock(side_effect=[full] * 5 + [denied, None, denied, gevent.GreenletExit]))
+    monkeypatch.setattr(router, "_keep_forwarding", lambda: None)
+    monkeypatch.setattr(tun6, "LAN_CHECK_S", 0.001)
+    spawn(router._run).join(5)
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [full.strerror, denied.strerror, denied.strerror]
+
+
 # ---- client ----------------------------------------------------------------------------------------------------------
 
 

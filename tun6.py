@@ -4583,6 +4583,7 @@ class LanRouter:
 
     def _run(self) -> NoReturn:
         """Makes the LAN what it is to be, at each change and once a second, until it is killed."""
+        failed = ""  # why that could not be, which the log has said
         while True:
             try:
                 self._look_at_interface()
@@ -4591,9 +4592,12 @@ class LanRouter:
                     self._keep_address(self._prefix)
                     self._decide(self._prefix)
                     self._tell(self._prefix)
+                failure = ""
             except (Tun6Error, OSError) as error:
-                log.warning("LAN %s: %s", self._interface, describe_end(error))
-            now = time.monotonic()
+                failure = describe_end(error)
+                if failure != failed:
+                    log.warning("LAN %s: %s", self._interface, failure)
+            failed, now = failure, time.monotonic()
             self._changed.wait(min([LAN_CHECK_S, *(at - now for at in (self._quiet_at, self._lost + self._grace_s) if at > now)]))
             self._changed.clear()
 
