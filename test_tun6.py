@@ -3812,7 +3812,7 @@ def test_the_proxy_leaves_addresses_and_networks_of_this_machine_to_the_kernel(m
     prefix = subnet(3)
     lines = [(prefix[1], 128, "lo"), (prefix[0x10_0000_0001], 112, "eth0"), (POOL[5], POOL.prefixlen, "eth1"), (ROUTER, 64, "eth1")]
     text = "".join(f"{address.packed.hex()} 02 {length:02x} 00 80 {name:>8}\n" for address, length, name in lines)
-    monkeypatch.setattr(Path, "read_text", lambda _: text)
+    monkeypatch.setattr(tun6, "read_text", lambda _: text)
     assert tun6.parse_addresses(text) == [(name, address, length) for address, length, name in lines]
     proxy = neighbour_proxy()
     for each in (prefix, subnet(0)):
@@ -4089,6 +4089,54 @@ def test_an_interface_whose_default_route_is_by_router_advertisements_is_known()
     assert tun6.has_ra_route(f"{line % '00450003'}\n", "eth0")
     assert not tun6.has_ra_route(f"{line % '00450003'}\n", "eth1")
     assert not tun6.has_ra_route(f"{line % '00000003'}\n\n", "eth0")
+
+
+@pytest.fixture
+def router() -> Any:
+    """The router of a LAN that is not there."""
+    return tun6.LanRouter(tun6.Kernel(), "lan-of-nobody", "tun6", 1500, (), "auto", 10)
+
+
+def test_a_flood_of_router_advertisements_leaves_the_others_their_turn(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Flood(mock.MagicMock):
+        count = 0
+
+        def recvfrom(self, _: int) -> tuple[bytes, tuple[str, int]]:
+            Flood.count += 1
+            assert Flood.count < 1000, "nobody else had a turn"
+            lifetime = 1800 if Flood.count > 3 else 0  # that of one who is no router
+            return struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, lifetime, 0, 0), ("fe80::bad%lan-of-nobody", 0)
+
+        def __enter__(self) -> Flood:
+            return self
+
+    monkeypatch.setattr(tun6, "open_icmpv6", lambda _: Flood())
+    listener = spawn(router._listen)
+    gevent.sleep(0)
+    assert Flood.count == 1
+    results([listener])  # it has heard enough
+    assert (Flood.count, router._other_router) == (4, "fe80::bad")
+
+
+def test_a_server_that_changes_the_prefix_all_the_time_does_not_make_the_announcement_long(
+    router: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "_prove", lambda *_: None)
+    for number in range(1, 50):
+        router._announced = True
+        router.tunnel_up("tun6", subnet(number))
+    assert list(router._old) == [subnet(number) for number in range(49 - tun6.OLD_PREFIXES_MAX, 49)]
+
+
+def test_what_keeps_the_lan_from_being_as_it_should_is_said_once(
+    router: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, denied = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(router, "_look_at_interface", mock.Mock(side_effect=[full] * 5 + [denied, None, denied, gevent.GreenletExit]))
+    monkeypatch.setattr(router, "_keep_forwarding", lambda: None)
+    monkeypatch.setattr(tun6, "LAN_CHECK_S", 0.001)
+    spawn(router._run).join(5)
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [full.strerror, denied.strerror, denied.strerror]
 
 
 # ---- client ----------------------------------------------------------------------------------------------------------
@@ -8419,13 +8467,14 @@ def test_a_killed_client_leaves_no_route_on_the_lan_and_the_next_one_clears_the_
         else ["which = tun6.shutil.which", "tun6.shutil.which = lambda name, **more: name != 'setpriv' and which(name, **more)"]
     )
     with tun6_with(tmp_path, LISTEN_SHORTLY, *lines):
-        client = tunnel.client(lan="eth1")
+        client = tunnel.client(lan="eth1", firewall="yes" if setpriv else "no")
         wait_until("the host has a route", lan.routed)
         client.kill()
         if setpriv:
             wait_until("radvd ends, and the route with it", lambda: not radvds(lab) and not lan.routed(), 3)
         assert state_of(lab, "client") != before
-        again = tunnel.client()  # without `lan`, too
+        (lan_folder(lab) / "changes.json.new").touch()  # as when it is killed while it writes
+        again = tunnel.client(tun="tun6" if setpriv else "other")  # without `lan`, too
         again.said("removing what a killed tun6 has left for its LAN eth1", 1)
         wait_until("the host has no route", lambda: not lan.routed())
         again.prefix()
@@ -8572,6 +8621,30 @@ def test_what_others_do_to_the_lan_is_mended(
     finally:
         with suppress(tun6.KernelError):
             lab.ip("client", "link del usb0")
+
+
+def test_two_clients_of_one_machine_have_a_lan_each_and_forwarding_ends_with_the_last(
+    lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
+) -> None:
+    lab.ip("client", f"link add usb0 type veth peer name eth9 netns {lab._names['lan']}")
+    try:
+        lab.ip("client", "link set usb0 up")
+        lab.ip("lan", "link set eth9 up")
+        wait_until("the link is up", lambda: "tentative" not in lab.ip("client", "-6 addr"))
+        before = state_of(lab, "client")
+        with tun6_with(tmp_path, LISTEN_SHORTLY):
+            first = tunnel.client(lan="eth1", id="a")
+            first.wait_for("LAN eth1: announces")
+            second = tunnel.client(lan="usb0", id="b", tun="b")
+            second.wait_for("LAN usb0: announces")
+            refused = tunnel.failure_at_start("client", 1, lan="eth1", tun="c")
+            assert f"lan = eth1: another tun6 client is that LAN's router, process {first.process.pid}" in refused
+        first.stop()
+        second.wait_for("somebody turned IPv6 forwarding off, .*; it is on again")
+        second.stop()
+        as_before(lab, before)
+    finally:
+        lab.ip("client", "link del usb0")
 
 
 def test_hosts_are_told_only_when_the_internet_has_answered(lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:

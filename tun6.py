@@ -649,10 +649,6 @@ class PrefixPool:
         """Returns all Ids that own a /64."""
         return list(self._index_of)
 
-    def is_exhausted(self) -> bool:
-        """Returns whether each /64 has an owner or is reserved."""
-        return len(self._owner_of) >= self.size
-
     def find(self, id_: str) -> IPv6Network | None:
         """Returns the /64 that the Id owns, or None."""
         index = self._index_of.get(id_)
@@ -1549,6 +1545,7 @@ MANAGERS = {  # that may change devices which are not theirs, by a path that is 
     "/run/systemd/netif/links": "systemd-networkd, see contrib/networkd-tun6.conf",
     "/run/NetworkManager": "NetworkManager, see contrib/NetworkManager-tun6.conf",
 }
+IF_INET6 = Path("/proc/net/if_inet6")  # the machine's IPv6 addresses
 SETTLE_S = 0.02  # from the first message about a change of a device until all of the change has happened
 
 
@@ -1919,6 +1916,14 @@ def parse_removals(messages: bytes) -> Iterator[tuple[int, str, bytes]]:
             yield int.from_bytes(index, sys.byteorder), ROUTE_REMOVED, b""
 
 
+def read_text(path: Path) -> str:
+    """Returns the text of a file of the kernel, "" when there is none."""
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
 def interface_addresses(interface: str, family: int) -> list[str]:
     """Returns the addresses of an interface; none when the interface has just been removed."""
     try:
@@ -1927,13 +1932,15 @@ def interface_addresses(interface: str, family: int) -> list[str]:
         return []
 
 
+def parse_addresses(if_inet6: str) -> list[tuple[str, IPv6Address, int]]:
+    """Returns interface, address and prefix length of each line of /proc/net/if_inet6."""
+    lines = [line.split() for line in if_inet6.splitlines()]
+    return [(line[5], IPv6Address(bytes.fromhex(line[0])), int(line[2], 16)) for line in lines]
+
+
 def machine_addresses() -> list[tuple[str, IPv6Address]]:
     """Returns all IPv6 addresses of this machine, each with its interface. At once, also beside a thousand TUNs."""
-    try:
-        fields = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-    except OSError:  # there is no IPv6
-        return []
-    return [(interface, IPv6Address(int(address, 16))) for address, *_, interface in fields]
+    return [(interface, address) for interface, address, _ in parse_addresses(read_text(IF_INET6))]
 
 
 def default_interface(family: int = netifaces.AF_INET) -> str | None:
@@ -1972,14 +1979,6 @@ def default_id() -> str:
                 interface,
             )
     return addresses[0]
-
-
-def read_text(path: Path) -> str:
-    """Returns the text of a file of the kernel, "" when there is none."""
-    try:
-        return path.read_text("utf-8", "replace").strip()
-    except OSError:
-        return ""
 
 
 def read_sysctl(name: str) -> str:
@@ -3394,12 +3393,6 @@ def encode_advertisement(solicitation: Solicitation, source: IPv6Address, mac: b
     return packet[:42] + (0xFFFF - _sum(packet)).to_bytes(2, "big") + packet[44:]
 
 
-def parse_addresses(if_inet6: str) -> list[tuple[str, IPv6Address, int]]:
-    """Returns interface, address and prefix length of each line of /proc/net/if_inet6."""
-    lines = [line.split() for line in if_inet6.splitlines()]
-    return [(line[5], IPv6Address(bytes.fromhex(line[0])), int(line[2], 16)) for line in lines]
-
-
 class NeighbourProxy:
     """Answers neighbour solicitations on an interface for all addresses of the prefixes that were added.
 
@@ -3479,7 +3472,7 @@ class NeighbourProxy:
             return False
         if time.monotonic() - self._looked >= OWN_ADDRESSES_S:
             self._looked = time.monotonic()
-            addresses = parse_addresses(Path("/proc/net/if_inet6").read_text())
+            addresses = parse_addresses(read_text(IF_INET6))
             self._own = {address for _, address, _ in addresses}
             self._on_link = [IPv6Network((address, length), False) for _, address, length in addresses if 64 <= length < 128]
             of_interface = [address for name, address, _ in addresses if name == self._interface]
@@ -4030,7 +4023,7 @@ class Server:
         prefix = self.store.find(hello.id)
         if len(self.sessions) >= self._config.max_clients and hello.id not in self.sessions:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        if prefix is None and self.store.pool.is_exhausted():
+        if prefix is None and not self.store.pool.free:
             raise Refusal("pool-exhausted", f"no free /64 in {self._config.prefixrange}")
         log.info("%s from %s: asks whether it would be served", quote_id(hello.id), peer)
         stream.send(encode_message({"Dry": True, **({"Prefix": str(prefix)} if prefix else {})}))
@@ -4333,11 +4326,13 @@ RUNTIME_FOLDER = Path(
 IPV6_CONF = Path("/proc/sys/net/ipv6/conf")
 LAN_CHECK_S = 1.0  # between two looks at the interface, its address, radvd and forwarding
 LISTEN_S = 3.0  # for other routers on the LAN, before the first announcement
+LISTEN_PAUSE_S = 0.01  # behind each router advertisement, of which anybody there may send a flood
 LAN_GRACE_S = 10.0  # without a tunnel until the announcement is withdrawn, where `grace` is off
 PROVE_HOPS, PROVE_AGAIN_S, PROVE_S = 8, 1.0, 10.0  # how far the Internet is probed; between two rounds; before silence is accepted
 RADVD_START_S = 0.3  # from its start until SIGHUP does not end it any more
 RADVD_END_S = 1.5  # for radvd, which says goodbye to the LAN at its end and takes 10 ms
 ROUTER_LIFETIME_S, PREFERRED_S, VALID_S = 1800, 2700, 5400  # RFC 4861 section 6.2.1; RFC 9096 section 3.4 for those of a prefix
+OLD_PREFIXES_MAX = 8  # earlier prefixes that are announced as such: all options are to fit one packet
 OLD_STEP_S = 600  # in which the lifetime of an earlier prefix falls; radvd's DecrementLifetimes leaves out what is not preferred
 RDNSS_LIFETIME_S = 1200  # RFC 8106 section 5.1: twice MaxRtrAdvInterval, which is 600 s in radvd
 
@@ -4447,10 +4442,10 @@ def find_other_routers(interface: str) -> Iterator[str]:
             sock.sendto(struct.pack(">BBHI", ROUTER_SOLICITATION, 0, 0, 0), ("ff02::2", 0))
         while True:
             message, (sender, *_) = sock.recvfrom(64)
-            router = sender.partition("%")[0]
-            own = [address.partition("%")[0] for address in interface_addresses(interface, netifaces.AF_INET6)]
-            if int.from_bytes(message[6:8], "big") and IPv6Address(router).is_link_local and router not in own:  # its lifetime
-                yield router
+            router = IPv6Address(sender.partition("%")[0])
+            if any(message[6:8]) and router.is_link_local and (interface, router) not in machine_addresses():  # with a lifetime
+                yield str(router)
+            gevent.sleep(LISTEN_PAUSE_S)
 
 
 def wait_for_radvd(ended: Callable[[], bool]) -> None:
@@ -4542,21 +4537,22 @@ class LanChanges:
         self.interface = ""
         self.prefix: IPv6Network | None = None  # whose ::1 the interface has from us
         self.sysctls: dict[str, str] = {}  # as they were
+        self.process = 0  # which has changed them
 
     def find(self) -> bool:
-        """Reads what a killed client has left. Returns whether there is anything."""
+        """Reads what a client has written. Returns whether that one still lives."""
         with suppress(ConfigError, ValueError, KeyError, TypeError):
             left = dict(self._file.load())
             self.prefix = IPv6Network(left["prefix"]) if left["prefix"] else None
-            self.interface, self.sysctls = left["interface"], dict(left["sysctls"])
-        return bool(self.interface)
+            self.interface, self.sysctls, self.process = left["interface"], dict(left["sysctls"]), int(left["process"])
+        return self.process not in (0, os.getpid()) and Path(f"/proc/{self.process}").exists()  # the first as in Kernel.remove_stale
 
     def save(self) -> None:
         """Saves what is to be undone. Raises KernelError."""
         prefix = str(self.prefix) if self.prefix else ""
         try:
             self._folder.mkdir(0o755, parents=True, exist_ok=True)
-            self._file.save({"interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
+            self._file.save({"process": os.getpid(), "interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
         except (OSError, StorageError) as error:
             raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
 
@@ -4579,7 +4575,7 @@ class LanChanges:
         self.write(self.sysctls)
         self.interface, self.prefix, self.sysctls = "", None, {}
         with suppress(OSError):
-            for path in (*self._folder.glob("radvd.*"), self._folder / "changes.json"):
+            for path in (*self._folder.glob("radvd.*"), *self._folder.glob("changes.*")):
                 path.unlink(missing_ok=True)
             self._folder.rmdir()
 
@@ -4620,22 +4616,21 @@ class LanRouter:
         return {"interface": self._interface, "missing": self._missing or None, "announces": announces, "other_router": self._other_router}
 
     def begin(self) -> None:
-        """Clears what a killed client has left, and turns forwarding on. Raises KernelError.
+        """Clears what killed clients have left, and turns forwarding on. Raises KernelError.
 
         The TUN is there: no other client lives that has one of this name, and so this folder.
         """
-        if self._changes.find():
-            log.info("removing what a killed tun6 has left for its LAN %s", self._changes.interface)
-            end_stale_radvd(self._folder)
-            self._changes.undo()
+        for folder in RUNTIME_FOLDER.glob(f"*-{self._folder.name.rpartition('-')[2]}"):
+            left = LanChanges(self._kernel, folder)
+            if not left.find() or folder == self._folder:
+                log.info("removing what a killed tun6 has left for its LAN %s", left.interface or folder)
+                end_stale_radvd(folder)
+                left.undo()
+            elif left.interface == self._interface:  # each would take the hosts' route away when the other one has a tunnel
+                raise KernelError(f"[client] lan = {self._interface}: another tun6 client is that LAN's router, process {left.process}")
         if self._interface:
-            paths = [path for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")]
-            conf = {f"{path.parent.name}/{path.name}": read_text(path) for path in paths}
-            uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
-            forward, self._changes.sysctls = forwarding_plan(conf, self._interface, uplink)
             self._changes.interface = self._interface
-            self._changes.save()
-            self._changes.write(forward)
+            self._turn_forwarding_on()
             if read_text(IPV6_CONF / "all/forwarding") != "1":
                 raise KernelError("IPv6 forwarding can't be turned on, which `lan` needs; make /proc/sys writable in this container")
             self._work("run", self._run)
@@ -4647,6 +4642,7 @@ class LanRouter:
         if self._prefix and self._prefix != prefix and self._announced:
             self._old[self._prefix] = time.monotonic() + VALID_S
         self._old.pop(prefix, None)
+        self._old = dict(list(self._old.items())[-OLD_PREFIXES_MAX:])
         self._prefix, self._up, self._proven = prefix, True, self._announced
         self._work("prove", self._prove, device, prefix[1])
         self._changed.set()
@@ -4675,6 +4671,7 @@ class LanRouter:
 
     def _run(self) -> NoReturn:
         """Makes the LAN what it is to be, at each change and once a second, until it is killed."""
+        failed = ""  # why that could not be, which the log has said
         while True:
             try:
                 self._look_at_interface()
@@ -4683,9 +4680,12 @@ class LanRouter:
                     self._keep_address(self._prefix)
                     self._decide(self._prefix)
                     self._tell(self._prefix)
+                failure = ""
             except (Tun6Error, OSError) as error:
-                log.warning("LAN %s: %s", self._interface, describe_end(error))
-            now = time.monotonic()
+                failure = describe_end(error)
+                if failure != failed:
+                    log.warning("LAN %s: %s", self._interface, failure)
+            failed, now = failure, time.monotonic()
             self._changed.wait(min([LAN_CHECK_S, *(at - now for at in (self._quiet_at, self._lost + self._grace_s) if at > now)]))
             self._changed.clear()
 
@@ -4710,14 +4710,24 @@ class LanRouter:
             self._work("listen", self._listen)
         self._index = index
 
+    def _turn_forwarding_on(self) -> None:
+        """Remembers the sysctls that this changes, unless they have been changed already. Raises KernelError."""
+        paths = [path for key in ("forwarding", "accept_ra") for path in IPV6_CONF.glob(f"*/{key}")]
+        conf = {f"{path.parent.name}/{path.name}": read_text(path) for path in paths}
+        uplink = has_ra_route(read_text(Path("/proc/net/ipv6_route")), self._interface)
+        forward, before = forwarding_plan(conf, self._interface, uplink)
+        self._changes.sysctls = {**before, **self._changes.sysctls}
+        self._changes.save()
+        self._changes.write(forward)
+
     def _keep_forwarding(self) -> None:
         if read_text(IPV6_CONF / "all/forwarding") == "0" and self._repairs.take():
             log.warning("LAN %s: somebody turned IPv6 forwarding off, which `lan` needs; it is on again", self._interface)
-            self._changes.write({"all/forwarding": "1"})
+            self._turn_forwarding_on()
 
     def _keep_address(self, prefix: IPv6Network) -> None:
         before = self._changes.prefix
-        if not self._index or (before == prefix and (str(prefix[1]) in self._own_addresses() or not self._repairs.take())):
+        if not self._index or (before == prefix and (self._has_address(prefix[1]) or not self._repairs.take())):
             return
         self._changes.prefix = prefix
         self._changes.save()
@@ -4758,19 +4768,16 @@ class LanRouter:
         )
 
     def _listen(self) -> None:
-        """Notes another router on the LAN, which it asks to speak, until it is killed."""
+        """Notes the first other router on the LAN, which it asks to speak."""
         with suppress(OSError):  # the interface has gone
-            for router in find_other_routers(self._interface):
-                if self._other_router:
-                    continue
-                self._other_router = router
-                advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
-                name = self._interface
-                log.warning("LAN %s: %s is an IPv6 router there already%s", name, router, advice if self._preference == "auto" else "")
-                self._changed.set()
+            self._other_router = next(find_other_routers(self._interface))
+            advice = ", so its hosts are told to prefer that one; `lan_preference` in config.ini changes this"
+            text = advice if self._preference == "auto" else ""
+            log.warning("LAN %s: %s is an IPv6 router there already%s", self._interface, self._other_router, text)
+            self._changed.set()
 
-    def _own_addresses(self) -> list[str]:
-        return [address.partition("%")[0] for address in interface_addresses(self._interface, netifaces.AF_INET6)]
+    def _has_address(self, address: IPv6Address) -> bool:
+        return (self._interface, address) in machine_addresses()
 
     def _prove(self, device: str, source: IPv6Address) -> None:
         """Notes when the Internet has answered through the tunnel."""
@@ -6549,7 +6556,7 @@ class ServerDoctor(Doctor):
         """The file and its backup, without its lock."""
         store = AssignmentStore(PrefixPool(self._pool), self._config.assignments, lock=False)
         owners, backup = len(store.pool.owners()), store.backup
-        if store.pool.is_exhausted():
+        if not store.pool.free:
             log.error("all %d /64s of %s have an owner: new Ids are refused; make the range larger", store.pool.size, self._pool)
         if owners and backup and not backup.exists():
             log.warning("there is no %s, which the server makes at the next new Id; keep a copy on another machine, too", backup)
