@@ -8428,6 +8428,7 @@ def as_before(lab: Lab, before: dict[str, Any]) -> None:
     assert not lan_folder(lab).exists()
 
 
+@pytest.mark.waits
 def test_a_lan_has_ipv6_by_one_line_and_afterwards_all_is_as_before(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None
 ) -> None:
@@ -8456,6 +8457,7 @@ def test_a_lan_has_ipv6_by_one_line_and_afterwards_all_is_as_before(
     as_before(lab, before)
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("setpriv", [True, False])
 def test_a_killed_client_leaves_no_route_on_the_lan_and_the_next_one_clears_the_rest(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path, setpriv: bool
@@ -8482,6 +8484,7 @@ def test_a_killed_client_leaves_no_route_on_the_lan_and_the_next_one_clears_the_
         as_before(lab, before)
 
 
+@pytest.mark.waits
 def test_hosts_lose_the_route_after_ten_seconds_and_notice_nothing_of_a_restart(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
 ) -> None:
@@ -8510,6 +8513,7 @@ def test_hosts_lose_the_route_after_ten_seconds_and_notice_nothing_of_a_restart(
     print(f"FIGURE server's return to the route: {time.monotonic() - began:.2f} s")
 
 
+@pytest.mark.waits
 def test_a_revoked_client_tells_its_lan_at_once(lab: Lab, lan: Lan, site: Site, beyond: None, tmp_path: Path) -> None:
     key = site.issue("router")
     site.serve()
@@ -8521,6 +8525,7 @@ def test_a_revoked_client_tells_its_lan_at_once(lab: Lab, lan: Lan, site: Site, 
     lan.hears("the route goes", lambda each: not each.lifetime, 2)
 
 
+@pytest.mark.waits
 def test_a_new_prefix_is_announced_beside_the_end_of_the_old_one(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
 ) -> None:
@@ -8540,6 +8545,7 @@ def test_a_new_prefix_is_announced_beside_the_end_of_the_old_one(
     assert f"from {lan.address(new)}" in lab.run("lan", "ping", "-6", "-c", "1", "-W", "1", "-I", lan.address(new), Lab.INTERNET).stdout
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(("preference", "expected"), [("auto", "low"), ("high", "high")])
 def test_another_router_is_said_and_preferred(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, preference: str, expected: str
@@ -8557,6 +8563,7 @@ def test_another_router_is_said_and_preferred(
     assert not lab.ip("client", "-6 route show default proto ra")
 
 
+@pytest.mark.waits
 def test_the_lan_may_be_the_network_that_the_machine_has_ipv4_and_native_ipv6_from(
     lab: Lab, no_forwarding: None, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
 ) -> None:
@@ -8583,6 +8590,7 @@ def test_the_lan_may_be_the_network_that_the_machine_has_ipv4_and_native_ipv6_fr
         as_before(lab, before)
 
 
+@pytest.mark.waits
 def test_what_others_do_to_the_lan_is_mended(
     lab: Lab, no_forwarding: None, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
 ) -> None:
@@ -8623,6 +8631,7 @@ def test_what_others_do_to_the_lan_is_mended(
             lab.ip("client", "link del usb0")
 
 
+@pytest.mark.waits
 def test_two_clients_of_one_machine_have_a_lan_each_and_forwarding_ends_with_the_last(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
 ) -> None:
@@ -8647,6 +8656,7 @@ def test_two_clients_of_one_machine_have_a_lan_each_and_forwarding_ends_with_the
         lab.ip("client", "link del usb0")
 
 
+@pytest.mark.waits
 def test_hosts_are_told_only_when_the_internet_has_answered(lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
     with tun6_with(tmp_path, LISTEN_SHORTLY):
         client = tunnel.client(lan="eth1")
@@ -8663,6 +8673,7 @@ def test_hosts_are_told_only_when_the_internet_has_answered(lab: Lab, lan: Lan, 
         wait_until("the host has a route", lan.routed)
 
 
+@pytest.mark.waits
 def test_packets_of_1500_bytes_pass_a_path_of_1400_without_a_fragment(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, tmp_path: Path
 ) -> None:
@@ -8692,6 +8703,7 @@ def test_packets_of_1500_bytes_pass_a_path_of_1400_without_a_fragment(
             lab.ip(host, f"link set {device} mtu 1500")
 
 
+@pytest.mark.waits
 def test_a_lan_that_cannot_be_is_refused_at_the_start(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     assert "that is the tunnel's own device" in tunnel.failure_at_start("client", 2, lan="tun6")
     with tun6_with(tmp_path, "tun6.shutil.which = lambda name, **_: None if name == 'radvd' else name"):
@@ -9945,6 +9957,7 @@ def timed_transfer(lab: Lab, way: str, prefix: IPv6Network, size: int = 256 << 1
     return time.monotonic() - began
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("rules", "mtu", "stalls"),
     [
@@ -9979,6 +9992,7 @@ def test_where_large_packets_vanish_traffic_passes_within_ten_seconds_and_then_w
             programs[role].said(VANISH, 1)
 
 
+@pytest.mark.waits
 def test_without_the_right_to_tell_the_kernel_routers_may_fragment(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
     with tun6_with(tmp_path, "def refuse(*_): raise PermissionError", "tun6.set_path_mtu = refuse"):
         client = tunnel.client()
@@ -9988,6 +10002,7 @@ def test_without_the_right_to_tell_the_kernel_routers_may_fragment(lab: Lab, tun
     client.said("WARNING the server does not get what is sent, perhaps .*: routers may fragment them now", 1)
 
 
+@pytest.mark.waits
 def test_what_the_kernel_forgets_of_the_path_is_renewed(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
     with tun6_with(tmp_path, "tun6.MTU_RENEWAL_S = 1.0"):
         client = tunnel.client()
@@ -10000,6 +10015,7 @@ def test_what_the_kernel_forgets_of_the_path_is_renewed(lab: Lab, tunnel: Tunnel
         client.stop()
 
 
+@pytest.mark.waits
 def test_a_tls_handshake_passes_where_large_packets_vanish(lab: Lab, site: Site) -> None:
     key = site.issue("a")
     server = site.serve()
@@ -10010,6 +10026,7 @@ def test_a_tls_handshake_passes_where_large_packets_vanish(lab: Lab, site: Site)
         assert "no connection" not in client.log()
 
 
+@pytest.mark.waits
 def test_a_legacy_peer_is_helped_as_far_as_that_is_possible(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     server = tunnel.server()
     with silent_path(lab, DOWN), LegacyClient(lab, tunnel) as old:
@@ -10055,6 +10072,7 @@ def slow_link(lab: Lab) -> Iterator[None]:
         yield
 
 
+@pytest.mark.waits
 def test_a_path_that_is_dead_for_twenty_seconds_slow_or_lossy_costs_neither_session_nor_size(
     lab: Lab, tunnel: Tunnel, server: Program
 ) -> None:
@@ -10074,6 +10092,7 @@ def test_a_path_that_is_dead_for_twenty_seconds_slow_or_lossy_costs_neither_sess
         assert "mtu" not in lab.ip(host, f"route get {address}")
 
 
+@pytest.mark.waits
 def test_with_mss_set_both_directions_pass_where_large_packets_vanish(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(mss=1220)
     prefix = client.prefix()
@@ -12886,10 +12905,22 @@ class SkippedIsFailed:
         return report
 
 
-def run_tests(*options: str) -> int:
+class Share:
+    """pytest plugin: runs one of so many shares of the tests, as in "1/2"."""
+
+    def __init__(self, share: str) -> None:
+        self._number, self._shares = map(int, share.split("/"))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = items[self._number - 1 :: self._shares]
+
+
+def run_tests(*options: str, share: str = "1/1") -> int:
     """Gives the exit status; in CI a skipped test is a failed one."""
     quiet = ["-q", "--durations=5", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    return int(pytest.main([*quiet, *options, __file__], [SkippedIsFailed()] if os.environ.get("CI") == "true" else []))
+    plugins = [Share(share), *([SkippedIsFailed()] if os.environ.get("CI") == "true" else [])]
+    return int(pytest.main([*quiet, *options, __file__], plugins))
 
 
 def main() -> int:
@@ -12908,7 +12939,7 @@ def main() -> int:
     if sys.argv[1:2] == ["packages"]:
         return packages_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
-        return run_tests("-m", "waits")
+        return run_tests("-m", "waits", share=(sys.argv[2:] or ["1/1"])[0])
     os.chdir(Path(__file__).parent)
     for command in ("ruff format --check .", "ruff check .", "mypy"):
         print(f"$ {command}", flush=True)
@@ -12918,7 +12949,7 @@ def main() -> int:
     if os.environ.get("CI") != "true":
         print("$ pytest", flush=True)
         return run_tests(*sys.argv[1:])
-    beside = {"soak": ["soak", "--minutes", "2"], "pytest -m waits": ["waits"]}
+    beside = {"soak": ["soak", "--minutes", "2"], **{f"pytest -m waits, {share}": ["waits", share] for share in ("1/2", "2/2")}}
     with ExitStack() as undo:
         reports = {name: undo.enter_context(tempfile.TemporaryFile("w+")) for name in beside}
         running = {
