@@ -8612,8 +8612,14 @@ def test_what_others_do_to_the_lan_is_mended(
         wait_until("the host has a route", lambda: lab.ip("lan", "-6 route show default proto ra"))
         lab.ip("client", f"addr del {prefix[1]}/64 dev usb0")
         client.said(f"WARNING LAN usb0: somebody removed its address {prefix[1]}; it is back", 1)
-        lab.set_sysctl("client", "net.ipv6.conf.all.forwarding", "0")
-        client.said("WARNING LAN usb0: somebody turned IPv6 forwarding off, .*; it is on again", 1)
+        with Lan(lab, "lan", "eth9") as heard:
+            with paused(client):
+                lab.set_sysctl("client", "net.ipv6.conf.all.forwarding", "0")
+                heard.sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+                heard.sock.sendto(b"\x85" + bytes(7), ("ff02::2", 0))  # a router solicitation
+                heard.hears("that the client is no router now", lambda each: not each.lifetime)
+            client.said("WARNING LAN usb0: somebody turned IPv6 forwarding off, .*; it is on again", 1)
+            heard.hears("at once that it is again", lambda each: each.lifetime, 5)
         wait_until("the host reaches the Internet", lambda: lab.pings("lan"))
         for _ in range(2):
             pid = tun6.read_text(lan_folder(lab) / "radvd.pid")

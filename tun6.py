@@ -4503,6 +4503,10 @@ class Radvd:
                 log.error("LAN %s: radvd ended with %d; it is started again: %s", name, status, last)
             self._start()
 
+    def repeat(self) -> None:
+        """With the next `tell` the hosts are told again what they know."""
+        self.told = None
+
     def _start(self) -> None:
         """Starts it in this thread, the main one: `setpriv` ends it when that ends, in whatever way."""
         setpriv = shutil.which("setpriv")
@@ -4724,6 +4728,8 @@ class LanRouter:
         if read_text(IPV6_CONF / "all/forwarding") == "0" and self._repairs.take():
             log.warning("LAN %s: somebody turned IPv6 forwarding off, which `lan` needs; it is on again", self._interface)
             self._turn_forwarding_on()
+            if self._radvd:  # meanwhile it may have told them that we are no router
+                self._radvd.repeat()
 
     def _keep_address(self, prefix: IPv6Network) -> None:
         before = self._changes.prefix
