@@ -12838,6 +12838,8 @@ def check_home(root: Path) -> None:
         print(f"    and {time.monotonic() - began:.1f} s after both machines have booted again")
         for machine in machines:
             assert "up for" in machine.run("tun6", "status")
+            examined = machine.run("tun6", "doctor", status=None)
+            assert " FAIL " not in f" {examined} ".replace("\n", " "), examined
             assert machine.run("journalctl", "-q", "-b", "-p", "warning", "-u", "tun6-*", "-o", "cat") == ""
 
 

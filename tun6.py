@@ -7632,8 +7632,8 @@ def doctor_command(options: argparse.Namespace) -> int:
     gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what a check finds
     path = find_config(options.config)
     kinds: dict[str, Any] = {"server": ServerDoctor, "client": ClientDoctor}
-    sides = [options.side] if options.side else [side for side in kinds if side in parse_config(path)]
-    doctors: dict[str, Doctor] = {side: kinds[side](read_config(path, side)) for side in sides or ["client"]}
+    sides = [options.side] if options.side else sections_in_use(path) or ["client"]
+    doctors: dict[str, Doctor] = {side: kinds[side](read_config(path, side)) for side in sides}
     if len(doctors) > 1:
         doctors = {side: doctor for side, doctor in doctors.items() if doctor.is_running()} or doctors
     found: dict[str, list[Finding]] = {}
