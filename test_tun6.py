@@ -4634,14 +4634,19 @@ def test_a_client_joins_by_a_token_in_the_command_or_on_standard_input(machine: 
 
 
 def test_install_asks_for_what_it_must_know_when_it_is_at_a_terminal(machine: FileRoot) -> None:
-    ours, terminal = os.openpty()
-    with open(ours, "w") as keyboard, open(terminal) as stdin:
-        keyboard.write("tun6.example\n")
-        keyboard.flush()
-        command = [sys.executable, TUN6, "install", "client", "--root", str(machine.root)]
-        done = subprocess.run(command, stdin=stdin, cwd=machine.here, timeout=30, capture_output=True, text=True)
-        assert done.stdout.startswith("remotehost (name or address of the server): "), done.stderr
-    assert machine.config("client")["remotehost"] == "tun6.example"
+    asked = {
+        "tun6.example": ([], "remotehost (name or address of the server): "),
+        tun6.encode_token({**JOINED, "remotehost": "joined.example"}): (["--join", "-"], "Paste the line tun6:... "),
+    }
+    for answer, (options, question) in asked.items():
+        ours, terminal = os.openpty()
+        with open(ours, "w") as keyboard, open(terminal) as stdin:
+            keyboard.write(f"{answer}\n")
+            keyboard.flush()
+            command = [sys.executable, TUN6, "install", "client", *options, "--root", str(machine.root)]
+            done = subprocess.run(command, stdin=stdin, cwd=machine.here, timeout=30, capture_output=True, text=True)
+            assert done.stdout.startswith(question), done.stderr
+        assert machine.config("client")["remotehost"] == (answer if not options else "joined.example")
     assert "[client] remotehost is missing" in FileRoot(machine.here).install("client", status=2)[-1]  # no terminal
 
 
@@ -4680,6 +4685,20 @@ def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_ex
     assert "is there already" in line
     (line,) = machine.install("server", "--set", "mtu=1", status=2)
     assert "must be a whole number from 1280" in line
+    (line,) = machine.install("server", "--set", "mtu", status=2)
+    assert "--set mtu: it must be KEY=VALUE" in line
+
+
+def test_install_takes_over_a_config_ini_but_for_the_other_sides_example(machine: FileRoot) -> None:
+    shipped = (Path(TUN6).parent / "config.ini").read_text()
+    used = {"server": {"prefixrange": "2a00:1234::/48"}, "client": {"remotehost": "tun6.example"}}
+    for role, other, option in (("server", "client", "--prefix=2a00:1234::/48"), ("client", "server", "--remote=tun6.example")):
+        for text, kept in ((shipped, False), (tun6.set_in_section(shipped, other, used[other]), True)):
+            here = FileRoot(machine.here / f"{role} {kept}")
+            (here.here / "config.ini").write_text(text)
+            here.install(role, option)
+            made = (here.root / "etc/tun6/config.ini").read_text()
+            assert (f"\n[{role}]\n" in made, f"\n[{other}]\n" in made, "\n#mtu = 1500\n" in made) == (True, kept, True)
 
 
 class AnotherServer(SocketOwner):
@@ -8219,6 +8238,9 @@ def test_where_both_run_status_shows_both_or_the_one_that_is_named(tunnel: Tunne
     client.stop()
     assert asked(both, "status")["side"] == "server"
     assert "no client listens" in only_line(status_text(both, "client"), 1)
+    both.write_text(f"{server.config.read_text()}\n[client]\nremotehost = 192.0.2.1\nremoteport = 1\n")  # as the config.ini of a checkout
+    assert asked(both, "status")["side"] == "server"
+    assert "is an example" in only_line(status_text(both, "client"), 2)
 
 
 def test_status_shows_the_warnings_that_stand(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
@@ -12449,6 +12471,7 @@ MACHINE_PACKAGES = (
     "systemd,systemd-sysv,dbus,iproute2,python3,python3-venv,python3-gevent,python3-netifaces,openssl,procps,iputils-ping,nftables,radvd"
 )
 MACHINE = r"""  # $1: the root below the overlay; $2: its name; $3: this checkout. It boots again when it reboots.
+# $4: the network namespace where its wire ends, $5: its name there, $6: what systemd-networkd is to know of its other end, eth0; or none
 mount --make-rprivate /
 mkdir -p /run/systemd && mount -t tmpfs tmpfs /run/systemd  # of which nspawn wants to be sure that it is none of the disk
 mount -t cgroup2 none /sys/fs/cgroup
@@ -12456,10 +12479,20 @@ mkdir "/sys/fs/cgroup/$2" && echo $$ > "/sys/fs/cgroup/$2/cgroup.procs"
 over=$(mktemp -d) && mount -t tmpfs tmpfs "$over" && mkdir "$over"/{upper,work,root}
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$over/upper,workdir=$over/work" "$over/root"
 echo 'z /dev/net/tun 0666 - - -' > "$over/root/etc/tmpfiles.d/tun.conf"  # as udev has it on a machine
+start=() wire=()
+if [ "$4" ]; then
+    start=(nsenter "--net=$4") wire=("--network-veth-extra=$5:eth0")
+    printf '[Match]\nName=eth0\n[Network]\n%s\n' "$6" > "$over/root/etc/systemd/network/eth0.network"
+    for unit in networkd.service:multi-user networkd-wait-online.service:network-online; do
+        mkdir -p "$over/root/etc/systemd/system/${unit#*:}.target.wants"
+        ln -s "/lib/systemd/system/systemd-${unit%:*}" "$over/root/etc/systemd/system/${unit#*:}.target.wants/"
+    done
+fi
 status=133
 while [ $status = 133 ]; do
     status=0
-    systemd-nspawn -q -D "$over/root" -M "$2" -b --private-network --console=pipe --register=no --keep-unit --bind-ro="$3:/mnt" || status=$?
+    "${start[@]}" systemd-nspawn -q -D "$over/root" -M "$2" -b --private-network "${wire[@]}" --console=pipe --register=no --keep-unit \
+        --bind-ro="$3:/mnt" || status=$?
 done
 umount -R "$over" && rmdir "$over"
 echo $$ > /sys/fs/cgroup/cgroup.procs
@@ -12497,11 +12530,18 @@ def debian_root(suite: str, cache: Path) -> Path:
 
 
 class Machine:
-    """A Debian that boots with systemd as process 1 in namespaces of its own, without a network. What it writes is gone with it."""
+    """A Debian that boots with systemd as process 1 in namespaces of its own. What it writes is gone with it.
 
-    def __init__(self, root: Path) -> None:
-        self._name = f"tun6-systemd-{os.getpid()}"
-        command = ["unshare", "-m", "-C", "bash", "-euc", MACHINE, "machine", str(root), self._name, str(Path(__file__).resolve().parent)]
+    It has no network, or `wire` leads from its eth0 to an interface that has the machine's name, in that network namespace.
+    """
+
+    def __init__(
+        self, root: Path, name: str = "systemd", wire: str = "", network: str = "", plug: Callable[[], object] = lambda: None
+    ) -> None:
+        """`network`: that section of eth0.network, systemd.network(5); `plug` is called at each boot, when the wire is there."""
+        self._name, self._plug = f"tun6-{name}-{os.getpid()}", plug
+        where = [str(root), self._name, str(Path(__file__).resolve().parent), wire and f"/run/netns/{wire}", name, network]
+        command = ["unshare", "-m", "-C", "bash", "-euc", MACHINE, "machine", *where]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         self._init = 0
 
@@ -12532,6 +12572,7 @@ class Machine:
             return 0
 
         self._init = wait_until("process 1", find, 60)
+        self._plug()
         wait_until("systemd", lambda: self.run("systemctl", "is-system-running", status=None) in ("running", "degraded"), 60)
 
     def run(self, *command: str, status: int | None = 0, text: str = "") -> str:
@@ -12575,6 +12616,58 @@ class Machine:
         """The client's prefix, when it has one."""
         found: list[str] = wait_until("a tunnel", lambda: re.findall("^has (.*?) on tun6", self.show("client", "StatusText")), 30)
         return found[0]
+
+
+class Home(Lab):
+    """A VPS and a home: Machines `server` and `client` among namespaces.
+
+    internet -------- server      10.9.0.1, 2001:db8:ffff::1, and 2001:db8:1::/48 is routed to it
+       |
+    router, a NAT: only IPv4 passes
+       |
+       +------ client, laptop     192.168.1.2 and 192.168.1.3, on one LAN
+    """
+
+    HOSTS = ("internet", "router", "laptop")
+    WIRES: ClassVar = {  # of each Machine: the host where its wire ends, the bridge there, and its own addresses
+        "server": ("internet", "vps", "Address=10.9.0.1/24 2001:db8:ffff::1/64", "Gateway=10.9.0.2 2001:db8:ffff::2"),
+        "client": ("router", "lan", "Address=192.168.1.2/24", "Gateway=192.168.1.1"),
+    }
+
+    def machine(self, name: str, root: Path) -> Machine:
+        """The Machine of this name, not yet booted."""
+        host, bridge, *network = self.WIRES[name]
+        lines = (f"{key}={value}" for line in network for key, _, values in [line.partition("=")] for value in values.split())
+        plug = functools.partial(self.ip, host, f"link set {name} master {bridge} up")
+        return Machine(root, name, self._names[host], "\n".join(lines), plug)
+
+    def _build(self) -> None:
+        for host in self.HOSTS:
+            self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
+            self.ip(host, "link set lo up")
+        self.ip("internet", f"link add home type veth peer name eth0 netns {self._names['router']}")
+        self.ip("router", f"link add laptop type veth peer name eth0 netns {self._names['laptop']}")
+        self.ip("internet", "link add vps type bridge")
+        self.ip("router", "link add lan type bridge")
+        self.ip("router", "link set laptop master lan")
+        for host, device, *addresses in (
+            ("internet", "vps", "10.9.0.2/24", f"{self.INTERNET}/64"),
+            ("internet", "home", "10.7.0.1/24"),
+            ("router", "eth0", "10.7.0.2/24"),
+            ("router", "lan", "192.168.1.1/24"),
+            ("router", "laptop"),
+            ("laptop", "eth0", "192.168.1.3/24"),
+        ):
+            self.ip(host, f"link set {device} up")
+            for address in addresses:
+                self.ip(host, f"addr add {address} dev {device}")
+        self.ip("internet", "-6 route add 2001:db8:1::/48 via 2001:db8:ffff::1")
+        self.ip("router", "route add default via 10.7.0.1")
+        self.ip("laptop", "route add default via 192.168.1.1")
+        for host in ("internet", "router"):
+            self.set_sysctl(host, "net.ipv4.ip_forward", "1")
+        nat = "table ip nat { chain out { type nat hook postrouting priority 100; oifname eth0 masquerade; }; }"
+        self._check(["ip", "netns", "exec", self._names["router"], "nft", nat])
 
 
 def check_install(machine: Machine) -> None:
@@ -12715,6 +12808,47 @@ def check_remove(machine: Machine) -> None:
     assert "tun6" not in machine.sh("ip -6 addr; ip -6 route; ip -6 rule")
 
 
+def connects(home: Home, address: str) -> bool:
+    """Whether a connection from the Internet to this address of the laptop is let in."""
+    with home.inside("laptop"):
+        listener = socket.create_server((address, 5001), family=socket.AF_INET6)
+    with listener, home.inside("internet"), suppress(OSError):
+        socket.create_connection((address, 5001), 5).close()
+        return True
+    return False
+
+
+def check_home(root: Path) -> None:
+    """README's way from a VPS and a Pi to a LAN with IPv6, but for its packages; both machines are rebooted."""
+    home = Home()
+    with home, ExitStack() as undo:
+        server, client = machines = [undo.enter_context(home.machine(name, root)) for name in Home.WIRES]
+        python = "/root/venv/bin/python /mnt/tun6.py install"
+        server.sh(f"{python} server --prefix 2001:db8:1::/48 --set documentation_addresses=yes")
+        token = server.sh("tun6 clients add pi --address 10.9.0.1").splitlines()[-1]
+        began = time.monotonic()
+        said = client.run(*python.split(), "client", "--set", "lan=eth0", "--join", "-", text=f"{token}\n")
+        assert "started tun6-client.service: has 2001:db8:1::/64 on tun6" in said, said
+        wait_until("the laptop reaches the Internet", lambda: home.pings("laptop"), 60)
+        print(f"    the laptop reaches the Internet {time.monotonic() - began:.1f} s after `install client` began")
+        address = re.findall(r"inet6 (\S+)/64 scope global", home.ip("laptop", "-6 addr show dev eth0"))[0]
+        assert not connects(home, address), "the firewall is open"
+        client.run("tun6", "install", "client", "--set", f"open=::{':'.join(IPv6Address(address).exploded.split(':')[4:])} tcp 5001")
+        wait_until("the connection is let in", lambda: home.pings("laptop") and connects(home, address), 60)
+        for machine in machines:
+            machine.run("systemctl", "reboot", status=None)
+        for machine in machines:
+            machine.wait_for_boot()
+        began = time.monotonic()
+        wait_until("the laptop reaches the Internet again", lambda: home.pings("laptop") and connects(home, address), 60)
+        print(f"    and {time.monotonic() - began:.1f} s after both machines have booted again")
+        for machine in machines:
+            assert "up for" in machine.run("tun6", "status")
+            examined = machine.run("tun6", "doctor", status=None)
+            assert " FAIL " not in f" {examined} ".replace("\n", " "), examined
+            assert machine.run("journalctl", "-q", "-b", "-p", "warning", "-u", "tun6-*", "-o", "cat") == ""
+
+
 def systemd_command(arguments: list[str]) -> int:
     """`test_tun6.py systemd`: install, units and their service manager in a Debian that really boots; takes root. Gives the exit status."""
     parser = argparse.ArgumentParser(prog="test_tun6.py systemd", description=systemd_command.__doc__)
@@ -12739,6 +12873,9 @@ def systemd_command(arguments: list[str]) -> int:
                 began = time.monotonic()
                 check(machine)
                 print(f"  ok  {check.__name__}, {time.monotonic() - began:.0f} s", flush=True)
+        began = time.monotonic()
+        check_home(options.cache / suite)
+        print(f"  ok  check_home, {time.monotonic() - began:.0f} s", flush=True)
     return 0
 
 

@@ -5851,6 +5851,7 @@ PACKAGE_UNITS = Path("/usr/lib/systemd/system")
 COPIED = "copied-from"  # the file in PROGRAM_FOLDER that says that `install` made it
 SERVICE_USER = "tun6"
 START_S = 60.0  # for `systemctl`, which waits until the service is ready
+CONNECT_S = 10.0  # for the first connection after that
 TOKEN_VERSION, TOKEN_CHECK = 1, 4  # of what is in a token; bytes of SHA-256 at its end, against typing errors
 TOKEN_KEYS = ("remotehost", "remoteport", "id", "key", "fingerprint")  # settings of [client]
 NEW_CONFIG = {  # of a machine that has no config.ini yet
@@ -5974,6 +5975,13 @@ def set_in_section(text: str, section: str, settings: Mapping[str, str]) -> str:
     return (head + banner + body + following + others)[1:]
 
 
+def without_section(text: str, section: str) -> str:
+    """Returns the text of a config.ini without this section."""
+    head, banner, rest = (f"\n{text}").partition(f"\n[{section}]")
+    _, following, others = rest.partition("\n[")
+    return (head + (following + others if banner else ""))[1:]
+
+
 def make_certificate(file: Path) -> None:
     """Makes the server's certificate, valid for 100 years, as clients compare its fingerprint. Raises KernelError, StorageError."""
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=tun6 -keyout - -out -"
@@ -5997,9 +6005,10 @@ class Installer:
     Below a `root` other than / it writes files only, which tests and builders of images want.
     """
 
-    def __init__(self, role: str, root: Path, read: Callable[[str], Any]) -> None:
-        """`read` returns the ServerConfig or ClientConfig in a file."""
+    def __init__(self, role: str, root: Path, read: Callable[[str], Any], in_use: Callable[[str], list[str]]) -> None:
+        """`read` returns the ServerConfig or ClientConfig in a file, `in_use` which sections of it are no longer the example's."""
         self._role, self._root, self._read, self._service = role, root, read, f"tun6-{role}.service"
+        self._in_use = in_use
         self._changed = False  # whether the service must be restarted
         self._config: Any = None
         self._program = PROGRAM_FOLDER / "tun6.py"
@@ -6144,6 +6153,8 @@ class Installer:
         here = Path("config.ini")
         base = target if target.exists() else old or (here if here.exists() else None)
         text = base.read_text("utf-8-sig") if base else ""
+        for other in {*NEW_CONFIG} - {self._role, *(self._in_use(str(base)) if base else ())}:
+            text = without_section(text, other)
         if f"\n[{self._role}]" not in f"\n{text}":
             settings = {**new, **settings}
         text = set_in_section(text, self._role, settings)
@@ -6240,7 +6251,11 @@ class Installer:
             self._run("systemctl", "restart", self._service)
         except KernelError as error:
             raise KernelError(f"{error}; `journalctl -u {self._service}` says why") from None
-        self._say(f"started {self._service}")
+        deadline, state = time.monotonic() + CONNECT_S, ""
+        while not (state.startswith("has ") or (state and self._role == "server")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            state = self._run("systemctl", "show", "-P", "StatusText", self._service).strip()
+        self._say(f"started {self._service}: {state or 'it has not said yet how it is'}; `tun6 status` shows more")
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
@@ -6853,7 +6868,7 @@ class Lab:
 
     INTERNET = "2001:db8:ffff::2"
     SERVER = "10.9.0.1"
-    HOSTS = ("internet", "server", "nat", "client", "lan", "second")
+    HOSTS: tuple[str, ...] = ("internet", "server", "nat", "client", "lan", "second")
 
     def __init__(self) -> None:
         self._names = {host: f"tun6-{os.getpid()}-{host}" for host in self.HOSTS}
@@ -7290,6 +7305,7 @@ _OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
 _LOG = _matching("text|json", "must be text or json")
 _HOST = _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server")
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
+ADDRESS_KEYS = {"server": "prefixrange", "client": "remotehost"}  # what has to be edited first in either section
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
         "localhost": _ipv4,
@@ -7354,7 +7370,9 @@ def find_config(named: str | None) -> str:
     if path is None:
         raise ConfigError(f"there is neither {CONFIG_FILES[0]} nor ./{CONFIG_FILES[1]}; write one, or name it with -c FILE")
     if not named and path == CONFIG_FILES[0] and os.path.exists(CONFIG_FILES[1]) and not os.path.samefile(*CONFIG_FILES):
-        log.info("%s is used, not ./%s; name another one with -c FILE", *CONFIG_FILES)
+        with suppress(ConfigError):
+            if sections_in_use(CONFIG_FILES[1]):
+                log.info("%s is used, not ./%s; name another one with -c FILE", *CONFIG_FILES)
     return path
 
 
@@ -7385,6 +7403,17 @@ def parse_config(path: str) -> configparser.ConfigParser:
     return parser
 
 
+def sections_in_use(path: str) -> list[str]:
+    """Returns which of [server] and [client] are in a file, but not one whose address is still the example. Raises ConfigError."""
+    parser = parse_config(path)
+    found = {name: parser[name] for name in _SECTIONS if name in parser}
+    return [
+        name
+        for name, section in found.items()
+        if section.get("documentation_addresses") or not is_documentation(section.get(ADDRESS_KEYS[name], ""))
+    ]
+
+
 def read_config(path: str, section: str) -> Any:
     """Returns the ServerConfig or ClientConfig in a file; relative paths in it are relative to its folder.
 
@@ -7404,7 +7433,7 @@ def read_config(path: str, section: str) -> Any:
                 raise ConfigError(f"{path}: [{section}] {field.name} = {to_printable(text)}: it {error}") from None
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
-    key = {"server": "prefixrange", "client": "remotehost"}[section]
+    key = ADDRESS_KEYS[section]
     if is_documentation(values[key]) and not values.get("documentation_addresses"):
         what = "the range that is routed to this machine" if section == "server" else "your server's name or address"
         raise ConfigError(f"{path}: [{section}] {key} = {values[key]}: it is an example, which reaches nobody; set {what}")
@@ -7544,8 +7573,7 @@ def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
 def find_status(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Asks the server and the client of config.ini that run, or the one that is named. Raises Tun6Error when none does."""
     path, found, silent = find_config(options.config), [], []
-    parser = parse_config(path)
-    for side in (options.side,) if options.side else [name for name in _SECTIONS if name in parser] or ["server"]:
+    for side in (options.side,) if options.side else sections_in_use(path) or ["server"]:
         config = read_config(path, side)
         request: dict[str, Any] = {"do": "status", "resources": not options.watch}
         if side == "server":
@@ -7610,8 +7638,8 @@ def doctor_command(options: argparse.Namespace) -> int:
     gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what a check finds
     path = find_config(options.config)
     kinds: dict[str, Any] = {"server": ServerDoctor, "client": ClientDoctor}
-    sides = [options.side] if options.side else [side for side in kinds if side in parse_config(path)]
-    doctors: dict[str, Doctor] = {side: kinds[side](read_config(path, side)) for side in sides or ["client"]}
+    sides = [options.side] if options.side else sections_in_use(path) or ["client"]
+    doctors: dict[str, Doctor] = {side: kinds[side](read_config(path, side)) for side in sides}
     if len(doctors) > 1:
         doctors = {side: doctor for side, doctor in doctors.items() if doctor.is_running()} or doctors
     found: dict[str, list[Finding]] = {}
@@ -7673,7 +7701,7 @@ def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
         "[client]",
         f"# EDIT THIS {edit}.",
         *(f"{key} = {settings[key]}" for key in TOKEN_KEYS),
-        "# All of that in one line, as a service: `sudo python3 tun6.py install client --join -` there, and then paste",
+        "# All of that in one line, to be pasted when `tun6.py install client --join -` asks for it on the client:",
         f"# {encode_token(settings)}",
     ])  # fmt: skip
 
@@ -7693,15 +7721,20 @@ def install_command(options: argparse.Namespace) -> None:
     """`tun6.py install`."""
     if options.root == "/" and os.geteuid():
         raise RequestError("a service needs root to be put in place; use sudo")
-    installer = Installer(options.role, Path(options.root), functools.partial(read_config, section=options.role))
+    installer = Installer(options.role, Path(options.root), functools.partial(read_config, section=options.role), sections_in_use)
     if options.remove:
         installer.remove()
         return
+    for each in options.set:
+        if "=" not in each:
+            raise RequestError(f"--set {each}: it must be KEY=VALUE, such as --set lan=eth0")
     settings = dict(each.partition("=")[::2] for each in options.set)
     if options.role == "client" and options.join:
+        if options.join == "-" and sys.stdin.isatty():
+            print("Paste the line tun6:... that `tun6 clients add` printed on the server, and press Enter:", flush=True)
         settings.update(decode_token(sys.stdin.readline() if options.join == "-" else options.join))
     host, _, port = (options.host or "").partition(":")
-    key = {"server": "prefixrange", "client": "remotehost"}[options.role]
+    key = ADDRESS_KEYS[options.role]
     if not host and key not in settings and sys.stdin.isatty() and not os.path.exists(CONFIG_FILES[0]):
         host = input(
             f"{key} ({'the IPv6 range routed to this machine' if options.role == 'server' else 'name or address of the server'}): "
