@@ -9993,6 +9993,19 @@ def test_where_large_packets_vanish_traffic_passes_within_ten_seconds_and_then_w
 
 
 @pytest.mark.waits
+def test_where_small_packets_are_lost_the_path_keeps_its_mtu(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client()
+    client.prefix()
+    with Echo(lab) as echo:
+        with silent_path(lab, "up ip length > 60 drop"):  # only empty segments pass
+            echo.send(1)
+            time.sleep(5)  # in 3 s a large one would have been found
+        echo.expect_replies({1})
+    time.sleep(tun6.MTU_CHECK_S)
+    assert not re.search("vanish", client.log())
+
+
+@pytest.mark.waits
 def test_without_the_right_to_tell_the_kernel_routers_may_fragment(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
     with tun6_with(tmp_path, "def refuse(*_): raise PermissionError", "tun6.set_path_mtu = refuse"):
         client = tunnel.client()

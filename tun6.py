@@ -2052,6 +2052,7 @@ IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_SEND_QUEUE = 19, 20, 21, 2  # linux/tcp.h
 ICMP_DEST_UNREACH, ICMP_HOST_UNREACH, ICMP_FRAG_NEEDED = 3, 1, 4  # linux/icmp.h
 PATH_MTUS = 1280, 576  # bytes, tried in turn where large packets vanish: IPv6's minimum, which most paths take, and IPv4's (RFC 1122)
+IPV4_TCP_HEADERS = 40  # bytes, without options
 JIFFIES_S = 0.02  # two units in which most of the kernel's times of TCP are measured
 MTU_CHECK_S = 1.0  # between two looks at all connections
 MTU_RENEWAL_S = 240.0  # between two renewals of what the kernel forgets after 600 s (net.ipv4.route.mtu_expires)
@@ -2422,7 +2423,7 @@ class PathMtu:
         answered = self._stall is not None and heard > self._stall.asked
         if self._stall and not answered and now - self._stall.asked < wait:
             return
-        sequence, _ = probe_window(self._sock)
+        sequence, end = probe_window(self._sock)
         if self._stall and sequence != self._stall.sequence:
             self._end_stall(now)
         stall = self._stall
@@ -2436,7 +2437,7 @@ class PathMtu:
         if stall.failed == math.inf:
             stall.failed = now if retransmits > stall.passed else math.inf
         elif now - stall.failed >= wait:
-            self._try_smaller(stall, now)
+            self._try_smaller(stall, now, (end - sequence) % 2**32 + IPV4_TCP_HEADERS)
 
     def _send_again(self, retransmits: int, sequence: int) -> int:
         """Sends the segment again now, which the kernel would do some seconds later. Returns the number of retransmissions then."""
@@ -2447,8 +2448,11 @@ class PathMtu:
                 retransmits = read_tcp_info(self._sock, "B", 2)
         return retransmits
 
-    def _try_smaller(self, stall: Stall, now: float) -> None:
-        mtu = read_tcp_info(self._sock, "I", 60)  # tcpi_pmtu
+    def _try_smaller(self, stall: Stall, now: float, size: int) -> None:
+        """`size` is that of a packet with all that is on the way: the one that does not arrive is no larger."""
+        if size <= PATH_MTUS[-1]:  # so it is lost for another reason
+            return
+        mtu = min(size, read_tcp_info(self._sock, "I", 60))  # tcpi_pmtu
         smaller = next((size for size in PATH_MTUS if size < mtu), None)
         if smaller is None or smaller == stall.mtu:  # no smaller one helps, or the kernel does not take it
             stall.mtu = None
@@ -4795,7 +4799,6 @@ RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so th
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
 FINAL_RETRY_S = 60.0  # between two attempts after one of those
 CONNECT_S = 10.0  # for one TCP connect
-IPV4_TCP_HEADERS = 40  # bytes, without options
 SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
 LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address is tried
 
