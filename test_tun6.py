@@ -4555,6 +4555,7 @@ def test_settings_are_changed_in_their_section_and_other_lines_stay(before: str,
 def test_the_units_in_contrib_are_those_that_install_writes(role: str) -> None:
     assert (Path(__file__).parent / f"contrib/tun6-{role}.service").read_text() == tun6.service_unit(role)
     assert "CAP_NET_BIND_SERVICE" not in tun6.service_unit(role)
+    assert "\nRuntimeDirectoryPreserve=yes\n" in tun6.service_unit(role)  # else a killed one leaves its LAN's address for ever
     assert tun6.service_unit(role, True).count("CAP_NET_RAW CAP_NET_BIND_SERVICE") == 2
 
 
@@ -12693,6 +12694,9 @@ def check_lan(machine: Machine) -> None:
     prefix = IPv6Network(machine.connected())
     wait_until("the address on the LAN", lambda: f"{prefix[1]}/64" in machine.sh("ip -6 addr show dev lan0"), 10)
     assert "table inet tun6" in machine.sh("nft list tables")
+    machine.run("systemctl", "kill", "--kill-whom=main", "-s", "KILL", "tun6-client")
+    wait_until("the next one clears up", lambda: "killed tun6 has left for its LAN lan0" in machine.sh("journalctl -u tun6-client"), 30)
+    assert IPv6Network(machine.connected()) == prefix
     machine.run("systemctl", "stop", "tun6-client")
     assert machine.network() + machine.sh("nft list tables") == before
     machine.sh("sed -i '/^lan = /d' /etc/tun6/config.ini; ip link del lan0; systemctl start tun6-client")

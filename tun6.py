@@ -5883,6 +5883,8 @@ Group=tun6
 StateDirectory=tun6
 StateDirectoryMode=0750
 RuntimeDirectory=tun6-{role}
+# what a killed one was to put back stands there
+RuntimeDirectoryPreserve=yes
 UMask=0077
 # CAP_NET_ADMIN: TUNs, routes and their sysctls; CAP_NET_RAW: the question whether the path is alive{why}
 AmbientCapabilities={capabilities}
