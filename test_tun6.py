@@ -8651,7 +8651,10 @@ def test_two_clients_of_one_machine_have_a_lan_each_and_forwarding_ends_with_the
             assert f"lan = eth1: another tun6 client is that LAN's router, process {first.process.pid}" in refused
         first.stop()
         second.wait_for("somebody turned IPv6 forwarding off, .*; it is on again")
+        renamed = lab.run("client", "ip", "link", "set", "usb0", "name", "other").returncode == 0  # Linux 6.2 and newer can, while it is up
         second.stop()
+        if renamed:
+            lab.ip("client", "link set other name usb0")
         as_before(lab, before)
     finally:
         lab.ip("client", "link del usb0")

@@ -4542,21 +4542,24 @@ class LanChanges:
         self.prefix: IPv6Network | None = None  # whose ::1 the interface has from us
         self.sysctls: dict[str, str] = {}  # as they were
         self.process = 0  # which has changed them
+        self.index = 0  # of the interface when it was there last, whose name others may change
 
     def find(self) -> bool:
         """Reads what a client has written. Returns whether that one still lives."""
         with suppress(ConfigError, ValueError, KeyError, TypeError):
             left = dict(self._file.load())
             self.prefix = IPv6Network(left["prefix"]) if left["prefix"] else None
-            self.interface, self.sysctls, self.process = left["interface"], dict(left["sysctls"]), int(left["process"])
+            self.interface, self.sysctls = left["interface"], dict(left["sysctls"])
+            self.process, self.index = int(left["process"]), int(left["index"])
         return self.process not in (0, os.getpid()) and Path(f"/proc/{self.process}").exists()  # the first as in Kernel.remove_stale
 
     def save(self) -> None:
         """Saves what is to be undone. Raises KernelError."""
         prefix = str(self.prefix) if self.prefix else ""
+        where = {"process": os.getpid(), "interface": self.interface, "index": self.index}
         try:
             self._folder.mkdir(0o755, parents=True, exist_ok=True)
-            self._file.save({"process": os.getpid(), "interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
+            self._file.save({**where, "prefix": prefix, "sysctls": self.sysctls})
         except (OSError, StorageError) as error:
             raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
 
@@ -4574,9 +4577,12 @@ class LanChanges:
 
     def undo(self) -> None:
         """Undoes everything, and removes the folder."""
+        name = self.interface
+        with suppress(OSError):  # it has gone
+            name = system_socket.if_indextoname(self.index)
         if self.prefix:
-            self._kernel.undo(lan_address_plan(self.interface, self.prefix))
-        self.write(self.sysctls)
+            self._kernel.undo(lan_address_plan(name, self.prefix))
+        self.write({re.sub(f"^{re.escape(self.interface)}/", f"{name}/", sysctl): value for sysctl, value in self.sysctls.items()})
         self.interface, self.prefix, self.sysctls = "", None, {}
         with suppress(OSError):
             for path in (*self._folder.glob("radvd.*"), *self._folder.glob("changes.*")):
@@ -4603,7 +4609,7 @@ class LanRouter:
         self._radvd = Radvd(self._folder) if interface else None
         self._grace_s = LAN_GRACE_S if grace is None else grace
         self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
-        self._index = self._last_index = 0  # of the interface: 0 while it can't be used; when it could last
+        self._index = 0  # of the interface, 0 while it can't be used
         self._missing = ""  # why it can't, which the log has said
         self._quiet_at = 0.0  # when other routers have been listened for
         self._other_router: str | None = None
@@ -4708,8 +4714,8 @@ class LanRouter:
         self._missing = missing
         if index and index != self._index:
             self._changes.prefix, self._other_router, self._quiet_at = None, None, time.monotonic() + LISTEN_S
-            if index != self._last_index:  # radvd changes these
-                self._last_index = index
+            if index != self._changes.index:  # radvd changes these
+                self._changes.index = index
                 self._changes.sysctls.update({f"{name}/{key}": read_text(IPV6_CONF / name / key) for key in ("mtu", "hop_limit")})
             self._work("listen", self._listen)
         self._index = index
