@@ -4128,6 +4128,18 @@ def test_a_server_that_changes_the_prefix_all_the_time_does_not_make_the_announc
     assert list(router._old) == [subnet(number) for number in range(49 - tun6.OLD_PREFIXES_MAX, 49)]
 
 
+def test_an_end_while_the_prefix_changes_leaves_no_address(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    undone: list[list[tun6.Step]] = []
+    monkeypatch.setattr(router._kernel, "undo", undone.append)
+    monkeypatch.setattr(router._changes, "save", mock.Mock(side_effect=gevent.GreenletExit))
+    monkeypatch.setattr(router._changes, "write", lambda _: None)
+    router._index, router._changes.prefix = 1, subnet(1)
+    with pytest.raises(gevent.GreenletExit):
+        router._keep_address(subnet(2))
+    router._changes.undo()
+    assert tun6.lan_address_plan("lan-of-nobody", subnet(1)) in undone
+
+
 def test_what_keeps_the_lan_from_being_as_it_should_is_said_once(
     router: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

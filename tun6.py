@@ -4739,10 +4739,10 @@ class LanRouter:
         before = self._changes.prefix
         if not self._index or (before == prefix and (self._has_address(prefix[1]) or not self._repairs.take())):
             return
-        self._changes.prefix = prefix
-        self._changes.save()
         if before and before != prefix:
             self._kernel.undo(lan_address_plan(self._interface, before))
+        self._changes.prefix = prefix
+        self._changes.save()
         self._kernel.reapply(lan_address_plan(self._interface, prefix))
         if before == prefix:
             log.warning("LAN %s: somebody removed its address %s; it is back", self._interface, prefix[1])
