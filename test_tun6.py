@@ -4128,6 +4128,18 @@ def test_a_server_that_changes_the_prefix_all_the_time_does_not_make_the_announc
     assert list(router._old) == [subnet(number) for number in range(49 - tun6.OLD_PREFIXES_MAX, 49)]
 
 
+def test_an_end_while_the_prefix_changes_leaves_no_address(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    undone: list[list[tun6.Step]] = []
+    monkeypatch.setattr(router._kernel, "undo", undone.append)
+    monkeypatch.setattr(router._changes, "save", mock.Mock(side_effect=gevent.GreenletExit))
+    monkeypatch.setattr(router._changes, "write", lambda _: None)
+    router._index, router._changes.prefix = 1, subnet(1)
+    with pytest.raises(gevent.GreenletExit):
+        router._keep_address(subnet(2))
+    router._changes.undo()
+    assert tun6.lan_address_plan("lan-of-nobody", subnet(1)) in undone
+
+
 def test_what_keeps_the_lan_from_being_as_it_should_is_said_once(
     router: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -4555,6 +4567,7 @@ def test_settings_are_changed_in_their_section_and_other_lines_stay(before: str,
 def test_the_units_in_contrib_are_those_that_install_writes(role: str) -> None:
     assert (Path(__file__).parent / f"contrib/tun6-{role}.service").read_text() == tun6.service_unit(role)
     assert "CAP_NET_BIND_SERVICE" not in tun6.service_unit(role)
+    assert "\nRuntimeDirectoryPreserve=yes\n" in tun6.service_unit(role)  # else a killed one leaves its LAN's address for ever
     assert tun6.service_unit(role, True).count("CAP_NET_RAW CAP_NET_BIND_SERVICE") == 2
 
 
@@ -8678,7 +8691,10 @@ def test_two_clients_of_one_machine_have_a_lan_each_and_forwarding_ends_with_the
             assert f"lan = eth1: another tun6 client is that LAN's router, process {first.process.pid}" in refused
         first.stop()
         second.wait_for("somebody turned IPv6 forwarding off, .*; it is on again")
+        renamed = lab.run("client", "ip", "link", "set", "usb0", "name", "other").returncode == 0  # Linux 6.2 and newer can, while it is up
         second.stop()
+        if renamed:
+            lab.ip("client", "link set other name usb0")
         as_before(lab, before)
     finally:
         lab.ip("client", "link del usb0")
@@ -10018,6 +10034,19 @@ def test_where_large_packets_vanish_traffic_passes_within_ten_seconds_and_then_w
             client.prefix(2)
             assert timed_transfer(lab, way, prefix) < 1
             programs[role].said(VANISH, 1)
+
+
+@pytest.mark.waits
+def test_where_small_packets_are_lost_the_path_keeps_its_mtu(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    client = tunnel.client()
+    client.prefix()
+    with Echo(lab) as echo:
+        with silent_path(lab, "up ip length > 60 drop"):  # only empty segments pass
+            echo.send(1)
+            time.sleep(5)  # in 3 s a large one would have been found
+        echo.expect_replies({1})
+    time.sleep(tun6.MTU_CHECK_S)
+    assert not re.search("vanish", client.log())
 
 
 @pytest.mark.waits
@@ -12779,6 +12808,9 @@ def check_lan(machine: Machine) -> None:
     prefix = IPv6Network(machine.connected())
     wait_until("the address on the LAN", lambda: f"{prefix[1]}/64" in machine.sh("ip -6 addr show dev lan0"), 10)
     assert "table inet tun6" in machine.sh("nft list tables")
+    machine.run("systemctl", "kill", "--kill-whom=main", "-s", "KILL", "tun6-client")
+    wait_until("the next one clears up", lambda: "killed tun6 has left for its LAN lan0" in machine.sh("journalctl -u tun6-client"), 30)
+    assert IPv6Network(machine.connected()) == prefix
     machine.run("systemctl", "stop", "tun6-client")
     assert machine.network() + machine.sh("nft list tables") == before
     machine.sh("sed -i '/^lan = /d' /etc/tun6/config.ini; ip link del lan0; systemctl start tun6-client")

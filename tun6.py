@@ -2052,6 +2052,7 @@ IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_SEND_QUEUE = 19, 20, 21, 2  # linux/tcp.h
 ICMP_DEST_UNREACH, ICMP_HOST_UNREACH, ICMP_FRAG_NEEDED = 3, 1, 4  # linux/icmp.h
 PATH_MTUS = 1280, 576  # bytes, tried in turn where large packets vanish: IPv6's minimum, which most paths take, and IPv4's (RFC 1122)
+IPV4_TCP_HEADERS = 40  # bytes, without options
 JIFFIES_S = 0.02  # two units in which most of the kernel's times of TCP are measured
 MTU_CHECK_S = 1.0  # between two looks at all connections
 MTU_RENEWAL_S = 240.0  # between two renewals of what the kernel forgets after 600 s (net.ipv4.route.mtu_expires)
@@ -2422,7 +2423,7 @@ class PathMtu:
         answered = self._stall is not None and heard > self._stall.asked
         if self._stall and not answered and now - self._stall.asked < wait:
             return
-        sequence, _ = probe_window(self._sock)
+        sequence, end = probe_window(self._sock)
         if self._stall and sequence != self._stall.sequence:
             self._end_stall(now)
         stall = self._stall
@@ -2436,7 +2437,7 @@ class PathMtu:
         if stall.failed == math.inf:
             stall.failed = now if retransmits > stall.passed else math.inf
         elif now - stall.failed >= wait:
-            self._try_smaller(stall, now)
+            self._try_smaller(stall, now, (end - sequence) % 2**32 + IPV4_TCP_HEADERS)
 
     def _send_again(self, retransmits: int, sequence: int) -> int:
         """Sends the segment again now, which the kernel would do some seconds later. Returns the number of retransmissions then."""
@@ -2447,8 +2448,11 @@ class PathMtu:
                 retransmits = read_tcp_info(self._sock, "B", 2)
         return retransmits
 
-    def _try_smaller(self, stall: Stall, now: float) -> None:
-        mtu = read_tcp_info(self._sock, "I", 60)  # tcpi_pmtu
+    def _try_smaller(self, stall: Stall, now: float, size: int) -> None:
+        """`size` is that of a packet with all that is on the way: the one that does not arrive is no larger."""
+        if size <= PATH_MTUS[-1]:  # so it is lost for another reason
+            return
+        mtu = min(size, read_tcp_info(self._sock, "I", 60))  # tcpi_pmtu
         smaller = next((size for size in PATH_MTUS if size < mtu), None)
         if smaller is None or smaller == stall.mtu:  # no smaller one helps, or the kernel does not take it
             stall.mtu = None
@@ -4542,21 +4546,24 @@ class LanChanges:
         self.prefix: IPv6Network | None = None  # whose ::1 the interface has from us
         self.sysctls: dict[str, str] = {}  # as they were
         self.process = 0  # which has changed them
+        self.index = 0  # of the interface when it was there last, whose name others may change
 
     def find(self) -> bool:
         """Reads what a client has written. Returns whether that one still lives."""
         with suppress(ConfigError, ValueError, KeyError, TypeError):
             left = dict(self._file.load())
             self.prefix = IPv6Network(left["prefix"]) if left["prefix"] else None
-            self.interface, self.sysctls, self.process = left["interface"], dict(left["sysctls"]), int(left["process"])
+            self.interface, self.sysctls = left["interface"], dict(left["sysctls"])
+            self.process, self.index = int(left["process"]), int(left["index"])
         return self.process not in (0, os.getpid()) and Path(f"/proc/{self.process}").exists()  # the first as in Kernel.remove_stale
 
     def save(self) -> None:
         """Saves what is to be undone. Raises KernelError."""
         prefix = str(self.prefix) if self.prefix else ""
+        where = {"process": os.getpid(), "interface": self.interface, "index": self.index}
         try:
             self._folder.mkdir(0o755, parents=True, exist_ok=True)
-            self._file.save({"process": os.getpid(), "interface": self.interface, "prefix": prefix, "sysctls": self.sysctls})
+            self._file.save({**where, "prefix": prefix, "sysctls": self.sysctls})
         except (OSError, StorageError) as error:
             raise KernelError(f"what `lan` changes on this machine can't be remembered: {describe_end(error)}") from None
 
@@ -4574,9 +4581,12 @@ class LanChanges:
 
     def undo(self) -> None:
         """Undoes everything, and removes the folder."""
+        name = self.interface
+        with suppress(OSError):  # it has gone
+            name = system_socket.if_indextoname(self.index)
         if self.prefix:
-            self._kernel.undo(lan_address_plan(self.interface, self.prefix))
-        self.write(self.sysctls)
+            self._kernel.undo(lan_address_plan(name, self.prefix))
+        self.write({re.sub(f"^{re.escape(self.interface)}/", f"{name}/", sysctl): value for sysctl, value in self.sysctls.items()})
         self.interface, self.prefix, self.sysctls = "", None, {}
         with suppress(OSError):
             for path in (*self._folder.glob("radvd.*"), *self._folder.glob("changes.*")):
@@ -4603,7 +4613,7 @@ class LanRouter:
         self._radvd = Radvd(self._folder) if interface else None
         self._grace_s = LAN_GRACE_S if grace is None else grace
         self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
-        self._index = self._last_index = 0  # of the interface: 0 while it can't be used; when it could last
+        self._index = 0  # of the interface, 0 while it can't be used
         self._missing = ""  # why it can't, which the log has said
         self._quiet_at = 0.0  # when other routers have been listened for
         self._other_router: str | None = None
@@ -4708,8 +4718,8 @@ class LanRouter:
         self._missing = missing
         if index and index != self._index:
             self._changes.prefix, self._other_router, self._quiet_at = None, None, time.monotonic() + LISTEN_S
-            if index != self._last_index:  # radvd changes these
-                self._last_index = index
+            if index != self._changes.index:  # radvd changes these
+                self._changes.index = index
                 self._changes.sysctls.update({f"{name}/{key}": read_text(IPV6_CONF / name / key) for key in ("mtu", "hop_limit")})
             self._work("listen", self._listen)
         self._index = index
@@ -4735,10 +4745,10 @@ class LanRouter:
         before = self._changes.prefix
         if not self._index or (before == prefix and (self._has_address(prefix[1]) or not self._repairs.take())):
             return
-        self._changes.prefix = prefix
-        self._changes.save()
         if before and before != prefix:
             self._kernel.undo(lan_address_plan(self._interface, before))
+        self._changes.prefix = prefix
+        self._changes.save()
         self._kernel.reapply(lan_address_plan(self._interface, prefix))
         if before == prefix:
             log.warning("LAN %s: somebody removed its address %s; it is back", self._interface, prefix[1])
@@ -4801,7 +4811,6 @@ RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so th
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
 FINAL_RETRY_S = 60.0  # between two attempts after one of those
 CONNECT_S = 10.0  # for one TCP connect
-IPV4_TCP_HEADERS = 40  # bytes, without options
 SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
 LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address is tried
 
@@ -5887,6 +5896,8 @@ Group=tun6
 StateDirectory=tun6
 StateDirectoryMode=0750
 RuntimeDirectory=tun6-{role}
+# what a killed one was to put back stands there
+RuntimeDirectoryPreserve=yes
 UMask=0077
 # CAP_NET_ADMIN: TUNs, routes and their sysctls; CAP_NET_RAW: the question whether the path is alive{why}
 AmbientCapabilities={capabilities}
