@@ -7501,10 +7501,10 @@ def client_command(options: argparse.Namespace) -> None:
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")  # resolv.conf(5): a name server that is back is noticed in seconds
     config: ClientConfig = read_config(find_config(options.config), "client")
     prepare_observers(config)
-    ClientDoctor(config).warn()
     require_privilege()
     require_ipv6()
     client = Client(config)
+    ClientDoctor(config).warn()
     handler = RequestHandler(client.figures, LoopLatency())
     web = Web(config.metrics, handler, False) if config.metrics else None
 
