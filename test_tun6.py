@@ -6048,6 +6048,7 @@ def events(folder: Path) -> list[list[str]]:
     return [line.split("|") for line in told(folder)]
 
 
+@pytest.mark.waits
 def test_hooks_hear_of_each_session_and_packets_do_not_wait_for_them(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     sides = {side: tmp_path / f"{side}-hook" for side in ("server", "client")}
     for folder in sides.values():
@@ -6084,6 +6085,7 @@ def test_hooks_hear_of_each_session_and_packets_do_not_wait_for_them(lab: Lab, t
     assert events(sides["server"])[-1][6] == "the server stops"
 
 
+@pytest.mark.waits
 def test_a_client_whose_prefix_changes_tells_its_hook_of_both(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     server = tunnel.server()
     hook = hook_file(tmp_path, 'echo "$TUN6_EVENT $TUN6_OLD_PREFIX $TUN6_PREFIX" >> $OUT')
@@ -6095,6 +6097,7 @@ def test_a_client_whose_prefix_changes_tells_its_hook_of_both(lab: Lab, tunnel: 
     wait_until("the hook ran", lambda: told(tmp_path) == expected)
 
 
+@pytest.mark.waits
 def test_a_hook_that_is_missing_ends_the_start_with_2(tunnel: Tunnel, tmp_path: Path) -> None:
     for role in ("server", "client"):
         sentence = tunnel.failure_at_start(role, 2, hook="missing")
@@ -7055,6 +7058,7 @@ def from_abroad(lab: Lab) -> Iterator[str]:
         yield "2001:db8:fffe::2"
 
 
+@pytest.mark.waits
 def test_the_internet_reaches_only_what_is_opened_and_what_began_inside(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(firewall="yes", open="::10 tcp 4430, ::10 udp 5000-5010, this tcp 2200, this UDP 53")
     prefix = client.prefix()
@@ -7094,6 +7098,7 @@ def test_the_internet_reaches_only_what_is_opened_and_what_began_inside(lab: Lab
         assert "`firewall = yes`" not in client.log()
 
 
+@pytest.mark.waits
 def test_a_ping_sweep_does_not_fill_the_neighbour_table_and_others_can_ping(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     prefix = tunnel.client(firewall="yes").prefix()
     with lan_behind(lab, prefix) as host, from_abroad(lab) as abroad, ExitStack() as undo:
@@ -7184,6 +7189,7 @@ AFTER = """table inet after {
 }"""
 
 
+@pytest.mark.waits
 def test_what_a_hostile_server_sends_stays_outside_even_without_the_ingress_filter(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     prefix = IPv6Network(f"{tunnel.pool[0]}/64")
     with tun6_with(tmp_path, "tun6.IngressFilter.permits = lambda *_: True"), ServerByHand(lab, tunnel) as server, ExitStack() as undo:
@@ -7242,6 +7248,7 @@ def test_what_a_hostile_server_sends_stays_outside_even_without_the_ingress_filt
 FIREWALL_BACK = "WARNING somebody removed or changed the firewall's table inet tun6; it is back"
 
 
+@pytest.mark.waits
 def test_a_firewall_that_somebody_flushes_is_back_and_what_is_connected_stays(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(firewall="yes", open="this tcp 2200")
     prefix = client.prefix()
@@ -7268,6 +7275,7 @@ def test_a_firewall_that_somebody_flushes_is_back_and_what_is_connected_stays(la
         client.said(FIREWALL_BACK, times)
 
 
+@pytest.mark.waits
 def test_the_paths_probes_and_its_mtu_pass_the_firewall_however_many_pings_come(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     target = str(prefix_of_pool(tunnel, 0)[1])
     with socket_on(lab, "internet", kind=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMPV6) as sock, ExitStack() as undo:
@@ -7299,6 +7307,7 @@ def nft_that(folder: Path, script: str) -> str:
     return f"os.environ['PATH'] = '{nft.parent}:' + os.environ['PATH']"
 
 
+@pytest.mark.waits
 def test_without_the_firewall_that_is_wanted_there_is_no_tunnel(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
     with tun6_with(tmp_path, f"os.environ['PATH'] = '{tmp_path}'"):
         for wanted in ({"firewall": "yes"}, {"lan": "eth1"}):
@@ -7311,6 +7320,7 @@ def test_without_the_firewall_that_is_wanted_there_is_no_tunnel(lab: Lab, tunnel
     assert tun_of(lab) == {}
 
 
+@pytest.mark.waits
 def test_a_firewall_that_can_not_be_put_back_ends_the_tunnel_until_it_can(
     lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path
 ) -> None:
@@ -7327,6 +7337,7 @@ def test_a_firewall_that_can_not_be_put_back_ends_the_tunnel_until_it_can(
     assert table_of(lab)
 
 
+@pytest.mark.waits
 def test_what_a_killed_client_left_of_a_firewall_is_found_and_two_clients_have_one_each(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     wanted = {"tun6": "yes", "-.x": "no"}  # at the next start
     killed = [tunnel.client(firewall="yes", tun=device, id=device) for device in wanted]
@@ -7342,6 +7353,7 @@ def test_what_a_killed_client_left_of_a_firewall_is_found_and_two_clients_have_o
     assert [bool(table_of(lab, name)) for name in ("tun6", "tun6--.x")] == [True, False]
 
 
+@pytest.mark.waits
 def test_a_client_says_once_what_its_address_means_unless_the_config_says_so(tunnel: Tunnel, server: Program) -> None:
     silent = [tunnel.client(firewall="no", id="a"), tunnel.client(lan="eth1", id="b", tun="b")]
     client = tunnel.client("second")
@@ -7351,6 +7363,7 @@ def test_a_client_says_once_what_its_address_means_unless_the_config_says_so(tun
     assert not any("the whole IPv6 Internet" in each.log() for each in silent)
 
 
+@pytest.mark.waits
 def test_a_client_with_a_lan_has_a_firewall_and_says_which_other_one_drops_what_it_forwards(
     lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path
 ) -> None:
@@ -7770,6 +7783,7 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(sit
 # ---- end to end: administration --------------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("running", [True, False], ids=["on the running server", "on its files"])
 def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, running: bool) -> None:
     first, third, fifth = (f"{site.tunnel.pool[number << 64]}/64" for number in (0, 3, 5))
@@ -7814,6 +7828,7 @@ def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, ru
     assert json.loads(site.assignments.read_text()) == {"a": again["prefix"], "b c": third, "not yet here": first}
 
 
+@pytest.mark.waits
 def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_moves_it(lab: Lab, site: Site) -> None:
     site.serve()
     done = lab.run("server", sys.executable, TUN6, "clients", "-c", str(site.config), "add", "it's 100 % = a:b[c]")
@@ -7852,6 +7867,7 @@ def test_what_add_prints_is_a_config_with_which_the_client_connects_and_a_pin_mo
     assert client.log().count("no connection") == 1
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("cert", "id_", "complaint"),
     [
@@ -7867,6 +7883,7 @@ def test_a_key_whose_config_ini_can_not_be_shown_is_not_made(site: Site, cert: s
     assert not site.assignments.exists()
 
 
+@pytest.mark.waits
 def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site) -> None:
     site.write_config()
     config = ["-c", str(site.config)]
@@ -7876,6 +7893,7 @@ def test_options_of_clients_may_be_before_the_action_and_behind_it(site: Site) -
         assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
+@pytest.mark.waits
 def test_revoke_new_key_and_pin_end_the_live_session_at_once(site: Site, key: str) -> None:
     of_other = site.issue("other")
     server = site.serve()
@@ -7911,6 +7929,7 @@ def test_revoke_new_key_and_pin_end_the_live_session_at_once(site: Site, key: st
     other.echo()
 
 
+@pytest.mark.waits
 def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     client = site.client("a", key)
     client.prefix()
@@ -7920,6 +7939,7 @@ def test_a_revoked_program_says_so_and_asks_again_every_minute_only(lab: Lab, si
     wait_until_no_sessions(lab)
 
 
+@pytest.mark.waits
 def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> None:
     site.serve(cert=None, keys=None)
     peer = site.tunnel.peer("a").connected()
@@ -7936,6 +7956,7 @@ def test_an_open_server_has_no_keys_to_administrate_but_prefixes(site: Site) -> 
     assert site.tunnel.visit("a") == pinned
 
 
+@pytest.mark.waits
 def test_an_open_server_gets_keys_without_a_cut(lab: Lab, site: Site) -> None:
     old, new = site.tunnel.client("client", id="old"), site.tunnel.client("second", id="new")
     open_server = site.serve(keys=None)
@@ -7972,6 +7993,7 @@ def test_an_open_server_gets_keys_without_a_cut(lab: Lab, site: Site) -> None:
     server.stop()
 
 
+@pytest.mark.waits
 def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_in_any_more(site: Site) -> None:
     keys = {id_: site.issue(id_) for id_ in ("stays", "removed", "revoked", "has another key")}
     server = site.serve()
@@ -7996,6 +8018,7 @@ def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_i
     assert (site.answer("removed", keys["removed"])["Error"], site.answer("revoked", keys["revoked"])["Error"]) == ("denied", "revoked")
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("broken", ["keys", "cert", "no cert"])
 def test_sighup_with_a_broken_file_keeps_keys_and_certificate(site: Site, key: str, keyed_server: Program, broken: str) -> None:
     peer = site.peer("a", key).connected()
@@ -8017,6 +8040,7 @@ def test_sighup_with_a_broken_file_keeps_keys_and_certificate(site: Site, key: s
     assert keyed_server.process.poll() is None
 
 
+@pytest.mark.waits
 def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_is_not(site: Site) -> None:
     control = site.folder / "server.sock"
     site.serve(control=control).kill()
@@ -8041,6 +8065,7 @@ def test_a_socket_that_a_killed_server_left_is_replaced_and_that_of_a_live_one_i
     assert len(site.clients("list")) == 2  # from the files
 
 
+@pytest.mark.waits
 def test_clients_do_not_touch_the_files_of_a_server_that_they_can_not_reach(site: Site) -> None:
     site.serve(control=site.folder / "elsewhere.sock")
     site.config.write_text(site.config.read_text().replace("elsewhere.sock", "wrong.sock"))
@@ -8048,6 +8073,7 @@ def test_clients_do_not_touch_the_files_of_a_server_that_they_can_not_reach(site
     assert not site.keys.exists()
 
 
+@pytest.mark.waits
 def test_without_server_and_without_assignments_file_there_is_nothing_to_administrate(site: Site) -> None:
     site.write_config(assignments=None)
     assert "no server listens at" in site.complaint("list")
@@ -8065,6 +8091,7 @@ def control_connection(site: Site) -> socket.socket:
     return sock
 
 
+@pytest.mark.waits
 def test_a_request_that_no_tun6_makes_hurts_nobody(site: Site) -> None:
     site.serve()
     files = json.dumps([str(site.assignments), str(site.keys)]).encode()
@@ -8080,6 +8107,7 @@ def test_a_request_that_no_tun6_makes_hurts_nobody(site: Site) -> None:
         assert site.clients("list") == []
 
 
+@pytest.mark.waits
 def test_whoever_says_nothing_on_the_control_socket_keeps_neither_others_nor_the_end_waiting(site: Site) -> None:
     server = site.serve()
     for _ in range(20):
@@ -8088,6 +8116,7 @@ def test_whoever_says_nothing_on_the_control_socket_keeps_neither_others_nor_the
     server.stop()
 
 
+@pytest.mark.waits
 def test_a_server_that_ran_out_of_descriptors_can_be_administrated_when_it_has_some_again(site: Site) -> None:
     server = site.serve()
     with descriptors(server, 2):
@@ -8098,6 +8127,7 @@ def test_a_server_that_ran_out_of_descriptors_can_be_administrated_when_it_has_s
     assert site.clients("list") == []
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("cert", ["made.pem", None])
 def test_keygen_makes_a_certificate_that_clients_accept_and_never_overwrites(site: Site, cert: str | None) -> None:
     site.write_config(cert=cert, keys=None)
@@ -8118,6 +8148,7 @@ def test_keygen_makes_a_certificate_that_clients_accept_and_never_overwrites(sit
     site.client("b", None, "second", fingerprint=f"SHA256:{colons}").prefix()
 
 
+@pytest.mark.waits
 def test_keygen_that_can_not_make_the_file_says_so(site: Site, tmp_path: Path) -> None:
     site.write_config(cert="nowhere/server.pem", keys=None)
     assert "nowhere/server.pem can't be written: No such file" in only_line(run_tun6("keygen", "-c", str(site.config)), 1)
@@ -8133,6 +8164,7 @@ def expect_no_server(server: Program) -> None:
         assert "no server" in only_line(run_tun6("status", "-c", str(server.config), *arguments), 1)
 
 
+@pytest.mark.waits
 def test_status_says_how_the_running_server_is(tunnel: Tunnel, server: Program) -> None:
     began = time.monotonic()
     empty = status_of(server)
@@ -8173,6 +8205,7 @@ def test_status_says_how_the_running_server_is(tunnel: Tunnel, server: Program) 
     expect_no_server(server)  # its socket has gone
 
 
+@pytest.mark.waits
 def test_a_server_that_stood_still_says_for_how_long(server: Program) -> None:
     wait_until("it has begun to measure", lambda: status_of(server)["latency"]["samples"] > 5)
     before = status_of(server)["latency"]["max"]
@@ -8188,6 +8221,7 @@ def status_text(config: Path, *words: str, **options: Any) -> subprocess.Complet
     return run_tun6("status", "-c", str(config), *words, **options)
 
 
+@pytest.mark.waits
 def test_a_client_says_how_it_is_before_during_and_after_an_outage(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(id="the client", grace=1)
     prefix = client.prefix()
@@ -8230,6 +8264,7 @@ def asked_status(config: Path, status: int) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.waits
 def test_a_client_is_connecting_while_what_is_sent_waits(tunnel: Tunnel) -> None:
     client = tunnel.client(grace="off", id="early")
     wait_until("it can be asked", lambda: client.control().exists())
@@ -8238,6 +8273,7 @@ def test_a_client_is_connecting_while_what_is_sent_waits(tunnel: Tunnel) -> None
     assert (status["state"], status["prefix"], status["handshakes"]["failed"] > 0) == ("connecting", None, True)
 
 
+@pytest.mark.waits
 def test_where_both_run_status_shows_both_or_the_one_that_is_named(tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
     client = tunnel.client(id="one")
     client.prefix()
@@ -8257,6 +8293,7 @@ def test_where_both_run_status_shows_both_or_the_one_that_is_named(tunnel: Tunne
     assert "is an example" in only_line(status_text(both, "client"), 2)
 
 
+@pytest.mark.waits
 def test_status_shows_the_warnings_that_stand(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     lines = ["tun6.FORWARDING_CHECK_S = 0.2"]
     with sysctl(lab, "server", "net.ipv6.conf.all.forwarding", "0"), tun6_with(tmp_path, *lines):
@@ -8270,6 +8307,7 @@ def test_status_shows_the_warnings_that_stand(lab: Lab, tunnel: Tunnel, tmp_path
         wait_until("it does again", lambda: any("somebody turned" in text for text in status_of(server)["warnings"]))
 
 
+@pytest.mark.waits
 def test_status_ends_quietly_with_its_reader_and_its_terminal_may_be_resized(tunnel: Tunnel, server: Program) -> None:
     tunnel.crowd(30)
     command = f"{sys.executable} {TUN6} status -c {server.config}"
@@ -8309,6 +8347,7 @@ def test_status_ends_quietly_with_its_reader_and_its_terminal_may_be_resized(tun
         os.close(terminal)
 
 
+@pytest.mark.waits
 def test_with_log_json_each_line_is_an_object_with_its_fields_in_order(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     server = tunnel.server(log="json")
     client = tunnel.client(log="json", id='hostile "\\ é')
@@ -10610,6 +10649,7 @@ def good_client(lab: Lab, lan: Lan, site: Site, good_server: Program, tmp_path: 
     return client
 
 
+@pytest.mark.waits
 def test_the_doctor_finds_nothing_on_good_machines_and_takes_no_session(
     lab: Lab, lan: Lan, tunnel: Tunnel, good_server: Program, good_client: Program, tmp_path: Path
 ) -> None:
@@ -10629,6 +10669,7 @@ def test_the_doctor_finds_nothing_on_good_machines_and_takes_no_session(
     assert all(re.match("(ok     |skipped| {24}|The client of )", line) for line in done.stdout.splitlines()), done.stdout
 
 
+@pytest.mark.waits
 def test_the_doctor_names_what_is_wrong_with_a_client(
     lab: Lab, lan: Lan, site: Site, good_server: Program, good_client: Program, tmp_path: Path
 ) -> None:
@@ -10685,6 +10726,7 @@ def test_the_doctor_names_what_is_wrong_with_a_client(
         me.shows(LAN="FAIL IPv6 forwarding is off, so that eth1 reaches this machine only", **symptoms)
 
 
+@pytest.mark.waits
 def test_the_doctor_names_what_is_wrong_between_client_and_server(
     lab: Lab, lan: Lan, site: Site, good_server: Program, good_client: Program, tmp_path: Path
 ) -> None:
@@ -10722,6 +10764,7 @@ def test_the_doctor_names_what_is_wrong_between_client_and_server(
         lab.ip("client", "route add default via 10.8.0.1")
 
 
+@pytest.mark.waits
 def test_the_doctor_names_what_is_wrong_with_a_server(lab: Lab, tunnel: Tunnel, site: Site, good_server: Program, tmp_path: Path) -> None:
     server = Patient(lab, tmp_path, good_server.config)
     site.clients("add", "another")
@@ -10780,6 +10823,7 @@ def test_the_doctor_names_what_is_wrong_with_a_server(lab: Lab, tunnel: Tunnel, 
     server.edit(control="none.sock").shows(server="FAIL another program listens on 0.0.0.0 port .*none.sock")
 
 
+@pytest.mark.waits
 def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab: Lab, tunnel: Tunnel) -> None:
     server = tunnel.server(prefixrange=f"{tunnel.pool[0]}/63", max_clients=1)
 
@@ -10805,6 +10849,7 @@ def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab:
     server.wait_for("'first' from .*: asks whether it would be served", 2)
 
 
+@pytest.mark.waits
 def test_a_default_route_that_will_be_lost_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -10818,6 +10863,7 @@ def test_a_default_route_that_will_be_lost_is_warned_of(
     assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["eth0 ignores router advertisements"]
 
 
+@pytest.mark.waits
 def test_what_the_doctor_finds_is_warned_of_at_the_start(site: Site, beyond: None) -> None:
     site.issue("somebody")
     site.keys.chmod(0o644)
@@ -10827,6 +10873,7 @@ def test_what_the_doctor_finds_is_warned_of_at_the_start(site: Site, beyond: Non
     server.said("WARNING the certificate is valid from .* set the clock", 1)
 
 
+@pytest.mark.waits
 def test_the_doctor_says_what_only_root_can_see_and_names_the_sides_it_has_examined(tmp_path: Path) -> None:
     path = write_ini(
         tmp_path / "both.ini",
