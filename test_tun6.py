@@ -5551,7 +5551,9 @@ def test_of_many_hellos_with_one_id_at_once_one_session_is_left(lab: Lab, tunnel
 
 
 @pytest.mark.waits
-def test_two_clients_that_take_one_id_from_each_other_are_slowed_and_the_log_says_it_once(tunnel: Tunnel, server: Program) -> None:
+def test_two_clients_that_take_one_id_from_each_other_are_slowed_and_the_log_says_it_once(
+    tunnel: Tunnel, server: Program, tmp_path: Path
+) -> None:
     other = tunnel.peer("other").connected()
     tunnel.peer("twin").connected()
     took = []
@@ -5565,6 +5567,8 @@ def test_two_clients_that_take_one_id_from_each_other_are_slowed_and_the_log_say
     assert max(took[: tun6.CONTENTION_TAKEOVERS]) < 2, took
     assert all(4.5 < slow < 7 for slow in took[tun6.CONTENTION_TAKEOVERS :]), took
     server.said("WARNING 'twin': clients at .* and .* take it from each other", 1)
+    found = Patient(tunnel.lab, tmp_path, server.config).findings()
+    assert found["server"] == ["warn several clients have the Id 'twin', and take it from each other; give each an `id` of its own"]
 
 
 def test_a_lone_client_that_comes_back_again_and_again_is_not_slowed(tunnel: Tunnel, server: Program) -> None:
@@ -10626,6 +10630,40 @@ def another_router(lab: Lab) -> Iterator[None]:
             yield
 
 
+@contextmanager
+def rules_gone(lab: Lab) -> Iterator[None]:
+    """The client's own rules for IPv6 are away meanwhile."""
+    own = [f"priority {line.strip()}".replace(":", "", 1) for line in lab.ip("client", "-6 rule show").splitlines() if "proto 116" in line]
+    for each in own:
+        lab.ip("client", f"-6 rule del {each}")
+    try:
+        yield
+    finally:
+        for each in own:
+            lab.ip("client", f"-6 rule add {each}")
+
+
+@contextmanager
+def stranger(lab: Lab) -> Iterator[int]:
+    """Another program than tun6 answers on a port of the server's machine, which it gives."""
+    with lab.inside("server"):
+        listener = socket.create_server((Lab.SERVER, 0))
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                with listener.accept()[0] as sock:
+                    sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    (thread := threading.Thread(target=serve)).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
 @pytest.fixture
 def good_server(site: Site, beyond: None) -> Program:
     """With TLS, keys and a backup."""
@@ -10707,9 +10745,22 @@ def test_the_doctor_names_what_is_wrong_with_a_client(
             name_servers=f"warn {Lab.INTERNET}: all name servers are reached only through the tunnel; add one with IPv4",
         )
     with changed(lab, "client", "-6 route add default dev eth0 table 77", "-6 rule add priority 100 to 2000::/3 lookup 77"):
-        me.shows(routes="FAIL what this machine begins goes to eth0, not to tun6", server_end="FAIL")
+        me.shows(
+            routes="FAIL what this machine begins goes to eth0, not to tun6: another program, such as a VPN, takes it",
+            server_end="FAIL the other end of the tunnel can't be asked, see routes",
+        )
+    with rules_gone(lab):
+        me.shows(routes="FAIL .* goes to nowhere, not to tun6: somebody removed that; restart", server_end="FAIL .*, see routes")
     with link_with(lab, "client", "tun6", "mtu 1400", "mtu 1500"), link_with(lab, "client", "eth1", "down", "up"):
         me.shows(TUN="warn somebody has given tun6 an mtu of 1400, not 1500", LAN="FAIL there is no interface eth1, or it is down")
+    wait_until("the LAN is served again", lambda: str(prefix[1]) in lab.ip("client", "-6 addr show dev eth1"))
+    stateful = "chain INPUT { type filter hook input priority 0; policy drop; iif lo accept; ct state established,related accept; }"
+    with firewall(lab, "ip6 filter", stateful, "client"):
+        me.shows(LAN="FAIL the firewall's chain ip6 filter INPUT drops ICMPv6, .*`ip6tables -I INPUT -p ipv6-icmp -j ACCEPT`")
+    with link_with(lab, "lan", "eth0", "down", "up"):
+        me.shows(LAN="FAIL eth1 has no carrier: its cable is out")
+    with sysctl(lab, "client", "net.ipv6.conf.eth1.disable_ipv6", "1"):
+        me.shows(LAN="FAIL IPv6 is off on eth1; turn it on with `sysctl -w net.ipv6.conf.eth1.disable_ipv6=0`")
     wait_until("the LAN is served again", lambda: str(prefix[1]) in lab.ip("client", "-6 addr show dev eth1"))
     with ExitStack() as undo:
         for interface in ("lo", "eth1"):  # radvd, without forwarding, says that it is no router, which this machine would listen to
@@ -10748,11 +10799,16 @@ def test_the_doctor_names_what_is_wrong_between_client_and_server(
         lab.ip("server", f"-6 route add {route}")
     with firewall(lab, "ip hole", f"chain onward {{ {HOOK} meta length > 1400 drop; }}", "nat"):
         me.shows(path_MTU="warn packets of 1500 bytes to or from 10.9.0.1 vanish, .*mss = 1220", large_packets="FAIL packets of 1500")
+    with firewall(lab, "ip hole", f"chain onward {{ {HOOK} tcp dport {site.tunnel.port} tcp flags syn drop; }}", "nat"):
+        me.shows(TCP="FAIL 10.9.0.1 port .*: no answer within .*; 10.9.0.1 answers pings, so a firewall")
+    with stranger(lab) as port:
+        other = "FAIL TLS failed: the other side does not speak TLS; is there another program"
+        me.edit(remoteport=port).shows(TLS=other)
     site.clients("revoke", "me")
     good_client.wait_for("revoked")
     me.shows(
         hello="FAIL the client that runs has no connection: revoked: this Id was revoked",
-        server_end="FAIL",
+        server_end="FAIL the other end of the tunnel does not answer: there is no connection to the server, see TCP, TLS and hello",
         LAN="FAIL the hosts of eth1 are told of no router here",
     )
     site.clients("restore", "me")

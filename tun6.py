@@ -3899,6 +3899,7 @@ class Server:
             "listens": f"{self._config.localhost} port {self._config.listenport}",
             "pool": str(self._config.prefixrange),
             "free": self.store.pool.free,
+            "contended": sorted(each for each in self._contended if time.monotonic() - self._takeovers[each][-1] < CONTENTION_WINDOW_S),
             "handshakes": dict(self.handshakes),
             "certificate": dict(zip(("begins", "expires"), self._certificate)) if self._certificate else None,
         }
@@ -6276,6 +6277,8 @@ POOL_S = 10.0  # in which something for the pool may come from outside
 DESCRIPTORS_PER_CLIENT, OTHER_DESCRIPTORS = 2, 100
 DISK_MIN = 1 << 20  # bytes that must be free beside twice the file of assignments, as each save writes it anew
 CERTIFICATE_S = 30 * 86_400  # before its end a certificate is warned of
+KNOWS_NEIGHBOURS = re.compile("(icmpv6|ipv6-icmp|l4proto 58|nexthdr 58)(?! type echo-re)")  # in a table of nft
+CUT_OFF = "the peer closed the connection", "Connection reset by peer"  # reasons of an outage that the server's host gave
 RELEASED = 1_767_225_600  # Unix time, 2026-01-01: a clock that says less is wrong
 IP_MTU, IP_PMTUDISC_PROBE, IPV4_ICMP_HEADERS = 14, 3, 28  # linux/in.h; bytes
 
@@ -6316,6 +6319,13 @@ def require_ipv6() -> None:
     if read_sysctl("net.ipv6.conf.default.disable_ipv6") != "0":
         where = " for this container, from outside" if not os.access("/proc/sys/net/ipv6/conf/all/disable_ipv6", os.W_OK) else ""
         raise KernelError(f"IPv6 is off in this kernel; turn it on{where} with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`")
+
+
+def require_ipv6_of(interface: str) -> None:
+    """Raises KernelError where somebody has turned IPv6 off on it."""
+    if read_text(IPV6_CONF / interface / "disable_ipv6") == "1":
+        how = f"`sysctl -w net.ipv6.conf.{interface.replace('.', '/')}.disable_ipv6=0`, and see /etc/sysctl.d"
+        raise KernelError(f"IPv6 is off on {interface}; turn it on with {how}")
 
 
 def warn_of_forwarding() -> None:
@@ -6404,6 +6414,22 @@ def warn_of_dropping_chains(devices: str, pool: IPv6Network, who: str) -> None:
     require_root()
     for text in describe_dropping_chains(devices, pool, who).values():
         log.warning("%s", text)
+
+
+def warn_of_deaf_chains() -> None:
+    """Warns of firewalls that drop neighbour discovery. Raises OSError, subprocess.TimeoutExpired, ValueError, PermissionError."""
+    require_root()
+    with suppress(FileNotFoundError):
+        for entry in json.loads(run_in_thread(run_program, ["nft", "-j", "list", "chains"]).stdout or "{}").get("nftables", []):
+            chain = entry.get("chain", {})
+            if chain.get("hook") != "input" or chain["family"] not in ("inet", "ip6") or chain.get("policy") != "drop":
+                continue
+            table = run_in_thread(run_program, ["nft", "-t", "list", "table", chain["family"], chain["table"]]).stdout
+            if not KNOWS_NEIGHBOURS.search(table):
+                name = f"{chain['family']} {chain['table']} {chain['name']}"
+                nft = f"nft insert rule {name} meta l4proto ipv6-icmp accept"
+                how = "ip6tables -I INPUT -p ipv6-icmp -j ACCEPT" if name == "ip6 filter INPUT" else nft
+                log.error("the firewall's chain %s drops ICMPv6, without which no neighbour finds this machine; `%s`", name, how)
 
 
 class Doctor:
@@ -6533,6 +6559,12 @@ class ServerDoctor(Doctor):
         with socket.socket() as probe, suppress(OSError):
             probe.connect((host, port))
             if self.is_running():
+                files = [name and os.path.realpath(name) for name in (self._config.assignments, self._config.keys)]
+                status: dict[str, Any] = {}
+                with suppress(OSError, RequestError):
+                    status = ask_server(self._config.control, {"do": "status", "files": files})
+                for id_ in status.get("contended", ()):
+                    log.warning("several clients have the Id %s, and take it from each other; give each an `id` of its own", quote_id(id_))
                 return f"process {self._pid} listens on {host} port {port}"
             raise KernelError(f"another program listens on {host} port {port}: nobody has {self._config.control}; see `ss -tlnp`")
         raise KernelError(f"no server listens on {host} port {port}; start it, and see what its log says")
@@ -6563,6 +6595,7 @@ class ServerDoctor(Doctor):
 
     def _check_firewall(self) -> str:
         warn_of_dropping_chains(self._config.tun.replace("%d", "*"), self._pool, "clients")
+        warn_of_deaf_chains()
         return "no chain drops what is forwarded, or it knows tun6"
 
     def _check_descriptors(self) -> str:
@@ -6649,6 +6682,7 @@ class ClientDoctor(Doctor):
         self._sock: socket.socket | None = None  # to the server
         self._stream: Stream | None = None
         self._prefix: IPv6Network | None = None
+        self._is_misrouted = False
         self._server_end: str | None = None  # the address by which the server answers in the tunnel
 
     def is_running(self) -> bool:
@@ -6662,6 +6696,9 @@ class ClientDoctor(Doctor):
         yield from super().run()
         if self._sock:
             self._sock.close()
+
+    def _has_connection(self) -> bool:
+        return self._stream is not None and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
 
     def _check_config(self) -> str:
         path = self._config.file
@@ -6706,6 +6743,12 @@ class ClientDoctor(Doctor):
             self._sock = needed(self._client, "programs").connect()
         except (gevent.Timeout, OSError) as error:
             advice = "does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
+            with suppress(OSError):
+                (host, port), *_ = needed(self._client, "programs").find_addresses()
+                if isinstance(error, (gevent.Timeout, TimeoutError)) and answers_ping(host, IPV4_ICMP_HEADERS):
+                    advice = (
+                        f"{host} answers pings, so a firewall there or on the way drops TCP port {port}, or `remotehost` is another machine"
+                    )
             raise SessionError(f"{self._where}: {describe_end(error)}; {advice}") from None
         return f"{self._where} answers in {1000 * (time.monotonic() - began):.0f} ms"
 
@@ -6715,6 +6758,8 @@ class ClientDoctor(Doctor):
                 self._stream = needed(self._client, "programs").open_stream(needed(self._sock, "TCP"))
         except ProtocolError as error:
             advice = f"compare with `keygen` on the server; the clock here says {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
+            if "does not speak TLS" in str(error):
+                advice = "is there another program on that port, a server without `cert`, or a portal or proxy on the way?"
             raise SessionError(f"{error}; {advice}") from None
         return "the server's certificate is the right one" if self._stream.encrypt else "none is asked for"
 
@@ -6722,7 +6767,17 @@ class ClientDoctor(Doctor):
         """Whether the server serves this Id: by what the client that runs has heard, or by asking without taking a session."""
         outage = self._status.get("outage") or {}
         if outage and outage["seconds"] is None:
-            raise SessionError(f"the client that runs has no connection: {outage['last_reason']}; the server's log may say more")
+            cut_off = outage["last_reason"] in CUT_OFF
+            why = (
+                "was it restarted, or has another client this Id? `tun6.py doctor` there tells"
+                if cut_off
+                else "the server's log may say more"
+            )
+            raise SessionError(f"the client that runs has no connection: {outage['last_reason']}; {why}")
+        if outage and outage["reason"] in CUT_OFF and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
+            log.warning(
+                "the server has just ended the connection: it was restarted, or another client has this Id; `tun6.py doctor` there tells"
+            )
         stream = needed(self._stream, "TLS")
         host, port = stream.sock.getpeername()
         if not self._status.get("dry") or self._status["address"] != f"{host} port {port}":
@@ -6741,7 +6796,7 @@ class ClientDoctor(Doctor):
 
     def _check_path_MTU(self) -> str:
         """Of the path outside, by what the kernel knows and by pings."""
-        host, port = needed(self._sock, "TCP").getpeername()
+        host, port = needed(self._stream, "TLS").sock.getpeername()
         advice = "`mss = 1220` in config.ini spares the client a stall at its start"
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))
@@ -6760,6 +6815,7 @@ class ClientDoctor(Doctor):
             raise KernelError(f"there is no device {name}, so no client runs; start it, and see what its log says")
         own = next((address for interface, address in machine_addresses() if interface == name), None)
         if not is_up(name) or own is None:
+            require_ipv6_of(name)
             raise KernelError(f"{name} is down or has no address: the server has not answered yet, see above, or somebody changed it")
         self._prefix = IPv6Network((own, 64), False)
         mtu = read_text(Path(f"/sys/class/net/{name}/mtu"))
@@ -6770,12 +6826,20 @@ class ClientDoctor(Doctor):
 
     def _check_routes(self) -> str:
         name, own = self._config.tun, needed(self._prefix, "TUN")[1]
-        ways = {f"packets from {own}": find_way(FAR_ADDRESS, f"from {own}")}
+        ways = {f"what is sent from {own}": find_way(FAR_ADDRESS, f"from {own}")}
         if self._config.default_route:
             ways["what this machine begins"] = find_way(FAR_ADDRESS)
         for what, way in ways.items():
             if way != name:
-                log.warning("%s goes to %s, not to %s: no tunnel now, or somebody changed `ip -6 rule` or `ip -6 route`", what, way, name)
+                self._is_misrouted = True
+                why = "somebody removed that; restart the client, which sets it anew"
+                if not self._has_connection():
+                    why = "there is no tunnel now, see TCP, TLS and hello"
+                elif way != "nowhere":
+                    why = (
+                        "another program, such as a VPN, takes it, see `ip -6 rule`; end that, or (WireGuard) take ::/0 from its AllowedIPs"
+                    )
+                log.warning("%s goes to %s, not to %s: %s", what, way, name, why)
         others = {str(route.get("dev")) for route in show_ip("route show default")} - {name}
         return f"packets go to {name}" + (f"; {', '.join(sorted(others))} has a default route for its own addresses" if others else "")
 
@@ -6791,6 +6855,10 @@ class ClientDoctor(Doctor):
         for *_, sender in self._probe(1):
             self._server_end = sender
             return f"{sender} answers in {1000 * (time.monotonic() - began):.0f} ms"
+        if self._is_misrouted:
+            raise SessionError("the other end of the tunnel can't be asked, see routes")
+        if not self._has_connection():
+            raise SessionError("the other end of the tunnel does not answer: there is no connection to the server, see TCP, TLS and hello")
         raise SessionError("the other end of the tunnel does not answer; is IPv6 forwarding on there? `tun6.py doctor` there tells")
 
     def _check_Internet(self) -> str:
@@ -6825,12 +6893,16 @@ class ClientDoctor(Doctor):
         lan, prefix = needed(self._config.lan, "config, there is no `lan`"), needed(self._prefix, "TUN")
         if lan not in netifaces.interfaces() or not is_up(lan):
             raise KernelError(f"there is no interface {lan}, or it is down; see `ip link`")
+        require_ipv6_of(lan)
+        if read_text(Path(f"/sys/class/net/{lan}/carrier")) == "0":
+            raise KernelError(f"{lan} has no carrier: its cable is out, or what is at the other end is off")
         if str(prefix[1]) not in interface_addresses(lan, netifaces.AF_INET6):
             log.warning("%s has not got %s; the client's log says who removed it", lan, prefix[1])
         if read_sysctl("net.ipv6.conf.all.forwarding") != "1":
             log.warning("IPv6 forwarding is off, so that %s reaches this machine only; `sysctl -w net.ipv6.conf.all.forwarding=1`", lan)
         warn_of_expiring_routes(lan, self._config.tun)
         warn_of_dropping_chains(self._config.tun, prefix, "the LAN")
+        warn_of_deaf_chains()
         if self._status and not self._status["parts"].get("lan", {}).get("announces"):
             log.warning("the hosts of %s are told of no router here; see Internet, above, and the client's log", lan)
         return f"the hosts of {lan} are told of {prefix}"
