@@ -8970,7 +8970,7 @@ def test_a_disk_that_takes_no_assignment_stops_newcomers_only(tunnel: Tunnel, sm
             told[id_] = tunnel.visit(id_)
         assert assignments_in(path) == told
         server.wait_for(rf"INFO {path}.* can be written again", outage)
-        errors = server.said(r"(?:ERROR|CRITICAL) .*", outage)
+        errors = server.said(r"(?:ERROR|CRITICAL) .* can't be written.*", outage)
         assert re.search(rf"ERROR {path}.* can't be written: .*{reason}.*known Ids are served", errors[-1])
 
 

@@ -7718,7 +7718,6 @@ def print_lines(lines: Iterable[str]) -> bool:
 
 def doctor_command(options: argparse.Namespace) -> int:
     """`tun6.py doctor`: examines this machine. Returns 1 when something fails, else 0."""
-    gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what a check finds
     path = find_config(options.config)
     kinds: dict[str, Any] = {"server": ServerDoctor, "client": ClientDoctor}
     sides = [options.side] if options.side else sections_in_use(path) or ["client"]
@@ -7871,7 +7870,6 @@ def run_until_signalled(run: Callable[[], object], state: Callable[[], str], rel
         gevent.signal_handler(number, stop.set)
     if reload or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         gevent.signal_handler(signal.SIGHUP, reload or stop.set)
-    gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what `get` raises here
     service = gevent.spawn(run)
     service.link(lambda _: stop.set())
     gevent.spawn(service_manager.run, state)
@@ -8060,6 +8058,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status: 2 for usage and configuration, 1 for what fails later."""
     share_one_heap()
+    gevent.get_hub().NOT_ERROR += (Exception,)  # gevent need not print what is raised in a thread or greenlet and found by `get`
     options = build_parser().parse_args(arguments, argparse.Namespace(verbose=False, config=None, json=False))
     stderr = set_up_logging(options.verbose)
     try:
