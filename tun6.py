@@ -26,7 +26,7 @@ same port, the wire is the same, and the client may add "Key".
 The file, top to bottom. A section uses only names defined above it; those marked "pure" touch neither sockets nor files:
 
     wire constants               what the protocol fixes (pure)
-    errors                       one class for each thing that an error ends (pure)
+    errors                       one class for each thing that an error ends; warnings that stand, events for the log (pure)
     wire                         MessageParser, messages, offload header, IngressFilter, Deframer, coalesce_datagrams (pure)
     prefixes                     PrefixPool: which Id owns which /64 (pure)
     send queue                   SharedBuffer, FqCodelQueue, SendQueue: what waits for a connection that is full (pure)
@@ -2067,6 +2067,15 @@ RECORD_HEADER = 5  # bytes, the last two are the length of the record
 RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: RFC 8446 section 5.2
 TLS_HANDSHAKE_BYTES_MAX = 32 << 10  # bytes of TLS until the peer has said its hello: certificates, hello, 4 KiB behind it
 POST_HANDSHAKE_RECORDS_MAX = 16  # records without data in one read: key updates and session tickets, which are rare
+SLICE, SLICE_PAUSE_S = 50, 0.001  # of what concerns all sessions, so many are done before others run
+
+
+def in_slices(items: Iterable[T]) -> Iterator[T]:
+    """Yields the items, and lets others run after each SLICE of them."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if not number % SLICE:
+            gevent.sleep(SLICE_PAUSE_S)
 
 
 class Stream:
@@ -2241,11 +2250,18 @@ def certificate_fingerprint(certificate: bytes) -> str:
     return "sha256:" + hashlib.sha256(certificate).hexdigest()
 
 
+def read_certificate(path: str) -> bytes:
+    """Returns the first certificate of a PEM file, as DER. Raises OSError, ValueError."""
+    found = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", Path(path).read_text("ascii"), re.DOTALL)
+    if not found:
+        raise ValueError("there is no certificate in it")
+    return ssl.PEM_cert_to_DER_cert(found[0])
+
+
 def certificate_validity(path: str) -> tuple[float, float] | None:
     """Returns from when until when (Unix time) the first certificate of a PEM file is valid, None when that can't be read."""
     try:
-        pem = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", Path(path).read_text("ascii"), re.DOTALL)
-        der = ssl.PEM_cert_to_DER_cert(pem[0]) if pem else b""
+        der = read_certificate(path)
     except (OSError, ValueError):
         return None
     moment = rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)"  # UTCTime or GeneralizedTime in RFC 5280 section 4.1.2.5
@@ -2490,10 +2506,9 @@ class MtuMonitor:
         """Monitors until it is killed."""
         while True:
             gevent.sleep(MTU_CHECK_S)
-            for count, (path, host) in enumerate(list(self._paths.items())):
-                self._check(path, host)
-                if count % BATCH_FRAMES == BATCH_FRAMES - 1:
-                    gevent.sleep()
+            for path, host in in_slices(list(self._paths.items())):
+                if path in self._paths:
+                    self._check(path, host)
 
     def _check(self, path: PathMtu, host: str) -> None:
         with suppress(OSError):  # the connection has just ended
@@ -2814,7 +2829,6 @@ PATH_CHECK_S = 2.0  # between two looks at all sessions
 FAR_ADDRESS = IPv6Address("2000::1")  # to which probes go whose hop limit ends at the server
 TRIM_INTERVAL_S = 1.0  # between two looks at how much waits
 TRIM_MIN = 1 << 20  # bytes that must have waited to make trimming worthwhile
-SLICE, SLICE_PAUSE_S = 50, 0.001  # of what concerns all sessions, so many are done before others run
 RATE_S, RATES_KEPT = 2.0, 150  # between two looks at what was moved; rates of five minutes are kept
 MOVED = ("received", "sent", "received_packets", "sent_packets")  # fields of TrafficCounters
 
@@ -2849,14 +2863,6 @@ def trim_heap() -> None:
         elif full:
             full = False
             run_in_thread(malloc_trim, 0)
-
-
-def in_slices(items: Iterable[T]) -> Iterator[T]:
-    """Yields the items, and lets others run after each SLICE of them."""
-    for number, item in enumerate(items, 1):
-        yield item
-        if not number % SLICE:
-            gevent.sleep(SLICE_PAUSE_S)
 
 
 class PeerPath:
@@ -3035,7 +3041,7 @@ class TrafficMonitor:
     @staticmethod
     def _moved(traffic: TrafficCounters) -> tuple[float, ...]:
         """Returns the time, and what the fields MOVED say."""
-        return time.monotonic(), traffic.received, traffic.sent, traffic.received_packets, traffic.sent_packets
+        return (time.monotonic(), *(getattr(traffic, name) for name in MOVED))
 
     @staticmethod
     def _rates(before: Sequence[float], now: Sequence[float]) -> Rates:
@@ -6500,7 +6506,7 @@ class Doctor:
 class ServerDoctor(Doctor):
     """The checks of a server's machine."""
 
-    FATAL = frozenset({"forwarding", "uplink", "overlap", "firewall"})
+    FATAL = frozenset({"forwarding", "uplink", "overlap", "firewall", "disk"})
     AT_START = "config", "uplink", "descriptors", "disk", "certificate"
 
     def __init__(self, config: ServerConfig) -> None:
@@ -6614,7 +6620,7 @@ class ServerDoctor(Doctor):
         disk, size = os.statvfs(path.parent), path.stat().st_size if path.exists() else 0
         free = disk.f_bavail * disk.f_frsize
         if disk.f_flag & os.ST_RDONLY or (disk.f_files and not disk.f_favail) or free < 2 * size + DISK_MIN:
-            log.error("the disk of %s is full or can only be read, %d KiB are free: new Ids are refused; make room", path, free >> 10)
+            log.warning("the disk of %s is full or can only be read, %d KiB are free: new Ids are refused; make room", path, free >> 10)
         return f"{free >> 20} MiB are free for {path}"
 
     def _check_assignments(self) -> str:
@@ -7547,9 +7553,7 @@ def server_command(options: argparse.Namespace) -> None:
     raise_descriptor_limit()
     server = Server(config)
     ServerDoctor(config).warn()
-
     handler = AdminRequestHandler(server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures)
-
     web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
 
     def run() -> None:
@@ -7622,10 +7626,7 @@ def keygen_command(options: argparse.Namespace) -> None:
 def read_fingerprint(file: Path) -> str:
     """Returns the fingerprint of the certificate in a PEM file. Raises ConfigError."""
     try:
-        found = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", file.read_text("ascii"), re.DOTALL)
-        if not found:
-            raise ValueError("there is no certificate in it")
-        return certificate_fingerprint(ssl.PEM_cert_to_DER_cert(found[0]))
+        return certificate_fingerprint(read_certificate(str(file)))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{file}: {reason}; `tun6.py keygen` makes one") from None
