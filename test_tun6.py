@@ -6150,6 +6150,7 @@ class Neighbour(SocketOwner):
         return found
 
 
+@pytest.mark.waits
 def test_a_range_that_is_only_on_the_link_works_by_answers_to_solicitations(lab: Lab, tunnel: Tunnel) -> None:
     with on_link(lab, tunnel.pool):
         tunnel.server()
@@ -6187,6 +6188,7 @@ def test_a_range_that_is_only_on_the_link_works_by_answers_to_solicitations(lab:
                 assert prefix[3] not in [answer[2] for answer in neighbour.advertisements(peer.prefix[1])]
 
 
+@pytest.mark.waits
 def test_a_flood_of_solicitations_costs_little_and_an_uplink_may_go_and_come_back(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     is_multicast_for_all = "test $(($(cat /sys/class/net/eth7/flags) & 0x200)) != 0"  # IFF_ALLMULTI, linux/if.h: an Ethernet card needs it
     with on_link(lab, tunnel.pool), tun6_with(tmp_path, "tun6.UPLINK_RETRY_S = 0.1"):
@@ -6277,6 +6279,7 @@ TUNNEL_BROKER, VPS = "198.51.100.1", "203.0.113.5"  # as in the recipe
 BROKERS_PREFIX = IPv6Network("2001:db8:4700::/48")
 
 
+@pytest.mark.waits
 def test_a_tunnel_brokers_range_goes_on_to_clients_by_the_recipes_commands(lab: Lab, tunnel: Tunnel) -> None:
     """All but the first, which makes the device that `six_in_four` stands in for."""
     text = (Path(__file__).parent / "docs" / "operating.md").read_text(encoding="utf-8")
@@ -6412,6 +6415,7 @@ class LegacyClient(Legacy):
             self._stream = self._stream[len(frame) :]
 
 
+@pytest.mark.waits
 def test_a_legacy_client_pings_and_moves_bulk_both_ways(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     tunnel.client("second").prefix()
     with LegacyClient(lab, tunnel) as client:
@@ -6426,6 +6430,7 @@ def test_a_legacy_client_pings_and_moves_bulk_both_ways(lab: Lab, tunnel: Tunnel
         transfer(lab, "client", "second", addresses(lab, "second")[0].split("/")[0], 1 << 20)
 
 
+@pytest.mark.waits
 def test_traffic_for_a_legacy_client_does_not_spoil_its_first_recv(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     assert tun6.LEGACY_READ_TIME_S >= 0.2
     with tun6_with(tmp_path, "tun6.LEGACY_READ_TIME_S = 1.0"):  # so that it tells a busy machine from a frame that came too early
@@ -6479,6 +6484,7 @@ def is_one_packet(data: bytes) -> bool:
     return len(data) >= 40 and data[0] >> 4 == 6 and len(data) == packet_length(data)
 
 
+@pytest.mark.waits
 def test_a_legacy_server_gets_one_packet_a_recv_and_traffic_works_both_ways(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     no_probe = tun6_with(tmp_path, "tun6.PROBE_FIRST_S = 600.0, 600.0")  # it could share the recv of a ping
     with no_probe, LegacyServer(lab, tunnel) as server:
@@ -6498,6 +6504,7 @@ def test_a_legacy_server_gets_one_packet_a_recv_and_traffic_works_both_ways(lab:
         transfer(lab, "internet", "client", str(server.prefix[1]), 256 << 10)
 
 
+@pytest.mark.waits
 def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunnel: Tunnel) -> None:
     with sysctl(lab, "client", "net.ipv4.tcp_autocorking", "0"):  # so that each send is a segment, and can be told on the way
         with LegacyServer(lab, tunnel):
@@ -6525,6 +6532,7 @@ def test_packets_that_waited_leave_for_a_legacy_server_one_a_send(lab: Lab, tunn
         assert all(map(is_one_packet, frames))
 
 
+@pytest.mark.waits
 def test_a_client_keeps_its_tun_from_a_modern_server_to_a_legacy_one_and_back(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client()
     client.prefix()
@@ -7405,6 +7413,7 @@ def keyed_server(site: Site, key: str) -> Program:
     return site.serve()
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("mtu", [1280, 1500, 65_500])
 def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab, site: Site, key: str, mtu: int) -> None:
     server = site.serve(mtu=mtu)
@@ -7423,6 +7432,7 @@ def test_a_client_with_its_key_pings_and_moves_bulk_both_ways_over_tls(lab: Lab,
         assert key not in program.log()
 
 
+@pytest.mark.waits
 def test_a_client_over_tls_comes_back_to_a_server_that_was_killed(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     client = site.client("a", key)
     prefix = client.prefix()
@@ -7432,6 +7442,7 @@ def test_a_client_over_tls_comes_back_to_a_server_that_was_killed(lab: Lab, site
     ping(lab, "client")
 
 
+@pytest.mark.waits
 def test_a_legacy_client_inside_tls_gets_its_packets_inside_tls_too(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     peer = site.peer("a", key, bare=True).connected()
     for _ in range(3):
@@ -7452,6 +7463,7 @@ HELLO = hello("cut } { anyhow", None, [])
 CUTS = st.sets(st.integers(1, 100) | st.integers(1, 600) | st.integers(1, 16_000), max_size=6)
 
 
+@pytest.mark.waits
 @settings(FEW_EXAMPLES, max_examples=8)
 @example(flights=set(range(3, 2000, 20)), records=set(range(1, 50)), segments=set(range(23, 1150, 23)), hold_last=False)  # of one byte
 @example(flights=set(), records=set(), segments=set(), hold_last=True)  # all in one record, in the flight that ends the handshake
@@ -7470,6 +7482,7 @@ def test_however_tls_is_cut_into_records_and_segments_the_session_works(
         peer.echo()
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("together", [True, False])
 def test_packets_directly_behind_the_servers_answer_are_delivered(lab: Lab, site: Site, together: bool) -> None:
     own, body = site.tunnel.pool[1], struct.pack(">HH", 7, 7) + bytes(16)
@@ -7487,6 +7500,7 @@ def test_packets_directly_behind_the_servers_answer_are_delivered(lab: Lab, site
             received_up_to(sock, icmp_between(own, ABROAD, 129, body)[8:])  # all of the reply behind the hop limit
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_tls_1_2_and_1_3_are_spoken(site: Site, open_server: Program, version: ssl.TLSVersion) -> None:
     context = trusting()
@@ -7497,6 +7511,7 @@ def test_tls_1_2_and_1_3_are_spoken(site: Site, open_server: Program, version: s
     peer.connected().echo()
 
 
+@pytest.mark.waits
 def test_older_tls_is_not_spoken(site: Site, open_server: Program) -> None:
     context = trusting()
     with warnings.catch_warnings():
@@ -7507,6 +7522,7 @@ def test_older_tls_is_not_spoken(site: Site, open_server: Program) -> None:
         context.wrap_socket(site.tunnel.connect().sock)
 
 
+@pytest.mark.waits
 def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab: Lab, site: Site, open_server: Program) -> None:
     live, hello = site.peer("live").connected(), tls_client_hello()
     for garbage in (
@@ -7542,6 +7558,7 @@ def test_garbage_behind_the_first_byte_of_tls_ends_its_own_connection_alone(lab:
     live.echo()
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("over_tls", [False, True], ids=["plain", "TLS"])
 def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site: Site, open_server: Program, over_tls: bool) -> None:
     stopped = [site.tunnel.connect() for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
@@ -7552,6 +7569,7 @@ def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site:
     assert stopped[0].ended() in ("closed", "reset")
 
 
+@pytest.mark.waits
 def test_who_talks_tls_without_end_instead_of_hello_is_refused_and_delays_nobody(site: Site, open_server: Program) -> None:
     live = site.tunnel.peer("live", host="second").connected()
     live.echo()
@@ -7570,6 +7588,7 @@ GETS = {
 }
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("without", "gets"),
     [
@@ -7602,6 +7621,7 @@ def test_each_kind_of_server_serves_or_refuses_each_kind_of_client(site: Site, w
     assert set(re.findall(r"INFO '(.+?)' from .*, over TLS", server.log())) == served & {"tls", "key", "tls by hand"}
 
 
+@pytest.mark.waits
 def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     for number in range(2):  # as well before as after it had a session
         assert site.answer("a", None)["Error"] == "denied"
@@ -7616,6 +7636,7 @@ def test_an_id_that_has_a_key_is_served_with_it_only(lab: Lab, site: Site, key: 
         wait_until_no_sessions(lab)
 
 
+@pytest.mark.waits
 def test_what_is_no_text_is_no_key(site: Site, keyed_server: Program) -> None:
     wrong: object
     for wrong in (7, None, [], {"sha256": ""}, True):
@@ -7624,6 +7645,7 @@ def test_what_is_no_text_is_no_key(site: Site, keyed_server: Program) -> None:
         assert peer.answer() == {"Error": "bad-hello", "Text": "Key is not a string"}
 
 
+@pytest.mark.waits
 def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no_ping(lab: Lab, site: Site) -> None:
     key, other = site.issue("victim"), site.issue("other")
     server = site.serve()
@@ -7651,6 +7673,7 @@ def test_a_stranger_with_the_id_of_a_live_client_changes_nothing_and_costs_it_no
     assert other not in server.log()
 
 
+@pytest.mark.waits
 def test_a_newcomer_that_waits_is_not_served_when_its_id_is_revoked(lab: Lab, site: Site, key: str, keyed_server: Program) -> None:
     for _ in range(tun6.CONTENTION_TAKEOVERS + 1):
         last = site.peer("a", key).connected()
@@ -7686,6 +7709,7 @@ def listening(lab: Lab, port: int, serve: Callable[[socket.socket], bytes]) -> I
             listener.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.waits
 def test_a_man_in_the_middle_with_another_certificate_gets_neither_id_nor_key(lab: Lab, site: Site) -> None:
     key = site.issue("who I am")
     server = site.serve()
@@ -7742,6 +7766,7 @@ def test_a_client_with_a_key_never_falls_back_to_a_plain_server(lab: Lab, site: 
     assert not any(address.startswith("2001:") for address in addresses(lab))
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("how", [{"tls": "yes"}, {"key": SECRET}], ids=["tls", "key"])
 def test_without_fingerprint_a_certificate_needs_an_authority(site: Site, how: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     authority, signed = site.folder / "authority.pem", site.folder / "signed.pem"
@@ -7756,6 +7781,7 @@ def test_without_fingerprint_a_certificate_needs_an_authority(site: Site, how: d
     site.tunnel.client("client", **how).prefix()
 
 
+@pytest.mark.waits
 def test_without_fingerprint_a_certificate_of_another_name_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     make_certificate(site.cert, "-subj", "/CN=tun6", "-addext", "subjectAltName=IP:192.0.2.1")
     site.serve(keys=None)
@@ -7763,6 +7789,7 @@ def test_without_fingerprint_a_certificate_of_another_name_is_refused(site: Site
     site.tunnel.client(tls="yes").wait_for("the server's certificate is not to be trusted: IP address mismatch.*10.9.0.1")
 
 
+@pytest.mark.waits
 def test_an_expired_certificate_is_taken_by_its_fingerprint(site: Site) -> None:
     """A Raspberry Pi has no clock."""
     again = ["openssl", "x509", "-in", str(site.cert), "-signkey", str(site.cert), "-days", "-1"]
@@ -7773,6 +7800,7 @@ def test_an_expired_certificate_is_taken_by_its_fingerprint(site: Site) -> None:
     site.client("a", None).prefix()
 
 
+@pytest.mark.waits
 def test_another_certificate_is_told_even_when_the_outage_began_with_silence(site: Site, open_server: Program) -> None:
     client = site.client("a", None)
     client.prefix()
@@ -8823,6 +8851,7 @@ def fetched(lab: Lab, host: str, path: str) -> str:
     return body
 
 
+@pytest.mark.waits
 def test_both_sides_serve_metrics_and_a_page(lab: Lab, tunnel: Tunnel) -> None:
     server = tunnel.server(metrics="127.0.0.1:10116", metrics_clients="yes")
     client = tunnel.client(metrics="127.0.0.1:10116", id="<b>hostile</b>")
@@ -8847,6 +8876,7 @@ def test_both_sides_serve_metrics_and_a_page(lab: Lab, tunnel: Tunnel) -> None:
     wait_until("it serves them again", lambda: "tun6_up 1.0" in fetched(lab, "server", "/metrics"))
 
 
+@pytest.mark.waits
 def test_slow_and_many_connections_to_the_metrics_end_and_disturb_nobody(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     with tun6_with(tmp_path, "tun6.WEB_S = 2.0"):
         server = tunnel.server(metrics="127.0.0.1:10116")
@@ -8866,6 +8896,7 @@ def test_slow_and_many_connections_to_the_metrics_end_and_disturb_nobody(lab: La
     assert "\x1b" not in server.log()
 
 
+@pytest.mark.waits
 def test_metrics_that_can_not_be_served_are_said_once_and_the_tunnel_works(lab: Lab, tunnel: Tunnel, tmp_path: Path) -> None:
     with tun6_with(tmp_path, "tun6.WEB_RETRY_S = 0.2"), socket_on(lab, "server", socket.AF_INET, socket.SOCK_STREAM) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier test
@@ -8881,6 +8912,7 @@ def test_metrics_that_can_not_be_served_are_said_once_and_the_tunnel_works(lab: 
     assert server.log().count("WARNING metrics") == 1
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_metrics_without_prometheus_client_is_a_sentence(tunnel: Tunnel, role: str, tmp_path: Path) -> None:
     with tun6_with(tmp_path, "sys.modules['prometheus_client'] = None"):
@@ -10854,11 +10886,12 @@ def test_the_doctor_names_what_is_wrong_with_a_server(lab: Lab, tunnel: Tunnel, 
     with without_file(site.assignments):
         server.shows(assignments="FAIL .* has no assignments, but .*bak has, so it was lost")
     server.edit(prefixrange=used).shows(assignments=f"FAIL all 2 /64s of {used} have an owner")
-    server.edit(prefixrange="2001:db8:ffff::/64").shows(
-        overlap="FAIL 2001:db8:ffff::1 of eth1 is in prefixrange",
-        assignments="FAIL .* is outside 2001:db8:ffff::/64",
-        range="warn 2001:db8:ffff::/64 is within the network of eth1: perhaps it is not routed, but needs `ndp = eth1`",
-    )
+    with running(lab, "internet", "ping", "-6", "-i", "0.2", "2001:db8:ffff::1"):  # what comes for the server itself proves nothing
+        server.edit(prefixrange="2001:db8:ffff::/64").shows(
+            overlap="FAIL 2001:db8:ffff::1 of eth1 is in prefixrange",
+            assignments="FAIL .* is outside 2001:db8:ffff::/64",
+            range="warn 2001:db8:ffff::/64 is within the network of eth1: perhaps it is not routed, but needs `ndp = eth1`",
+        )
     with on_link(lab, tunnel.pool), running(lab, "internet", "ping", "-6", "-i", "0.2", str(tunnel.pool[77])):
         server.shows(
             faults=["tun6.POOL_S = 4.0"],

@@ -6655,20 +6655,22 @@ class ServerDoctor(Doctor):
         """Whether the pool is routed here, or its addresses are looked for on a link: by what has come meanwhile."""
         if self._packets is None:
             raise PermissionError
+        addresses = parse_addresses(read_text(IF_INET6))
+        own = {address for _, address, _ in addresses}  # what comes for these comes by the link anyway
         with suppress(socket.timeout):
             while True:
                 self._packets.settimeout(max(self._until - time.monotonic(), 1e-3))
                 packet, (interface, _, kind, *_) = self._packets.recvfrom(SOLICITATION_MAX)
                 asked = parse_solicitation(packet)
                 target = asked.target if asked else IPv6Address(packet[24:40])
-                if kind == PACKET_OUTGOING or self._is_ours(interface) or target not in self._pool:
+                if kind == PACKET_OUTGOING or self._is_ours(interface) or target not in self._pool or target in own:
                     continue
                 if asked and interface != self._config.ndp:
                     how = f"set `ndp = {interface}`, or ask the provider to route it"
                     raise KernelError(f"{self._pool} is not routed here, its addresses are looked for on the link of {interface}; {how}")
                 if asked or kind == PACKET_HOST:
                     return f"packets for {self._pool} come by {interface}"
-        for interface, address, length in parse_addresses(read_text(Path("/proc/net/if_inet6"))):
+        for interface, address, length in addresses:
             if self._pool.subnet_of(IPv6Network((address, length), False)) and interface != self._config.ndp:
                 log.warning("%s is within the network of %s: perhaps it is not routed, but needs `ndp = %s`", self._pool, *2 * [interface])
         raise Skipped(f"nothing came for {self._pool}; ping {self._pool[1]} from another machine while this runs, to see if it is routed")
