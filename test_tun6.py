@@ -1141,12 +1141,13 @@ class ServerByHand(SocketOwner):
             self.sock = socket.create_server((Lab.SERVER, tunnel.port))
         self.sock.settimeout(10)
 
-    def accept(self, offload: list[str] | None) -> socket.socket:
-        """The client's next connection, its hello answered."""
+    def accept(self, offload: list[str] | None, **extensions: object) -> socket.socket:
+        """The client's next connection, its hello kept and answered."""
         sock, _ = self.sock.accept()
         sock.settimeout(10)
-        json.loads(sock.recv(4096))
-        sock.sendall(json.dumps({"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload})}).encode())
+        self.hello: dict[str, Any] = json.loads(sock.recv(4096))
+        answer = {"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload}), **extensions}
+        sock.sendall(json.dumps(answer).encode())
         return sock
 
 
@@ -1445,6 +1446,16 @@ def test_a_hello_without_id_is_refused_and_unknown_fields_are_ignored() -> None:
     with pytest.raises(tun6.ProtocolError, match="Id"):
         tun6.parse_hello({"id": "x"})
     assert tun6.parse_hello({"Id": "x", "Key": "k", "Error": "e"}) == tun6.Hello("x", None, "k")
+
+
+@pytest.mark.parametrize(
+    "value, epoch",
+    [(1, 1), (tun6.EPOCH_MAX, tun6.EPOCH_MAX), *((each, 0) for each in (0, -1, tun6.EPOCH_MAX + 1, 10**400, True, 7.0, "7", [7], None))],
+)
+def test_an_epoch_that_could_be_none_is_ignored_and_each_that_counts_makes_a_metric(value: object, epoch: int) -> None:
+    assert tun6.parse_hello({"Id": "x", "Epoch": value}).epoch == epoch
+    assert tun6.parse_epoch({"Prefix": "2001:db8::/64", "Epoch": value}) == epoch
+    assert 0 < tun6.ROUTE_METRIC_BASE - epoch < tun6.REJECT_BASE
 
 
 @pytest.mark.parametrize(("value", "kinds"), [(None, None), ([], frozenset()), (["tso6"], {"tso6"}), (["tso6", "new"], {"tso6", "new"})])
@@ -2603,7 +2614,7 @@ def test_a_plan_undoes_what_removing_its_device_would_not() -> None:
     stays = [*tun6.pool_plan(POOL, 7), *tun6.address_plan("tun6", subnet(3), 7), *tun6.tunnel_plan("tun6", True, 7)]
     for step in stays:  # the address can change, and the routes go, while the device stays
         assert step.undo == inverse(step.do) != step.do or "flush" in step.do
-    for step in tun6.server_plan("tun6-0", 1500, subnet(3)):
+    for step in tun6.server_plan("tun6-0", 1500, subnet(3), 7):
         assert re.search(r" dev tun6-0( |$)", step.do)  # it goes with the device
 
 
@@ -2611,7 +2622,7 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     def said(plan: list[tun6.Step]) -> str:
         return "; ".join(step.do for step in plan)
 
-    pool, server = said(tun6.pool_plan(POOL, 7)), said(tun6.server_plan("tun6-0", 1400, subnet(3)))
+    pool, server = said(tun6.pool_plan(POOL, 7)), said(tun6.server_plan("tun6-0", 1400, subnet(3), None))
     assert f"unreachable {POOL} " in pool
     listing = pool.replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
     assert tun6.parse_rejects(listing) == [(str(POOL), 7)]
@@ -2619,7 +2630,8 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     assert tun6.parse_rejects(rejects) == [(str(subnet(3)), 7), ("default", 7)]
     rules = said(tun6.reject_plan(subnet(3), 7)).replace("rule add priority ", "").replace("; ", "\n").replace(" from", ": from")
     assert tun6.parse_sources(rules) == [(f"from {subnet(3)}", 7)]
-    assert re.search(r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route replace 2001:db8:1:3::/64 ", server)
+    assert re.search(r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route replace 2001:db8:1:3::/64 dev", server)
+    assert server.endswith(" dev tun6-0 proto 116")
     assert re.search(r"dev tun6 mtu 1280 .*; link set dev tun6 up; ", said(tun6.device_plan("tun6", 1280)))
     assert re.fullmatch(r"route add default dev tun6 table \d+ proto 116", said(tun6.tunnel_plan("tun6", False, 7)))
     assert "not from 2000::/3 lookup " in said(tun6.tunnel_plan("tun6", True, 7))
@@ -5374,6 +5386,41 @@ def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel:
         expect_answer(lab, tunnel.pool[1], "Time exceeded")  # without the server, it loops
 
 
+@pytest.mark.parametrize("length", [56, 64])
+@pytest.mark.parametrize("devices", [("newer", "older"), ("older", "newer")])
+def test_of_the_routes_of_two_sessions_the_kernel_takes_the_newer_ones_before_the_pools(
+    lab: Lab, tunnel: Tunnel, devices: tuple[str, str], length: int
+) -> None:
+    def way() -> str:
+        try:
+            return str(re.findall(r"dev (\S+)", lab.ip("server", f"-6 route get {prefix[9]}"))[0])
+        except tun6.KernelError as error:
+            return "rejected" if "No route to host" in str(error) else str(error)
+
+    prefix, epochs = IPv6Network(f"{tunnel.pool[0]}/64"), {"newer": 2, "older": 1}
+    (reject,) = tun6.pool_plan(IPv6Network(f"{tunnel.pool[0]}/{length}"), 1 << 22)  # the largest process id, proc(5)
+    with changed(lab, "server", f"-6 {reject.do}"), ExitStack() as undo:
+        for device in devices:
+            lab.ip("server", f"tuntap add {device} mode tun")
+            undo.callback(lab.ip, "server", f"link del {device}")
+            for step in tun6.server_plan(device, 1500, prefix, epochs[device]):
+                lab.ip("server", f"-6 {step.do}")
+        assert way() == "newer"
+        lab.ip("server", "link set newer down")
+        assert way() == "older"
+        lab.ip("server", "link set older down")
+        assert way() == "rejected"
+
+
+def test_a_client_says_the_last_epoch_that_it_was_told_to_each_server(lab: Lab, tunnel: Tunnel) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        tunnel.client()
+        told: list[tuple[dict[str, object], object]] = [({"Epoch": 7}, None), ({}, 7), ({"Epoch": "x"}, 7), ({"Epoch": 5}, 7), ({}, 5)]
+        for answer, said in told:  # one in no cluster answers none; whoever answers a smaller one knows it better
+            with server.accept([], **answer):
+                assert server.hello.get("Epoch") == said
+
+
 def test_an_address_in_no_lan_of_the_client_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     expect_answer(lab, tunnel.client().prefix()[0xDEAD], "Destination unreachable")
 
@@ -5656,7 +5703,7 @@ def test_a_server_removes_the_route_that_a_killed_one_left_and_not_that_of_one_t
 def test_a_client_started_after_a_killed_one_has_its_prefix_and_removes_its_route(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     def unreachable() -> set[tuple[str, int]]:
         found = json.loads(lab.ip("client", f"-6 -j route show type unreachable proto {tun6.ROUTE_PROTOCOL}"))
-        return {(route["dst"], route["metric"] - tun6.OWNER_BASE) for route in found}
+        return {(route["dst"], route["metric"] - tun6.REJECT_BASE) for route in found}
 
     clients = [tunnel.client()]
     prefix = clients[0].prefix()
@@ -11314,7 +11361,7 @@ class Fuzz:
         b'{"Id": "',
         b"",
     )
-    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text")
+    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Epoch")
     VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
     TEXTS = ("", "\0", "\ud800", "x" * 4000, "fe80::/64", "2001:db8::%a\nb/64")
     TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
@@ -11411,8 +11458,9 @@ class Fuzz:
         if self.random.random() < 0.5:
             message[self.random.choice(self.FIELDS)] = self.random.choice(self.VALUES + self.TEXTS)
         try:
-            id_, kinds, key, dry = tun6.parse_hello(message)
+            id_, kinds, key, dry, epoch = tun6.parse_hello(message)
             assert isinstance(dry, bool)
+            assert 0 <= epoch <= tun6.EPOCH_MAX
             assert tun6.is_valid_id(id_)
             assert isinstance(key, str)
             assert kinds is None or all(isinstance(kind, str) for kind in kinds)

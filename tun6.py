@@ -146,6 +146,7 @@ GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # values of gso_type
 GSO_KINDS = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}  # gso_type -> its name in "Offload"
 GSO_SEGMENTS_MAX = 128  # segments of one GSO frame: UDP_MAX_SEGMENTS of linux/udp.h, and what we set for TCP on our TUNs
 EXTENSIONS_MAX = 256  # bytes of extension headers in a GSO frame
+EPOCH_MAX = 0x7FFFFFFE  # of an Epoch, so that ROUTE_METRIC_BASE - epoch is a metric, and the epoch a local preference of BGP (RFC 4271)
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
@@ -311,6 +312,12 @@ def parse_offload(message: dict[str, Any]) -> frozenset[str] | None:
     return frozenset(kinds)
 
 
+def parse_epoch(message: dict[str, Any]) -> int:
+    """Returns the Epoch in a message of either side, 0 where there is none that could be one: it is no reason not to be served."""
+    epoch = message.get("Epoch")
+    return epoch if type(epoch) is int and 0 < epoch <= EPOCH_MAX else 0  # True is an int, too
+
+
 class Hello(NamedTuple):
     """The message of a client."""
 
@@ -318,6 +325,7 @@ class Hello(NamedTuple):
     gso_kinds: frozenset[str] | None  # as parse_offload returns them
     key: str  # "" when the client sent none
     dry: bool = False  # whether the client only asks if it would be served
+    epoch: int = 0  # as parse_epoch returns it
 
 
 def parse_hello(message: dict[str, Any]) -> Hello:
@@ -327,7 +335,7 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True)
+    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True, parse_epoch(message))
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -1028,7 +1036,9 @@ class SendQueue:
 # ---- network plans ---------------------------------------------------------------------------------------------------
 
 ROUTE_PROTOCOL = 116  # marks our routes, `ip -6 route show proto 116`; free in iproute2's rt_protos
-OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of what we add to lo, behind all others
+OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of our address on lo
+REJECT_BASE = 0xE4000000  # with our process id: the metric of a route that rejects, behind all others
+ROUTE_METRIC_BASE = 0x7FFFFFFF  # less the epoch of a session: the metric of its route, so that of several servers the newest wins
 BEGUN_HERE = "not from 2000::/3"  # what this machine begins, whose source is not chosen yet
 RULE_PRIORITY = 11_600  # of the client's rules, which have this and the next one; the rule for the table main has 32766
 
@@ -1042,7 +1052,7 @@ class Step(NamedTuple):
 
 def reject_step(what: str, process: int) -> Step:
     """A route, behind all others, by which the kernel rejects packets."""
-    route = f"unreachable {what} metric {OWNER_BASE + process} proto {ROUTE_PROTOCOL}"
+    route = f"unreachable {what} metric {REJECT_BASE + process} proto {ROUTE_PROTOCOL}"
     return Step(f"route add {route}", f"route del {route}")
 
 
@@ -1054,7 +1064,7 @@ def pool_plan(pool: IPv6Network, process: int) -> list[Step]:
 def parse_rejects(routes: str) -> list[tuple[str, int]]:
     """Returns prefix and process of each reject_step in the output of `ip -6 route show proto 116`."""
     found = re.findall(r"^unreachable (\S+) .*metric (\d+)", routes, re.MULTILINE)
-    return [(what, int(metric) - OWNER_BASE) for what, metric in found if int(metric) > OWNER_BASE]
+    return [(what, int(metric) - REJECT_BASE) for what, metric in found if int(metric) > REJECT_BASE]
 
 
 def own_address_step(prefix: IPv6Network, process: int) -> Step:
@@ -1083,9 +1093,14 @@ def device_plan(device: str, mtu: int) -> list[Step]:
     ]
 
 
-def server_plan(device: str, mtu: int, prefix: IPv6Network) -> list[Step]:
-    """The device of a session on the server, with the route to its prefix, which a device whose close hangs may still have."""
-    return [*device_plan(device, mtu), Step(f"route replace {prefix} dev {device} proto {ROUTE_PROTOCOL}")]
+def server_plan(device: str, mtu: int, prefix: IPv6Network, epoch: int | None) -> list[Step]:
+    """The device of a session on the server, with the route to its prefix, which a device whose close hangs may still have.
+
+    `epoch` is that of the session where several servers have one pool: a router that knows its routes from two of them, as from one
+    that was stopped and one that the client went to, takes the newest.
+    """
+    metric = "" if epoch is None else f" metric {ROUTE_METRIC_BASE - epoch}"
+    return [*device_plan(device, mtu), Step(f"route replace {prefix} dev {device} proto {ROUTE_PROTOCOL}{metric}")]
 
 
 def source_plan(source: str, process: int) -> list[Step]:
@@ -4059,7 +4074,7 @@ class Server:
                 undo.callback(tun.close)
                 session.device = tun.name
                 tun.set_offload(gso_kinds)
-                plan = server_plan(tun.name, self._config.mtu, prefix)
+                plan = server_plan(tun.name, self._config.mtu, prefix, None)
                 self._kernel.apply(plan)
                 if self._proxy:
                     self._proxy.add(prefix)
@@ -4894,6 +4909,7 @@ class Client:
         self._mtus = MtuMonitor()
         self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
         self._dry = False  # whether the server that answered last knows a dry hello
+        self._epoch = 0  # of the last session, by which the next server knows that it is newer
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -5039,10 +5055,13 @@ class Client:
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(offered)}
                 if self._config.key:
                     hello["Key"] = self._config.key
+                if self._epoch:
+                    hello["Epoch"] = self._epoch
                 stream.send(encode_message(hello))
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
             self._dry = message.get("Dry") is True
+            self._epoch = parse_epoch(message) or self._epoch
             tun.set_offload(gso_kinds)
             with self._changes:
                 self._set_prefix(tun, prefix)
