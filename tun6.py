@@ -31,7 +31,8 @@ The file, top to bottom. A section uses only names defined above it; those marke
     prefixes                     PrefixPool: which Id owns which /64 (pure)
     send queue                   SharedBuffer, FqCodelQueue, SendQueue: what waits for a connection that is full (pure)
     network plans                the commands for `ip`, as pairs of do and undo (pure)
-    storage                      GroupCommit, JsonFile, AssignmentStore, KeyStore
+    storage                      GroupCommit, JsonFile, Store (what servers keep), AssignmentStore, KeyStore: in files
+    cluster store                ClusterStore: in PostgreSQL, for several servers
     kernel                       Kernel (runs `ip`), Tun, DeviceMonitor (netlink), default_id, find_dropping_chains (runs `nft`)
     connections                  Stream, TlsStream, TCP options, PathMtu, MtuMonitor, congestion control, PacedWriter
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
@@ -58,6 +59,7 @@ import base64
 import bisect
 import calendar
 import configparser
+import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -1148,6 +1150,9 @@ def tunnel_plan(device: str, default_route: bool, process: int) -> list[Step]:
 
 SECRET_MODE = 0o600  # of a file with keys
 BACKUP_S = 86_400  # between two backups of the assignments, at most
+METRIC_MAX = 2_147_483_647  # of the route of a session with an epoch: the largest value of the kernel and of BGP that BIRD's filters take
+CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
+TAKEOVERS_MAX = 1000  # Ids whose takeovers are remembered before those that are too old to matter are forgotten
 
 
 class GroupCommit(Generic[T, R]):
@@ -1302,7 +1307,108 @@ class JsonFile:
             os.close(folder)
 
 
-class AssignmentStore:
+@dataclass(frozen=True)
+class Claim:
+    """A client that is to be served: what it says, and how to reach its session. `end` and `on_epoch` are called in the event loop."""
+
+    id: str
+    epoch: int = 0  # the one that its last answer had, as it says; 0: it says none
+    proved: bool = False  # whether it proved its key: else its epoch does not count
+    counted: bool = False  # whether it counts for `new_ids_per_hour` if it has no prefix yet: it has no key
+    took_over: bool = False  # whether it ended another session here that lived
+    is_alive: Callable[[], bool] = lambda: True  # whether it is still there; called in another thread
+    end: Callable[[str], None] = lambda reason: None  # ends its session, for this reason
+    on_epoch: Callable[[int], None] = lambda epoch: None  # its session has a higher epoch from now on: its route needs another metric
+
+
+class Lease:
+    """What a client was given at the beginning of its session, until its end."""
+
+    def __init__(self, prefix: IPv6Network, epoch: int | None = None) -> None:
+        self.prefix = prefix
+        self.epoch = epoch  # counts the beginnings of this Id in a cluster, the newest wins; None without one
+        self.superseded = ""  # why it ended before its session did
+
+    @property
+    def metric(self) -> int | None:
+        """Metric of the session's route, lowest for the newest session, so that its route wins everywhere. None: the kernel's default."""
+        return None if self.epoch is None else METRIC_MAX - self.epoch
+
+    def require_newest(self) -> None:
+        """Raises Refusal when the client has begun anew elsewhere meanwhile. To be called right before it is answered."""
+        if self.superseded:
+            raise Refusal("busy", "a newer connection has this Id", self.superseded)
+
+
+class Store:
+    """Who has which /64 and which key: what Server and administration know of a store, be it in files or in PostgreSQL.
+
+    Methods may wait, in the event loop; those of `pool` and `keys` that only read don't.
+    """
+
+    pool: PrefixPool  # as known here, to be read only
+    keys: KeyStore | None  # None: open to everybody
+
+    @property
+    def path(self) -> object:
+        """What names this store for people, and for who asks whether it is the same as another. None: nothing is kept."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Begins what goes on beside the sessions; `close` ends it. Called once, by a server that is about to serve. Raises ConfigError."""
+
+    def close(self) -> None:
+        """Ends what `start` began, and lets others use the store."""
+
+    def find(self, id_: str) -> IPv6Network | None:
+        """Returns the /64 that the Id is known to have, or None."""
+        raise NotImplementedError
+
+    def begin(self, claim: Claim) -> contextlib.AbstractContextManager[Lease]:
+        """Lets a client's session begin; leaving the context says that it has ended.
+
+        Raises Refusal when the pool is exhausted, or when too many are new; StorageError when nothing can be kept, the Id owns nothing
+        new then.
+        """
+        raise NotImplementedError
+
+    def assign(self, id_: str) -> IPv6Network:
+        """Returns the Id's /64, a new one if it has none. Raises as `begin` does."""
+        raise NotImplementedError
+
+    def pin(self, id_: str, prefix: IPv6Network) -> None:
+        """Gives the Id this /64 instead of the one it may have.
+
+        Raises ValueError when it is no free /64 of the range, StorageError when it can't be kept; then nothing has changed.
+        """
+        raise NotImplementedError
+
+    def keep(self) -> IPv6Network | None:
+        """Returns a /64 for addresses of this server itself, which no client gets until `unkeep`, or None when there is none to spare."""
+        raise NotImplementedError
+
+    def unkeep(self, prefix: IPv6Network) -> None:
+        """Gives back what `keep` returned."""
+        raise NotImplementedError
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        """Returns the times, by time.monotonic(), of the Id's last takeovers from sessions that lived: at most CONTENTION_TAKEOVERS."""
+        raise NotImplementedError
+
+    def holder(self, id_: str) -> str | None:
+        """Returns the name of another server that has a session of this Id, as far as it is known here."""
+        return None
+
+    def whereabouts(self, id_: str) -> dict[str, Any]:
+        """Returns what `clients` shows of an Id for all servers: server, connected, since and last in seconds since 1970; {} without."""
+        return {}
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what `status` shows of the store and the other servers; {} when there is nothing."""
+        return {}
+
+
+class AssignmentStore(Store):
     """The map Id -> /64, in memory and, with a path, in a JSON file {"<id>": "<prefix>/64", ...}.
 
     One process at a time may use the file. The lock is on `<path>.lock`, as `<path>` itself is replaced by each save. The last good
@@ -1310,12 +1416,21 @@ class AssignmentStore:
     such a copy has been lost by accident: all clients would be renumbered.
     """
 
-    def __init__(self, pool: PrefixPool, path: str | None = None, lock: bool = True) -> None:
+    def __init__(
+        self,
+        pool: PrefixPool,
+        path: str | None = None,
+        lock: bool = True,
+        keys: KeyStore | None = None,
+        admit_new: Callable[[], None] = lambda: None,
+    ) -> None:
         """Locks and reads the file; a missing or empty one is an empty map. Raises ConfigError, which names the wrong entry.
 
-        Without a lock it may only be read.
+        Without a lock it may only be read. `admit_new` raises Refusal if an Id whose claim counts may not get its first prefix now.
         """
-        self.pool = pool
+        self.pool, self.keys = pool, keys
+        self._admit_new = admit_new
+        self._takeovers: dict[str, deque[float]] = {}  # by Id, as `takeovers` returns them
         self._file = JsonFile(path, "assignments", 0o644) if path else None
         self._saved: dict[str, str] = {}
         self._failing = False  # whether saves fail, which the log has said
@@ -1344,6 +1459,33 @@ class AssignmentStore:
         """Returns the /64 that the Id has on disk, or None."""
         with self._exclusive(id_):
             return self.pool.find(id_)
+
+    @contextmanager
+    def begin(self, claim: Claim) -> Iterator[Lease]:
+        """As Store has it; whoever ends sessions when a newer one begins is the only server here."""
+        if claim.counted and self.pool.find(claim.id) is None:
+            self._admit_new()
+        if claim.took_over:
+            self._count_takeover(claim.id)
+        yield Lease(self.assign(claim.id))
+
+    def _count_takeover(self, id_: str) -> None:
+        if len(self._takeovers) >= TAKEOVERS_MAX:  # those of Ids that are not contended any more
+            now = time.monotonic()
+            self._takeovers = {each: times for each, times in self._takeovers.items() if now - times[-1] < CONTENTION_WINDOW_S}
+        self._takeovers.setdefault(id_, deque(maxlen=CONTENTION_TAKEOVERS)).append(time.monotonic())
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        """As Store has it."""
+        return self._takeovers.get(id_, ())
+
+    def keep(self) -> IPv6Network | None:
+        """As Store has it: the last that has no owner."""
+        return self.pool.keep()
+
+    def unkeep(self, prefix: IPv6Network) -> None:
+        """As Store has it."""
+        self.pool.unreserve(prefix)
 
     def assign(self, id_: str) -> IPv6Network:
         """Returns the Id's /64, which is on disk by then.
@@ -1544,6 +1686,22 @@ class KeyStore:
                 {id_: {"key": "sha256:" + digest, **({"revoked": True} if revoked else {})} for id_, (digest, revoked) in entries.items()}
             )
             self._entries, self._version = entries, self._file.version()
+
+
+# ---- cluster store ---------------------------------------------------------------------------------------------------
+
+
+class ClusterStore(Store):
+    """The map Id -> /64, with keys and epochs, in PostgreSQL, shared by several servers. To be filled: see Store for what it promises.
+
+    `begin` counts the Id's epoch up, and gives it in the Lease. When another server begins a newer session of the Id, or its key or
+    prefix is changed anywhere, the claim's `end` is called. Without the database known Ids are served from a cache of all rows, and
+    StorageError is raised for all that would be new.
+    """
+
+    def __init__(self, url: str, network: IPv6Network, name: str, address: str, key_policy: str, cache: str, new_ids_per_hour: int) -> None:
+        """`key_policy` is "none", "optional" or "required". Raises ConfigError when the database is another pool's, or nothing is known."""
+        raise ConfigError("the cluster's store is not there yet")
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -3562,7 +3720,6 @@ ACCEPT_PAUSE_S = 0.5  # after an accept that failed for want of descriptors or m
 DEFER_ACCEPT_S = 5  # that the kernel keeps a connection without data from us, TCP_DEFER_ACCEPT; it rounds this up
 HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all, of one IPv4 address
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
-CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
@@ -3605,6 +3762,17 @@ def open_keys(config: ServerConfig) -> KeyStore | None:
             f"{config.file}: [server] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"
         )
     return KeyStore(config.keys) if config.keys else None
+
+
+def open_store(config: ServerConfig) -> Store:
+    """Opens what the configuration names: files, or what a cluster shares. Raises ConfigError."""
+    new_ids = TokenBucket(config.new_ids_per_hour, 3600)
+
+    def admit_new() -> None:
+        if not new_ids.take():
+            raise Refusal("busy", f"more than {config.new_ids_per_hour} new Ids in an hour")
+
+    return AssignmentStore(PrefixPool(config.prefixrange), config.assignments, keys=open_keys(config), admit_new=admit_new)
 
 
 def warn_of_overlap(pool: IPv6Network, own: IPv6Address | None = None) -> None:
@@ -3777,8 +3945,8 @@ class Server:
         self._congestion = find_congestion_controls(config.congestion, config.link)
         self._tls = server_tls_context(config.cert) if config.cert else None
         self._certificate = certificate_validity(config.cert) if config.cert else None
-        self.keys = open_keys(config)
-        self.store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
+        self.store = open_store(config)
+        self.keys = self.store.keys
         self.sessions: dict[str, Session] = {}  # by Id
         self._hooks = Hooks(config.hook)
         self._proxy = NeighbourProxy(config.ndp, config.prefixrange) if config.ndp else None
@@ -3788,7 +3956,6 @@ class Server:
         self._lacks_address = False  # whether this machine has no address that is routed
         self._own: tuple[IPv6Network, list[Step]] | None = None  # the prefix of the server itself, by whose address lo has one
         self._mtus = MtuMonitor()
-        self._new_ids = TokenBucket(config.new_ids_per_hour, 3600)
         self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
         self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
@@ -3807,6 +3974,7 @@ class Server:
         route = pool_plan(self._config.prefixrange, os.getpid())
         with ExitStack() as undo:
             undo.callback(self.store.close)
+            self.store.start()
             undo.callback(self._hooks.close)
             listener = undo.enter_context(self._listen())
             self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -3847,11 +4015,11 @@ class Server:
 
     def _give_address(self) -> None:
         """Gives lo an address of the pool, from which the kernel then sends ICMPv6 errors, if this machine has none that is routed."""
-        pool, network = self.store.pool, self._config.prefixrange
+        network = self._config.prefixrange
         if has_routed_address(network):
             return
         self._lacks_address = True
-        prefix = pool.keep()
+        prefix = self.store.keep()
         outcome = f"{network} has no /64 to spare for it; give it one"
         if prefix:
             self._own = prefix, [own_address_step(prefix, os.getpid())]  # set first, so that a kill meanwhile undoes the plan
@@ -3873,7 +4041,7 @@ class Server:
         if self._own:
             (prefix, plan), self._own = self._own, None
             self._kernel.undo(plan)
-            self.store.pool.unreserve(prefix)
+            self.store.unkeep(prefix)
 
     def _watch_address(self) -> NoReturn:
         """Gives lo an address when this machine loses its last one that is routed, and takes it when one comes, as after a boot."""
@@ -4063,12 +4231,11 @@ class Server:
         if len(self.sessions) >= self._config.max_clients:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
         has_key = self.keys is not None and self.keys.find(id_) is not None
-        if not has_key and self.store.pool.find(id_) is None and not self._new_ids.take():
-            raise Refusal("busy", f"more than {self._config.new_ids_per_hour} new Ids in an hour")
         session = self.sessions[id_] = Session(peer)
         try:
             with ExitStack() as undo:
-                prefix = session.prefix = self.store.assign(id_)
+                lease = undo.enter_context(self.store.begin(Claim(id_, counted=not has_key)))
+                prefix = session.prefix = lease.prefix
                 self._killable.discard(gevent.getcurrent())  # only here, so that the server's end does not wait for a disk that hangs
                 tun = Tun(self._config.tun)
                 undo.callback(tun.close)
@@ -5342,7 +5509,7 @@ class AdminRequestHandler(RequestHandler):
 
     def __init__(
         self,
-        store: AssignmentStore,
+        store: Store,
         keys: KeyStore | None,
         sessions: dict[str, Session],
         end_session: Callable[[str, str], None],
