@@ -47,6 +47,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: ingress filter
     end to end: firewall
     end to end: TLS and keys
+    end to end: several servers  with one pool
     end to end: administration
     end to end: LAN              router advertisements, forwarding, other routers
     end to end: metrics
@@ -1009,6 +1010,128 @@ def processes_of(pid: int) -> list[str]:
     return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
+class SharedStore(tun6.Store):
+    """A cluster's store without PostgreSQL, for servers on one machine: a file that each looks at every 20 ms.
+
+    It has {Id: [prefix, epoch, server]}, and can't be reached while it is renamed. What a server does is as true as with the real one;
+    what the real one does is not shown by it.
+    """
+
+    def __init__(self, path: str, config: tun6.ServerConfig) -> None:
+        self.pool, self.keys = tun6.PrefixPool(config.prefixrange), tun6.open_keys(config)
+        self._path, self._name = Path(path), f"server {config.listenport}"
+        self._rows: dict[str, list[Any]] = {}
+        self._held: dict[str, tuple[tun6.Claim, tun6.Lease]] = {}
+
+    @property
+    def path(self) -> object:
+        return None
+
+    def start(self) -> None:
+        gevent.spawn(self._watch)
+
+    def find(self, id_: str) -> IPv6Network | None:
+        return self.pool.find(id_)
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        return ()
+
+    @contextmanager
+    def begin(self, claim: tun6.Claim) -> Iterator[tun6.Lease]:
+        said = claim.epoch if claim.proved else 0
+        try:
+            with self._locked() as rows:
+                prefix, epoch, _ = rows.get(claim.id) or (str(self.pool.assign(claim.id)), 0, "")
+                rows[claim.id] = [prefix, max(epoch, said) + 1, self._name]
+        except FileNotFoundError:
+            if claim.id not in self._rows:
+                raise tun6.StorageError("the store can't be reached") from None
+            prefix, epoch, _ = self._rows[claim.id]
+            self._rows[claim.id] = [prefix, max(epoch, said) + 1, self._name]
+        lease = tun6.Lease(IPv6Network(prefix), max(epoch, said) + 1)
+        self._held[claim.id] = claim, lease
+        yield lease
+        if self._held[claim.id][1] is lease:
+            del self._held[claim.id]
+
+    @contextmanager
+    def _locked(self) -> Iterator[dict[str, list[Any]]]:
+        """The rows, which are written back when they are changed."""
+        with open(self._path, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._rows = json.load(file)
+            before = json.dumps(self._rows)
+            for id_, (prefix, *_) in self._rows.items():
+                self.pool.pin(id_, IPv6Network(prefix))
+            yield self._rows
+            if json.dumps(self._rows) != before:
+                file.seek(0)
+                file.truncate()
+                file.write(json.dumps(self._rows))
+
+    def _watch(self) -> None:
+        while True:
+            gevent.sleep(0.02)
+            with suppress(FileNotFoundError), self._locked() as rows:
+                for id_, (claim, lease) in self._held.items():
+                    _, epoch, server = rows[id_]
+                    if epoch > (lease.epoch or 0) and server == self._name:
+                        lease.epoch = epoch
+                        claim.on_epoch(epoch)
+                    elif epoch > (lease.epoch or 0) and not lease.superseded:
+                        lease.superseded = f"{server} has it now"
+                        claim.end(lease.superseded)
+                    elif epoch < (lease.epoch or 0):
+                        rows[id_][1:] = lease.epoch, self._name
+
+
+class SharedPool:
+    """Servers of one pool on one host, each at a port of its own, with a SharedStore that the test sees, too."""
+
+    def __init__(self, tunnel: Tunnel, folder: Path) -> None:
+        self._tunnel, self._folder, self.path = tunnel, folder, folder / "shared.json"
+        self.path.write_text("{}")
+        self._ports = itertools.count(tunnel.port)
+
+    def server(self, *faults: str, **settings: object) -> Program:
+        """The next one. The faults are as those of tun6_with."""
+        lines = [*faults, "import functools, test_tun6", f"tun6.open_store = functools.partial(test_tun6.SharedStore, {str(self.path)!r})"]
+        with tun6_with(self._folder, *lines):
+            return self._tunnel.server("server", listenport=next(self._ports), assignments=None, **settings)
+
+    def peer(self, number: int, id_: str = "a", **hello: object) -> Peer:
+        """A client of the server of this number, whose hello has these fields more; it knows extensions, unless Offload is None."""
+        message = {"Id": id_, "Offload": [], **hello}
+        peer = Peer(self._tunnel.lab, self._tunnel.port + number)
+        self._tunnel._undo.callback(peer.sock.close)
+        peer._header = b"" if message["Offload"] is None else bytes(10)
+        peer.sock.sendall(json.dumps({name: value for name, value in message.items() if value is not None}).encode())
+        return peer
+
+    def row(self, id_: str = "a") -> list[Any]:
+        return list(json.loads(self.path.read_text()).get(id_, ["", 0, ""]))
+
+    def change(self, id_: str, epoch: int, server: int) -> None:
+        """As if this server had begun another session of the Id."""
+        rows = json.loads(self.path.read_text())
+        rows[id_][1:] = epoch, f"server {self._tunnel.port + server}"
+        new = self._folder / "new.json"
+        new.write_text(json.dumps(rows))
+        new.replace(self.path)
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Nobody reaches the store meanwhile."""
+        away = self.path.rename(self._folder / "away.json")
+        yield
+        away.rename(self.path)
+
+
+@pytest.fixture
+def shared(tunnel: Tunnel, tmp_path: Path) -> SharedPool:
+    return SharedPool(tunnel, tmp_path)
+
+
 # ---- kit: peers spoken by hand ---------------------------------------------------------------------------------------
 
 
@@ -1455,7 +1578,7 @@ def test_a_hello_without_id_is_refused_and_unknown_fields_are_ignored() -> None:
 def test_an_epoch_that_could_be_none_is_ignored_and_each_that_counts_makes_a_metric(value: object, epoch: int) -> None:
     assert tun6.parse_hello({"Id": "x", "Epoch": value}).epoch == epoch
     assert tun6.parse_epoch({"Prefix": "2001:db8::/64", "Epoch": value}) == epoch
-    assert 0 < tun6.ROUTE_METRIC_BASE - epoch < tun6.REJECT_BASE
+    assert 0 < tun6.METRIC_MAX - epoch < tun6.REJECT_BASE
 
 
 @pytest.mark.parametrize(("value", "kinds"), [(None, None), ([], frozenset()), (["tso6"], {"tso6"}), (["tso6", "new"], {"tso6", "new"})])
@@ -5403,7 +5526,7 @@ def test_of_the_routes_of_two_sessions_the_kernel_takes_the_newer_ones_before_th
         for device in devices:
             lab.ip("server", f"tuntap add {device} mode tun")
             undo.callback(lab.ip, "server", f"link del {device}")
-            for step in tun6.server_plan(device, 1500, prefix, epochs[device]):
+            for step in tun6.server_plan(device, 1500, prefix, tun6.Lease(prefix, epochs[device]).metric):
                 lab.ip("server", f"-6 {step.do}")
         assert way() == "newer"
         lab.ip("server", "link set newer down")
@@ -7857,6 +7980,101 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(sit
     site.serve(keys=None)
     client.wait_for("no connection to .* another fingerprint")
     assert "WARNING no connection" in next(line for line in client.log().splitlines() if "another fingerprint" in line)
+
+
+# ---- end to end: several servers -------------------------------------------------------------------------------------
+
+
+def routes_to(lab: Lab, prefix: IPv6Network) -> dict[int, str]:
+    """The devices of the server's routes to this /64, by metric."""
+    return {route["metric"]: route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {prefix} type unicast"))}
+
+
+def test_a_client_that_goes_to_another_server_keeps_its_prefix_and_the_newest_session_wins(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    def only_route(epoch: int) -> bool:
+        return list(routes_to(lab, prefix_of_pool(tunnel, 0))) == [tun6.METRIC_MAX - epoch]
+
+    servers, peers = [shared.server(), shared.server()], [shared.peer(0)]
+    assert peers[0].answer()["Epoch"] == 1
+    for epoch in range(2, 6):
+        old, new = epoch % 2, 1 - epoch % 2
+        peers.append(shared.peer(new))
+        assert peers[-1].answer() == {"Prefix": str(prefix_of_pool(tunnel, 0)), "Offload": mock.ANY, "Dry": True, "Epoch": epoch}
+        peers[-1].echo()
+        assert peers[-2].ended() == "closed"
+        servers[old].wait_for(f"'a' from .*: gone, server {tunnel.port + new} has it now", epoch // 2)
+        wait_until("the route of the older session is gone", functools.partial(only_route, epoch))
+
+
+def test_whom_another_server_has_served_meanwhile_is_not_answered(lab: Lab, tunnel: Tunnel, shared: SharedPool) -> None:
+    slow = "make = tun6.Tun.set_offload; tun6.Tun.set_offload = lambda self, kinds: (tun6.gevent.sleep(1), make(self, kinds))[1]"
+    servers = [shared.server(slow), shared.server()]
+    old = shared.peer(0)
+    wait_until("the first has begun", lambda: shared.row()[1] == 1)
+    new = shared.peer(1).connected()
+    assert old.answer() == {"Error": "busy", "Text": "a newer connection has this Id"}
+    servers[0].wait_for(f"refused, busy: server {tunnel.port + 1} has it now")
+    new.echo()
+    assert list(routes_to(lab, new.prefix)) == [tun6.METRIC_MAX - 2]
+
+
+def test_a_legacy_client_of_a_cluster_is_told_nothing_new(shared: SharedPool) -> None:
+    shared.server()
+    peer = shared.peer(0, Offload=None, Epoch=7)
+    assert list(peer.answer()) == ["Prefix"]
+    peer.echo()
+    assert shared.row()[1] == 1
+
+
+def test_a_clients_epoch_counts_only_when_it_proved_its_key(site: Site, shared: SharedPool, tunnel: Tunnel) -> None:
+    key = site.issue("a")
+    shared.server(cert=site.cert, keys=site.keys, keys_required="no")
+    for id_, epoch in (("a", 801), ("b", 1)):
+        with site.connect() as peer:
+            peer.sock.sendall(json.dumps({"Id": id_, "Offload": [], "Epoch": 800, "Key": key}).encode())
+            assert peer.answer()["Epoch"] == epoch
+
+
+def test_while_the_store_is_down_sessions_go_on_known_clients_are_served_and_new_ones_refused(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    server = shared.server()
+    stays = shared.peer(0, "stays").connected()
+    shared.peer(0).connected().close()
+    with shared.down():
+        peer = shared.peer(0)
+        assert peer.answer()["Epoch"] == 2
+        peer.echo()
+        assert shared.peer(0, "new").answer() == {"Error": "server-error", "Text": "the server can't serve a new client at the moment"}
+        stays.echo()
+    wait_until("the store knows of it", lambda: shared.row()[1] == 2)
+    for each in (stays, peer, shared.peer(0, "new").connected()):
+        each.echo()
+    assert not re.search("stays.*gone", server.log())
+
+
+def test_a_session_whose_epoch_is_raised_has_the_new_metric_without_a_gap_and_without_a_warning(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    server = shared.server()
+    peer = shared.peer(0).connected()
+    peer.echo()
+    with lab.inside("server"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as news:
+        news.bind((0, tun6.DeviceMonitor.GROUPS))
+        shared.change("a", 40, 0)
+        wait_until("the route has its new metric", lambda: list(routes_to(lab, peer.prefix)) == [tun6.METRIC_MAX - 40])
+        kinds = [kind for kind, _ in tun6.split_netlink(news.recv(1 << 16) + news.recv(1 << 16), tun6.DeviceMonitor.MESSAGE_HEADER)]
+    assert kinds == [tun6.DeviceMonitor.NEWROUTE, tun6.DeviceMonitor.DELROUTE]
+    peer.echo()
+    for each, epoch in ((shared.peer(0, "b").connected(), 1), (peer, 40)):
+        device = routes_to(lab, each.prefix)[tun6.METRIC_MAX - epoch]
+        assert f"{device}: somebody" not in server.log()
+        lab.ip("server", f"-6 route del {each.prefix} dev {device}")
+        server.wait_for(f"WARNING TUN device {device}: somebody removed its route; it is back")
+        assert list(routes_to(lab, each.prefix)) == [tun6.METRIC_MAX - epoch]
+        each.echo()
 
 
 # ---- end to end: administration --------------------------------------------------------------------------------------

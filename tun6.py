@@ -148,7 +148,7 @@ GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # values of gso_type
 GSO_KINDS = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}  # gso_type -> its name in "Offload"
 GSO_SEGMENTS_MAX = 128  # segments of one GSO frame: UDP_MAX_SEGMENTS of linux/udp.h, and what we set for TCP on our TUNs
 EXTENSIONS_MAX = 256  # bytes of extension headers in a GSO frame
-EPOCH_MAX = 0x7FFFFFFE  # of an Epoch, so that ROUTE_METRIC_BASE - epoch is a metric, and the epoch a local preference of BGP (RFC 4271)
+EPOCH_MAX = 0x7FFFFFFE  # of an Epoch, which counts the sessions of an Id in a cluster: METRIC_MAX - epoch is a metric yet
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
@@ -1040,7 +1040,6 @@ class SendQueue:
 ROUTE_PROTOCOL = 116  # marks our routes, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of our address on lo
 REJECT_BASE = 0xE4000000  # with our process id: the metric of a route that rejects, behind all others
-ROUTE_METRIC_BASE = 0x7FFFFFFF  # less the epoch of a session: the metric of its route, so that of several servers the newest wins
 BEGUN_HERE = "not from 2000::/3"  # what this machine begins, whose source is not chosen yet
 RULE_PRIORITY = 11_600  # of the client's rules, which have this and the next one; the rule for the table main has 32766
 
@@ -1095,14 +1094,15 @@ def device_plan(device: str, mtu: int) -> list[Step]:
     ]
 
 
-def server_plan(device: str, mtu: int, prefix: IPv6Network, epoch: int | None) -> list[Step]:
-    """The device of a session on the server, with the route to its prefix, which a device whose close hangs may still have.
+def session_route_step(device: str, prefix: IPv6Network, metric: int | None) -> Step:
+    """The route to a client, which a device whose close hangs may still have. `metric`: None for the kernel's default."""
+    route = f"{prefix} dev {device} proto {ROUTE_PROTOCOL}" + ("" if metric is None else f" metric {metric}")
+    return Step(f"route replace {route}", f"route del {route}")
 
-    `epoch` is that of the session where several servers have one pool: a router that knows its routes from two of them, as from one
-    that was stopped and one that the client went to, takes the newest.
-    """
-    metric = "" if epoch is None else f" metric {ROUTE_METRIC_BASE - epoch}"
-    return [*device_plan(device, mtu), Step(f"route replace {prefix} dev {device} proto {ROUTE_PROTOCOL}{metric}")]
+
+def server_plan(device: str, mtu: int, prefix: IPv6Network, metric: int | None) -> list[Step]:
+    """The device of a session on the server, with the route to its client."""
+    return [*device_plan(device, mtu), session_route_step(device, prefix, metric)]
 
 
 def source_plan(source: str, process: int) -> list[Step]:
@@ -2220,6 +2220,7 @@ def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
 KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
 USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged for so long ends the connection
 TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
+TCP_ESTABLISHED = 1  # net/tcp_states.h
 SIOCOUTQ, SIOCOUTQNSD = termios.TIOCOUTQ, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
 IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_SEND_QUEUE = 19, 20, 21, 2  # linux/tcp.h
@@ -2764,6 +2765,13 @@ def receive_message(stream: Stream) -> tuple[dict[str, Any], bytes]:
         found = parser.feed(stream.receive())
         if found:
             return found
+
+
+def is_connected(sock: socket.socket) -> bool:
+    """Returns whether the peer has not ended the connection yet. May be called in any thread."""
+    with suppress(OSError):
+        return read_tcp_info(sock, "B", 0) == TCP_ESTABLISHED
+    return False
 
 
 def is_unacknowledged(sock: socket.socket) -> bool:
@@ -3936,6 +3944,44 @@ class AdmissionControl:
         return True
 
 
+class ClientDevice:
+    """A session's TUN on the server, with the route to its client: both are restored when somebody changes them."""
+
+    def __init__(self, tun: Tun, mtu: int, lease: Lease, kernel: Kernel, fail: Callable[[KernelError], None]) -> None:
+        """Brings it up; `fail` is called when it can't be restored. Raises KernelError."""
+        self._tun, self._mtu, self._lease, self._kernel, self._fail = tun, mtu, lease, kernel, fail
+        self._metric = lease.metric
+        self._moves = 0  # of the route to another metric, whose removal of the old one was not reported yet
+        self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        kernel.apply(self._plan())
+
+    def _plan(self) -> list[Step]:
+        return server_plan(self._tun.name, self._mtu, self._lease.prefix, self._metric)
+
+    def follow_epoch(self) -> None:
+        """Gives the route the metric that its lease has now. There is a route all the time."""
+        old, self._metric = self._metric, self._lease.metric
+        if old == self._metric:
+            return
+        self._moves += 1
+        try:
+            self._kernel.apply([session_route_step(self._tun.name, self._lease.prefix, self._metric)])
+        except KernelError as error:
+            self._fail(error)
+        self._kernel.undo([session_route_step(self._tun.name, self._lease.prefix, old)])
+
+    def on_removal(self, what: str, _: bytes) -> None:
+        """Takes a report of the DeviceMonitor."""
+        moved = what == ROUTE_REMOVED and self._moves > 0
+        self._moves -= moved
+        if moved or what == EVENTS_LOST or (what in (DEVICE_SET_DOWN, ROUTE_REMOVED) and self._repairs.take()):
+            self._kernel.reapply(self._plan())
+            if not moved and what != EVENTS_LOST:
+                log_repair(self._tun.name, what)
+        elif what != ADDRESS_REMOVED:  # the device has no address of ours
+            self._fail(KernelError(f"TUN device {self._tun.name}: {what}"))
+
+
 class Server:
     """Gives each client its prefix, a TUN with a route, and runs its session."""
 
@@ -3957,7 +4003,6 @@ class Server:
         self._own: tuple[IPv6Network, list[Step]] | None = None  # the prefix of the server itself, by whose address lo has one
         self._mtus = MtuMonitor()
         self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
-        self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
         self._not_offered: dict[str, set[str]] = {}  # by Id: GSO kinds of which our kernel refused its frames; at most max_clients
         self._connections = gevent.pool.Group()  # one greenlet each
@@ -4088,7 +4133,7 @@ class Server:
             "listens": f"{self._config.localhost} port {self._config.listenport}",
             "pool": str(self._config.prefixrange),
             "free": self.store.pool.free,
-            "contended": sorted(each for each in self._contended if time.monotonic() - self._takeovers[each][-1] < CONTENTION_WINDOW_S),
+            "contended": sorted(filter(self._is_contended, self._contended)),
             "handshakes": dict(self.handshakes),
             "certificate": dict(zip(("begins", "expires"), self._certificate)) if self._certificate else None,
         }
@@ -4226,42 +4271,48 @@ class Server:
         """Serves a client after its hello until it leaves. Raises Refusal, OSError, ProtocolError."""
         id_, gso_kinds, *_ = hello
         self._leave_admission()
-        self._take_over(id_, peer)
+        took_over = self._take_over(hello, peer)
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
         if len(self.sessions) >= self._config.max_clients:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        has_key = self.keys is not None and self.keys.find(id_) is not None
-        session = self.sessions[id_] = Session(peer)
+        has_key = self.keys is not None and self.keys.find(id_) is not None  # which was the right one, then
+        session, device = Session(peer), cast(Optional[ClientDevice], None)
+        self.sessions[id_] = session
+
+        def on_epoch(_: int) -> None:
+            if device:  # else its route is still to be made
+                gevent.spawn(device.follow_epoch)
+
+        claim = Claim(
+            id_,
+            hello.epoch,
+            proved=has_key,
+            counted=not has_key,
+            took_over=took_over,
+            is_alive=lambda: is_connected(stream.sock),
+            end=lambda reason: session.close(SessionError(reason)),
+            on_epoch=on_epoch,
+        )
         try:
             with ExitStack() as undo:
-                lease = undo.enter_context(self.store.begin(Claim(id_, counted=not has_key)))
+                lease = undo.enter_context(self.store.begin(claim))
                 prefix = session.prefix = lease.prefix
                 self._killable.discard(gevent.getcurrent())  # only here, so that the server's end does not wait for a disk that hangs
                 tun = Tun(self._config.tun)
                 undo.callback(tun.close)
                 session.device = tun.name
                 tun.set_offload(gso_kinds)
-                plan = server_plan(tun.name, self._config.mtu, prefix, None)
-                self._kernel.apply(plan)
+                device = ClientDevice(tun, self._config.mtu, lease, self._kernel, session.close)
                 if self._proxy:
                     self._proxy.add(prefix)
                     undo.callback(self._proxy.remove, prefix)
-
-                repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
-
-                def on_removal(what: str, _: bytes) -> None:
-                    if what == EVENTS_LOST or (what in (DEVICE_SET_DOWN, ROUTE_REMOVED) and repairs.take()):
-                        self._kernel.reapply(plan)
-                        if what != EVENTS_LOST:
-                            log_repair(tun.name, what)
-                    elif what != ADDRESS_REMOVED:  # the device has no address of ours
-                        session.close(KernelError(f"TUN device {tun.name}: {what}"))
-
-                undo.callback(self._monitor.unwatch, self._monitor.watch(tun.name, on_removal))
+                undo.callback(self._monitor.unwatch, self._monitor.watch(tun.name, device.on_removal))
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered.get(id_, set())
                 if gso_kinds is not None:
                     answer.update(Offload=sorted(offered), Dry=True)  # as the client knows extensions, it is told of this one
+                    answer.update({"Epoch": lease.epoch} if lease.epoch else {})
+                lease.require_newest()
                 stream.send(encode_message(answer))
                 self.handshakes["served"] += 1
                 begin = event("session-begin", id=id_, peer=peer, prefix=prefix, device=tun.name, security=stream.security[7:] or "plain")
@@ -4293,22 +4344,26 @@ class Server:
         if len(self._not_offered) > self._config.max_clients:
             del self._not_offered[next(iter(self._not_offered))]
 
-    def _take_over(self, id_: str, peer: str) -> None:
-        """Ends the running session of the Id and waits until it is released. The newest of several newcomers wins. Raises Refusal."""
+    def _take_over(self, hello: Hello, peer: str) -> bool:
+        """Ends the running session of the Id and waits until it is released. The newest of several newcomers wins. Raises Refusal.
+
+        Returns whether a session here was alive. Where several clients take an Id from each other, on whatever servers, each waits.
+        """
+        id_ = hello.id
         if id_ in self._superseded:
             self._superseded.pop(id_).set()
-        if id_ not in self.sessions:
-            return
+        holder = self.store.holder(id_)
+        if id_ not in self.sessions and holder is None:
+            return False
         superseded = self._superseded[id_] = gevent.event.Event()  # set when a newer connection waits
-        live = not self.sessions[id_].ending
-        past = self._takeovers.setdefault(id_, deque(maxlen=CONTENTION_TAKEOVERS))
-        if live and len(past) == CONTENTION_TAKEOVERS and time.monotonic() - past[0] < CONTENTION_WINDOW_S:
+        live = id_ in self.sessions and not self.sessions[id_].ending
+        if (live or holder) and self._is_contended(id_):
             if id_ not in self._contended:
                 self._contended.add(id_)
-                other = self.sessions[id_].peer
+                other = self.sessions[id_].peer if live else f"the server {holder}"
                 log.warning("%s: clients at %s and %s take it from each other; give each an `id` of its own", quote_id(id_), other, peer)
             superseded.wait(CONTENTION_PAUSE_S)
-        elif live:
+        elif live or holder:
             self._contended.discard(id_)
         while id_ in self.sessions and self._superseded.get(id_) is superseded:
             old = self.sessions[id_]
@@ -4317,13 +4372,14 @@ class Server:
         if self._superseded.get(id_) is not superseded:
             raise Refusal("busy", "a newer connection has this Id")
         del self._superseded[id_]
-        if live:
-            past.append(time.monotonic())
-        if len(self._takeovers) > self._config.max_clients:
-            self._takeovers = {
-                each: times for each, times in self._takeovers.items() if times and time.monotonic() - times[-1] < CONTENTION_WINDOW_S
-            }
-            self._contended &= set(self._takeovers)
+        if len(self._contended) > self._config.max_clients:
+            self._contended = set(filter(self._is_contended, self._contended))
+        return live
+
+    def _is_contended(self, id_: str) -> bool:
+        """Returns whether clients have taken the Id from each other several times."""
+        times = self.store.takeovers(id_)
+        return len(times) == CONTENTION_TAKEOVERS and time.monotonic() - times[0] < CONTENTION_WINDOW_S
 
     def _end_sessions(self) -> None:
         self._admission.close()
