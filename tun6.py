@@ -3783,6 +3783,11 @@ def open_store(config: ServerConfig) -> Store:
     return AssignmentStore(PrefixPool(config.prefixrange), config.assignments, keys=open_keys(config), admit_new=admit_new)
 
 
+def files_of(config: ServerConfig) -> list[str | None]:
+    """Returns what names the files of a server, so that nobody asks the wrong one."""
+    return [name and os.path.realpath(name) for name in (config.assignments, config.keys)]
+
+
 def warn_of_overlap(pool: IPv6Network, own: IPv6Address | None = None) -> None:
     """Warns of addresses of this machine in the pool, besides `own`: the client that gets their /64 would get no traffic."""
     for interface, address in machine_addresses():
@@ -5566,23 +5571,26 @@ class AdminRequestHandler(RequestHandler):
     def __init__(
         self,
         store: Store,
-        keys: KeyStore | None,
+        files: list[str | None],
         sessions: dict[str, Session],
         end_session: Callable[[str, str], None],
         loop_latency: LoopLatency | None = None,
         figures: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """`end_session` ends the session of an Id for a reason; `loop_latency` and `figures` are those of the running server."""
+        """`files` is what files_of returns for this server; `end_session` ends the session of an Id for a reason.
+
+        `loop_latency` and `figures` are those of the running server.
+        """
         super().__init__(figures, loop_latency)
-        self._store, self._keys, self._sessions, self._end_session = store, keys, sessions, end_session
+        self._store, self._keys, self._files, self._sessions, self._end_session = store, store.keys, files, sessions, end_session
         self._one_at_a_time = gevent.lock.RLock()
 
     def handle(self, request: dict[str, Any]) -> Any:
         """As RequestHandler does, one request at a time, and only for who means the files of this server."""
         arguments = dict(request)
         files = arguments.pop("files", None)
-        if files != self.files():
-            raise RequestError(f"the server that runs here has other files, {self.files()}; name its config.ini with -c")
+        if files != self._files:
+            raise RequestError(f"the server that runs here has other files, {self._files}; name its config.ini with -c")
         if "id" in arguments:
             if not is_valid_id(arguments["id"]):
                 raise RequestError(f"the Id must be 1 to {ID_MAX} printable characters")
@@ -5590,20 +5598,16 @@ class AdminRequestHandler(RequestHandler):
         with self._one_at_a_time:
             return super().handle(arguments)
 
-    def files(self) -> list[str | None]:
-        """Returns the paths of the files that it works on, so that nobody asks the wrong server."""
-        return [str(self._store.path) if self._store.path else None, str(self._keys.path) if self._keys else None]
-
-    def list(self) -> Sequence[dict[str, Any]]:
-        """Returns an entry for each Id that has a prefix, a key or a session."""
+    def list(self, here: bool = False) -> Sequence[dict[str, Any]]:
+        """Returns an entry for each Id that has a prefix, a key or a session; `here`: only for those that have a session here."""
         ids = dict.fromkeys([*self._store.pool.owners(), *(self._keys.ids() if self._keys else ()), *self._sessions])
-        return self._entries(ids)
+        return self._entries(list(self._sessions) if here else ids)
 
-    def status(self, clients: bool = False, resources: bool = True) -> dict[str, Any]:
-        """Returns figures of the running server, with those of each client and of the process."""
+    def status(self, clients: bool = False, resources: bool = True, here: bool = True) -> dict[str, Any]:
+        """Returns figures of the running server, with those of each client and of the process; `here`: not of other servers' clients."""
         status = {**super().status(clients, resources), "sessions": len(self._sessions), "assignments": len(self._store.pool.owners())}
         if clients:
-            status["clients"] = [entry for entry in self._entries(list(self._sessions)) if "session" in entry]
+            status["clients"] = [entry for entry in self.list(here) if "session" in entry or entry.get("connected")]
         return status
 
     def add(self, id: str, prefix: str | None, new_key: bool) -> dict[str, Any]:
@@ -5658,6 +5662,7 @@ class AdminRequestHandler(RequestHandler):
     def _entry(self, id_: str) -> dict[str, Any]:
         prefix, key, session = self._store.pool.find(id_), self._keys and self._keys.find(id_), self._sessions.get(id_)
         entry: dict[str, Any] = {"id": id_, "prefix": prefix and str(prefix), "key": bool(key), "revoked": bool(key and key.revoked)}
+        entry.update(self._store.whereabouts(id_))
         if session:
             entry["session"] = {"peer": session.peer, "device": session.device, **session.figures()}
         return entry
@@ -5795,38 +5800,64 @@ def format_rates(rates: dict[str, float]) -> str:
     return f"received {received}, sent {sent}"
 
 
+def format_time(moment: float | None) -> str:
+    """Returns a Unix time in the local time of this machine."""
+    return "-" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
 def format_seconds(seconds: float | None) -> str:
     """Returns a round trip."""
     return "-" if seconds is None else f"{1000 * seconds:.{1 if seconds < 0.01 else 0}f} ms"
 
 
+def _of_session(value: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    """Returns what makes a cell of an entry, which for a client of another server has no session."""
+    return lambda entry: value(entry["session"]) if "session" in entry else "-"
+
+
+def client_age(entry: dict[str, Any]) -> int:
+    """Returns how many seconds a client has been connected."""
+    return int(entry["session"]["seconds"] if "session" in entry else max(time.time() - entry["since"], 0))
+
+
+def client_rate(entry: dict[str, Any]) -> float:
+    """Returns what a client moves, both ways, in bits a second; 0 for a client of another server."""
+    return float(sum(entry["session"]["rates"][way] for way in ("received_bits", "sent_bits")) if "session" in entry else 0)
+
+
 CLIENT_ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "id": lambda entry: entry["id"],
-    "rate": lambda entry: (-sum(entry["session"]["rates"][way] for way in ("received_bits", "sent_bits")), entry["id"]),
-    "since": lambda entry: (entry["session"]["seconds"], entry["id"]),
+    "rate": lambda entry: (-client_rate(entry), entry["id"]),
+    "since": lambda entry: (client_age(entry), entry["id"]),
 }
 CLIENT_COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {  # those that do not fit are left out, the last first
     "id": lambda entry: entry["id"],
     "prefix": lambda entry: entry["prefix"],
-    "since": lambda entry: format_duration(entry["session"]["seconds"]),
-    "rcvd/s": lambda entry: format_amount(entry["session"]["rates"]["received_bits"], "b"),
-    "sent/s": lambda entry: format_amount(entry["session"]["rates"]["sent_bits"], "b"),
-    "rtt": lambda entry: format_seconds(entry["session"]["round_trip"]),
-    "drops": lambda entry: format_amount(sum(entry["session"]["drops"].values())),
-    "from": lambda entry: entry["session"]["peer"].replace(" port ", ":"),
-    "device": lambda entry: entry["session"]["device"],
-    "received": lambda entry: format_amount(entry["session"]["received"], "B"),
-    "sent": lambda entry: format_amount(entry["session"]["sent"], "B"),
-    "tls": lambda entry: "TLS" if entry["session"]["tls"] else "plain",
-    "congestion": lambda entry: entry["session"]["congestion"],
+    "server": lambda entry: entry.get("server", ""),  # left out where all are of one that is in no cluster
+    "since": lambda entry: format_duration(client_age(entry)),
+    "rcvd/s": _of_session(lambda session: format_amount(session["rates"]["received_bits"], "b")),
+    "sent/s": _of_session(lambda session: format_amount(session["rates"]["sent_bits"], "b")),
+    "rtt": _of_session(lambda session: format_seconds(session["round_trip"])),
+    "drops": _of_session(lambda session: format_amount(sum(session["drops"].values()))),
+    "from": _of_session(lambda session: session["peer"].replace(" port ", ":")),
+    "device": _of_session(lambda session: session["device"]),
+    "received": _of_session(lambda session: format_amount(session["received"], "B")),
+    "sent": _of_session(lambda session: format_amount(session["sent"], "B")),
+    "tls": _of_session(lambda session: "TLS" if session["tls"] else "plain"),
+    "congestion": _of_session(lambda session: session["congestion"]),
 }
 CLIENT_ID_WIDTH = 19  # characters of an Id where there is little room: a MAC address has 17
+
+
+def client_columns(entries: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], object]]:
+    """Returns those of CLIENT_COLUMNS that say something of these clients."""
+    return {title: value for title, value in CLIENT_COLUMNS.items() if title != "server" or any(map(value, entries))}
 
 
 def format_clients(entries: Sequence[dict[str, Any]], width: int) -> list[str]:
     """Returns a table of the clients with as many columns as fit."""
     lines = [""] * (len(entries) + 1)
-    for number, (title, value) in enumerate(CLIENT_COLUMNS.items()):
+    for number, (title, value) in enumerate(client_columns(entries).items()):
         limit = ID_MAX if number or width >= 100 else CLIENT_ID_WIDTH
         cells = [to_printable(cell, limit) for cell in (title, *map(value, entries))]
         wide = max(map(len, cells))
@@ -5859,7 +5890,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("path", f"round trip {format_seconds(session['round_trip'])}, {how}"))
         if outage:
             lasts = "until now" if outage["seconds"] is None else f"for {format_duration(outage['seconds'])}"
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(outage["time"]))
+            when = format_time(outage["time"])
             then = f"; then {outage['last_reason']}" if outage["last_reason"] != outage["reason"] else ""
             rows.append(("outage", f"{when} {lasts}: {outage['reason']}{then}"))
         for name, part in status["parts"].items():
@@ -5998,9 +6029,10 @@ def render_page(status: dict[str, Any], history: Sequence[Rates]) -> str:
         parts.append(f'<tr class="{html.escape(name)}"><th>{html.escape(name)}</th><td>{html.escape(to_printable(text, 1000))}</td></tr>')
     parts.append("</table>")
     if "clients" in status:
-        parts.append(f'<table class="list"><thead><tr>{"".join(f"<th>{name}</th>" for name in CLIENT_COLUMNS)}</tr></thead><tbody>')
+        columns = client_columns(status["clients"])
+        parts.append(f'<table class="list"><thead><tr>{"".join(f"<th>{name}</th>" for name in columns)}</tr></thead><tbody>')
         for entry in in_slices(sorted(status["clients"], key=CLIENT_ORDERS["rate"])):
-            cells = "".join(f"<td>{html.escape(to_printable(value(entry)))}</td>" for value in CLIENT_COLUMNS.values())
+            cells = "".join(f"<td>{html.escape(to_printable(value(entry)))}</td>" for value in columns.values())
             parts.append(f"<tr>{cells}</tr>")
         parts.append("</tbody></table>")
     return "".join([*parts, "</body></html>\n"])
@@ -6807,10 +6839,9 @@ class ServerDoctor(Doctor):
         with socket.socket() as probe, suppress(OSError):
             probe.connect((host, port))
             if self.is_running():
-                files = [name and os.path.realpath(name) for name in (self._config.assignments, self._config.keys)]
                 status: dict[str, Any] = {}
                 with suppress(OSError, RequestError):
-                    status = ask_server(self._config.control, {"do": "status", "files": files})
+                    status = ask_server(self._config.control, {"do": "status", "files": files_of(self._config)})
                 for id_ in status.get("contended", ()):
                     log.warning("several clients have the Id %s, and take it from each other; give each an `id` of its own", quote_id(id_))
                 return f"process {self._pid} listens on {host} port {port}"
@@ -7797,7 +7828,7 @@ def server_command(options: argparse.Namespace) -> None:
     raise_descriptor_limit()
     server = Server(config)
     ServerDoctor(config).warn()
-    handler = AdminRequestHandler(server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures)
+    handler = AdminRequestHandler(server.store, files_of(config), server.sessions, server.end_session, LoopLatency(), server.figures)
     web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
 
     def run() -> None:
@@ -7881,19 +7912,17 @@ def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
 
     Raises RequestError, ConfigError, StorageError, Refusal.
     """
-    files = [name and os.path.realpath(name) for name in (config.assignments, config.keys)]
-    request = {**request, "files": files}
     try:
-        return ask_server(config.control, request)
+        return ask_server(config.control, {**request, "files": files_of(config)})
     except OSError as error:
         if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
             reason = error.strerror or error
             raise RequestError(f"control = {config.control}: {reason}; run this as the server's user, mostly root") from None
     if config.assignments is None:
         raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {config.file} nothing is kept")
-    store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
+    store = open_store(config)
     try:
-        return AdminRequestHandler(store, open_keys(config), {}, lambda id_, reason: None).handle(request)
+        return AdminRequestHandler(store, [], {}, lambda id_, reason: None).handle({**request, "files": []})
     finally:
         store.close()
 
@@ -7905,7 +7934,7 @@ def find_status(options: argparse.Namespace) -> list[dict[str, Any]]:
         config = read_config(path, side)
         request: dict[str, Any] = {"do": "status", "resources": not options.watch}
         if side == "server":
-            request |= {"clients": True, "files": [name and os.path.realpath(name) for name in (config.assignments, config.keys)]}
+            request |= {"clients": True, "here": vars(options).get("here", False), "files": files_of(config)}
         try:
             found.append(ask_server(config.control, request))
         except (FileNotFoundError, ConnectionRefusedError):
@@ -8035,12 +8064,16 @@ def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
 
 def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
     """Returns one line of `clients list`."""
-    session = entry.get("session")
+    session, times = entry.get("session"), {name: format_time(entry.get(name)) for name in ("since", "last")}
     state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key yet" if served_without_key else "no key"
     if session:
         refused = sum(session["refused"].values())
         state += f", connected for {session['seconds']} s from {session['peer']} on {session['device']}"
         state += f", {session['received']} bytes received, {session['sent']} sent, {session['dropped']} packets dropped, {refused} refused"
+    if entry.get("connected"):
+        state += f", on {entry['server']} since {times['since']}"
+    elif entry.get("server"):
+        state += f", was on {entry['server']} until {times['last']}"
     return f"{quote_id(entry['id'])}  {entry['prefix'] or 'no prefix yet'}  {state}"
 
 
@@ -8245,6 +8278,7 @@ def build_parser() -> argparse.ArgumentParser:
     config = shared("-c", "--config", metavar="FILE", help=f"default: {CONFIG_FILES[0]}, then ./{CONFIG_FILES[1]}")
     as_json = shared("--json", action="store_true", help="answer in JSON")
     id_ = shared("id", metavar="ID", help="as the client says it, often a MAC address")
+    here = shared("--here", action="store_true", help="of several servers with one pool, only the clients of this one")
 
     about = "A stable IPv6 /64 over one IPv4 TCP connection, through any NAT."
     parser = argparse.ArgumentParser(prog="tun6", description=about, parents=[verbose, config])
@@ -8261,7 +8295,8 @@ def build_parser() -> argparse.ArgumentParser:
     clients = add(
         commands, "clients", "list, add, pin, revoke or restore clients; on the server's machine", config, as_json, function=clients_command
     )
-    status = add(commands, "status", "show how the server or client that runs on this machine is", config, as_json, function=status_command)
+    text = "show how the server or client that runs on this machine is"
+    status = add(commands, "status", text, config, as_json, here, function=status_command)
     status.add_argument("side", nargs="?", choices=("server", "client"), help="where both run; otherwise it is not needed")
     status.add_argument("--watch", action="store_true", help=f"show it again every {RATE_S:.0f} s, until Ctrl-C")
     status.add_argument("--sort", choices=tuple(CLIENT_ORDERS), default="id", help="order of the clients")
@@ -8288,7 +8323,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(commands, "demo", "show it all on this machine, in network namespaces that are removed afterwards", function=demo_command)
 
     actions = clients.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add(actions, "list", "who has which prefix, has a key, is connected", config, as_json)
+    add(actions, "list", "who has which prefix, has a key, is connected", config, as_json, here)
     added = add(actions, "add", "give an Id a key, and show once the [client] section for it", config, as_json, id_)
     added.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
     added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it")
