@@ -4140,6 +4140,7 @@ class Server:
             "free": self.store.pool.free,
             "contended": sorted(filter(self._is_contended, self._contended)),
             "handshakes": dict(self.handshakes),
+            **self.store.figures(),
             "certificate": dict(zip(("begins", "expires"), self._certificate)) if self._certificate else None,
         }
 
@@ -5867,6 +5868,19 @@ def format_clients(entries: Sequence[dict[str, Any]], width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def cluster_rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what status_rows has of the store of a cluster and its servers."""
+    store = status.get("store")
+    if store:
+        state = f"up for {format_duration(store['seconds'])}"
+        if store["down"]:
+            state = f"down for {format_duration(store['seconds'])}: {store['down']}"
+        yield "store", f"{store['address']}, {state}; owed: {store['owed']} changes, {store['unsettled']} sessions"
+        for server in status["servers"]:
+            heard = "this one" if server["here"] else f"heard {format_duration(round(server['heard']))} ago"
+            yield "", f"{server['name']}: {server['address']}, {server['sessions']} connected, {heard}"
+
+
 def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns what a terminal or the page shows of a server or client, as titles and texts."""
     latency, drops = status["latency"], ", ".join(f"{count} {reason}" for reason, count in status["drops"].items())
@@ -5876,6 +5890,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("server", f"up for {format_duration(status['seconds'])}, serves {status['pool']} on {status['listens']}"),
             ("clients", f"{status['sessions']} connected, {status['assignments']} assignments, {status['free']} prefixes free"),
+            *cluster_rows(status),
         ]
     else:
         session, outage = status["session"], status["outage"]
@@ -5981,6 +5996,14 @@ def metrics_of(status: dict[str, Any]) -> Iterator[Metric]:
     yield gauge("tun6_sessions", "Clients that are connected.", status["sessions"])
     yield gauge("tun6_assignments", "Ids that own a /64.", status["assignments"])
     yield gauge("tun6_free_prefixes", "Prefixes that can be assigned.", status["free"])
+    store, servers = status.get("store"), status.get("servers", ())
+    if store:
+        yield gauge("tun6_store_up", "1 while the cluster's store can be reached.", store["down"] is None)
+        yield gauge("tun6_store_state_seconds", "Seconds since the store came or went.", store["seconds"])
+        yield gauge("tun6_store_owed", "Changes that the store is still to be told.", store["owed"])
+        yield gauge("tun6_store_unsettled_sessions", "Sessions whose epoch the store does not have yet.", store["unsettled"])
+        heard: list[tuple[tuple[str, ...], float]] = [((server["name"],), server["heard"]) for server in servers]
+        yield Metric("gauge", "tun6_server_silent_seconds", "Seconds since a server of the cluster was heard.", ("server",), heard)
     for name, moment in (status["certificate"] or {}).items():
         yield gauge(f"tun6_certificate_{name}_timestamp_seconds", f"When the server's certificate {name}.", moment)
     for kind, name, text, field, unit in (
