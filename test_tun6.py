@@ -4952,7 +4952,7 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
         "client_to_client": True, "documentation_addresses": True, "address": None, "hook": None, "ndp": None, "log": "text",
-        "metrics": None, "metrics_clients": False, "file": path,
+        "metrics": None, "metrics_clients": False, "store": None, "store_cache": "store-cache.json", "name": "", "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,

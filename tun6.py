@@ -31,8 +31,8 @@ The file, top to bottom. A section uses only names defined above it; those marke
     prefixes                     PrefixPool: which Id owns which /64 (pure)
     send queue                   SharedBuffer, FqCodelQueue, SendQueue: what waits for a connection that is full (pure)
     network plans                the commands for `ip`, as pairs of do and undo (pure)
-    storage                      GroupCommit, JsonFile, Store (what servers keep), AssignmentStore, KeyStore: in files
-    cluster store                ClusterStore: in PostgreSQL, for several servers
+    storage                      GroupCommit, JsonFile, Store and Keys (what a server keeps), AssignmentStore and KeyStore: in files
+    cluster rules                Row, Change, ClusterView: which of several servers has an Id's newest session (pure)
     kernel                       Kernel (runs `ip`), Tun, DeviceMonitor (netlink), default_id, find_dropping_chains (runs `nft`)
     connections                  Stream, TlsStream, TCP options, PathMtu, MtuMonitor, congestion control, PacedWriter
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
@@ -40,6 +40,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     hooks                        Hooks: the operator's program, run when sessions begin and end
     neighbour proxy              NeighbourProxy: answers for the prefixes of a range that is on-link, not routed
     service manager              ServiceManager: what systemd is told
+    cluster store                Database (PostgreSQL), ClusterStore: a Store for several servers
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
@@ -101,8 +102,9 @@ import termios
 import textwrap
 import threading
 import time
+import uuid
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
@@ -1168,11 +1170,15 @@ class GroupCommit(Generic[T, R]):
 
     def submit(self, item: T) -> R:
         """Waits until the item is handled and returns its result. Raises what `work` does. Killing the caller does not stop the work."""
-        outcome = gevent.event.AsyncResult()
-        self._waiting.append((item, outcome))
+        return self.submit_all([item])[0]
+
+    def submit_all(self, items: Iterable[T]) -> list[R]:
+        """As `submit`, for several items that are handled in one call."""
+        outcomes = [(item, gevent.event.AsyncResult()) for item in items]
+        self._waiting += outcomes
         if self._worker is None:
             self._worker = gevent.spawn(self._handle_waiting)
-        return cast(R, outcome.get())
+        return [cast(R, outcome.get()) for _, outcome in outcomes]
 
     def _handle_waiting(self) -> None:
         while self._waiting:
@@ -1328,6 +1334,7 @@ class Lease:
         self.prefix = prefix
         self.epoch = epoch  # counts the beginnings of this Id in a cluster, the newest wins; None without one
         self.superseded = ""  # why it ended before its session did
+        self.received, self.sent = 0, 0  # bytes, which the session's end tells the store
 
     @property
     def metric(self) -> int | None:
@@ -1347,7 +1354,7 @@ class Store:
     """
 
     pool: PrefixPool  # as known here, to be read only
-    keys: KeyStore | None  # None: open to everybody
+    keys: Keys | None  # None: open to everybody
 
     @property
     def path(self) -> object:
@@ -1421,7 +1428,7 @@ class AssignmentStore(Store):
         pool: PrefixPool,
         path: str | None = None,
         lock: bool = True,
-        keys: KeyStore | None = None,
+        keys: Keys | None = None,
         admit_new: Callable[[], None] = lambda: None,
     ) -> None:
         """Locks and reads the file; a missing or empty one is an empty map. Raises ConfigError, which names the wrong entry.
@@ -1613,8 +1620,61 @@ def key_digest(key: str) -> str:
 UNKNOWN_CLIENT = KeyEntry(key_digest(secrets.token_urlsafe(KEY_BYTES)), False)  # the key of an unknown Id is compared with this one
 
 
-class KeyStore:
-    """Which Ids may connect, and with which key, in a JSON file {"<id>": {"key": "sha256:<digest>", "revoked": true}, ...}."""
+def encode_keys(entries: Mapping[str, KeyEntry]) -> dict[str, Any]:
+    """Returns what is in a file of keys, by Id."""
+    return {id_: {"key": "sha256:" + digest, **({"revoked": True} if revoked else {})} for id_, (digest, revoked) in entries.items()}
+
+
+class Keys:
+    """Which Ids may connect, and with which key."""
+
+    @property
+    def path(self) -> object:
+        """What names them for people."""
+        raise NotImplementedError
+
+    def reload(self) -> None:
+        """Reads again what may have changed. Raises ConfigError; then the entries stay as they were."""
+
+    def find(self, id_: str) -> KeyEntry | None:
+        """Returns what is known about this Id's key, or None."""
+        raise NotImplementedError
+
+    def ids(self) -> list[str]:
+        """Returns all Ids that have a key."""
+        raise NotImplementedError
+
+    def check(self, id_: str, key: str) -> None:
+        """Raises Refusal unless this is the Id's key. For the client, an unknown Id and a wrong key look alike and take equally long."""
+        entry = self.find(id_) or UNKNOWN_CLIENT
+        right = hmac.compare_digest(key_digest(key), entry.digest)
+        if not right or entry is UNKNOWN_CLIENT:
+            raise Refusal("denied", "unknown Id or wrong key", "unknown Id" if entry is UNKNOWN_CLIENT else "wrong key")
+        if entry.revoked:
+            raise Refusal("revoked", "this Id was revoked by the server's operator")
+
+    def issue(self, id_: str) -> str:
+        """Makes a new key for the Id in place of the one it may have, saves its digest and returns its text.
+
+        Raises RequestError, StorageError.
+        """
+        key = secrets.token_urlsafe(KEY_BYTES)
+        self._change(id_, KeyEntry(key_digest(key), False))
+        return key
+
+    def set_revoked(self, id_: str, revoked: bool) -> None:
+        """Revokes or restores the Id's key. Raises KeyError, RequestError, StorageError."""
+        entry = self.find(id_)
+        if entry is None:
+            raise KeyError(id_)
+        self._change(id_, entry._replace(revoked=revoked))
+
+    def _change(self, id_: str, entry: KeyEntry) -> None:
+        raise NotImplementedError
+
+
+class KeyStore(Keys):
+    """Keys in a JSON file {"<id>": {"key": "sha256:<digest>", "revoked": true}, ...}."""
 
     def __init__(self, path: str) -> None:
         """Reads the file. Raises ConfigError, which names the wrong entry."""
@@ -1655,53 +1715,314 @@ class KeyStore:
         """Returns all Ids that have a key."""
         return list(self._entries)
 
-    def check(self, id_: str, key: str) -> None:
-        """Raises Refusal unless this is the Id's key. For the client, an unknown Id and a wrong key look alike and take equally long."""
-        entry = self._entries.get(id_, UNKNOWN_CLIENT)
-        right = hmac.compare_digest(key_digest(key), entry.digest)
-        if not right or entry is UNKNOWN_CLIENT:
-            raise Refusal("denied", "unknown Id or wrong key", "wrong key" if id_ in self._entries else "unknown Id")
-        if entry.revoked:
-            raise Refusal("revoked", "this Id was revoked by the server's operator")
-
-    def issue(self, id_: str) -> str:
-        """Makes a new key for the Id in place of the one it may have, saves its digest and returns its text.
-
-        Raises RequestError, StorageError.
-        """
-        key = secrets.token_urlsafe(KEY_BYTES)
-        self._change(id_, KeyEntry(key_digest(key), False))
-        return key
-
-    def set_revoked(self, id_: str, revoked: bool) -> None:
-        """Revokes or restores the Id's key. Raises KeyError, RequestError, StorageError."""
-        self._change(id_, self._entries[id_]._replace(revoked=revoked))
-
     def _change(self, id_: str, entry: KeyEntry) -> None:
         with self._changing:
             if self._file.version() not in ((), self._version):  # where there is no file, a save that fails says it better
                 raise RequestError(f"{self.path} was edited and is not read yet; tell the server to (`kill -HUP`), and try again")
             entries = {**self._entries, id_: entry}
-            self._file.save(
-                {id_: {"key": "sha256:" + digest, **({"revoked": True} if revoked else {})} for id_, (digest, revoked) in entries.items()}
-            )
+            self._file.save(encode_keys(entries))
             self._entries, self._version = entries, self._file.version()
 
 
-# ---- cluster store ---------------------------------------------------------------------------------------------------
+# ---- cluster rules ---------------------------------------------------------------------------------------------------
+
+EPOCH_LEAD_MAX = 1000  # so far may the epoch that a client says lie above what is known here; its session must not use all numbers up
+FREED_LEAD = 1000  # epochs between the last owner of a /64 and the next: what a server that is cut off may have counted meanwhile
 
 
-class ClusterStore(Store):
-    """The map Id -> /64, with keys and epochs, in PostgreSQL, shared by several servers. To be filled: see Store for what it promises.
+class Row(NamedTuple):
+    """What the cluster's store knows of an Id. Times are the database's, in seconds since 1970."""
 
-    `begin` counts the Id's epoch up, and gives it in the Lease. When another server begins a newer session of the Id, or its key or
-    prefix is changed anywhere, the claim's `end` is called. Without the database known Ids are served from a cache of all rows, and
-    StorageError is raised for all that would be new.
+    id: str
+    prefix: IPv6Network
+    key: str | None = None  # its digest
+    revoked: bool = False
+    version: int = 1  # counts the changes of prefix, key and revoked
+    epoch: int = 0  # counts the beginnings of its sessions; it grows by more where numbers may have been used that nobody knows of
+    server: str | None = None  # the name of the one where the newest session began
+    live: bool = False  # whether that server has not said that it ended
+    since: float | None = None  # when it began
+    last: float | None = None  # when it ended, or else began
+    received: int = 0  # bytes, in all sessions that ended
+    sent: int = 0
+    takeovers: tuple[float, ...] = ()  # the last CONTENTION_TAKEOVERS times when a session began while another lived
+
+
+def merge_rows(one: Row, other: Row) -> Row:
+    """Returns what two rows of an Id say together, whichever was read first: what the operator changed last, and the newest session.
+
+    Of one session, that it ended is the newer news.
     """
+    changed = max(one, other, key=lambda row: row.version)
+    newest = max(one, other, key=lambda row: (row.epoch, not row.live))
+    return newest._replace(prefix=changed.prefix, key=changed.key, revoked=changed.revoked, version=changed.version)
 
-    def __init__(self, url: str, network: IPv6Network, name: str, address: str, key_policy: str, cache: str, new_ids_per_hour: int) -> None:
-        """`key_policy` is "none", "optional" or "required". Raises ConfigError when the database is another pool's, or nothing is known."""
-        raise ConfigError("the cluster's store is not there yet")
+
+@dataclass(frozen=True)
+class Change:
+    """A change of an Id's row, which the store makes in a transaction that has locked the row."""
+
+    id: str
+
+    def create(self, free: Iterator[IPv6Network]) -> Row:
+        """Returns the first row of an Id that has none; `free` yields /64s for it, or raises. Raises KeyError if it shall get none."""
+        raise KeyError(self.id)
+
+    def decide(self, row: Row, now: float) -> Row:
+        """Returns the row as it shall be; `now` is the database's clock. Raises Refusal or RequestError when there shall be no change."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Assignment(Change):
+    """The Id gets a /64 if it has none."""
+
+    def create(self, free: Iterator[IPv6Network]) -> Row:
+        """As Change has it."""
+        return Row(self.id, next(free))
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it."""
+        return row
+
+
+@dataclass(frozen=True)
+class SessionBegin(Assignment):
+    """A session begins. It is the newest from then on."""
+
+    server: str
+    floor: int  # the highest epoch that the server knows of; the session's is above it
+    key: str | None  # digest of the Id's key when the client proved it
+    claim: Claim
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it. Raises EOFError when the client has left: it may have a session elsewhere by now."""
+        if not self.claim.is_alive():
+            raise EOFError
+        if row.revoked:
+            raise Refusal("revoked", "this Id was revoked by the server's operator", f"{quote_id(self.id)}, revoked just now")
+        if row.key != self.key:
+            raise Refusal("busy", "the key of this Id has just been changed", f"{quote_id(self.id)}, its key was changed just now")
+        epoch = max(row.epoch, self.floor) + 1
+        if epoch >= METRIC_MAX:
+            raise Refusal("server-error", "this Id has begun too often", f"{quote_id(self.id)}, its epochs are used up")
+        takeovers = row.takeovers
+        if self.claim.took_over or (row.live and row.server != self.server):
+            takeovers = (*takeovers, now)[-CONTENTION_TAKEOVERS:]
+        return row._replace(epoch=epoch, server=self.server, live=True, since=now, last=now, takeovers=takeovers)
+
+
+@dataclass(frozen=True)
+class SessionSettlement(Change):
+    """A session that began without the store, or of whose beginning it is not known whether it was kept, is told to the store."""
+
+    server: str
+    epoch: int
+    prefix: IPv6Network
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it. The session has lost if the row is not its own afterwards, see `has_won`.
+
+        It loses against a higher epoch, if that session lives. If that one has ended, or has the same epoch, which of the two is newer
+        is not known, so the one that is known to live goes on, above the other.
+        """
+        if row.revoked or row.prefix != self.prefix or (row.epoch > self.epoch and row.live and row.server != self.server):
+            return row
+        began = row.since if self._is_known(row) and row.live else now
+        epoch = self.epoch if row.epoch < self.epoch or self._is_known(row) else row.epoch + 1
+        return row._replace(epoch=epoch, server=self.server, live=True, since=began, last=began)
+
+    def has_won(self, row: Row) -> bool:
+        """Returns whether this is the row of a session that goes on, with the row's epoch."""
+        return row.live and row.server == self.server and row.epoch >= self.epoch and row.prefix == self.prefix and not row.revoked
+
+    def _is_known(self, row: Row) -> bool:
+        return row.epoch == self.epoch and row.server == self.server
+
+
+@dataclass(frozen=True)
+class SessionEnd(Change):
+    """A session has ended; nothing changes if another has begun since."""
+
+    server: str
+    epoch: int
+    received: int = 0
+    sent: int = 0
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it."""
+        if not (row.live and row.server == self.server and row.epoch == self.epoch):
+            return row
+        return row._replace(live=False, last=now, received=row.received + self.received, sent=row.sent + self.sent)
+
+
+@dataclass(frozen=True)
+class KeyChange(Change):
+    """The Id gets another key, is revoked or restored."""
+
+    digest: str
+    revoked: bool
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it."""
+        return row._replace(key=self.digest, revoked=self.revoked, version=row.version + 1)
+
+
+@dataclass(frozen=True)
+class Pin(Change):
+    """The Id gets this /64, which has no owner; the one that it had is free, to be given again only by another Pin."""
+
+    prefix: IPv6Network
+    floor: int = 0  # above which its sessions begin, as routers have heard of those of the last owner of this /64
+
+    def create(self, free: Iterator[IPv6Network]) -> Row:
+        """As Change has it."""
+        return Row(self.id, self.prefix, epoch=self.floor)
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it."""
+        if row.prefix == self.prefix:
+            return row
+        return row._replace(prefix=self.prefix, version=row.version + 1, epoch=max(row.epoch, self.floor), live=False)
+
+
+@dataclass
+class HeldSession:
+    """A session of this server, as ClusterView knows it."""
+
+    epoch: int
+    prefix: IPv6Network
+    key: str | None  # digest of the key that its client proved
+    settled: bool  # whether the store is known to have it
+
+
+class ClusterView:
+    """What one server knows of a cluster: the rows it has read, the sessions it holds, and what it owes to the store."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server  # its name
+        self.rows: dict[str, Row] = {}
+        self.held: dict[str, HeldSession] = {}
+        self._heard: dict[str, int] = {}  # by Id: the highest epoch, where the row's may be lower
+        self._ends: dict[str, SessionEnd] = {}  # to be told to the store
+
+    def epoch_of(self, id_: str) -> int:
+        """Returns the highest epoch of the Id that was heard of or given."""
+        row = self.rows.get(id_)
+        return max(self._heard.get(id_, 0), row.epoch if row else 0)
+
+    def floor(self, claim: Claim) -> int:
+        """Returns the epoch that the session of a client has to begin above, as far as it is known here.
+
+        What the client says counts only if it proved its key, as others could use the numbers up, and if it is no nonsense.
+        """
+        known = self.epoch_of(claim.id)
+        return max(known, claim.epoch) if claim.proved and claim.epoch <= known + EPOCH_LEAD_MAX else known
+
+    def begin_change(self, claim: Claim) -> SessionBegin:
+        """Returns what the store is asked for when a client connects."""
+        row = self.rows.get(claim.id)
+        return SessionBegin(claim.id, self.server, self.floor(claim), row.key if row else None, claim)
+
+    def give_up(self, change: Change, row: Row) -> None:
+        """Remembers that the store may have made this change of the row, or may still make it."""
+        if isinstance(change, SessionBegin):
+            self._heard[change.id] = max(self.epoch_of(change.id), row.epoch)
+            self._ends[change.id] = SessionEnd(change.id, self.server, row.epoch)  # unless a session is held with it
+
+    def hold(self, begin: SessionBegin, epoch: int, settled: bool) -> bool:
+        """Holds a session that begins, whose Id has a row. Returns False when a newer one was heard of, or its Id was changed, meanwhile.
+
+        That may well be: a notification can overtake the answer to our own COMMIT.
+        """
+        row = self.rows[begin.id]
+        session = HeldSession(epoch, row.prefix, begin.key, settled)
+        if self.epoch_of(begin.id) > epoch or self._fault(session, row):
+            self._ends[begin.id] = SessionEnd(begin.id, self.server, epoch)
+            return False
+        self._heard[begin.id] = epoch
+        self._ends.pop(begin.id, None)
+        self.held[begin.id] = session
+        return True
+
+    def release(self, id_: str, received: int = 0, sent: int = 0) -> None:
+        """Notes that the session which is held has ended."""
+        self._ends[id_] = SessionEnd(id_, self.server, self.held.pop(id_).epoch, received, sent)
+
+    def hear(self, row: Row) -> str | None:
+        """Takes in a row that was read. Returns why the session of its Id that is held here must end, or None."""
+        old = self.rows.get(row.id)
+        row = self.rows[row.id] = merge_rows(old, row) if old else row
+        held = self.held.get(row.id)
+        return self._fault(held, row) if held else None
+
+    def _fault(self, held: HeldSession, row: Row) -> str | None:
+        if row.prefix != held.prefix:
+            return "its prefix was changed"
+        if row.revoked:
+            return "it was revoked"
+        if held.key and row.key != held.key:  # one that had none goes on until its client is told its first one
+            return "it got another key"
+        if held.settled and row.epoch > held.epoch:
+            return f"a newer session of its Id began at {row.server}"
+        return None
+
+    def end_left(self) -> None:
+        """Notes that the sessions have ended which a process of this name left when it was killed. Called before others begin."""
+        for row in self.rows.values():
+            if row.live and row.server == self.server and row.id not in self.held:
+                self._ends.setdefault(row.id, SessionEnd(row.id, self.server, row.epoch))
+
+    def unsettle(self) -> None:
+        """Notes that the store may have lost the beginning of every session."""
+        for held in self.held.values():
+            held.settled = False
+
+    def debts(self) -> list[SessionSettlement | SessionEnd]:
+        """Returns what the store has to be told: sessions that began without it and live, and those that ended."""
+        unsettled = [SessionSettlement(id_, self.server, held.epoch, held.prefix) for id_, held in self.held.items() if not held.settled]
+        return [*unsettled, *self._ends.values()]
+
+    def pay(self, debt: Change, row: Row | None) -> str | None:
+        """Takes in how the store's row is after one of `debts`; None: it has none. Returns why the session must end, or None."""
+        fault = self.hear(row) if row else None
+        held = self.held.get(debt.id)
+        if self._ends.get(debt.id) == debt:
+            del self._ends[debt.id]
+        elif isinstance(debt, SessionSettlement) and held and held.epoch == debt.epoch:
+            held.settled = True
+            if row is None or not debt.has_won(row):
+                return fault or f"a newer session of its Id began at {row.server if row else 'another server'}"
+            held.epoch = row.epoch
+            return self._fault(held, self.rows[debt.id])
+        return fault
+
+    def forget(self, id_: str) -> None:
+        """Forgets an Id whose row the store has lost, and whose /64 is another's now."""
+        self.rows.pop(id_, None)
+        self._ends.pop(id_, None)
+
+
+def lost_rows(known: Iterable[Row], stored: Mapping[str, Row]) -> tuple[list[Row], list[Row]]:
+    """Compares what a server knows with what is in the store after it may have lost commits.
+
+    Returns the rows as they have to be written back, and those which can't be, as their /64 is another Id's by now.
+    """
+    owners = {row.prefix: row.id for row in stored.values()}
+    back: list[Row] = []
+    taken: list[Row] = []
+    for row in known:
+        found = stored.get(row.id)
+        merged = merge_rows(found, row) if found else row
+        if found and found.version == row.version:  # the operator changed it twice, and one change was lost: nobody comes back by that
+            merged = merged._replace(revoked=found.revoked or row.revoked)
+        if merged == found:
+            continue
+        if owners.setdefault(merged.prefix, row.id) == row.id:
+            back.append(merged)
+        else:
+            taken.append(row)
+    return back, taken
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -3720,6 +4041,991 @@ class ServiceManager:
 service_manager = ServiceManager(os.environ)
 
 
+# ---- cluster store ---------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+create table pool (
+    one bool primary key default true check (one),
+    id uuid not null default gen_random_uuid(),  -- tells it from another one when a server starts from its cache
+    version int not null,  -- of this schema
+    prefix cidr not null,
+    keys text not null check (keys in ('none', 'optional', 'required')),
+    next bigint not null default 0,  -- number of the /64 from which on a free one is looked for
+    timeline text not null  -- of PostgreSQL, on which nothing was lost
+);
+create table server (
+    name text primary key,
+    address text not null,
+    number int not null unique,  -- of its own /64, from the end of the pool
+    heartbeat timestamptz not null,
+    timeline text not null  -- on which it has written back what it knows
+);
+create table client (
+    id text collate "C" primary key,
+    prefix cidr not null unique,
+    key text,
+    revoked bool not null default false,
+    version bigint not null default 1,
+    rate bigint,  -- not used yet
+    epoch bigint not null default 0,
+    server text,
+    live bool not null default false,
+    since timestamptz,
+    last timestamptz,
+    received bigint not null default 0,
+    sent bigint not null default 0,
+    takeovers float8[] not null default '{}',
+    created timestamptz not null default clock_timestamp(),
+    counted bool not null default false,
+    exclude using gist (prefix inet_ops with &&)
+);
+create index on client (created) where counted;
+create table freed (prefix cidr primary key, epoch bigint not null, at timestamptz not null default clock_timestamp());
+"""
+UPGRADES: dict[int, str] = {}  # by version: what makes the next one of it
+COMMIT_S = 2.0  # for a transaction with its COMMIT; without it by then, the store counts as down
+CONNECT_S = 10.0  # for connections to one of the hosts, and for reading all
+BATCH_MAX = 500  # changes of sessions that began or ended without the store, in one transaction
+THREADS_MAX = 8  # one listens, one works; the others connect, or close what hangs
+POLL_S = 2.0  # between two looks at the rows of the sessions here, beside what is notified
+RETRY_S = 0.5  # between two attempts to reach a store that is down
+HEARTBEAT_S = 5.0  # between two heartbeats of a server
+CACHE_S = 5.0  # between two saves of the cache
+SILENT_S = 86_400  # a server without a heartbeat for so long is not waited for
+SERVERS_MAX = 64  # /64s at the end of the pool that are the servers' own, at most a quarter of it
+HEARD_S = 10.0  # a server with a heartbeat so long after a change has heard of it
+ATTEMPTS_MAX = 5  # of a transaction that a deadlock or a concurrent one ended
+CHANNEL = "tun6"
+DATABASE_OPTIONS = {
+    "target_session_attrs": "read-write",  # of several hosts, the primary
+    "tcp_user_timeout": "4000",  # milliseconds
+    "keepalives_idle": "2",
+    "keepalives_interval": "1",
+    "keepalives_count": "3",
+    "connect_timeout": "2",  # seconds, for each host
+}
+# What the other side does when it hears nothing of us any more; how long it waits for locks. None of them bounds a COMMIT.
+DATABASE_SETTINGS = {
+    "tcp_user_timeout": "4000",
+    "tcp_keepalives_idle": "2",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "3",
+    "statement_timeout": f"{COMMIT_S:.0f}s",
+    "search_path": "public",
+}
+TIMELINE = (
+    "substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)"  # pg_control_checkpoint() has the old one for a while after a failover
+)
+ROW = (
+    "id, prefix, key, revoked, version, epoch, server, live, extract(epoch from since)::float8, extract(epoch from last)::float8,"
+    " received, sent, takeovers"
+)
+WRITE_ROW = """
+insert into client (id, prefix, key, revoked, version, epoch, server, live, since, last, received, sent, takeovers, counted)
+values (%(id)s, %(prefix)s, %(key)s, %(revoked)s, %(version)s, %(epoch)s, %(server)s, %(live)s,
+        to_timestamp(%(since)s), to_timestamp(%(last)s), %(received)s, %(sent)s, %(takeovers)s::float8[], %(counted)s)
+on conflict (id) do update set (prefix, key, revoked, version, epoch, server, live, since, last, received, sent, takeovers)
+    = (excluded.prefix, excluded.key, excluded.revoked, excluded.version, excluded.epoch, excluded.server, excluded.live,
+       excluded.since, excluded.last, excluded.received, excluded.sent, excluded.takeovers)
+"""
+
+
+def require_psycopg() -> Any:
+    """Returns the module psycopg. Raises ConfigError when it is missing."""
+    try:
+        import psycopg
+    except ImportError as missing:
+        raise ConfigError(
+            f"store needs the Python package psycopg for {sys.executable}: {missing};"
+            f" install it with: {sys.executable} -m pip install 'psycopg[binary]'"
+        ) from None
+    return psycopg
+
+
+def public_url(url: str) -> str:
+    """Returns the address of a store without user and password, for messages."""
+    return re.sub(r"(?<=://)[^/@]*@|\b(user|password)=[^&\s]*[&\s]?", "", url)
+
+
+def pool_end(pool: IPv6Network) -> int:
+    """Returns the number of /64s that clients get; those behind them are the servers' own."""
+    size = 1 << (64 - pool.prefixlen)
+    return size - min(SERVERS_MAX, size // 4)
+
+
+def check_prefix(prefix: IPv6Network, pool: IPv6Network) -> None:
+    """Raises ValueError unless this is a /64 of the pool that clients may have."""
+    if prefix.prefixlen != 64:
+        raise ValueError(f"{prefix} is not a /64")
+    if not prefix.subnet_of(pool):
+        raise ValueError(f"{prefix} is outside {pool}")
+    if (int(prefix.network_address) - int(pool.network_address)) >> 64 >= pool_end(pool):
+        raise ValueError(f"{prefix} is kept for the servers themselves")
+
+
+class StoreDown(StorageError):
+    """The cluster's store can't be reached, or does not answer in time."""
+
+
+@contextmanager
+def store_errors(url: str) -> Iterator[None]:
+    """Makes one sentence of what psycopg raises: StoreDown."""
+    try:
+        yield
+    except require_psycopg().Error as error:
+        raise StoreDown(f"{public_url(url)}: {' '.join(str(error).split())}") from None
+
+
+class PoolRow(NamedTuple):
+    """What holds for the whole cluster."""
+
+    id: uuid.UUID
+    version: int  # of the schema
+    prefix: IPv6Network
+    keys: str  # whether clients have keys: "none", "optional" (those that have none are served) or "required"
+    next: int
+    timeline: str  # the one on which nothing was lost
+    current: str  # the one of the database as it is
+
+
+class Batch:
+    """Changes that are made in one transaction, and how far that came. One thread makes them while the event loop waits."""
+
+    def __init__(self, changes: Sequence[Change], known: Mapping[str, Row]) -> None:
+        self.changes = changes
+        self.locks_pool = any(isinstance(change, Pin) or change.id not in known for change in changes)
+        self.results: list[Row | Exception] = []  # of each change; they hold only when the transaction was committed
+        self._lock = threading.Lock()
+        self._given_up = False
+        self.committing = False  # from when on it can't be told whether it was committed, until COMMIT is answered
+
+    def begin_commit(self) -> bool:
+        """Says in the thread that COMMIT comes next. Returns False when nobody waits any more: it must be rolled back."""
+        with self._lock:
+            self.committing = not self._given_up
+            return self.committing
+
+    def give_up(self) -> bool:
+        """Says that nobody waits any more. Returns whether it may have been committed, or may still be."""
+        with self._lock:
+            self._given_up = True
+            return self.committing
+
+
+class Database:
+    """Two connections to the cluster's PostgreSQL: one that listens, and one that works. Methods block: they are called in threads.
+
+    They raise psycopg.Error when the database can't be reached, or refuses. Then all is over: it is closed, never mended.
+    """
+
+    def __init__(self, url: str, application: str) -> None:
+        """`application` names this process among the database's connections, so that it finds there what it has left."""
+        self._psycopg = require_psycopg()
+        self._url, self._application = url, application
+        self._connections: list[Any] = []
+        self._closed = False
+        self._notified: set[str] = set()  # Ids
+        self._warned = False  # whether the database sent a warning
+        self._has_lost = False  # whether it lacks what was known
+
+    def open(self, known: Sequence[Row]) -> tuple[PoolRow, list[Row], float]:
+        """Connects. Returns the pool, all rows as they are after LISTEN has begun, and the database's clock. Raises ConfigError, too.
+
+        `known` are rows that it had before.
+        """
+        self.connect()
+        self._listener = self._connect()
+        self._listener.add_notify_handler(lambda notification: self._notified.add(notification.payload))
+        self._listener.execute(f"listen {CHANNEL}")
+        self._listener.execute("set synchronous_commit = off")  # for heartbeats
+        pool = self.require_pool()
+        rows: list[Row] = []
+        cursor = self._worker.execute(f"select {ROW} from client")
+        while some := cursor.fetchmany(100):  # few at a time, so that the event loop has its turns
+            rows += map(self._row, some)
+        self._has_lost = any(lost_rows(known, {row.id: row for row in rows}))
+        return pool, rows, self._clock(self._worker)
+
+    def connect(self) -> None:
+        """Connects for work only."""
+        self._worker = self._connect()
+        self._worker.add_notice_handler(self._note)
+
+    def require_pool(self, lock: str = "") -> PoolRow:
+        """Returns the pool; `lock` is "" or "for update". Raises ConfigError when there are no tables yet."""
+        if not self.has_pool():
+            raise ConfigError(f"{public_url(self._url)} has no pool yet; `tun6.py cluster init` makes one")
+        return self._pool(self._worker, lock)
+
+    def has_pool(self) -> bool:
+        """Returns whether there are tables."""
+        return bool(self._worker.execute("select to_regclass('pool') is not null").fetchone()[0])
+
+    def _connect(self) -> Any:
+        try:
+            connection = self._psycopg.connect(self._url, autocommit=True, application_name=self._application, **DATABASE_OPTIONS)
+        except self._psycopg.ProgrammingError as error:
+            raise ConfigError(
+                f"store = {public_url(self._url)}: {' '.join(str(error).split())}; write postgresql://host/database"
+            ) from None
+        self._connections.append(connection)
+        for name, value in DATABASE_SETTINGS.items():
+            connection.execute("select set_config(%s, %s, false)", (name, value))
+        if self._closed:
+            self.close()
+        return connection
+
+    def close(self) -> None:
+        """Ends what goes on in other threads, then closes the connections."""
+        self._closed = True
+        for connection in self._connections:
+            with suppress(self._psycopg.Error, OSError), system_socket.socket(fileno=os.dup(connection.fileno())) as sock:
+                if connection.info.transaction_status == self._psycopg.pq.TransactionStatus.ACTIVE:
+                    connection.cancel_safe(timeout=1.0)  # a COMMIT that hangs, as the standby is gone, would keep its locks
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+        for connection in self._connections:
+            with connection.lock:
+                connection.close()
+
+    def _note(self, notice: Any) -> None:
+        self._warned = self._warned or notice.severity_nonlocalized == "WARNING"
+
+    @staticmethod
+    def _row(columns: tuple[Any, ...]) -> Row:
+        *others, takeovers = columns
+        return Row._make([*others, tuple(takeovers)])
+
+    @staticmethod
+    def _pool(connection: Any, lock: str = "") -> PoolRow:
+        return PoolRow(*connection.execute(f"select id, version, prefix, keys, next, timeline, {TIMELINE} from pool {lock}").fetchone())
+
+    @staticmethod
+    def _clock(connection: Any) -> float:
+        return float(connection.execute("select extract(epoch from clock_timestamp())::float8").fetchone()[0])
+
+    def enter(self, name: str, address: str, known: Sequence[Row]) -> tuple[int, str, list[Row]]:
+        """Enters this server among the others, and writes back what it knows of commits that the database has lost.
+
+        Returns its number, the timeline, and the rows that could not be written back as their /64 is another's by now.
+        """
+        worker, taken = self._worker, cast(list[Row], [])
+        worker.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s and pid <> all(%s)",
+            (self._application, [connection.info.backend_pid for connection in self._connections]),
+        )
+        for _ in range(10):
+            if self._listener.execute("select pg_try_advisory_lock(hashtext(%s))", (f"tun6 {name}",)).fetchone()[0]:
+                break
+            time.sleep(0.1)
+        else:
+            raise StoreDown(
+                f"another server is named {name}, or the last connection of this one is not over yet; each needs a `name` of its own"
+            )
+        with worker.transaction():
+            pool = self._pool(worker, "for update")
+            found = worker.execute("select number, timeline from server where name = %s", (name,)).fetchone()
+            number, timeline = found or (None, None)
+            if number is None:
+                used = {number for (number,) in worker.execute("select number from server")}
+                number = next(number for number in itertools.count() if number not in used)
+            if timeline != pool.current or self._has_lost:
+                taken = self._write_back(pool, known)
+            worker.execute(
+                "insert into server (name, address, number, heartbeat, timeline) values (%s, %s, %s, clock_timestamp(), %s)"
+                " on conflict (name) do update"
+                " set (address, heartbeat, timeline) = (excluded.address, excluded.heartbeat, excluded.timeline)",
+                (name, address, number, pool.current),
+            )
+            self._accept(worker, pool)
+        return number, pool.current, taken
+
+    def _write_back(self, pool: PoolRow, known: Sequence[Row]) -> list[Row]:
+        stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
+        back, taken = lost_rows(known, stored)
+        for row in back:
+            if row.id not in stored or row.prefix != stored[row.id].prefix:
+                self._move(stored.get(row.id), row)
+        self._write(back)
+        for row in back:
+            log.warning("the store had lost what it knew of %s; it is written back", quote_id(row.id))
+        return taken
+
+    def _accept(self, connection: Any, pool: PoolRow, anyway: bool = False) -> bool:
+        """Lets new Ids begin again after lost commits, when every server has written back what it knows."""
+        if pool.timeline == pool.current:
+            return True
+        missing = "select 1 from server where timeline <> %s and heartbeat > clock_timestamp() - make_interval(secs => %s)"
+        if not anyway and connection.execute(missing, (pool.current, SILENT_S)).fetchone():
+            return False
+        connection.execute("update pool set timeline = %s", (pool.current,))
+        return True
+
+    def listen(self, ids: Sequence[str]) -> list[Row]:
+        """Waits for notifications, at most POLL_S unless there are `ids`, and returns the rows of all these Ids."""
+        select.select([self._listener.fileno()], [], [], 0 if ids or self._notified else POLL_S)
+        self._listener.execute("select")  # takes in what has come
+        wanted, self._notified = self._notified.union(ids), set()
+        return [self._row(each) for each in self._listener.execute(f"select {ROW} from client where id = any(%s)", (list(wanted),))]
+
+    def beat(self, name: str) -> tuple[float, str, list[tuple[str, str, float]]]:
+        """Says that this server runs. Returns the database's clock and timeline, and name, address and last heartbeat of all servers."""
+        listener = self._listener
+        listener.execute("update server set heartbeat = clock_timestamp() where name = %s", (name,))
+        pool = self._pool(listener)
+        with listener.transaction():
+            self._accept(listener, pool)
+        servers = listener.execute("select name, address, extract(epoch from heartbeat)::float8 from server order by name").fetchall()
+        return self._clock(listener), pool.current, servers
+
+    def change(self, batch: Batch, new_ids_per_hour: int = 0) -> None:
+        """Makes the changes of the batch in one transaction, and sets their results: a refused one does nothing, and fails alone."""
+        errors = self._psycopg.errors
+        for attempt in range(ATTEMPTS_MAX):
+            self._warned = False
+            try:
+                with self._worker.transaction():
+                    batch.results = self._decide(batch, new_ids_per_hour)
+                    if not batch.begin_commit():
+                        raise self._psycopg.Rollback
+                break
+            except errors.IntegrityError as error:  # no rule allows it, so there is a defect
+                batch.results = [StorageError(f"the store refuses it: {' '.join(str(error).split())}")] * len(batch.changes)
+                break
+            except (errors.DeadlockDetected, errors.SerializationFailure):
+                if attempt == ATTEMPTS_MAX - 1:
+                    raise
+                batch.committing = False
+        if self._warned:
+            raise self._psycopg.OperationalError("the database does not vouch for what it has committed")
+        batch.committing = False
+
+    def _decide(self, batch: Batch, new_ids_per_hour: int) -> list[Row | Exception]:
+        pool = (
+            self._pool(self._worker, "for update") if batch.locks_pool else None
+        )  # always before the rows, so that no two wait for each other
+        ids = [change.id for change in batch.changes]
+        locked = self._worker.execute(f"select {ROW} from client where id = any(%s) order by id for update", (ids,))
+        rows = {row.id: row for row in map(self._row, locked)}
+        if not pool and not rows.keys() >= set(ids):
+            batch.locks_pool = True
+            raise self._psycopg.errors.SerializationFailure("the database has lost an Id that is known here")
+        now, free = self._clock(self._worker), self._free_prefixes(pool)
+        results: list[Row | Exception] = []
+        changed: dict[str, Row] = {}
+        counted: set[str] = set()  # new Ids that count for new_ids_per_hour
+        for change in batch.changes:
+            row = rows.get(change.id)
+            try:
+                if isinstance(change, Pin):
+                    change = self._check_pin(change, pool)
+                if row is None:
+                    row = change.create(free)
+                    if isinstance(change, SessionBegin) and change.claim.counted:
+                        self._count_new(len(counted), new_ids_per_hour)
+                        counted.add(change.id)
+                decided = change.decide(row, now)
+            except (Tun6Error, EOFError, KeyError, ValueError) as error:
+                results.append(error)
+                continue
+            results.append(decided)
+            if decided != rows.get(change.id):
+                if isinstance(change, Pin):
+                    self._move(rows.get(change.id), decided)
+                rows[change.id] = changed[change.id] = decided
+        self._write(changed.values(), counted)
+        return results
+
+    def _write(self, rows: Collection[Row], counted: Container[str] = ()) -> None:
+        """Writes rows and tells everybody."""
+        if rows:
+            with self._worker.cursor() as cursor:
+                cursor.executemany(
+                    WRITE_ROW, [{**row._asdict(), "takeovers": list(row.takeovers), "counted": row.id in counted} for row in rows]
+                )
+            self._worker.execute(f"select pg_notify('{CHANNEL}', id) from unnest(%s::text[]) id", ([row.id for row in rows],))
+
+    def _free_prefixes(self, pool: PoolRow | None) -> Iterator[IPv6Network]:
+        """Yields the /64s that nobody has or had, and counts the pool up. Raises Refusal, StorageError."""
+        if pool is None:
+            return
+        if pool.timeline != pool.current:
+            raise StorageError(
+                "the store may have lost changes, and not all servers have written back what they know; until then nobody new is served."
+                " `tun6.py cluster accept` goes on without those that are missing"
+            )
+        base, end, width = int(pool.prefix.network_address) >> 64, pool_end(pool.prefix), 64
+        at = pool.next
+        while at < end:
+            window = [IPv6Network((base + number << 64, 64)) for number in (at, min(at + width, end) - 1)]
+            used = self._worker.execute(
+                "select prefix from client where prefix between %s and %s"
+                " union all select prefix from freed where prefix between %s and %s",
+                window * 2,
+            )
+            taken = {(int(prefix.network_address) >> 64) - base for (prefix,) in used}
+            for number in range(at, min(at + width, end)):
+                if number not in taken:
+                    self._worker.execute("update pool set next = %s", (number + 1,))
+                    yield IPv6Network((base + number << 64, 64))
+            at, width = at + width, width * 2
+        raise Refusal("pool-exhausted", f"no free /64 in {pool.prefix}")
+
+    def _count_new(self, already: int, new_ids_per_hour: int) -> None:
+        since = "select count(*) from client where counted and created > clock_timestamp() - interval '1 hour'"
+        if new_ids_per_hour and self._worker.execute(since).fetchone()[0] + already >= new_ids_per_hour:
+            raise Refusal("busy", f"more than {new_ids_per_hour} new Ids in an hour")
+
+    def _check_pin(self, pin: Pin, pool: PoolRow | None) -> Pin:
+        """Returns the pin with the floor for its epochs. Raises ValueError when that can't be given."""
+        assert pool
+        check_prefix(pin.prefix, pool.prefix)
+        owner = self._worker.execute("select id from client where prefix && %s and id <> %s", (pin.prefix, pin.id)).fetchone()
+        if owner:
+            raise ValueError(f"{pin.prefix} is already the prefix of {owner[0]!r}")
+        freed = self._worker.execute("select epoch, at from freed where prefix = %s", (pin.prefix,)).fetchone()
+        if not freed:
+            return pin
+        deaf = self._worker.execute(
+            "select string_agg(name, ', ') from server where heartbeat between clock_timestamp() - make_interval(secs => %s)"
+            " and %s + make_interval(secs => %s)",
+            (SILENT_S, freed[1], HEARD_S),
+        ).fetchone()[0]
+        if deaf:
+            raise ValueError(
+                f"{pin.prefix} was another Id's until just now, and {deaf} may not have heard that it has changed; try again later"
+            )
+        return dataclasses.replace(pin, floor=freed[0] + FREED_LEAD)
+
+    def _move(self, old: Row | None, new: Row) -> None:
+        """Notes that a /64 has no owner any more, and that another one has."""
+        if old:
+            self._worker.execute(
+                "insert into freed (prefix, epoch) values (%s, %s)"
+                " on conflict (prefix) do update set (epoch, at) = (excluded.epoch, excluded.at)",
+                (old.prefix, old.epoch),
+            )
+        self._worker.execute("delete from freed where prefix = %s", (new.prefix,))
+
+    # What `tun6.py cluster` does, after `connect`.
+
+    def create(self, network: IPv6Network, keys: str) -> None:
+        """Makes tables and pool. Raises RequestError when they are there."""
+        with self._worker.transaction():
+            if self.has_pool():
+                raise RequestError(f"{public_url(self._url)} has a pool already; it stays as it is")
+            self._worker.execute(SCHEMA)
+            self._worker.execute(
+                f"insert into pool (version, prefix, keys, timeline) values (%s, %s, %s, {TIMELINE})", (SCHEMA_VERSION, network, keys)
+            )
+
+    def upgrade(self) -> int:
+        """Brings the tables to the version of this tun6. Returns the version that they had. Raises RequestError."""
+        with self._worker.transaction():
+            version = self.require_pool("for update").version
+            if version > SCHEMA_VERSION:
+                raise RequestError(f"the tables are of version {version}, and this tun6 knows only {SCHEMA_VERSION}; take a newer one")
+            for each in range(version, SCHEMA_VERSION):
+                self._worker.execute(UPGRADES[each])
+            self._worker.execute("update pool set version = %s", (SCHEMA_VERSION,))
+        return version
+
+    def accept(self) -> bool:
+        """Gives up what servers may know that have not written it back. Returns whether there was anything to give up."""
+        with self._worker.transaction():
+            pool = self.require_pool("for update")
+            self._accept(self._worker, pool, anyway=True)
+        return pool.timeline != pool.current
+
+    def take_in(self, prefixes: Mapping[str, IPv6Network], keys: Mapping[str, KeyEntry]) -> int:
+        """Takes in what is in files, all or nothing; an Id that has only a key gets a /64. Returns how many rows changed.
+
+        Raises RequestError, which names the Id, when something else is in the store.
+        """
+        with self._worker.transaction():
+            pool = self.require_pool("for update")
+            if keys and pool.keys == "none":
+                raise RequestError("the pool is open to everybody, and there are keys; make it without --open")
+            stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
+            owners = {row.prefix: row.id for row in stored.values()}
+            free = self._free_prefixes(pool)
+            changed: list[Row] = []
+            for id_ in {**prefixes, **keys}:
+                old, prefix, key = stored.get(id_), prefixes.get(id_), keys.get(id_)
+                if prefix is None:
+                    prefix = old.prefix if old else next(each for each in free if each not in set(prefixes.values()))
+                if old and old.prefix != prefix:
+                    raise RequestError(f"{quote_id(id_)} has {old.prefix} in the store, and {prefix} in the file; nothing was taken")
+                if owners.setdefault(prefix, id_) != id_:
+                    raise RequestError(
+                        f"{prefix} is {quote_id(owners[prefix])}'s in the store, and {quote_id(id_)}'s in the file; nothing was taken"
+                    )
+                if old and old.key and key and key != KeyEntry(old.key, old.revoked):
+                    raise RequestError(f"{quote_id(id_)} has another key in the store, or is revoked in one of both; nothing was taken")
+                row = old or Row(id_, prefix)
+                if key and not row.key:
+                    row = row._replace(key=key.digest, revoked=key.revoked, version=row.version + (old is not None))
+                if row != old:
+                    changed.append(row)
+            self._write(changed)
+        return len(changed)
+
+    def give_out(self) -> tuple[dict[str, IPv6Network], dict[str, KeyEntry]]:
+        """Returns the prefixes and keys of all Ids."""
+        rows = [self._row(columns) for columns in self._worker.execute(f"select {ROW} from client order by id")]
+        return {row.id: row.prefix for row in rows}, {row.id: KeyEntry(row.key, row.revoked) for row in rows if row.key}
+
+
+class CachedPool(PrefixPool):
+    """The /64s as the rows of a cluster have them, to be read only."""
+
+    def __init__(self, network: IPv6Network, rows: Mapping[str, Row]) -> None:
+        super().__init__(network)
+        self._rows = rows
+
+    @property
+    def free(self) -> int:
+        """Number of /64s that no client owns, but for those that are the servers' own and those that had an owner."""
+        return max(pool_end(self.network) - len(self._rows), 0)
+
+    def owners(self) -> list[str]:
+        """As PrefixPool has it."""
+        return list(self._rows)
+
+    def find(self, id_: str) -> IPv6Network | None:
+        """As PrefixPool has it."""
+        row = self._rows.get(id_)
+        return row.prefix if row else None
+
+
+class ClusterKeys(Keys):
+    """The keys of a cluster, in the rows that ClusterStore knows."""
+
+    def __init__(self, path: str, rows: Mapping[str, Row], change: Callable[[Change], Row]) -> None:
+        """`change` makes a change in the store, and raises what Keys has."""
+        self._path, self._rows, self._make = path, rows, change
+
+    @property
+    def path(self) -> str:
+        """As Keys has it: that of the store."""
+        return self._path
+
+    def find(self, id_: str) -> KeyEntry | None:
+        """As Keys has it."""
+        row = self._rows.get(id_)
+        return KeyEntry(row.key, row.revoked) if row and row.key else None
+
+    def ids(self) -> list[str]:
+        """As Keys has it."""
+        return [row.id for row in self._rows.values() if row.key]
+
+    def _change(self, id_: str, entry: KeyEntry) -> None:
+        self._make(KeyChange(id_, entry.digest, entry.revoked))
+
+
+class CacheFile(JsonFile):
+    """What a server knows of the cluster, for when the store is down: {"": {the pool's "keys" and "prefix"}, "<id>": {its row}, ...}."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "a cluster's rows", SECRET_MODE)
+
+    def load_rows(self) -> tuple[dict[str, str], list[Row]]:
+        """Returns the pool and the rows; nothing when there is no file, or none that can be read, which is logged."""
+        try:
+            entries = json.loads(self.path.read_text("utf-8"))
+            pool = entries.pop("")
+            return pool, [
+                Row(id_, **{**fields, "prefix": IPv6Network(fields["prefix"]), "takeovers": tuple(fields["takeovers"])})
+                for id_, fields in entries.items()
+            ]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s can't be used, it will be made anew: %s", self.path, to_printable(error))
+        return {}, []
+
+    def save_rows(self, pool: dict[str, str], rows: Mapping[str, Row]) -> None:
+        """Saves both, in a thread. Raises StorageError."""
+        entries: dict[str, Any] = {"": pool}
+        for id_, row in in_slices(list(rows.items())):
+            entries[id_] = {**row._asdict(), "prefix": str(row.prefix)}
+            del entries[id_]["id"]
+        self.save(entries)
+
+
+class ClusterStore(Store):
+    """The map Id -> /64, with keys and epochs, in PostgreSQL, shared by several servers; without it, known Ids are served from a cache.
+
+    The store gates beginnings, TCP gates lives. `begin` counts the Id's epoch up, and gives it in the lease; whoever hears that another
+    server began a newer session ends its own. What is to be done, ClusterView and the Changes decide; here they meet the database, which
+    is spoken to in threads that nothing else uses, as it may hang.
+    """
+
+    def __init__(
+        self, url: str, network: IPv6Network, keys: str, cache: str, name: str = "", address: str = "", new_ids_per_hour: int = 0
+    ) -> None:
+        """Reads all rows, or the cache. `keys` says what this server can do: see PoolRow; `name` is what `start` enters it as.
+
+        Raises ConfigError when the database is another pool's, or has none yet, StoreDown when there is no cache either.
+        """
+        require_psycopg()
+        self._url, self._network, self._new_ids_per_hour = url, network, new_ids_per_hour
+        self._name, self._address, self._keys_policy = name, address, keys
+        self._application = f"tun6 {name[:32]} {secrets.token_hex(4)}"
+        self._serving = False  # whether it was started
+        self._view = ClusterView(name)
+        self._leases: dict[str, tuple[Claim, Lease]] = {}  # of the sessions that the view holds
+        self._threads = gevent.threadpool.ThreadPool(THREADS_MAX)
+        self._database: Database | None = None  # None: the store is down
+        self._down = ""  # why
+        self._since = time.monotonic()  # when it came or went
+        self._changes: GroupCommit[Change, Row | Exception] = GroupCommit(self._change_all)
+        self._owing = gevent.event.Event()  # set when there are debts
+        self._greenlets = gevent.pool.Group()
+        self._cache, self._is_cached = CacheFile(cache), True
+        self._facts: dict[str, Any] = {}  # of the pool, for the cache: "pool", its id, "keys", and "own", this server's /64
+        self._clock_offset = 0.0  # of the database's clock, against time.monotonic()
+        self._timeline = ""  # of the database, when this server entered
+        self._servers: list[tuple[str, str, float]] = []  # name, address, time of the last heartbeat
+        self.pool = CachedPool(network, self._view.rows)
+        try:
+            self._connect()
+        except StoreDown as down:
+            self._facts, rows = self._cache.load_rows()
+            if not self._facts:
+                self.close()
+                raise
+            for row in rows:
+                self._view.hear(row)
+            self._go_down(down)
+        except ConfigError:
+            self.close()
+            raise
+        self.keys = None if self._facts["keys"] == "none" else ClusterKeys(self.path, self._view.rows, self._change)
+
+    @property
+    def path(self) -> str:
+        """As Store has it: the address without user and password."""
+        return public_url(self._url)
+
+    def start(self) -> None:
+        """As Store has it: enters this server among the others, and from then on hears of what they do."""
+        self._serving = True
+        self._view.end_left()
+        if self._database:
+            try:
+                self._enter(self._database)
+            except StoreDown as down:
+                self._go_down(down)
+        self._owing.set()
+        for work in (self._follow, self._pay_when_due, self._save_when_due):
+            self._greenlets.spawn(work)
+
+    def close(self) -> None:
+        """As Store has it. What is owed to the store is paid first, if that goes at once."""
+        if self._serving:
+            with gevent.Timeout(COMMIT_S, False):
+                self._pay()
+            self._greenlets.kill()
+            self._save()
+        if self._database:
+            self._threads.spawn(self._database.close)
+            self._database = None
+        with gevent.Timeout(COMMIT_S, False):
+            self._threads.kill()  # waits for what goes on there
+
+    def find(self, id_: str) -> IPv6Network | None:
+        """As Store has it."""
+        return self.pool.find(id_)
+
+    @contextmanager
+    def begin(self, claim: Claim) -> Iterator[Lease]:
+        """As Store has it. When the caller is killed meanwhile, a session that the store knows of by then is ended there."""
+        left = threading.Event()
+        asked = dataclasses.replace(claim, is_alive=lambda: not left.is_set() and claim.is_alive())
+        beginning = gevent.spawn(self._begin, asked)
+        lease = None
+        try:
+            lease = beginning.get()
+            yield lease
+        finally:
+            left.set()
+            if lease:
+                self._release(claim.id, lease)
+            else:
+                beginning.link_value(lambda late: self._release(claim.id, late.value))
+
+    def _begin(self, claim: Claim) -> Lease:
+        begin = self._view.begin_change(claim)
+        try:
+            epoch, settled = self._change(begin).epoch, True
+        except StoreDown:
+            if claim.id not in self._view.rows:
+                raise
+            epoch, settled = self._view.floor(claim) + 1, False
+        if not self._view.hold(begin, epoch, settled):
+            self._owing.set()
+            raise Refusal("busy", "a newer connection has this Id")
+        lease = Lease(self._view.held[claim.id].prefix, epoch)
+        self._leases[claim.id] = claim, lease
+        if self._database and not settled:
+            self._owing.set()
+        return lease
+
+    def _release(self, id_: str, lease: Lease) -> None:
+        del self._leases[id_]
+        self._view.release(id_, lease.received, lease.sent)
+        self._owing.set()
+
+    def assign(self, id_: str) -> IPv6Network:
+        """As Store has it."""
+        return self._change(Assignment(id_)).prefix
+
+    def pin(self, id_: str, prefix: IPv6Network) -> None:
+        """As Store has it. A /64 that another Id had until just now is not free before all servers have heard of that."""
+        self._change(Pin(id_, prefix))
+
+    def keep(self) -> IPv6Network | None:
+        """As Store has it: the one of this server's number, from the end of the pool."""
+        own: str | None = self._facts.get("own")
+        return IPv6Network(own) if own else None
+
+    def unkeep(self, prefix: IPv6Network) -> None:
+        """Does nothing: it stays this server's."""
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        """As Store has it, in the whole cluster."""
+        row = self._view.rows.get(id_)
+        return [moment - self._clock_offset for moment in row.takeovers] if row else ()
+
+    def holder(self, id_: str) -> str | None:
+        """As Store has it."""
+        row = self._view.rows.get(id_)
+        return row.server if row and row.live and row.server != self._name else None
+
+    def whereabouts(self, id_: str) -> dict[str, Any]:
+        """As Store has it."""
+        row = self._view.rows.get(id_)
+        if not row:
+            return {}
+        moved = {"received": row.received, "sent": row.sent}
+        return {"server": row.server, "connected": row.live, "epoch": row.epoch, "since": row.since, "last": row.last, **moved}
+
+    def figures(self) -> dict[str, Any]:
+        """As Store has it."""
+        now, held = time.monotonic(), self._view.held.values()
+        sessions = Counter(row.server for row in self._view.rows.values() if row.live)
+        servers = [
+            {
+                "name": name,
+                "address": address,
+                "here": name == self._name,
+                "heard": round(max(now + self._clock_offset - heartbeat, 0.0), 1),
+                "sessions": len(held) if name == self._name else sessions[name],
+            }
+            for name, address, heartbeat in self._servers
+        ]
+        state = {
+            "address": self.path,
+            "down": self._down or None,
+            "seconds": round(now - self._since),
+            "owed": len(self._view.debts()),
+            "unsettled": sum(not session.settled for session in held),
+        }
+        return {"store": state, "servers": servers}
+
+    # The database: in threads, never for longer than somebody may wait.
+
+    def _in_thread(self, seconds: float, function: Callable[..., R], *arguments: Any) -> R:
+        """Runs what speaks to the database in a thread. Raises StoreDown when it fails or takes longer, and goes on there."""
+        answer = self._threads.spawn(function, *arguments)
+        try:
+            with store_errors(self._url), gevent.Timeout(seconds) as limit:
+                return cast(R, answer.get())
+        except gevent.Timeout as timeout:
+            if timeout is not limit:
+                raise
+            raise StoreDown(f"{self.path} gives no answer within {seconds:.0f} s") from None
+
+    def _connect(self) -> None:
+        """Connects and takes in all rows. Raises StoreDown, ConfigError."""
+        database = Database(self._url, self._application)
+        try:
+            pool, rows, now = self._in_thread(CONNECT_S, database.open, list(self._view.rows.values()))
+            self._check(pool)
+            self._clock_offset = now - time.monotonic()
+            for row in in_slices(rows):
+                self._hear(row)
+            self._facts.update(pool=str(pool.id), keys=pool.keys)
+            if self._serving:
+                self._enter(database)
+        except BaseException:
+            self._threads.spawn(database.close)
+            raise
+        self._database = database
+        self._owing.set()
+
+    def _check(self, pool: PoolRow) -> None:
+        """Raises ConfigError when this server does not fit to the pool."""
+        if self._facts.get("pool", str(pool.id)) != str(pool.id):
+            raise ConfigError(f"{self._cache.path} is of another pool than that of {self.path}; remove it, and start again")
+        if pool.version != SCHEMA_VERSION:
+            what = "`tun6.py cluster upgrade` brings it up to date" if pool.version < SCHEMA_VERSION else "this tun6 is too old for it"
+            raise ConfigError(f"{self.path}: its tables are of version {pool.version}, and not {SCHEMA_VERSION}; {what}")
+        if pool.prefix != self._network:
+            raise ConfigError(
+                f"{self.path} has the pool {pool.prefix}, and prefixrange is {self._network}; all servers of a cluster have one"
+            )
+        if pool.keys != "none" and pool.keys != self._keys_policy:
+            what = "there is no `cert`, without which nobody can prove a key"
+            if self._keys_policy != "none":
+                what = f"keys_required is {'yes' if self._keys_policy == 'required' else 'no'} here and not there"
+            raise ConfigError(f"{self.path}: the pool's clients have keys, and {what}; all servers of a cluster have the same")
+
+    def _enter(self, database: Database) -> None:
+        """Enters this server among the others. Raises StoreDown."""
+        number, timeline, lost = self._in_thread(CONNECT_S, database.enter, self._name, self._address, list(self._view.rows.values()))
+        for row in lost:
+            log.error("%s: the store has lost it, and its %s is another's by now", quote_id(row.id), row.prefix)
+            self._end(row.id, "its prefix is another's by now")
+            self._view.forget(row.id)
+        if timeline != self._timeline:
+            self._timeline = timeline
+            self._view.unsettle()
+        size = 1 << (64 - self._network.prefixlen)
+        own = None
+        if number < size - pool_end(self._network):
+            own = IPv6Network((int(self._network.network_address) + (size - 1 - number << 64), 64))
+        self._facts["own"] = str(own) if own and all(row.prefix != own for row in self._view.rows.values()) else None
+        self._is_cached = False
+
+    def _go_down(self, reason: Tun6Error) -> None:
+        """Goes on without the database, until `_follow` has found it again."""
+        if self._database:
+            self._threads.spawn(self._database.close)
+            self._database = None
+        if not self._down:
+            self._down, self._since = str(reason), time.monotonic()
+            warn_standing("store", "%s; known Ids are served as they are known here, new ones refused until it is back", reason)
+
+    def _follow(self) -> NoReturn:
+        """Hears of what changes in the store, and finds it again when it was down. Runs until it is killed."""
+        while True:
+            try:
+                if self._database is None:
+                    self._connect()
+                if self._down:
+                    log.info("%s is back", self.path)
+                    standing_warnings.pop("store", None)
+                    self._down, self._since = "", time.monotonic()
+                self._listen(cast(Database, self._database))
+            except (StoreDown, ConfigError) as error:
+                self._go_down(error)
+            gevent.sleep(RETRY_S)
+
+    def _listen(self, database: Database) -> None:
+        """Hears from a database until it is not the one any more. Raises StoreDown."""
+        polled = beaten = -math.inf
+        while self._database is database:
+            now = time.monotonic()
+            if now - beaten >= HEARTBEAT_S:
+                beaten = now
+                there, timeline, self._servers = self._in_thread(CONNECT_S, database.beat, self._name)
+                self._clock_offset = there - time.monotonic()
+                if timeline != self._timeline:
+                    raise StoreDown(f"{self.path} is another copy of the database now")
+            ids: list[str] = []
+            if now - polled >= POLL_S:
+                polled, ids = now, list(self._view.held)
+            for row in in_slices(self._in_thread(CONNECT_S, database.listen, ids)):
+                self._hear(row)
+
+    def _hear(self, row: Row) -> None:
+        reason = self._view.hear(row)
+        self._is_cached = False
+        if reason:
+            self._end(row.id, reason)
+
+    def _end(self, id_: str, reason: str) -> None:
+        if id_ in self._leases:
+            claim, lease = self._leases[id_]
+            lease.superseded = reason
+            claim.end(reason)
+
+    def _change(self, change: Change) -> Row:
+        """Makes a change. Raises what its `decide` does, and StoreDown."""
+        result = self._changes.submit(change)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _change_all(self, changes: list[Change]) -> list[Row | Exception]:
+        """Makes changes, in one transaction but for pins, and returns their results."""
+        groups = itertools.groupby(changes, lambda change: change if isinstance(change, Pin) else None)
+        return [result for _, group in groups for result in self._change_group(list(group))]
+
+    def _change_group(self, changes: Sequence[Change]) -> Sequence[Row | Exception]:
+        database, batch = self._database, Batch(changes, self._view.rows)
+        try:
+            if database is None:
+                raise StoreDown(f"the store is down: {self._down}")
+            self._in_thread(COMMIT_S, database.change, batch, self._new_ids_per_hour)
+        except StoreDown as down:
+            if database is self._database:
+                self._go_down(down)
+            if not batch.give_up():
+                return [down] * len(changes)
+            for change, row in zip(changes, batch.results):
+                if isinstance(row, Row):
+                    self._view.give_up(change, row)
+            return [StoreDown(f"{down}; whether it was done is not known")] * len(changes)
+        for row in batch.results:
+            if isinstance(row, Row):
+                self._hear(row)
+        return batch.results
+
+    def _pay_when_due(self) -> NoReturn:
+        """Tells the store what it has to be told. Runs until it is killed."""
+        while True:
+            self._owing.wait()
+            self._owing.clear()
+            self._pay()
+
+    def _pay(self) -> None:
+        for debts in iter(lambda: self._view.debts()[:BATCH_MAX], []):
+            paid = self._changes.submit_all(debts) if self._database else [StoreDown(self._down)]
+            if any(isinstance(result, StorageError) for result in paid):
+                break  # until it is back
+            for change, result in zip(debts, paid):
+                reason = self._view.pay(change, result if isinstance(result, Row) else None)
+                if change.id in self._leases:
+                    claim, lease = self._leases[change.id]
+                    epoch = self._view.held[change.id].epoch
+                    if reason:
+                        self._end(change.id, reason)
+                    elif epoch != lease.epoch:
+                        lease.epoch = epoch
+                        claim.on_epoch(epoch)
+
+    def _save_when_due(self) -> NoReturn:
+        """Saves what is known for when the store is down. Runs until it is killed."""
+        while True:
+            gevent.sleep(CACHE_S)
+            self._save()
+
+    def _save(self) -> None:
+        if self._is_cached:
+            return
+        self._is_cached = True
+        try:
+            self._cache.save_rows(self._facts, self._view.rows)
+            standing_warnings.pop("cache", None)
+        except StorageError as error:
+            self._is_cached = False
+            if "cache" not in standing_warnings:
+                warn_standing("cache", "%s; after a restart without the store, clients would be refused", error)
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 BACKLOG = 1024  # connections that wait for accept, or of one host for admission
@@ -3741,6 +5047,9 @@ class ServerConfig:
     listenport: int
     prefixrange: IPv6Network
     assignments: str | None = None
+    store: str | None = None
+    store_cache: str = "store-cache.json"
+    name: str = ""
     congestion: str = "auto"
     link: str = "auto"
     offload: str = "auto"
@@ -3763,7 +5072,7 @@ class ServerConfig:
     file: str = "config.ini"
 
 
-def open_keys(config: ServerConfig) -> KeyStore | None:
+def open_keys(config: ServerConfig) -> Keys | None:
     """Reads the file of keys, if there is to be one. Raises ConfigError."""
     if config.keys and not config.cert:
         raise ConfigError(
@@ -3773,7 +5082,24 @@ def open_keys(config: ServerConfig) -> KeyStore | None:
 
 
 def open_store(config: ServerConfig) -> Store:
-    """Opens what the configuration names: files, or what a cluster shares. Raises ConfigError."""
+    """Opens what the configuration names: files, or the store of a cluster. Raises ConfigError, StorageError."""
+    if config.store:
+        if config.assignments or config.keys:
+            beside = "assignments" if config.assignments else "keys"
+            raise ConfigError(
+                f"{config.file}: [server] has a store, and beside it {beside}, which would not be used; `tun6.py cluster import` takes"
+                " what is in such files into the store; then remove the line"
+            )
+        policy = "none" if not config.cert else "required" if config.keys_required else "optional"
+        return ClusterStore(
+            config.store,
+            config.prefixrange,
+            policy,
+            os.path.join(os.path.dirname(config.file), config.store_cache),
+            config.name or platform.node(),
+            config.address or config.localhost,
+            config.new_ids_per_hour,
+        )
     new_ids = TokenBucket(config.new_ids_per_hour, 3600)
 
     def admit_new() -> None:
@@ -3784,8 +5110,8 @@ def open_store(config: ServerConfig) -> Store:
 
 
 def files_of(config: ServerConfig) -> list[str | None]:
-    """Returns what names the files of a server, so that nobody asks the wrong one."""
-    return [name and os.path.realpath(name) for name in (config.assignments, config.keys)]
+    """Returns what names the files or the store of a server, so that nobody asks the wrong one."""
+    return [public_url(config.store)] if config.store else [name and os.path.realpath(name) for name in (config.assignments, config.keys)]
 
 
 def warn_of_overlap(pool: IPv6Network, own: IPv6Address | None = None) -> None:
@@ -4329,6 +5655,7 @@ class Server:
                     undo.callback(lambda: self._hooks.run("session-down", id_, True, reason=session.end(), **told))
                 with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 255)):
                     reason = session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
+                lease.received, lease.sent = session.traffic.received, session.traffic.sent
             if isinstance(reason, OffloadRefused):
                 self._stop_offering(id_, reason.kind)
             level = logging.WARNING if isinstance(reason, OffloadRefused) else logging.INFO
@@ -5651,7 +6978,7 @@ class AdminRequestHandler(RequestHandler):
         except KeyError:
             raise RequestError(f"{quote_id(id_)} has no key; `clients list` shows who has") from None
 
-    def _require_keys(self) -> KeyStore:
+    def _require_keys(self) -> Keys:
         if self._keys is None:
             raise RequestError("this server is open to everybody; name a file with `keys` in config.ini, and restart it")
         return self._keys
@@ -7676,6 +9003,12 @@ def _boolean(text: str) -> bool:
     return configparser.ConfigParser.BOOLEAN_STATES[text.lower()]
 
 
+def _store(text: str) -> str:
+    if not re.match("postgres(ql)?://", text):
+        raise ValueError("must be an address such as postgresql://user:password@db1,db2/tun6")
+    return text
+
+
 def _metrics(text: str) -> tuple[str, int]:
     try:
         host, _, port = text.rpartition(":")
@@ -7699,6 +9032,9 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "listenport": _integer(1, 65_535),
         "prefixrange": _pool,
         "assignments": _path,
+        "store": _store,
+        "store_cache": _path,
+        "name": _matching(r"[\w.-]{1,63}", "must be 1 to 63 letters, digits, dots, hyphens or underscores, which no other server has"),
         "congestion": _CONGESTION,
         "link": _LINK,
         "offload": _OFFLOAD,
@@ -7941,7 +9277,7 @@ def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
         if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
             reason = error.strerror or error
             raise RequestError(f"control = {config.control}: {reason}; run this as the server's user, mostly root") from None
-    if config.assignments is None:
+    if not (config.assignments or config.store):
         raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {config.file} nothing is kept")
     store = open_store(config)
     try:
@@ -8098,6 +9434,82 @@ def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
     elif entry.get("server"):
         state += f", was on {entry['server']} until {times['last']}"
     return f"{quote_id(entry['id'])}  {entry['prefix'] or 'no prefix yet'}  {state}"
+
+
+def cluster_command(options: argparse.Namespace) -> None:
+    """`tun6.py cluster`: makes the store that several servers share, and what else there is to be done once."""
+    config: ServerConfig = read_config(find_config(options.config), "server")
+    if not config.store:
+        raise ConfigError(f"{config.file}: [server] store is missing; add a line store = postgresql://...")
+    database = Database(config.store, f"tun6 cluster {os.getpid()}")
+    try:
+        with store_errors(config.store):
+            database.connect()
+            print(_CLUSTER_ACTIONS[options.action](database, config, options))
+    finally:
+        database.close()
+
+
+def _init_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    if not options.open and not config.cert:
+        raise ConfigError(
+            f"{config.file}: there is no `cert`, and keys go only through TLS; `tun6.py keygen` makes one, --open makes a pool without keys"
+        )
+    keys = "none" if options.open else "required" if config.keys_required else "optional"
+    database.create(config.prefixrange, keys)
+    who = {"none": "open to everybody", "required": "for those who have a key", "optional": "for all, with a key where an Id has one"}
+    return f"made the pool {config.prefixrange}, {who[keys]}"
+
+
+def _import_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    assignments, keys = options.assignments or config.assignments, options.keys or config.keys
+    if not assignments and not keys:
+        raise RequestError("there is nothing to import: name the files, or have `assignments` and `keys` in config.ini still")
+    for path in filter(None, (assignments, keys)):
+        if not os.path.exists(path):
+            raise RequestError(f"{path} is not there; name the file that a server had")
+    store = AssignmentStore(PrefixPool(config.prefixrange), assignments)  # locked: no server changes it meanwhile
+    try:
+        entries = KeyStore(keys) if keys else None
+        prefixes = {id_: cast(IPv6Network, store.pool.find(id_)) for id_ in store.pool.owners()}
+        number = database.take_in(prefixes, {id_: cast(KeyEntry, entries.find(id_)) for id_ in entries.ids()} if entries else {})
+    finally:
+        store.close()
+    return f"took in {number} Ids; remove `assignments` and `keys` from {config.file}, and keep the files as a copy"
+
+
+def _export_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    for path in filter(None, (options.assignments, options.keys)):
+        if os.path.exists(path):
+            raise RequestError(f"{path} is there already; name another file")
+    database.require_pool()
+    prefixes, keys = database.give_out()
+    if keys and not options.keys:
+        raise RequestError("there are keys; name a file for them, too")
+    JsonFile(options.assignments, "assignments", 0o644).save({id_: str(prefix) for id_, prefix in prefixes.items()})
+    if options.keys:
+        JsonFile(options.keys, "keys", SECRET_MODE).save(encode_keys(keys))
+    return f"wrote {len(prefixes)} assignments and {len(keys)} keys"
+
+
+def _upgrade_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    version = database.upgrade()
+    return f"the tables are of version {SCHEMA_VERSION}" + (f", and were of {version}" if version != SCHEMA_VERSION else " already")
+
+
+def _accept_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    if database.accept():
+        return "new Ids are served again; what only servers know that are not back is lost when another Id gets that /64"
+    return "nothing was lost, as far as the store knows: there is nothing to accept"
+
+
+_CLUSTER_ACTIONS: dict[str, Callable[[Database, ServerConfig, argparse.Namespace], str]] = {
+    "init": _init_cluster,
+    "import": _import_cluster,
+    "export": _export_cluster,
+    "upgrade": _upgrade_cluster,
+    "accept": _accept_cluster,
+}
 
 
 def install_command(options: argparse.Namespace) -> None:
@@ -8344,6 +9756,21 @@ def build_parser() -> argparse.ArgumentParser:
                 "--join", metavar="TOKEN", help="the line tun6:... that `clients add` printed, or - to read it from standard input"
             )
     add(commands, "demo", "show it all on this machine, in network namespaces that are removed afterwards", function=demo_command)
+
+    cluster = add(
+        commands, "cluster", "make the store that several servers share, import into it, export from it", function=cluster_command
+    )
+    steps = cluster.add_subparsers(dest="action", required=True, metavar="ACTION")
+    made = add(steps, "init", "make the pool of config.ini in an empty database", config)
+    made.add_argument("--open", action="store_true", help="for everybody: nobody has a key")
+    taken = add(steps, "import", "take in the files that a server had, all or nothing", config)
+    taken.add_argument("assignments", nargs="?", metavar="ASSIGNMENTS", help="default: that in config.ini")
+    taken.add_argument("keys", nargs="?", metavar="KEYS", help="default: that in config.ini")
+    given = add(steps, "export", "write the files that a single server needs", config)
+    given.add_argument("assignments", metavar="ASSIGNMENTS", help="a new file")
+    given.add_argument("keys", nargs="?", metavar="KEYS", help="a new file, where clients have keys")
+    add(steps, "upgrade", "bring the tables to the version of this tun6", config)
+    add(steps, "accept", "go on after lost commits, without servers that do not come back", config)
 
     actions = clients.add_subparsers(dest="action", required=True, metavar="ACTION")
     add(actions, "list", "who has which prefix, has a key, is connected", config, as_json, here)
