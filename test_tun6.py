@@ -1010,6 +1010,20 @@ def processes_of(pid: int) -> list[str]:
     return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[dict[str, list[Any]]]:
+    """The object in a JSON file, which is written back if it was changed; nobody else has it meanwhile."""
+    with open(path, "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = file.read()
+        content = json.loads(before)
+        yield content
+        if json.dumps(content) != before:
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps(content))
+
+
 class SharedStore(tun6.Store):
     """A cluster's store without PostgreSQL, for servers on one machine: a file that each looks at every 20 ms.
 
@@ -1056,18 +1070,10 @@ class SharedStore(tun6.Store):
 
     @contextmanager
     def _locked(self) -> Iterator[dict[str, list[Any]]]:
-        """The rows, which are written back when they are changed."""
-        with open(self._path, "r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._rows = json.load(file)
-            before = json.dumps(self._rows)
+        with locked(self._path) as self._rows:
             for id_, (prefix, *_) in self._rows.items():
                 self.pool.pin(id_, IPv6Network(prefix))
             yield self._rows
-            if json.dumps(self._rows) != before:
-                file.seek(0)
-                file.truncate()
-                file.write(json.dumps(self._rows))
 
     def _watch(self) -> None:
         while True:
@@ -1109,15 +1115,13 @@ class SharedPool:
         return peer
 
     def row(self, id_: str = "a") -> list[Any]:
-        return list(json.loads(self.path.read_text()).get(id_, ["", 0, ""]))
+        with locked(self.path) as rows:
+            return list(rows.get(id_, ["", 0, ""]))
 
     def change(self, id_: str, epoch: int, server: int) -> None:
         """As if this server had begun another session of the Id."""
-        rows = json.loads(self.path.read_text())
-        rows[id_][1:] = epoch, f"server {self._tunnel.port + server}"
-        new = self._folder / "new.json"
-        new.write_text(json.dumps(rows))
-        new.replace(self.path)
+        with locked(self.path) as rows:
+            rows[id_][1:] = epoch, f"server {self._tunnel.port + server}"
 
     @contextmanager
     def down(self) -> Iterator[None]:
@@ -8046,6 +8050,23 @@ def test_whom_another_server_has_served_meanwhile_is_not_answered(lab: Lab, tunn
     servers[0].wait_for(f"refused, busy: server {tunnel.port + 1} has it now")
     new.echo()
     assert list(routes_to(lab, new.prefix)) == [tun6.METRIC_MAX - 2]
+
+
+@pytest.mark.parametrize(
+    "said, took_over, server, times",
+    [
+        (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
+        (6, False, "other", (1.0, 9.0)),  # one that had an older session
+        (7, False, "other", (1.0,)),
+        (7, True, "here", (1.0,)),
+        (6, True, "here", (1.0, 9.0)),
+        (6, False, "here", (1.0,)),  # nobody had it
+    ],
+)
+def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(said: int, took_over: bool, server: str, times: object) -> None:
+    row = tun6.Row("a", subnet(0), epoch=7, server=server, live=True, takeovers=(1.0,))
+    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, took_over=took_over))
+    assert begin.decide(row, 9.0).takeovers == times
 
 
 def test_a_legacy_client_of_a_cluster_is_told_nothing_new(shared: SharedPool) -> None:

@@ -1806,8 +1806,8 @@ class SessionBegin(Assignment):
         epoch = max(row.epoch, self.floor) + 1
         if epoch >= METRIC_MAX:
             raise Refusal("server-error", "this Id has begun too often", f"{quote_id(self.id)}, its epochs are used up")
-        takeovers = row.takeovers
-        if self.claim.took_over or (row.live and row.server != self.server):
+        takeovers, is_same = row.takeovers, 0 < self.claim.epoch == row.epoch  # the client that has the session itself says that it moves
+        if not is_same and (self.claim.took_over or (row.live and row.server != self.server)):
             takeovers = (*takeovers, now)[-CONTENTION_TAKEOVERS:]
         return row._replace(epoch=epoch, server=self.server, live=True, since=now, last=now, takeovers=takeovers)
 
