@@ -4507,7 +4507,19 @@ class Database:
             )
         self._worker.execute("delete from freed where prefix = %s", (new.prefix,))
 
-    # What `tun6.py cluster` does, after `connect`.
+    # What `tun6.py cluster` and `doctor` do, after `connect`.
+
+    def examine(self) -> tuple[PoolRow, list[str], list[str]]:
+        """Returns the pool, the servers that have not written back what the database has lost, and what it risks to lose more."""
+        pool = self.require_pool()
+        missing = self._worker.execute("select name from server where timeline <> %s order by name", (pool.current,)).fetchall()
+        names = "fsync", "synchronous_commit", "synchronous_standby_names"
+        fsync, commit, standbys = (self._worker.execute(f"show {name}").fetchone()[0] for name in names)
+        risks = ["fsync is off: after a power cut it is perhaps not whole"] if fsync != "on" else []
+        if not standbys or commit in ("off", "local"):
+            what = "synchronous_standby_names is empty" if not standbys else f"synchronous_commit is {commit}"
+            risks.append(f"{what}: a standby that is promoted may lack commits, and then nobody new is served until all servers are back")
+        return pool, [name for (name,) in missing] if pool.timeline != pool.current else [], risks
 
     def create(self, network: IPv6Network, keys: str) -> None:
         """Makes tables and pool. Raises RequestError when they are there."""
@@ -4574,6 +4586,20 @@ class Database:
         """Returns the prefixes and keys of all Ids."""
         rows = [self._row(columns) for columns in self._worker.execute(f"select {ROW} from client order by id")]
         return {row.id: row.prefix for row in rows}, {row.id: KeyEntry(row.key, row.revoked) for row in rows if row.key}
+
+
+def require_fit(pool: PoolRow, address: str, network: IPv6Network, keys: str) -> None:
+    """Raises ConfigError when a server with this prefixrange, that can do this with keys (see PoolRow), does not fit to the pool."""
+    if pool.version != SCHEMA_VERSION:
+        what = "`tun6.py cluster upgrade` brings it up to date" if pool.version < SCHEMA_VERSION else "this tun6 is too old for it"
+        raise ConfigError(f"{address}: its tables are of version {pool.version}, and not {SCHEMA_VERSION}; {what}")
+    if pool.prefix != network:
+        raise ConfigError(f"{address} has the pool {pool.prefix}, and prefixrange is {network}; all servers of a cluster have one")
+    if pool.keys not in ("none", keys):
+        what = "there is no `cert`, without which nobody can prove a key"
+        if keys != "none":
+            what = f"keys_required is {'yes' if keys == 'required' else 'no'} here and not there"
+        raise ConfigError(f"{address}: the pool's clients have keys, and {what}; all servers of a cluster have the same")
 
 
 class CachedPool(PrefixPool):
@@ -4869,18 +4895,7 @@ class ClusterStore(Store):
         """Raises ConfigError when this server does not fit to the pool."""
         if self._facts.get("pool", str(pool.id)) != str(pool.id):
             raise ConfigError(f"{self._cache.path} is of another pool than that of {self.path}; remove it, and start again")
-        if pool.version != SCHEMA_VERSION:
-            what = "`tun6.py cluster upgrade` brings it up to date" if pool.version < SCHEMA_VERSION else "this tun6 is too old for it"
-            raise ConfigError(f"{self.path}: its tables are of version {pool.version}, and not {SCHEMA_VERSION}; {what}")
-        if pool.prefix != self._network:
-            raise ConfigError(
-                f"{self.path} has the pool {pool.prefix}, and prefixrange is {self._network}; all servers of a cluster have one"
-            )
-        if pool.keys != "none" and pool.keys != self._keys_policy:
-            what = "there is no `cert`, without which nobody can prove a key"
-            if self._keys_policy != "none":
-                what = f"keys_required is {'yes' if self._keys_policy == 'required' else 'no'} here and not there"
-            raise ConfigError(f"{self.path}: the pool's clients have keys, and {what}; all servers of a cluster have the same")
+        require_fit(pool, self.path, self._network, self._keys_policy)
 
     def _enter(self, database: Database) -> None:
         """Enters this server among the others. Raises StoreDown."""
@@ -5081,6 +5096,11 @@ def open_keys(config: ServerConfig) -> Keys | None:
     return KeyStore(config.keys) if config.keys else None
 
 
+def key_policy(config: ServerConfig) -> str:
+    """Returns what a server of a cluster can do with keys, see PoolRow."""
+    return "none" if not config.cert else "required" if config.keys_required else "optional"
+
+
 def open_store(config: ServerConfig) -> Store:
     """Opens what the configuration names: files, or the store of a cluster. Raises ConfigError, StorageError."""
     if config.store:
@@ -5090,11 +5110,10 @@ def open_store(config: ServerConfig) -> Store:
                 f"{config.file}: [server] has a store, and beside it {beside}, which would not be used; `tun6.py cluster import` takes"
                 " what is in such files into the store; then remove the line"
             )
-        policy = "none" if not config.cert else "required" if config.keys_required else "optional"
         return ClusterStore(
             config.store,
             config.prefixrange,
-            policy,
+            key_policy(config),
             os.path.join(os.path.dirname(config.file), config.store_cache),
             config.name or platform.node(),
             config.address or config.localhost,
@@ -8133,8 +8152,10 @@ class ServerDoctor(Doctor):
     FATAL = frozenset({"forwarding", "uplink", "overlap", "firewall", "disk"})
     AT_START = "config", "uplink", "descriptors", "disk", "certificate"
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, keyed: bool | None = None) -> None:
+        """`keyed`: whether clients have keys, where that is known; without it, what config.ini says."""
         self._config, self._pool = config, config.prefixrange
+        self._keyed = bool(config.keys or config.store) if keyed is None else keyed  # in a cluster it is the store that says it
         self._pid = 0  # of the server that runs
         self._packets: socket.socket | None = None  # what comes for the pool
         self._until = 0.0  # when that has been waited for
@@ -8166,20 +8187,56 @@ class ServerDoctor(Doctor):
         return next((prefix[1] for prefix, _ in found if prefix.subnet_of(self._pool)), None)
 
     def _check_config(self) -> str:
-        for path in filter(os.path.exists, filter(None, (self._config.cert, self._config.keys))):
+        secret = self._config.cert, self._config.keys, self._config.store and self._config.file
+        for path in filter(os.path.exists, filter(None, secret)):
             if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
                 log.warning("others can read the secret in %s; `chmod o= %s`", path, path)
-        if self._config.assignments is None:
+        if not (self._config.assignments or self._config.store):
             warn_standing("assignments", "no `assignments` file in %s: all prefixes are forgotten when the server ends", self._config.file)
-        if not self._config.keys or not self._config.keys_required:
-            which, closes = ("any Id that has no key yet", "keys_required = yes") if self._config.keys else ("any Id", "keys")
-            warn_standing(
-                "open",
-                "open: whoever reaches port %d gets a /64 and may claim %s; `%s` in %s closes it, `new_ids_per_hour` bounds new Ids",
-                *(self._config.listenport, which, closes, self._config.file),
-            )
+        self._warn_if_open()
         open_keys(self._config)
         return f"{self._config.file} is a server's"
+
+    def _warn_if_open(self) -> None:
+        if self._keyed and self._config.keys_required:
+            return
+        which, closes = ("any Id that has no key yet", "keys_required = yes") if self._keyed else ("any Id", "keys")
+        how = (
+            "a pool made without `cluster init --open`" if self._config.store and not self._keyed else f"`{closes}` in {self._config.file}"
+        )
+        warn_standing(
+            "open",
+            "open: whoever reaches port %d gets a /64 and may claim %s; %s closes it, `new_ids_per_hour` bounds new Ids",
+            *(self._config.listenport, which, how),
+        )
+
+    def _check_store(self) -> str:
+        """Whether the database of a cluster can be reached, has the pool of this server, and can lose nothing."""
+        if not self._config.store:
+            return "this server shares its pool with no other one"
+        began, address = time.monotonic(), public_url(self._config.store)
+        database = Database(self._config.store, f"tun6 doctor {os.getpid()}")
+        try:
+            with store_errors(self._config.store):
+                run_in_thread(database.connect)
+                pool, missing, risks = run_in_thread(database.examine)
+        except StoreDown as down:
+            raise StoreDown(f"{down}; known Ids are served as each server knows them, new ones refused until it is back") from None
+        finally:
+            run_in_thread(database.close)
+        took = time.monotonic() - began
+        require_fit(pool, address, self._pool, key_policy(self._config))
+        self._keyed = pool.keys != "none"
+        if not self._keyed:
+            self._warn_if_open()
+        if pool.timeline != pool.current:
+            how = "start those servers, or `tun6.py cluster accept` goes on without what they know"
+            log.error(
+                "the store may have lost changes, so that nobody new is served until %s wrote back theirs; %s", ", ".join(missing), how
+            )
+        for risk in risks:
+            log.warning("the database's %s", risk)
+        return f"{address} has the pool {pool.prefix}, and commits wait for a synchronous standby; it answered in {1000 * took:.0f} ms"
 
     def _check_machine(self) -> str:
         return self.examine_machine()
@@ -8239,6 +8296,8 @@ class ServerDoctor(Doctor):
         return f"real links get {find_congestion_controls(self._config.congestion, self._config.link).real}"
 
     def _check_disk(self) -> str:
+        if self._config.store:
+            return "who has which /64 is in the store"
         path = Path(os.path.realpath(needed(self._config.assignments, "config")))
         disk, size = os.statvfs(path.parent), path.stat().st_size if path.exists() else 0
         free = disk.f_bavail * disk.f_frsize
@@ -8248,6 +8307,8 @@ class ServerDoctor(Doctor):
 
     def _check_assignments(self) -> str:
         """The file and its backup, without its lock."""
+        if self._config.store:
+            return "they are in the store"
         store = AssignmentStore(PrefixPool(self._pool), self._config.assignments, lock=False)
         owners, backup = len(store.pool.owners()), store.backup
         if not store.pool.free:
@@ -9186,7 +9247,7 @@ def server_command(options: argparse.Namespace) -> None:
     warn_of_forwarding()
     raise_descriptor_limit()
     server = Server(config)
-    ServerDoctor(config).warn()
+    ServerDoctor(config, server.keys is not None).warn()
     handler = AdminRequestHandler(server.store, files_of(config), server.sessions, server.end_session, LoopLatency(), server.figures)
     web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
 
