@@ -4775,6 +4775,25 @@ def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_s
     assert sorted(machine.files()) == ["etc/tun6/config.ini", "var/lib/tun6/server.pem"]
 
 
+def test_install_puts_a_server_of_a_cluster_in_place_without_files_of_assignments(machine: FileRoot) -> None:
+    shutil.copy(Path(tun6.__file__).with_name("config.ini"), machine.here)
+    store = ["--set", "store=postgresql://tun6:secret@db/tun6"]
+    machine.install("server", "--prefix", "2001:db8:7::/48", *store, *EXAMPLE)
+    state = {"cert": "/var/lib/tun6/server.pem", "store_cache": "/var/lib/tun6/store-cache.json"}
+    config = machine.config("server")
+    assert {key: config.get(key) for key in (*state, "assignments", "keys")} == {**state, "assignments": None, "keys": None}
+    files = machine.files()
+    assert files["etc/tun6/config.ini"] == 0o640  # it has the password
+    assert files["var/lib/tun6/server.pem"] == 0o600
+    assert machine.install("server") == []
+    (machine.root / "etc/tun6/old.json").write_text("{}")
+    (complaint,) = machine.install("server", "--set", "assignments=old.json", status=2)
+    assert re.search(
+        "has a store, and beside it assignments = .*old.json; take them into the store with `tun6.py cluster import`", complaint
+    )
+    assert machine.files() == {**files, "etc/tun6/old.json": mock.ANY}
+
+
 def test_install_uses_the_program_and_the_unit_of_debians_package(machine: FileRoot) -> None:
     program, unit, ours = (
         machine.root / path for path in ("usr/lib/tun6/tun6.py", "usr/lib/systemd/system/tun6-server.service", "etc/systemd")

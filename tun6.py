@@ -7621,18 +7621,18 @@ def decode_token(token: str) -> dict[str, str]:
         raise RequestError(f"this is no token that `tun6.py clients add` printed: {reason}; copy the whole line, from tun6: on") from None
 
 
-def set_in_section(text: str, section: str, settings: Mapping[str, str]) -> str:
-    """Returns the text of a config.ini with these settings in a section, every other line as it was."""
+def set_in_section(text: str, section: str, settings: Mapping[str, str | None]) -> str:
+    """Returns the text of a config.ini with these settings in a section, None for none, every other line as it was."""
     head, banner, rest = (f"\n{text}").partition(f"\n[{section}]")
     if not banner:
-        return f"{text}\n[{section}]\n".lstrip("\n") + "".join(f"{key} = {value}\n" for key, value in settings.items())
+        return f"{text}\n[{section}]\n".lstrip("\n") + "".join(f"{key} = {value}\n" for key, value in settings.items() if value is not None)
     body, following, others = rest.partition("\n[")
     for key, value in settings.items():
-        line = f"\n{key} = {value}".replace("\\", r"\\")
+        line = "" if value is None else f"\n{key} = {value}".replace("\\", r"\\")
         body, found = re.subn(rf"(?i)\n{key}\s*[=:].*", line, body)
-        if not found:
+        if not (found or value is None):
             body, found = re.subn(rf"\n#{key} = .*", line, body, count=1)
-        body = body if found else body.rstrip("\n") + f"\n{key} = {value}\n"
+        body = body if found or value is None else body.rstrip("\n") + f"\n{key} = {value}\n"
     return (head + banner + body + following + others)[1:]
 
 
@@ -7782,7 +7782,7 @@ class Installer:
 
     def _copy_packages(self, to: Path) -> None:
         """Copies the packages that tun6 needs, once for each of their versions."""
-        missing, found = {"gevent", "netifaces", "python-pytun"}, dict[str, importlib.metadata.Distribution]()
+        missing, found = {"gevent", "netifaces", "python-pytun", "psycopg", "psycopg-binary"}, dict[str, importlib.metadata.Distribution]()
         while missing:
             name = missing.pop()
             with suppress(importlib.metadata.PackageNotFoundError):  # one for other systems
@@ -7835,7 +7835,7 @@ class Installer:
         text = set_in_section(text, self._role, {"control": f"/run/tun6-{self._role}/{self._role}.sock"})
         self._write(CONFIG_FOLDER / "config.ini", text, 0o640, SERVICE_USER)
 
-    def _move_state(self, folder: Path) -> dict[str, str]:
+    def _move_state(self, folder: Path) -> dict[str, str | None]:
         """Moves assignments, keys and certificate to the folder for state, makes what is missing there, and returns the settings for it."""
         state = self._at(STATE_FOLDER)
         state.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -7843,7 +7843,16 @@ class Installer:
         names = {key: getattr(self._config, key) for key in ("assignments", "keys", "cert")}
         files = {key: Path(os.path.realpath(folder / (name or ""))) for key, name in names.items()}
         there = {key: state / Path(name or f"{key}.json").name for key, name in names.items()}
-        if names["assignments"] is None or not (files["assignments"].exists() or there["assignments"].exists()):
+        if self._config.store:
+            for key in ("assignments", "keys"):
+                if names[key] and files[key].exists():
+                    raise RequestError(
+                        f"{folder}/config.ini has a store, and beside it {key} = {names[key]}; take them into the store with"
+                        " `tun6.py cluster import`, and remove the line"
+                    )
+            there["cert"] = state / Path(names["cert"] or "server.pem").name
+            names = {"cert": names["cert"] or "server.pem"}
+        elif names["assignments"] is None or not (files["assignments"].exists() or there["assignments"].exists()):
             places = (folder, Path(), self._at(PROGRAM_FOLDER), self._at(CONFIG_FOLDER), state)
             lost = next((file for place in places for file in place.glob("assignments.json*") if file.suffix in (".json", ".bak")), None)
             if lost:
@@ -7870,6 +7879,9 @@ class Installer:
             self._say(f"made the certificate {STATE_FOLDER / there['cert'].name}")
         for file in state.iterdir():
             self._give(file, stat.S_IMODE(file.stat().st_mode), SERVICE_USER, SERVICE_USER)
+        if self._config.store:  # its cache has digests of keys, and is written while the server runs
+            cache = str(STATE_FOLDER / Path(self._config.store_cache).name)
+            return {"assignments": None, "keys": None, "cert": str(STATE_FOLDER / there["cert"].name), "store_cache": cache}
         return {key: str(STATE_FOLDER / there[key].name) for key, name in names.items() if name or key == "assignments"}
 
     def _set_sysctls(self) -> None:
