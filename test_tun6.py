@@ -102,6 +102,7 @@ import termios
 import threading
 import time
 import tracemalloc
+import uuid
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -8039,6 +8040,53 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(sit
 def routes_to(lab: Lab, prefix: IPv6Network) -> dict[int, str]:
     """The devices of the server's routes to this /64, by metric."""
     return {route["metric"]: route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {prefix} type unicast"))}
+
+
+class StoreByHand:
+    """Stands for tun6.Database: says of the database what the test wants, or raises it."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer, self.closed = answer, False
+
+    def __call__(self, *_: str) -> StoreByHand:
+        return self
+
+    def connect(self) -> None:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+
+    def examine(self) -> object:
+        return self._answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+POOL_ROW = tun6.PoolRow(uuid.UUID(int=1), tun6.SCHEMA_VERSION, POOL, "required", 0, "1", "1")
+
+
+@pytest.mark.parametrize(
+    "answer, finding",
+    [
+        ((POOL_ROW, [], []), "ok postgresql://db/tun6 has the pool .*, and commits wait for a synchronous standby; it answered in"),
+        (tun6.StoreDown("postgresql://db/tun6: refused"), "FAIL postgresql://db/tun6: refused; known Ids are served as each server knows"),
+        ((POOL_ROW._replace(prefix=HOME), [], []), f"FAIL postgresql://db/tun6 has the pool {HOME}, and prefixrange is {POOL}; all"),
+        ((POOL_ROW._replace(keys="optional"), [], []), "FAIL .*the pool's clients have keys, and keys_required is yes here and not there"),
+        ((POOL_ROW._replace(version=0), [], []), "FAIL .*its tables are of version 0, and not 1; `tun6.py cluster upgrade` brings it up"),
+        ((POOL_ROW._replace(keys="none"), [], []), "warn open: .*claim any Id; a pool made without `cluster init --open` closes it"),
+        ((POOL_ROW._replace(current="2"), ["b", "c"], []), "FAIL the store may have lost changes, .* until b, c wrote back theirs; start"),
+        ((POOL_ROW, [], ["disk is slow"]), "warn the database's disk is slow"),
+    ],
+)
+def test_the_doctor_says_how_the_store_of_a_cluster_is(answer: object, finding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StoreByHand(answer)
+    monkeypatch.setattr(tun6, "Database", store)
+    config = tun6.ServerConfig("127.0.0.1", 1, POOL, store="postgresql://tun6:secret@db/tun6", cert="server.pem")
+    doctor = tun6.ServerDoctor(config)
+    found = [f"{each.result} {each.text}" for each in doctor._make("store", doctor._check_store)]
+    tun6.standing_warnings.pop("open", None)
+    assert len(found) == 1 and re.match(finding, found[0]), found
+    assert store.closed and "secret" not in found[0]
 
 
 def test_a_client_that_goes_to_another_server_keeps_its_prefix_and_the_newest_session_wins(

@@ -5096,6 +5096,16 @@ def open_keys(config: ServerConfig) -> Keys | None:
     return KeyStore(config.keys) if config.keys else None
 
 
+def public_address(config: ServerConfig) -> str:
+    """Returns the server's address as its clients see it: what config.ini says, or else the kernel, which knows nothing of a NAT."""
+    if config.address or config.localhost != "0.0.0.0":
+        return config.address or config.localhost
+    with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+    return "192.0.2.1"
+
+
 def key_policy(config: ServerConfig) -> str:
     """Returns what a server of a cluster can do with keys, see PoolRow."""
     return "none" if not config.cert else "required" if config.keys_required else "optional"
@@ -5116,7 +5126,7 @@ def open_store(config: ServerConfig) -> Store:
             key_policy(config),
             os.path.join(os.path.dirname(config.file), config.store_cache),
             config.name or platform.node(),
-            config.address or config.localhost,
+            public_address(config),
             config.new_ids_per_hour,
         )
     new_ids = TokenBucket(config.new_ids_per_hour, 3600)
@@ -9468,16 +9478,6 @@ def clients_command(options: argparse.Namespace) -> None:
             print(format_client(entry, config.keys is not None and not config.keys_required))
 
 
-def public_address(config: ServerConfig) -> str:
-    """Returns the server's address as its clients see it: what config.ini says, or else the kernel, which knows nothing of a NAT."""
-    if config.address or config.localhost != "0.0.0.0":
-        return config.address or config.localhost
-    with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # nothing is sent
-        return str(probe.getsockname()[0])
-    return "192.0.2.1"
-
-
 def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
     """Returns the section [client] of config.ini for a client that was added."""
     edit = "where the client sees the server by another address or name"
@@ -9831,7 +9831,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(commands, "demo", "show it all on this machine, in network namespaces that are removed afterwards", function=demo_command)
 
     cluster = add(
-        commands, "cluster", "make the store that several servers share, import into it, export from it", function=cluster_command
+        commands, "cluster", "make the store that several servers share, import into it, export from it", config, function=cluster_command
     )
     steps = cluster.add_subparsers(dest="action", required=True, metavar="ACTION")
     made = add(steps, "init", "make the pool of config.ini in an empty database", config)
