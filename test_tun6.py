@@ -22,6 +22,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     send queue                   with a simulated link
     network plans
     storage                      with a crash at every system call
+    cluster rules                a simulated cluster, whose steps come in any order
     kernel
     connections
     session
@@ -3331,6 +3332,457 @@ def test_the_backup_is_what_was_there_before_a_change_of_several_entries_and_a_d
     store.assign("f")
     assert set(saved(Path(f"{path}.bak"))) == {"a", "b", "c", "d", "e"}
     assert stat.S_IMODE(os.stat(f"{path}.bak").st_mode) == stat.S_IMODE(path.stat().st_mode)
+
+
+# ---- cluster rules ---------------------------------------------------------------------------------------------------
+
+
+class Violation(AssertionError):
+    """An invariant of the cluster does not hold."""
+
+
+class LateCommit(NamedTuple):
+    """A transaction whose COMMIT has no answer yet: it keeps its rows locked, and is done or undone later."""
+
+    rows: list[tun6.Row]
+
+
+class SimulatedDatabase:
+    """PostgreSQL as servers see it: rows, locks, notifications to who listens, and snapshots to which a failover goes back."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.rows: dict[str, tun6.Row] = {}
+        self.next = 0  # as the pool's
+        self.late: list[LateCommit] = []
+        self.reachable = True
+        self.timeline = self.accepted = 1
+        self.written_back: dict[str, int] = {}  # timeline, by server
+        self.listeners: list[SimulatedServer] = []
+        self._lost: Any = None  # what a failover goes back to
+        self.now = 0.0
+
+    def changes(self, changes: Sequence[tun6.Change], fate: str = "committed") -> list[tun6.Row | Exception] | None:
+        """Makes changes as Database does. None: they are locked. The fate is "committed", or "late": it is decided later."""
+        self.now += 1
+        if any(row.id == change.id for late in self.late for row in late.rows for change in changes):
+            return None
+        rows, results = dict(self.rows), list[Union[tun6.Row, Exception]]()
+        for change in changes:
+            found = rows.get(change.id)
+            try:
+                results.append(change.decide(found or change.create(self._free()), self.now))
+            except (tun6.Tun6Error, EOFError, KeyError) as error:
+                results.append(error)
+                continue
+            rows[change.id] = cast(tun6.Row, results[-1])
+        changed = [row for row in rows.values() if self.rows.get(row.id) != row]
+        if fate == "late":
+            self.late.append(LateCommit(changed))
+        else:
+            self._write(changed)
+        return results
+
+    def _free(self) -> Iterator[IPv6Network]:
+        if self.accepted != self.timeline:
+            raise tun6.StorageError("commits may be lost")
+        rows = [*self.rows.values(), *(row for late in self.late for row in late.rows)]
+        taken = {prefix for row in rows for prefix in (row.prefix, *row.former)}
+        while subnet(self.next) in taken:
+            self.next += 1
+        self.next += 1
+        yield subnet(self.next - 1)
+
+    def _write(self, rows: Iterable[tun6.Row]) -> None:
+        for row in rows:
+            self.rows[row.id] = row
+            for server in self.listeners:
+                server.notified.append(row.id)
+
+    def end_late(self) -> None:
+        """What was late is done, or undone."""
+        late = self.late.pop(self._rng.randrange(len(self.late)))
+        if self._rng.random() < 0.7:
+            self._write(late.rows)
+
+    def remember(self) -> None:
+        """What the standby has."""
+        self._lost = dict(self.rows), self.next, dict(self.written_back), self.accepted
+
+    def fail_over(self) -> None:
+        """The standby is promoted: what it does not have is lost."""
+        if self._lost:
+            rows, self.next, written_back, self.accepted = self._lost
+            self.rows, self.written_back = dict(rows), dict(written_back)
+        self.late.clear()
+        self.timeline += 1
+        for server in list(self.listeners):
+            server.disconnect()
+
+    def enter(self, server: SimulatedServer) -> list[tun6.Row]:
+        """As Database.enter: writes back what was lost."""
+        known = list(server.view.rows.values())
+        taken: list[tun6.Row] = []
+        if self.written_back.get(server.name) != self.timeline or any(tun6.lost_rows(known, self.rows)):
+            back, taken = tun6.lost_rows(known, self.rows)
+            self._write(back)
+        self.written_back[server.name] = self.timeline
+        if set(self.written_back.values()) == {self.timeline}:
+            self.accepted = self.timeline
+        return taken
+
+
+class SimulatedClient:
+    """A client with one Id: it has one connection at a time, and knows the epoch of its last answer."""
+
+    def __init__(self, id_: str, has_key: bool) -> None:
+        self.id, self.has_key = id_, has_key
+        self.at: tuple[SimulatedServer, int] | None = None  # where it has a session, and its epoch
+        self.asks: Asked | None = None  # at whom it waits for an answer
+        self.epoch = 0
+        self.unanswered = 0  # beginnings that are in the store, or may be, since the last answer after a COMMIT
+
+
+@dataclasses.dataclass(eq=False)
+class Asked:
+    """A client's hello that is not answered yet."""
+
+    client: SimulatedClient
+    begin: tun6.SessionBegin
+    row: tun6.Row  # as the transaction left it
+
+
+class SimulatedServer:
+    """One server: a ClusterView, and the order in which things reach it."""
+
+    def __init__(self, name: str, cluster: SimulatedCluster) -> None:
+        self.name, self._cluster = name, cluster
+        self.view = tun6.ClusterView(name)
+        self.notified: list[str] = []  # Ids of which it will hear
+        self.read: list[tun6.Row] = []  # rows that it has read, and not taken in: in any order
+        self.asked: list[Asked] = []
+        self.is_cut = False
+        self.connected = False
+        self.timeline = 0
+        self.holds: dict[str, tuple[SimulatedClient, int]] = {}  # sessions, with their epochs
+        self._saved: list[tun6.Row] = []  # in the cache
+
+    def disconnect(self) -> None:
+        """The store is down: what it has not answered by now is not known, whatever it answers."""
+        self.connected = False
+        self.notified.clear()
+        self.read.clear()
+        if self in self._cluster.database.listeners:
+            self._cluster.database.listeners.remove(self)
+        asked, self.asked = self.asked, []
+        for each in asked:
+            self.view.give_up(each.begin, each.row)
+            if each.client.asks is each:
+                each.client.asks = None
+                self._hold_from_cache(each.client, each.begin)
+
+    def connect(self) -> None:
+        database = self._cluster.database
+        if self.connected or self.is_cut or not database.reachable:
+            return
+        if database.late and database.written_back.get(self.name) != database.timeline:
+            return  # all rows are locked for it
+        database.listeners.append(self)
+        for row in list(database.rows.values()):
+            self.hear(row)
+        for row in database.enter(self):
+            self._end(row.id, None)
+            self.view.forget(row.id)
+        if self.timeline != database.timeline:
+            self.timeline = database.timeline
+            self.view.unsettle()
+        self.connected = True
+
+    def hear(self, row: tun6.Row) -> None:
+        held, is_new = self.view.held.get(row.id), row.id not in self.view.rows
+        before = held.settled if held else False
+        reason = self.view.hear(row)
+        if is_new:
+            self.save()
+        if reason:
+            self._end(row.id, "newest" if before and "newer" in reason else None)
+
+    def _end(self, id_: str, why: str | None) -> None:
+        """Ends a session. A client that is still there must not lose it to an older one."""
+        if id_ in self.holds:
+            client, _ = self.holds.pop(id_)
+            self.view.release(id_)
+            if client.at and client.at[0] is self:
+                client.at = None
+                strict = client.has_key and not client.asks and (why == "newest" or (why == "settlement" and client.unanswered <= 1))
+                if strict and not self._cluster.lost_commits:
+                    raise Violation(f"{id_} lost its newest session at {self.name}, {why}")
+
+    def leave(self, id_: str) -> None:
+        """The connection of a session has ended."""
+        if id_ in self.holds:
+            self.holds.pop(id_)
+            self.view.release(id_)
+
+    def ask(self, client: SimulatedClient, fate: str, stays: bool) -> None:
+        """A client says hello. It leaves before the transaction if it does not stay."""
+        self.leave(client.id)
+        for asked in [asked for asked in self.asked if asked.client is client]:
+            self.asked.remove(asked)
+            self.view.give_up(asked.begin, asked.row)
+        claim = tun6.Claim(client.id, client.epoch, proved=client.has_key, is_alive=lambda: stays)
+        begin = self.view.begin_change(claim)
+        if self.connected:
+            results = self._cluster.database.changes([begin], fate)
+            result = results[0] if results else None
+            if isinstance(result, tun6.Row) and fate == "committed":
+                client.unanswered += 1
+                asked = Asked(client, begin, result)
+                self.asked.append(asked)
+                client.asks = asked
+                return
+            if isinstance(result, Exception):
+                return  # refused, or it has left
+            if isinstance(result, tun6.Row):
+                client.unanswered += 1
+                self.view.give_up(begin, result)
+            self.disconnect()
+        if stays:
+            self._hold_from_cache(client, begin)
+
+    def _hold_from_cache(self, client: SimulatedClient, begin: tun6.SessionBegin) -> None:
+        row = self.view.begin_alone(begin)
+        if row and not row.revoked:
+            self._hold(client, begin, row, False)
+
+    def finish(self, asked: Asked) -> None:
+        """COMMIT is answered; the client may have left."""
+        self.asked.remove(asked)
+        self.hear(asked.row)
+        self._hold(asked.client, asked.begin, asked.row, True, asked.client.asks is asked)
+
+    def _hold(self, client: SimulatedClient, begin: tun6.SessionBegin, row: tun6.Row, settled: bool, stays: bool = True) -> None:
+        epoch = row.epoch
+        if not self.view.hold(begin, row, settled):
+            client.asks = None if stays else client.asks
+            return
+        self.holds[client.id] = client, epoch
+        if not stays:
+            self.leave(client.id)
+            return
+        if self.view.epoch_of(client.id) > epoch:
+            raise Violation(f"{client.id} is answered at {self.name} with {epoch}, and {self.view.epoch_of(client.id)} was heard")
+        client.at, client.asks = (self, epoch), None
+        if begin.claim.proved and client.epoch >= epoch:
+            raise Violation(f"{client.id} had {client.epoch}, and gets {epoch}")
+        client.epoch = epoch
+        client.unanswered = 0 if settled else client.unanswered
+        self._cluster.answered(client, row.prefix, epoch)
+
+    def pay(self, fate: str) -> None:
+        if not self.connected:
+            return
+        for debt in self.view.debts():
+            results = self._cluster.database.changes([debt], fate)
+            if results is None or fate == "late":
+                self.disconnect()
+                return
+            row = results[0] if isinstance(results[0], tun6.Row) else None
+            if row:
+                self.hear(row)
+            reason = self.view.pay(debt, row)
+            if debt.id in self.holds:
+                self.holds[debt.id] = self.holds[debt.id][0], self.view.held[debt.id].epoch
+            if reason:
+                self._end(debt.id, "settlement" if "newer" in reason else None)
+
+    def restart(self) -> None:
+        """It is killed, and starts from its cache."""
+        for asked in self.asked:
+            asked.client.asks = None if asked.client.asks is asked else asked.client.asks
+        self.asked.clear()
+        self.disconnect()
+        for client, _ in self.holds.values():
+            if client.at and client.at[0] is self:
+                client.at = None
+        self.holds.clear()
+        self.view = tun6.ClusterView(self.name)
+        for row in self._saved:
+            self.view.hear(row)
+        self.view.end_left()
+
+    def save(self) -> None:
+        self._saved = list(self.view.rows.values())
+
+
+class SimulatedCluster:
+    """Servers, a database and clients, whose steps come in an order that a seed decides."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = rng = random.Random(seed)
+        self.database = SimulatedDatabase(rng)
+        self.servers = [SimulatedServer(name, self) for name in "ABC"]
+        self.clients = [SimulatedClient(f"c{number}", rng.random() < 0.7) for number in range(4)]
+        self.lost_commits = False
+        self._owner: dict[IPv6Network, str] = {}  # who was last told of it
+        self._epochs: dict[IPv6Network, int] = {}  # the highest that routers have heard
+        self._pinned: set[tuple[str, IPv6Network]] = set()
+        self.trace: list[str] = []
+        for server in self.servers:
+            server.connect()
+
+    def answered(self, client: SimulatedClient, prefix: IPv6Network, epoch: int) -> None:
+        owner = self._owner.get(prefix, client.id)
+        if owner != client.id:
+            if (client.id, prefix) not in self._pinned:
+                raise Violation(f"{prefix} of {owner} is told to {client.id}")
+            if any(server.view.held[id_].prefix == prefix for server in self.servers for id_ in server.holds if id_ != client.id):
+                raise Violation(f"{prefix} is told to {client.id}, and another one has it still")
+            if epoch <= self._epochs.get(prefix, 0):
+                raise Violation(f"routers have heard {self._epochs[prefix]} of {prefix}, which {client.id} now has with {epoch}")
+        self._owner[prefix] = client.id
+        self._epochs[prefix] = max(self._epochs.get(prefix, 0), epoch)
+
+    def step(self) -> None:
+        """One thing happens."""
+        rng, database = self._rng, self.database
+        server, client = rng.choice(self.servers), rng.choice(self.clients)
+        what = rng.choices(
+            ["ask", "finish", "notify", "take", "pay", "connect", "leave", "cut", "outage", "late", "pin", "revoke", "restart", "save",
+             "remember", "fail over"],
+            [30, 25, 15, 15, 15, 12, 6, 5, 3, 8, 2, 2, 2, 3, 2, 1],
+        )[0]  # fmt: skip
+        self.trace.append(f"{what} {server.name} {client.id}")
+        if what == "ask":
+            self._move(client, server)
+        elif what == "finish" and server.asked:
+            server.finish(rng.choice(server.asked))
+        elif what == "notify" and server.connected:
+            ids, server.notified = set(server.notified) | (set(server.holds) if rng.random() < 0.3 else set()), []
+            server.read += [database.rows[id_] for id_ in sorted(ids) if id_ in database.rows]
+        elif what == "take" and server.read:
+            server.hear(server.read.pop(rng.randrange(len(server.read))))
+        elif what == "pay":
+            server.pay("late" if rng.random() < 0.1 else "committed")
+        elif what == "connect":
+            server.connect()
+        elif what == "leave" and server.holds:
+            self._notice(server, rng.choice(sorted(server.holds)))
+        elif what == "cut":
+            server.is_cut = not server.is_cut
+            if server.is_cut:
+                server.disconnect()
+        elif what == "outage":
+            database.reachable = not database.reachable
+            for each in self.servers if not database.reachable else ():
+                each.disconnect()
+        elif what == "late" and database.late:
+            database.end_late()
+        elif what == "pin" and client.id in database.rows:
+            self._pin(client)
+        elif what == "revoke" and client.id in database.rows and database.reachable:
+            row = database.rows[client.id]
+            database.changes([tun6.KeyChange(client.id, row.key or "", not row.revoked)])
+        elif what == "restart":
+            server.restart()
+        elif what == "save":
+            server.save()
+        elif what == "remember":
+            database.remember()
+        elif what == "fail over":
+            self.lost_commits = True
+            database.fail_over()
+
+    def _move(self, client: SimulatedClient, server: SimulatedServer) -> None:
+        """A client that leaves without a word leaves its session behind, which lives until somebody notices."""
+        rng = self._rng
+        if client.at and rng.random() < 0.5:
+            client.at[0].leave(client.id)
+        client.at = client.asks = None
+        server.ask(client, "late" if rng.random() < 0.15 else "committed", rng.random() < 0.8)
+
+    def _notice(self, server: SimulatedServer, id_: str) -> None:
+        """The connection of a session ends, or turns out to be dead."""
+        client, _ = server.holds[id_]
+        server.leave(id_)
+        if client.at and client.at[0] is server:
+            client.at = None
+
+    def _pin(self, client: SimulatedClient) -> None:
+        database = self.database
+        if not database.reachable or database.late:
+            return
+        taken = {row.prefix for row in database.rows.values()}
+        freed = sorted({prefix for row in database.rows.values() for prefix in row.former if row.id != client.id} - taken)
+        heard = all(server.connected and not (server.notified or server.read or server.asked) for server in self.servers)
+        prefix = self._rng.choice(freed) if freed and heard else subnet(100 + len(self._pinned))
+        if prefix not in taken:
+            epochs = [row.epoch for row in database.rows.values() if row.id != client.id and prefix in row.former]
+            floor = max(epochs) + tun6.FREED_LEAD if epochs else 0
+            self._pinned.add((client.id, prefix))
+            database.changes([tun6.Pin(client.id, prefix, floor)])
+
+    def heal(self) -> None:
+        """All faults end; then there must be one session for each client that is not revoked: the one that it has."""
+        database = self.database
+        database.reachable = True
+        while database.late:
+            database.end_late()
+        for server in self.servers:
+            server.is_cut = False
+        for _ in range(4):
+            for server in self.servers:
+                server.connect()
+            for server in self.servers:
+                while server.asked:
+                    server.finish(server.asked[0])
+                server.pay("committed")
+            for server in self.servers:
+                self._rng.shuffle(server.read)
+                ids = {*server.notified, *server.holds}
+                server.notified.clear()
+                for row in [*server.read, *(database.rows[id_] for id_ in sorted(ids) if id_ in database.rows)]:
+                    server.hear(row)
+                server.read.clear()
+            for client in self.clients:
+                found = database.rows.get(client.id)
+                if not client.at and not (found and found.revoked):
+                    self._rng.choice(self.servers).ask(client, "committed", True)
+        for client in self.clients:
+            self._check(client)
+
+    def _check(self, client: SimulatedClient) -> None:
+        row = self.database.rows.get(client.id)
+        held = [(server, server.holds[client.id][1]) for server in self.servers if client.id in server.holds]
+        if row is None or row.revoked:
+            if held:
+                raise Violation(f"{client.id} may not be served, and is")
+            return
+        if not client.at or [server for server, _ in held] != [client.at[0]]:
+            raise Violation(f"{client.id} is at {client.at and client.at[0].name}, its sessions are at {[each.name for each, _ in held]}")
+        server, epoch = held[0]
+        if (row.server, row.epoch, row.live) != (server.name, epoch, True) or not server.view.held[client.id].settled:
+            raise Violation(f"{client.id} has {epoch} at {server.name}, and the store says {row}")
+        for each in self.servers:
+            if each.view.rows[client.id] != row:
+                raise Violation(f"{each.name} knows {each.view.rows[client.id]}, and the store has {row}")
+
+
+def simulate(seed: int, steps: int = 80) -> None:
+    """One interleaving. Raises Violation, with the steps that led to it."""
+    cluster = SimulatedCluster(seed)
+    try:
+        for _ in range(steps):
+            cluster.step()
+        cluster.trace.append("heal")
+        cluster.heal()
+    except Violation as violation:
+        raise Violation(f"seed {seed}: {violation}; after {', '.join(cluster.trace[-25:])}") from None
+
+
+def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
+    for seed in range(1000):
+        simulate(seed)
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------

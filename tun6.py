@@ -1737,7 +1737,9 @@ class Row(NamedTuple):
     prefix: IPv6Network
     key: str | None = None  # its digest
     revoked: bool = False
-    version: int = 1  # counts the changes of prefix, key and revoked
+    version: int = 1  # of all up to `moved`: when it was changed, in milliseconds, or more
+    former: tuple[IPv6Network, ...] = ()  # /64s that it had before
+    moved: float | None = None  # when it got the one that it has in place of another
     epoch: int = 0  # counts the beginnings of its sessions; it grows by more where numbers may have been used that nobody knows of
     server: str | None = None  # the name of the one where the newest session began
     live: bool = False  # whether that server has not said that it ended
@@ -1755,7 +1757,13 @@ def merge_rows(one: Row, other: Row) -> Row:
     """
     changed = max(one, other, key=lambda row: row.version)
     newest = max(one, other, key=lambda row: (row.epoch, not row.live))
-    return newest._replace(prefix=changed.prefix, key=changed.key, revoked=changed.revoked, version=changed.version)
+    at = Row._fields.index("epoch")  # what stands before it is the operator's
+    return Row._make([*changed[:at], *newest[at:]])
+
+
+def next_version(row: Row, now: float) -> int:
+    """Returns the version of a change that the operator makes; one that was made and lost, and one made since, have different ones."""
+    return max(row.version + 1, int(now * 1000))
 
 
 @dataclass(frozen=True)
@@ -1865,15 +1873,15 @@ class KeyChange(Change):
 
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
-        return row._replace(key=self.digest, revoked=self.revoked, version=row.version + 1)
+        return row._replace(key=self.digest, revoked=self.revoked, version=next_version(row, now))
 
 
 @dataclass(frozen=True)
 class Pin(Change):
-    """The Id gets this /64, which has no owner; the one that it had is free, to be given again only by another Pin."""
+    """The Id gets this /64, which has no owner; the one that it had is given again only by another Pin."""
 
     prefix: IPv6Network
-    floor: int = 0  # above which its sessions begin, as routers have heard of those of the last owner of this /64
+    floor: int = 0  # above which its sessions begin, as routers have heard of those of former owners of this /64
 
     def create(self, free: Iterator[IPv6Network]) -> Row:
         """As Change has it."""
@@ -1883,7 +1891,9 @@ class Pin(Change):
         """As Change has it."""
         if row.prefix == self.prefix:
             return row
-        return row._replace(prefix=self.prefix, version=row.version + 1, epoch=max(row.epoch, self.floor), live=False)
+        former = tuple(prefix for prefix in (*row.former, row.prefix) if prefix != self.prefix)
+        row = row._replace(prefix=self.prefix, version=next_version(row, now), former=former, moved=now)
+        return row._replace(epoch=max(row.epoch, self.floor), live=False)
 
 
 @dataclass
@@ -1930,17 +1940,21 @@ class ClusterView:
             self._heard[change.id] = max(self.epoch_of(change.id), row.epoch)
             self._ends[change.id] = SessionEnd(change.id, self.server, row.epoch)  # unless a session is held with it
 
-    def hold(self, begin: SessionBegin, epoch: int, settled: bool) -> bool:
-        """Holds a session that begins, whose Id has a row. Returns False when a newer one was heard of, or its Id was changed, meanwhile.
+    def begin_alone(self, begin: SessionBegin) -> Row | None:
+        """Returns the row with which a session begins while the store is down, or None for an Id that has none."""
+        row = self.rows.get(begin.id)
+        return row._replace(epoch=self.floor(begin.claim) + 1) if row else None
+
+    def hold(self, begin: SessionBegin, row: Row, settled: bool) -> bool:
+        """Holds a session that begins with this row. Returns False when a newer one was heard of, or its Id was changed, meanwhile.
 
         That may well be: a notification can overtake the answer to our own COMMIT.
         """
-        row = self.rows[begin.id]
-        session = HeldSession(epoch, row.prefix, begin.key, settled)
-        if self.epoch_of(begin.id) > epoch or self._fault(session, row):
-            self._ends[begin.id] = SessionEnd(begin.id, self.server, epoch)
+        session = HeldSession(row.epoch, row.prefix, begin.key, settled)
+        if self.epoch_of(begin.id) > row.epoch or self._fault(session, self.rows[begin.id]):
+            self._ends[begin.id] = SessionEnd(begin.id, self.server, row.epoch)
             return False
-        self._heard[begin.id] = epoch
+        self._heard[begin.id] = row.epoch
         self._ends.pop(begin.id, None)
         self.held[begin.id] = session
         return True
@@ -2014,8 +2028,6 @@ def lost_rows(known: Iterable[Row], stored: Mapping[str, Row]) -> tuple[list[Row
     for row in known:
         found = stored.get(row.id)
         merged = merge_rows(found, row) if found else row
-        if found and found.version == row.version:  # the operator changed it twice, and one change was lost: nobody comes back by that
-            merged = merged._replace(revoked=found.revoked or row.revoked)
         if merged == found:
             continue
         if owners.setdefault(merged.prefix, row.id) == row.id:
@@ -4067,6 +4079,8 @@ create table client (
     key text,
     revoked bool not null default false,
     version bigint not null default 1,
+    former cidr[] not null default '{}',  -- which only `pin` gives again
+    moved timestamptz,
     rate bigint,  -- not used yet
     epoch bigint not null default 0,
     server text,
@@ -4081,7 +4095,7 @@ create table client (
     exclude using gist (prefix inet_ops with &&)
 );
 create index on client (created) where counted;
-create table freed (prefix cidr primary key, epoch bigint not null, at timestamptz not null default clock_timestamp());
+create index on client using gin (former) where former <> '{}';
 """
 UPGRADES: dict[int, str] = {}  # by version: what makes the next one of it
 COMMIT_S = 2.0  # for a transaction with its COMMIT; without it by then, the store counts as down
@@ -4091,7 +4105,7 @@ THREADS_MAX = 8  # one listens, one works; the others connect, or close what han
 POLL_S = 2.0  # between two looks at the rows of the sessions here, beside what is notified
 RETRY_S = 0.5  # between two attempts to reach a store that is down
 HEARTBEAT_S = 5.0  # between two heartbeats of a server
-CACHE_S = 5.0  # between two saves of the cache
+CACHE_S, CACHE_PAUSE_S = 5.0, 1.0  # between two saves of the cache: at most, at least
 SILENT_S = 86_400  # a server without a heartbeat for so long is not waited for
 SERVERS_MAX = 64  # /64s at the end of the pool that are the servers' own, at most a quarter of it
 HEARD_S = 10.0  # a server with a heartbeat so long after a change has heard of it
@@ -4118,16 +4132,16 @@ TIMELINE = (
     "substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)"  # pg_control_checkpoint() has the old one for a while after a failover
 )
 ROW = (
-    "id, prefix, key, revoked, version, epoch, server, live, extract(epoch from since)::float8, extract(epoch from last)::float8,"
-    " received, sent, takeovers"
+    "id, prefix, key, revoked, version, former, extract(epoch from moved)::float8, epoch, server, live,"
+    " extract(epoch from since)::float8, extract(epoch from last)::float8, received, sent, takeovers"
 )
 WRITE_ROW = """
-insert into client (id, prefix, key, revoked, version, epoch, server, live, since, last, received, sent, takeovers, counted)
-values (%(id)s, %(prefix)s, %(key)s, %(revoked)s, %(version)s, %(epoch)s, %(server)s, %(live)s,
+insert into client (id, prefix, key, revoked, version, former, moved, epoch, server, live, since, last, received, sent, takeovers, counted)
+values (%(id)s, %(prefix)s, %(key)s, %(revoked)s, %(version)s, %(former)s::cidr[], to_timestamp(%(moved)s), %(epoch)s, %(server)s, %(live)s,
         to_timestamp(%(since)s), to_timestamp(%(last)s), %(received)s, %(sent)s, %(takeovers)s::float8[], %(counted)s)
-on conflict (id) do update set (prefix, key, revoked, version, epoch, server, live, since, last, received, sent, takeovers)
-    = (excluded.prefix, excluded.key, excluded.revoked, excluded.version, excluded.epoch, excluded.server, excluded.live,
-       excluded.since, excluded.last, excluded.received, excluded.sent, excluded.takeovers)
+on conflict (id) do update set (prefix, key, revoked, version, former, moved, epoch, server, live, since, last, received, sent, takeovers)
+    = (excluded.prefix, excluded.key, excluded.revoked, excluded.version, excluded.former, excluded.moved, excluded.epoch, excluded.server,
+       excluded.live, excluded.since, excluded.last, excluded.received, excluded.sent, excluded.takeovers)
 """
 
 
@@ -4198,19 +4212,23 @@ class Batch:
         self.results: list[Row | Exception] = []  # of each change; they hold only when the transaction was committed
         self._lock = threading.Lock()
         self._given_up = False
-        self.committing = False  # from when on it can't be told whether it was committed, until COMMIT is answered
+        self._committing = False  # whether COMMIT was sent
 
     def begin_commit(self) -> bool:
         """Says in the thread that COMMIT comes next. Returns False when nobody waits any more: it must be rolled back."""
         with self._lock:
-            self.committing = not self._given_up
-            return self.committing
+            self._committing = not self._given_up
+            return self._committing
+
+    def begin_again(self) -> None:
+        """Says in the thread that it was rolled back."""
+        self._committing = False
 
     def give_up(self) -> bool:
-        """Says that nobody waits any more. Returns whether it may have been committed, or may still be."""
+        """Says that nobody waits any more. Returns whether it was committed, or may have been, or may still be."""
         with self._lock:
             self._given_up = True
-            return self.committing
+            return self._committing
 
 
 class Database:
@@ -4293,8 +4311,8 @@ class Database:
 
     @staticmethod
     def _row(columns: tuple[Any, ...]) -> Row:
-        *others, takeovers = columns
-        return Row._make([*others, tuple(takeovers)])
+        row = Row._make(columns)
+        return row._replace(former=tuple(row.former), takeovers=tuple(row.takeovers))
 
     @staticmethod
     def _pool(connection: Any, lock: str = "") -> PoolRow:
@@ -4343,9 +4361,6 @@ class Database:
     def _write_back(self, pool: PoolRow, known: Sequence[Row]) -> list[Row]:
         stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
         back, taken = lost_rows(known, stored)
-        for row in back:
-            if row.id not in stored or row.prefix != stored[row.id].prefix:
-                self._move(stored.get(row.id), row)
         self._write(back)
         for row in back:
             log.warning("the store had lost what it knew of %s; it is written back", quote_id(row.id))
@@ -4395,10 +4410,9 @@ class Database:
             except (errors.DeadlockDetected, errors.SerializationFailure):
                 if attempt == ATTEMPTS_MAX - 1:
                     raise
-                batch.committing = False
+                batch.begin_again()
         if self._warned:
             raise self._psycopg.OperationalError("the database does not vouch for what it has committed")
-        batch.committing = False
 
     def _decide(self, batch: Batch, new_ids_per_hour: int) -> list[Row | Exception]:
         pool = (
@@ -4430,8 +4444,6 @@ class Database:
                 continue
             results.append(decided)
             if decided != rows.get(change.id):
-                if isinstance(change, Pin):
-                    self._move(rows.get(change.id), decided)
                 rows[change.id] = changed[change.id] = decided
         self._write(changed.values(), counted)
         return results
@@ -4441,7 +4453,11 @@ class Database:
         if rows:
             with self._worker.cursor() as cursor:
                 cursor.executemany(
-                    WRITE_ROW, [{**row._asdict(), "takeovers": list(row.takeovers), "counted": row.id in counted} for row in rows]
+                    WRITE_ROW,
+                    [
+                        {**row._asdict(), "former": list(row.former), "takeovers": list(row.takeovers), "counted": row.id in counted}
+                        for row in rows
+                    ],
                 )
             self._worker.execute(f"select pg_notify('{CHANNEL}', id) from unnest(%s::text[]) id", ([row.id for row in rows],))
 
@@ -4459,9 +4475,8 @@ class Database:
         while at < end:
             window = [IPv6Network((base + number << 64, 64)) for number in (at, min(at + width, end) - 1)]
             used = self._worker.execute(
-                "select prefix from client where prefix between %s and %s"
-                " union all select prefix from freed where prefix between %s and %s",
-                window * 2,
+                "select prefix from client where prefix between %s and %s union all select unnest(former) from client where former <> '{}'",
+                window,
             )
             taken = {(int(prefix.network_address) >> 64) - base for (prefix,) in used}
             for number in range(at, min(at + width, end)):
@@ -4483,29 +4498,20 @@ class Database:
         owner = self._worker.execute("select id from client where prefix && %s and id <> %s", (pin.prefix, pin.id)).fetchone()
         if owner:
             raise ValueError(f"{pin.prefix} is already the prefix of {owner[0]!r}")
-        freed = self._worker.execute("select epoch, at from freed where prefix = %s", (pin.prefix,)).fetchone()
-        if not freed:
+        had = "from client where former <> '{}' and former @> array[%s::cidr] and id <> %s"
+        epoch, moved = self._worker.execute(f"select max(epoch), max(moved) {had}", (pin.prefix, pin.id)).fetchone()
+        if epoch is None:
             return pin
         deaf = self._worker.execute(
             "select string_agg(name, ', ') from server where heartbeat between clock_timestamp() - make_interval(secs => %s)"
             " and %s + make_interval(secs => %s)",
-            (SILENT_S, freed[1], HEARD_S),
+            (SILENT_S, moved, HEARD_S),
         ).fetchone()[0]
         if deaf:
             raise ValueError(
                 f"{pin.prefix} was another Id's until just now, and {deaf} may not have heard that it has changed; try again later"
             )
-        return dataclasses.replace(pin, floor=freed[0] + FREED_LEAD)
-
-    def _move(self, old: Row | None, new: Row) -> None:
-        """Notes that a /64 has no owner any more, and that another one has."""
-        if old:
-            self._worker.execute(
-                "insert into freed (prefix, epoch) values (%s, %s)"
-                " on conflict (prefix) do update set (epoch, at) = (excluded.epoch, excluded.at)",
-                (old.prefix, old.epoch),
-            )
-        self._worker.execute("delete from freed where prefix = %s", (new.prefix,))
+        return dataclasses.replace(pin, floor=epoch + FREED_LEAD)
 
     # What `tun6.py cluster` and `doctor` do, after `connect`.
 
@@ -4576,7 +4582,7 @@ class Database:
                     raise RequestError(f"{quote_id(id_)} has another key in the store, or is revoked in one of both; nothing was taken")
                 row = old or Row(id_, prefix)
                 if key and not row.key:
-                    row = row._replace(key=key.digest, revoked=key.revoked, version=row.version + (old is not None))
+                    row = KeyChange(id_, key.digest, key.revoked).decide(row, self._clock(self._worker))
                 if row != old:
                     changed.append(row)
             self._write(changed)
@@ -4661,7 +4667,15 @@ class CacheFile(JsonFile):
             entries = json.loads(self.path.read_text("utf-8"))
             pool = entries.pop("")
             return pool, [
-                Row(id_, **{**fields, "prefix": IPv6Network(fields["prefix"]), "takeovers": tuple(fields["takeovers"])})
+                Row(
+                    id_,
+                    **{
+                        **fields,
+                        "prefix": IPv6Network(fields["prefix"]),
+                        "former": tuple(map(IPv6Network, fields["former"])),
+                        "takeovers": tuple(fields["takeovers"]),
+                    },
+                )
                 for id_, fields in entries.items()
             ]
         except FileNotFoundError:
@@ -4674,7 +4688,7 @@ class CacheFile(JsonFile):
         """Saves both, in a thread. Raises StorageError."""
         entries: dict[str, Any] = {"": pool}
         for id_, row in in_slices(list(rows.items())):
-            entries[id_] = {**row._asdict(), "prefix": str(row.prefix)}
+            entries[id_] = {**row._asdict(), "prefix": str(row.prefix), "former": list(map(str, row.former))}
             del entries[id_]["id"]
         self.save(entries)
 
@@ -4709,6 +4723,7 @@ class ClusterStore(Store):
         self._owing = gevent.event.Event()  # set when there are debts
         self._greenlets = gevent.pool.Group()
         self._cache, self._is_cached = CacheFile(cache), True
+        self._has_new = gevent.event.Event()  # set when an Id is known that was not
         self._facts: dict[str, Any] = {}  # of the pool, for the cache: "pool", its id, "keys", and "own", this server's /64
         self._clock_offset = 0.0  # of the database's clock, against time.monotonic()
         self._timeline = ""  # of the database, when this server entered
@@ -4784,15 +4799,16 @@ class ClusterStore(Store):
     def _begin(self, claim: Claim) -> Lease:
         begin = self._view.begin_change(claim)
         try:
-            epoch, settled = self._change(begin).epoch, True
-        except StoreDown:
-            if claim.id not in self._view.rows:
-                raise
-            epoch, settled = self._view.floor(claim) + 1, False
-        if not self._view.hold(begin, epoch, settled):
+            row, settled = self._change(begin), True
+        except StoreDown as down:
+            alone = self._view.begin_alone(begin)
+            if alone is None:
+                raise StorageError(f"{down}; {quote_id(claim.id)} is not known here") from None
+            row, settled = alone, False
+        if not self._view.hold(begin, row, settled):
             self._owing.set()
             raise Refusal("busy", "a newer connection has this Id")
-        lease = Lease(self._view.held[claim.id].prefix, epoch)
+        lease = Lease(row.prefix, row.epoch)
         self._leases[claim.id] = claim, lease
         if self._database and not settled:
             self._owing.set()
@@ -4956,6 +4972,8 @@ class ClusterStore(Store):
                 self._hear(row)
 
     def _hear(self, row: Row) -> None:
+        if row.id not in self._view.rows:
+            self._has_new.set()
         reason = self._view.hear(row)
         self._is_cached = False
         if reason:
@@ -4985,6 +5003,8 @@ class ClusterStore(Store):
             if database is None:
                 raise StoreDown(f"the store is down: {self._down}")
             self._in_thread(COMMIT_S, database.change, batch, self._new_ids_per_hour)
+            if database is not self._database:  # what it has committed, the one of now may lack
+                raise StoreDown(f"the store is down: {self._down}")
         except StoreDown as down:
             if database is self._database:
                 self._go_down(down)
@@ -5023,10 +5043,12 @@ class ClusterStore(Store):
                         claim.on_epoch(epoch)
 
     def _save_when_due(self) -> NoReturn:
-        """Saves what is known for when the store is down. Runs until it is killed."""
+        """Saves what is known for when the store is down, a new Id at once. Runs until it is killed."""
         while True:
-            gevent.sleep(CACHE_S)
+            self._has_new.wait(CACHE_S)
+            self._has_new.clear()
             self._save()
+            gevent.sleep(CACHE_PAUSE_S)
 
     def _save(self) -> None:
         if self._is_cached:
