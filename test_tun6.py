@@ -4164,19 +4164,19 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
 
     monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
     monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
-    client = tun6.Client(tun6.ClientConfig("moved.example", 1))
-    client._last_good = old = [("10.0.0.1", 1)]
-    assert client.find_addresses() == old
-    assert client.find_addresses() == old
+    remote = tun6.Client(tun6.ClientConfig("moved.example", 1)).remote
+    remote.last_good = old = [("10.0.0.1", 1)]
+    assert remote.find_addresses() == old
+    assert remote.find_addresses() == old
     assert len(asked) == 1  # the first goes on
     answer.set()
-    gevent.joinall([cast(Any, client)._lookup])
+    gevent.joinall([cast(Any, remote)._lookup])
     answer.clear()
-    assert client.find_addresses() == [("10.0.0.2", 1), *old]
-    assert client.find_addresses() == old
+    assert remote.find_addresses() == [("10.0.0.2", 1), *old]
+    assert remote.find_addresses() == old
     assert len(asked) == 2
     answer.set()
-    gevent.joinall([cast(Any, client)._lookup])
+    gevent.joinall([cast(Any, remote)._lookup])
 
 
 def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
-    client                       ClientConfig, Client
+    client                       ClientConfig, RemoteServer, Client
     administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
@@ -4869,6 +4869,96 @@ def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
         log.debug("%s: %s; a change of the Id will not be noticed", path, error)
 
 
+class RemoteServer:
+    """A server that a client may connect to: how it is reached, and what is known of the path there."""
+
+    def __init__(self, config: ClientConfig, tls: ssl.SSLContext | None, mtus: MtuMonitor) -> None:
+        """`tls` are the settings of TLS, None for plain connections."""
+        self._config, self._tls, self._mtus = config, tls, mtus
+        self.host, self._port = config.remotehost, config.remoteport
+        self.name = f"{self.host} port {self._port}"  # for the log
+        self.last_good: list[tuple[str, int]] = []  # the address of the last connection
+        self.dry = False  # whether it knows a dry hello
+        self._lookup: gevent.Greenlet | None = None  # of its addresses, whose result nobody has seen
+        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
+
+    @contextmanager
+    def watch_mtu(self, sock: socket.socket) -> Iterator[None]:
+        """Looks after the size of packets, unless `mss` is set.
+
+        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
+        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
+        """
+        if self._config.mss:
+            yield
+            return
+        try:
+            with self._mtus.watch(sock, "the server"):
+                yield
+        except (gevent.Timeout, PeerSilent) as error:
+            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
+            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
+            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
+                self._mss = None if self._mss else SMALL_MSS
+            raise
+
+    def note_session(self, sock: socket.socket) -> None:
+        """Remembers how it was reached."""
+        self.last_good = [sock.getpeername()]
+        if self._mss != self._logged_mss:
+            log.warning(
+                "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
+            )
+        self._logged_mss = self._mss
+
+    def open_stream(self, sock: socket.socket) -> Stream:
+        """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
+        if self._tls is None:
+            return Stream(sock)
+        stream = TlsStream(sock, self._tls, self.host)
+        if self._config.fingerprint not in (None, stream.fingerprint()):
+            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
+        return stream
+
+    def connect(self) -> socket.socket:
+        """Returns a connection to the first of its addresses that accepts it. Raises gevent.Timeout, OSError."""
+        for address in self.find_addresses():
+            with ExitStack() as undo:
+                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+                try:
+                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
+                    mss = self._config.mss or min(self._mss or math.inf, found)
+                    if mss < math.inf:
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
+                    with gevent.Timeout(CONNECT_S):
+                        sock.connect(address)
+                except (gevent.Timeout, OSError) as error:
+                    failure = error
+                else:
+                    undo.pop_all()
+                    return sock
+        raise failure
+
+    def find_addresses(self) -> list[tuple[str, int]]:
+        """Returns its IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last.
+
+        A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
+        Raises OSError when there is no address.
+        """
+        if self._lookup is None:
+            self._lookup = gevent.spawn(socket.getaddrinfo, self.host, self._port, socket.AF_INET, socket.SOCK_STREAM)
+        lookup = self._lookup
+        lookup.join(LOOKUP_S if self.last_good else None)
+        if lookup.ready():
+            self._lookup = None
+        if lookup.successful():
+            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self.last_good]))
+        if not self.last_good:
+            raise lookup.exception
+        log.debug("%s: %s; trying the address that it had", self.host, lookup.exception or "no answer yet")
+        return self.last_good
+
+
 class Client:
     """Keeps a TUN, and a connection to the server whenever that can be reached."""
 
@@ -4881,19 +4971,18 @@ class Client:
         if config.open and not firewall:
             raise ConfigError(f"{config.file}: [client] has `open` but no firewall, so everything is open; set `firewall = yes`")
         self._firewall = Firewall(config.tun, firewall, config.open, self._on_defect)
-        self._server = f"{config.remotehost} port {config.remoteport}"  # for the log
         self._congestion = find_congestion_controls(config.congestion, config.link)
         encrypted = config.tls or config.fingerprint or config.key
-        self._tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
+        tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
+        self._mtus = MtuMonitor()
+        self.remote = RemoteServer(config, tls, self._mtus)
         self._id = config.id
         self._hooks = Hooks(config.hook)
         self._told: IPv6Network | None = None  # the last prefix that the hook was told of
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
-        self._mtus = MtuMonitor()
         self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
-        self._dry = False  # whether the server that answered last knows a dry hello
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -4904,9 +4993,6 @@ class Client:
         self._changes = gevent.lock.RLock()  # held while address and routes are changed, so that nobody restores half of them
         self._session: Session | None = None
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
-        self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
-        self._last_good: list[tuple[str, int]] = []  # the address of the last connection
-        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
         self._retry_s = RETRY_S
         self.handshakes: Counter[str] = Counter()  # by outcome: served, failed, or the code of the refusal
@@ -4915,7 +5001,7 @@ class Client:
         self._outage: dict[str, Any] | None = None  # the last one, as `figures` returns it
         parts = {"lan": config.lan and self._lan.figures, "firewall": firewall and self._firewall.figures}
         self.parts: dict[str, Callable[[], dict[str, Any]]] = {name: part for name, part in parts.items() if callable(part)}
-        self._state = f"connecting to {self._server}"
+        self._state = f"connecting to {self.remote.name}"
 
     def state(self) -> str:
         """Returns a line for the service manager."""
@@ -5031,10 +5117,11 @@ class Client:
         if self._id is None:
             self._id = default_id()
             warn_of_another_id(self._config.file, self._id, remember=True)
-        with self.connect() as sock, self._watch_mtu(sock):
+        remote = self.remote
+        with remote.connect() as sock, remote.watch_mtu(sock):
             set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
-                stream = self.open_stream(sock)
+                stream = remote.open_stream(sock)
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(offered)}
                 if self._config.key:
@@ -5042,23 +5129,19 @@ class Client:
                 stream.send(encode_message(hello))
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
-            self._dry = message.get("Dry") is True
+            remote.dry = message.get("Dry") is True
             tun.set_offload(gso_kinds)
             with self._changes:
                 self._set_prefix(tun, prefix)
                 self._open_routes(tun)
             self._lan.tunnel_up(tun.name, prefix)
-            begin = {"id": self._id, "peer": self._server, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
-            text = quote_id(self._id), self._server, prefix, tun.name, stream.security
+            begin = {"id": self._id, "peer": remote.name, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
+            text = quote_id(self._id), remote.name, prefix, tun.name, stream.security
             log.info("%s at %s: has %s on %s%s", *text, extra=event("session-begin", **begin))
-            if self._mss != self._logged_mss:
-                log.warning(
-                    "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
-                )
-            self._logged_outage, self._logged_mss = None, self._mss
+            remote.note_session(sock)
+            self._logged_outage = None
             self._note_state(True)
-            self._state = f"has {prefix} on {tun.name} from {self._server}{stream.security}"
-            self._last_good = [sock.getpeername()]
+            self._state = f"has {prefix} on {tun.name} from {remote.name}{stream.security}"
             self._session = Session("the server")
             if self._tun_error:
                 raise self._tun_error
@@ -5069,7 +5152,7 @@ class Client:
     @contextmanager
     def _announce(self, id_: str, prefix: IPv6Network, tun: Tun) -> Iterator[None]:
         """Runs the hook for a session that begins, and at the end of the block for its end."""
-        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self._server}
+        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self.remote.name}
         if prefix != self._told and self._hooks.run("prefix", id_, old_prefix=self._told or "", **values):
             self._told = prefix
         if not self._hooks.run("up", id_, **values):
@@ -5083,74 +5166,6 @@ class Client:
             raise
         finally:
             self._hooks.run("down", id_, True, reason=reason, **values)
-
-    @contextmanager
-    def _watch_mtu(self, sock: socket.socket) -> Iterator[None]:
-        """Looks after the size of packets, unless `mss` is set.
-
-        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
-        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
-        """
-        if self._config.mss:
-            yield
-            return
-        try:
-            with self._mtus.watch(sock, "the server"):
-                yield
-        except (gevent.Timeout, PeerSilent) as error:
-            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
-            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
-            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
-                self._mss = None if self._mss else SMALL_MSS
-            raise
-
-    def open_stream(self, sock: socket.socket) -> Stream:
-        """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
-        if self._tls is None:
-            return Stream(sock)
-        stream = TlsStream(sock, self._tls, self._config.remotehost)
-        if self._config.fingerprint not in (None, stream.fingerprint()):
-            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
-        return stream
-
-    def connect(self) -> socket.socket:
-        """Returns a connection to the first of the server's addresses that accepts it. Raises gevent.Timeout, OSError."""
-        for address in self.find_addresses():
-            with ExitStack() as undo:
-                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-                try:
-                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
-                    mss = self._config.mss or min(self._mss or math.inf, found)
-                    if mss < math.inf:
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
-                    with gevent.Timeout(CONNECT_S):
-                        sock.connect(address)
-                except (gevent.Timeout, OSError) as error:
-                    failure = error
-                else:
-                    undo.pop_all()
-                    return sock
-        raise failure
-
-    def find_addresses(self) -> list[tuple[str, int]]:
-        """Returns the server's IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last.
-
-        A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
-        Raises OSError when there is no address.
-        """
-        if self._lookup is None:
-            name, port = self._config.remotehost, self._config.remoteport
-            self._lookup = gevent.spawn(socket.getaddrinfo, name, port, socket.AF_INET, socket.SOCK_STREAM)
-        lookup = self._lookup
-        lookup.join(LOOKUP_S if self._last_good else None)
-        if lookup.ready():
-            self._lookup = None
-        if lookup.successful():
-            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self._last_good]))
-        if not self._last_good:
-            raise lookup.exception
-        log.debug("%s: %s; trying the address that it had", self._config.remotehost, lookup.exception or "no answer yet")
-        return self._last_good
 
     def _set_prefix(self, tun: Tun, prefix: IPv6Network) -> None:
         if prefix == self._prefix:
@@ -5178,10 +5193,10 @@ class Client:
         self._retry_s = FINAL_RETRY_S if final else RETRY_S
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
         until = "the server won't serve this client until its operator changes that; " if final else ""
-        text, outage = describe_end(error), event("outage", id=self._id, peer=self._server, reason=describe_end(error))
-        log.log(level, "no connection to %s: %s; %strying again every %.0f s", self._server, text, until, self._retry_s, extra=outage)
+        text, outage = describe_end(error), event("outage", id=self._id, peer=self.remote.name, reason=describe_end(error))
+        log.log(level, "no connection to %s: %s; %strying again every %.0f s", self.remote.name, text, until, self._retry_s, extra=outage)
         self._logged_outage = kind
-        self._state = f"no connection to {self._server}: {text}"
+        self._state = f"no connection to {self.remote.name}: {text}"
         if not self._up:
             self.handshakes[error.code if isinstance(error, Refusal) else "failed"] += 1
         self._note_state(False, text)
@@ -5205,19 +5220,19 @@ class Client:
         waits = bool(self._routes) or self._config.grace is None
         session = self._session.figures() if self._session and self._up else {}
         session.pop("seconds", None)
-        address = self._last_good[0] if self._last_good else None
+        address = self.remote.last_good[0] if self.remote.last_good else None
         return {
             "side": "client",
             "state": "up" if self._up else "connecting" if waits else "rejecting",
             "state_seconds": round(time.monotonic() - self._since),
-            "server": self._server,
+            "server": self.remote.name,
             "address": address and f"{address[0]} port {address[1]}",
             "id": self._id,
             "prefix": self._prefix and str(self._prefix),
             "device": self._tun and self._tun.name,
             "session": session or None,
             "outage": self._outage,
-            "dry": self._dry,
+            "dry": self.remote.dry,
             "handshakes": dict(self.handshakes),
             "parts": {name: part() for name, part in self.parts.items()},
         }
@@ -6740,7 +6755,7 @@ class ClientDoctor(Doctor):
 
     def _check_DNS(self) -> str:
         try:
-            found = needed(self._client, "programs").find_addresses()
+            found = needed(self._client, "programs").remote.find_addresses()
         except OSError as error:
             raise SessionError(f"{self._config.remotehost}: {error.strerror}; is the name right, does a name server answer?") from None
         return f"the server is {', '.join(host for host, _ in found)}"
@@ -6748,11 +6763,11 @@ class ClientDoctor(Doctor):
     def _check_TCP(self) -> str:
         began = time.monotonic()
         try:
-            self._sock = needed(self._client, "programs").connect()
+            self._sock = needed(self._client, "programs").remote.connect()
         except (gevent.Timeout, OSError) as error:
             advice = "does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
             with suppress(OSError):
-                (host, port), *_ = needed(self._client, "programs").find_addresses()
+                (host, port), *_ = needed(self._client, "programs").remote.find_addresses()
                 if isinstance(error, (gevent.Timeout, TimeoutError)) and answers_ping(host, IPV4_ICMP_HEADERS):
                     advice = (
                         f"{host} answers pings, so a firewall there or on the way drops TCP port {port}, or `remotehost` is another machine"
@@ -6763,7 +6778,7 @@ class ClientDoctor(Doctor):
     def _check_TLS(self) -> str:
         try:
             with gevent.Timeout(HANDSHAKE_S):
-                self._stream = needed(self._client, "programs").open_stream(needed(self._sock, "TCP"))
+                self._stream = needed(self._client, "programs").remote.open_stream(needed(self._sock, "TCP"))
         except ProtocolError as error:
             advice = f"compare with `keygen` on the server; the clock here says {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
             if "does not speak TLS" in str(error):
