@@ -3668,7 +3668,7 @@ def test_the_end_waits_for_hooks_and_kills_those_that_take_too_long(
 def test_a_hook_that_is_not_there_or_not_executable_stops_the_start(tmp_path: Path, section: str) -> None:
     make: Callable[[str], object] = {
         "server": lambda hook: tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, hook=hook)),
-        "client": lambda hook: tun6.Client(tun6.ClientConfig("192.0.2.1", 1, hook=hook)),
+        "client": lambda hook: tun6.Client(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1, hook=hook)),
     }[section]
     path = tmp_path / "hook"
     for prepare, complaint in ((path.touch, "it is not executable; `chmod"), (path.unlink, "no such file"), (path.mkdir, "no such file")):
@@ -4164,7 +4164,7 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
 
     monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
     monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
-    remote = tun6.Client(tun6.ClientConfig("moved.example", 1)).remote
+    remote = tun6.Client(tun6.ClientConfig((tun6.RemoteHost("moved.example", None),), 1)).remote
     remote.last_good = old = [("10.0.0.1", 1)]
     assert remote.find_addresses() == old
     assert remote.find_addresses() == old
@@ -4179,6 +4179,106 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
     gevent.joinall([cast(Any, remote)._lookup])
 
 
+def failed(failover: tun6.Failover, *codes: str, session_s: float | None = None) -> list[int]:
+    """The servers that were tried and failed, one for each of these codes; the first of them after a session of this length."""
+    tried = []
+    for code in codes:
+        tried.append(failover.server)
+        failover.note_failure(tun6.Failure(code, "why"), session_s)
+        session_s = None
+    return tried
+
+
+def test_one_server_after_the_other_is_tried_at_once_and_there_is_a_pause_when_all_have_failed() -> None:
+    failover = tun6.Failover(3)
+    for _ in range(3):
+        first = failed(failover, "")
+        assert 0 <= failover.pause() <= 0.3
+        second = failed(failover, "?")
+        assert 0 <= failover.pause() <= 0.3 and failover.is_last
+        third = failed(failover, "denied")
+        assert 1 <= failover.pause() <= 3 and not failover.is_last
+        assert sorted(first + second + third) == [0, 1, 2]
+
+
+def test_clients_begin_with_a_server_at_random_and_wait_at_random() -> None:
+    assert {tun6.Failover(3).server for _ in range(200)} == {0, 1, 2}
+    failover = tun6.Failover(2)
+    failed(failover, "")
+    pauses = [failover.pause() for _ in range(500)]
+    assert 0 <= min(pauses) < 0.05 and 0.25 < max(pauses) <= 0.3
+
+
+def test_the_server_whose_session_ended_goes_last_and_the_others_have_their_turn_anew() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "", "")
+    good = failover.server
+    (ended,) = failed(failover, "", session_s=100)
+    assert ended == good and not failover.is_last
+    others = failed(failover, "", "")
+    assert good not in others and failover.pause() >= 1
+    assert failover.server == good  # never out
+
+
+def test_sessions_that_end_at_once_on_every_server_are_no_reason_to_spin() -> None:
+    failover = tun6.Failover(2)
+    for _ in range(5):
+        failed(failover, "", session_s=0.1)
+        assert failover.pause() <= 0.3
+        failed(failover, "", session_s=0.1)
+        assert failover.pause() >= 1
+
+
+def test_only_when_every_server_has_refused_for_good_there_is_a_long_pause() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "denied", "revoked", "")
+    assert (failover.pause_s, failover.is_final) == (2, False)
+    failed(failover, "denied", "revoked")
+    assert (failover.pause_s, failover.is_final) == (0, False)
+    failed(failover, "tls-required")
+    assert (failover.pause_s, failover.is_final) == (60, True)
+    single = tun6.Failover(1)
+    failed(single, "denied")
+    assert (single.pause_s, single.is_final) == (60, True)
+
+
+@pytest.mark.parametrize("codes", [["busy"], ["moved", "moved"], ["moved", ""], ["busy", "denied", "moved"]])
+def test_where_a_server_is_busy_or_sends_all_away_the_pauses_double_up_to_half_a_minute(codes: list[str]) -> None:
+    failover, pauses = tun6.Failover(len(codes)), []
+    for _ in range(6):
+        failed(failover, *codes)
+        pauses.append(failover.pause_s)
+    assert pauses == [2, 4, 8, 16, 30, 30]
+    failed(failover, *("" for _ in codes))
+    assert failover.pause_s == 2
+    failed(failover, *codes)
+    failed(failover, *codes, session_s=0.1)  # who was served starts anew
+    assert failover.pause_s == 2
+
+
+def test_after_a_fault_of_the_clients_own_machine_it_goes_back_to_the_same_server_after_a_pause() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "busy")
+    serves = failover.server
+    failover.note_failure(tun6.Failure("?", "the device is gone"), 100, is_ours=True)
+    assert (failover.server, failover.pause_s, list(failover.failures)) == (serves, 2, [serves])
+
+
+@given(st.integers(1, 5), st.lists(st.tuples(st.sampled_from(["", "?", "denied", "busy", "moved"]), st.sampled_from([None, 0.1, 9.0]))))
+def test_whatever_the_servers_do_none_is_left_out_and_no_client_spins(servers: int, events: list[tuple[str, float | None]]) -> None:
+    failover, without_pause = tun6.Failover(servers), 0
+    tried: list[int] = []
+    for code, session_s in events:
+        tried.append(failover.server)
+        assert len(set(tried[-servers:])) == min(len(tried), servers)
+        is_last = failover.is_last
+        failover.note_failure(tun6.Failure(code, "why"), session_s)
+        assert is_last == (failover.pause_s > 0) or (session_s or 0) >= 2
+        without_pause = 0 if failover.pause_s else 1 if (session_s or 0) >= 2 else without_pause + 1
+        assert without_pause < servers
+        assert failover.pause_s <= 60
+
+
 def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
 
@@ -4187,7 +4287,7 @@ def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> No
         if len(pauses) == 300:
             raise gevent.GreenletExit
 
-    client = tun6.Client(tun6.ClientConfig("192.0.2.1", 1))
+    client = tun6.Client(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1))
     monkeypatch.setattr(client, "_open_tun", lambda: None)
     monkeypatch.setattr(client, "_run_session", mock.Mock(side_effect=OSError(errno.ECONNREFUSED, "refused")))
     monkeypatch.setattr(client._kernel, "remove_stale", lambda: None)
@@ -4792,10 +4892,10 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "metrics": None, "metrics_clients": False, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
-        "remotehost": "tun6.example", "remoteport": 10000,
+        "remotehost": (("tun6.example", None),), "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
-        "fingerprint": None, "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
+        "fingerprint": (), "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
         "documentation_addresses": False, "file": path,
     }  # fmt: skip
 
@@ -4812,7 +4912,9 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
         ("server", "mtu", "1280", 1280),
         ("server", "max_clients", "1", 1),
-        ("client", "remotehost", "10.0.0.7", "10.0.0.7"),
+        ("client", "remotehost", "10.0.0.7", (("10.0.0.7", None),)),
+        ("client", "remotehost", "a.example,10.0.0.7:443 , b, b", (("a.example", None), ("10.0.0.7", 443), ("b", None))),
+        ("client", "fingerprint", f"sha256:{'0F' * 32}, SHA256:{'a1:' * 31}a1", (f"sha256:{'0f' * 32}", f"sha256:{'a1' * 32}")),
         ("server", "ndp", "enp1s0.100", "enp1s0.100"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
@@ -4846,7 +4948,9 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("server", "tun", text, "one %d") for text in ("tun6", "a%db%d", "t" * 12 + "%d", "a/%d", "a b%d", "%s")],
         *[(section, "mtu", text, "from 1280 to 65500") for section in REQUIRED for text in ("1279", "65501", "big")],
         *[("server", "max_clients", text, "whole number from 1") for text in ("0", "-5", "many")],
-        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "x:1", "a..b", "x" * 64)],
+        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "a..b", "x" * 64, "a,,b", "a b, c")],
+        *[("client", "remotehost", text, "1 to 65535") for text in ("x:0", "a, x:", "a:1:2", "x:65536")],
+        *[("client", "fingerprint", text, "64 hexadecimal digits") for text in ("0f" * 32, f"sha256:{'0f' * 32},", "sha256:0f")],
         *[("client", "remoteport", text, "whole number from 1 to 65535") for text in ("0", "x")],
         *[("client", "id", text, "1 to 64 printable") for text in ("x" * 65, "a\tb", "a\x1bb")],
         *[("client", "tun", text, "at most 15 characters") for text in ("t" * 16, "tun%d", "a/b", ".", "..")],

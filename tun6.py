@@ -4813,20 +4813,31 @@ class LanRouter:
 
 # ---- client ----------------------------------------------------------------------------------------------------------
 
-RETRY_S = 2.0  # between two attempts to connect, on average
+RETRY_S = 2.0  # between two attempts to connect, on average, when all servers have failed
 RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so that many clients don't come back in step
+NEXT_SERVER_S = 0.3  # at most, until the next server is tried
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
-FINAL_RETRY_S = 60.0  # between two attempts after one of those
+FINAL_RETRY_S = 60.0  # between two attempts when all servers have sent one of those
+BUSY_REFUSALS = {"busy", "moved"}  # codes of a server that must not be asked too often
+BUSY_RETRY_MAX_S = 30.0  # to which pauses are doubled when there was one of those
 CONNECT_S = 10.0  # for one TCP connect
+CONNECT_NEXT_S = 3.0  # the same, while another server could be tried instead: two SYNs, RFC 6298 section 2
 SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
-LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address is tried
+LOOKUP_S = 2.0  # for a lookup of the server's name before its last good address, or another server, is tried
+
+
+class RemoteHost(NamedTuple):
+    """A server as `remotehost` names it."""
+
+    host: str  # name or IPv4 address
+    port: int | None  # None: that of `remoteport`
 
 
 @dataclass(frozen=True)
 class ClientConfig:
     """The section [client] of config.ini, whose path is `file`. A new setting is a field here and a parser in _PARSERS."""
 
-    remotehost: str
+    remotehost: tuple[RemoteHost, ...]
     remoteport: int
     id: str | None = None
     congestion: str = "auto"
@@ -4843,7 +4854,7 @@ class ClientConfig:
     grace: int | None = 10  # seconds; None: for ever
     mss: int | None = None
     tls: bool = False
-    fingerprint: str | None = None
+    fingerprint: tuple[str, ...] = ()  # each server has to have one of them
     key: str | None = None
     hook: str | None = None
     control: str = "/run/tun6/client.sock"
@@ -4869,13 +4880,81 @@ def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
         log.debug("%s: %s; a change of the Id will not be noticed", path, error)
 
 
+class Failure(NamedTuple):
+    """Why a server does not serve."""
+
+    code: str  # of its refusal; "?" for what it or this machine does wrong, "" for no connection
+    reason: str  # for people
+
+
+class Failover:
+    """Which of its servers a client tries next, and after which pause. It knows them by their number, and neither sockets nor clocks.
+
+    The next one is tried at once; when each has failed since the last pause, there is a pause. One that fails goes last, and never out.
+    """
+
+    def __init__(self, servers: int) -> None:
+        self._order = random.sample(range(servers), servers)  # so that not all clients begin with the same
+        self._busy_pause_s = RETRY_S  # the next pause, if a server is busy
+        self.failures: dict[int, Failure] = {}  # since the last pause, or the last session that lasted, by server
+        self.pause_s = 0.0  # on average, until the next attempt; 0 when the next server is tried at once
+
+    @property
+    def server(self) -> int:
+        """The one that is tried now, or that serves."""
+        return self._order[0]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether there will be a pause if this one fails."""
+        return len(self._order) - len({} if self.pause_s else self.failures) <= 1
+
+    @property
+    def is_final(self) -> bool:
+        """Whether every server has said what it will say again the next time."""
+        return self.pause_s > 0 and self._codes() <= FINAL_REFUSALS
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether pauses grow, as a server is busy."""
+        return self.pause_s > 0 and not self._codes().isdisjoint(BUSY_REFUSALS)
+
+    def note_failure(self, failure: Failure, session_s: float | None = None, is_ours: bool = False) -> None:
+        """Takes down why there is no session, or no more after `session_s` seconds. `is_ours`: no other server would help."""
+        if self.pause_s or is_ours or (session_s or 0.0) >= RETRY_S:  # a session that ends at once is no better than none
+            self.failures = {}
+        if session_s is not None:
+            self._busy_pause_s = RETRY_S
+        self.failures[self.server] = failure
+        if not is_ours:
+            self._order.append(self._order.pop(0))
+        if len(self.failures) < len(self._order) and not is_ours:
+            self.pause_s = 0.0
+        elif self._codes() <= FINAL_REFUSALS:
+            self.pause_s = FINAL_RETRY_S
+        elif self._codes() & BUSY_REFUSALS:
+            self.pause_s = self._busy_pause_s
+            self._busy_pause_s = min(2 * self.pause_s, BUSY_RETRY_MAX_S)
+        else:
+            self.pause_s = self._busy_pause_s = RETRY_S
+
+    def _codes(self) -> set[str]:
+        return {each.code for each in self.failures.values()}
+
+    def pause(self) -> float:
+        """Returns seconds to wait, at random, until the next attempt."""
+        if not self.pause_s:
+            return random.uniform(0, NEXT_SERVER_S)
+        return self.pause_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+
+
 class RemoteServer:
     """A server that a client may connect to: how it is reached, and what is known of the path there."""
 
-    def __init__(self, config: ClientConfig, tls: ssl.SSLContext | None, mtus: MtuMonitor) -> None:
+    def __init__(self, at: RemoteHost, config: ClientConfig, tls: ssl.SSLContext | None, mtus: MtuMonitor) -> None:
         """`tls` are the settings of TLS, None for plain connections."""
         self._config, self._tls, self._mtus = config, tls, mtus
-        self.host, self._port = config.remotehost, config.remoteport
+        self.host, self._port = at.host, at.port or config.remoteport
         self.name = f"{self.host} port {self._port}"  # for the log
         self.last_good: list[tuple[str, int]] = []  # the address of the last connection
         self.dry = False  # whether it knows a dry hello
@@ -4916,13 +4995,16 @@ class RemoteServer:
         if self._tls is None:
             return Stream(sock)
         stream = TlsStream(sock, self._tls, self.host)
-        if self._config.fingerprint not in (None, stream.fingerprint()):
+        if self._config.fingerprint and stream.fingerprint() not in self._config.fingerprint:
             raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
         return stream
 
-    def connect(self) -> socket.socket:
-        """Returns a connection to the first of its addresses that accepts it. Raises gevent.Timeout, OSError."""
-        for address in self.find_addresses():
+    def connect(self, is_last: bool = True) -> socket.socket:
+        """Returns a connection to the first of its addresses that accepts it. `is_last`: there is no other server to be tried now.
+
+        Raises gevent.Timeout, OSError.
+        """
+        for address in self.find_addresses(is_last):
             with ExitStack() as undo:
                 sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
                 try:
@@ -4930,7 +5012,7 @@ class RemoteServer:
                     mss = self._config.mss or min(self._mss or math.inf, found)
                     if mss < math.inf:
                         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
-                    with gevent.Timeout(CONNECT_S):
+                    with gevent.Timeout(CONNECT_S if is_last else CONNECT_NEXT_S):
                         sock.connect(address)
                 except (gevent.Timeout, OSError) as error:
                     failure = error
@@ -4939,8 +5021,8 @@ class RemoteServer:
                     return sock
         raise failure
 
-    def find_addresses(self) -> list[tuple[str, int]]:
-        """Returns its IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last.
+    def find_addresses(self, is_last: bool = True) -> list[tuple[str, int]]:
+        """Returns its IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last. `is_last`: as for `connect`.
 
         A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
         Raises OSError when there is no address.
@@ -4948,13 +5030,13 @@ class RemoteServer:
         if self._lookup is None:
             self._lookup = gevent.spawn(socket.getaddrinfo, self.host, self._port, socket.AF_INET, socket.SOCK_STREAM)
         lookup = self._lookup
-        lookup.join(LOOKUP_S if self.last_good else None)
+        lookup.join(LOOKUP_S if self.last_good or not is_last else None)
         if lookup.ready():
             self._lookup = None
         if lookup.successful():
             return list(dict.fromkeys([*(address for *_, address in lookup.value), *self.last_good]))
         if not self.last_good:
-            raise lookup.exception
+            raise lookup.exception or OSError(errno.ETIMEDOUT, "no name server has answered yet")
         log.debug("%s: %s; trying the address that it had", self.host, lookup.exception or "no answer yet")
         return self.last_good
 
@@ -4973,9 +5055,10 @@ class Client:
         self._firewall = Firewall(config.tun, firewall, config.open, self._on_defect)
         self._congestion = find_congestion_controls(config.congestion, config.link)
         encrypted = config.tls or config.fingerprint or config.key
-        tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
+        tls = client_tls_context(pinned=bool(config.fingerprint)) if encrypted else None
         self._mtus = MtuMonitor()
-        self.remote = RemoteServer(config, tls, self._mtus)
+        self.remotes = [RemoteServer(each, config, tls, self._mtus) for each in config.remotehost]
+        self._failover = Failover(len(self.remotes))
         self._id = config.id
         self._hooks = Hooks(config.hook)
         self._told: IPv6Network | None = None  # the last prefix that the hook was told of
@@ -4994,7 +5077,6 @@ class Client:
         self._session: Session | None = None
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
-        self._retry_s = RETRY_S
         self.handshakes: Counter[str] = Counter()  # by outcome: served, failed, or the code of the refusal
         self._since = time.monotonic()  # when the tunnel was there or was not any more
         self._up = False
@@ -5002,6 +5084,11 @@ class Client:
         parts = {"lan": config.lan and self._lan.figures, "firewall": firewall and self._firewall.figures}
         self.parts: dict[str, Callable[[], dict[str, Any]]] = {name: part for name, part in parts.items() if callable(part)}
         self._state = f"connecting to {self.remote.name}"
+
+    @property
+    def remote(self) -> RemoteServer:
+        """The server that is tried now, or that serves."""
+        return self.remotes[self._failover.server]
 
     def state(self) -> str:
         """Returns a line for the service manager."""
@@ -5032,7 +5119,7 @@ class Client:
                     if isinstance(error, OffloadRefused):
                         self._not_offered.add(error.kind)
                     self._log_outage(error)
-                gevent.sleep(self._retry_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER))
+                gevent.sleep(self._failover.pause())
         finally:
             gevent.killall(helpers)
             self._lan.close()
@@ -5118,7 +5205,7 @@ class Client:
             self._id = default_id()
             warn_of_another_id(self._config.file, self._id, remember=True)
         remote = self.remote
-        with remote.connect() as sock, remote.watch_mtu(sock):
+        with remote.connect(self._failover.is_last) as sock, remote.watch_mtu(sock):
             set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
                 stream = remote.open_stream(sock)
@@ -5186,20 +5273,30 @@ class Client:
             self._kernel.apply(self._routes)
 
     def _log_outage(self, error: BaseException) -> None:
-        """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
-        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
-        final = kind in FINAL_REFUSALS
-        self._lan.tunnel_down(final)
-        self._retry_s = FINAL_RETRY_S if final else RETRY_S
+        """Logs why there is no connection: once an outage, once when no server serves, and again when that has other reasons, such as
+        when silence becomes a refusal or a wrong server, or back.
+        """
+        failed, failover, text = self.remote, self._failover, describe_end(error)
+        code = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
+        session_s = time.monotonic() - self._since if self._up else None
+        failover.note_failure(Failure(code, text), session_s, is_ours=isinstance(error, (KernelError, OffloadRefused)))
+        self._lan.tunnel_down(failover.is_final)
+        where, kind, then = failed.name, self._logged_outage or "next", f"trying {self.remote.name} now"
+        if failover.pause_s:
+            failures = dict(sorted(failover.failures.items()))
+            kind = ",".join(each.code for each in failures.values())
+            rarely = f"{RETRY_S:.0f} to {BUSY_RETRY_MAX_S:.0f}" if failover.is_busy else f"{failover.pause_s:.0f}"
+            until = "the server won't serve this client until its operator changes that; " if failover.is_final else ""
+            then = f"{until}trying again every {rarely} s"
+            if len(failures) > 1:
+                where, text = "any server", "; ".join(f"{self.remotes[number].name}: {each.reason}" for number, each in failures.items())
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
-        until = "the server won't serve this client until its operator changes that; " if final else ""
-        text, outage = describe_end(error), event("outage", id=self._id, peer=self.remote.name, reason=describe_end(error))
-        log.log(level, "no connection to %s: %s; %strying again every %.0f s", self.remote.name, text, until, self._retry_s, extra=outage)
+        log.log(level, "no connection to %s: %s; %s", where, text, then, extra=event("outage", id=self._id, peer=failed.name, reason=text))
         self._logged_outage = kind
-        self._state = f"no connection to {self.remote.name}: {text}"
+        self._state = f"no connection to {where}: {text}"
         if not self._up:
-            self.handshakes[error.code if isinstance(error, Refusal) else "failed"] += 1
-        self._note_state(False, text)
+            self.handshakes[code if isinstance(error, Refusal) else "failed"] += 1
+        self._note_state(False, text if len(self.remotes) == 1 or where != failed.name else f"{where}: {text}")
 
     def _note_state(self, up: bool, reason: str = "") -> None:
         """Notes for `figures` whether there is a tunnel, and why not."""
@@ -5226,6 +5323,7 @@ class Client:
             "state": "up" if self._up else "connecting" if waits else "rejecting",
             "state_seconds": round(time.monotonic() - self._since),
             "server": self.remote.name,
+            "servers": [each.name for each in self.remotes],
             "address": address and f"{address[0]} port {address[1]}",
             "id": self._id,
             "prefix": self._prefix and str(self._prefix),
@@ -6696,14 +6794,15 @@ class ClientDoctor(Doctor):
 
     FATAL = frozenset({"routes", "LAN"})
     AT_START = ("config",)
+    OF_EACH_SERVER = frozenset({"DNS", "TCP", "TLS"})
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._where = f"{config.remotehost} port {config.remoteport}"
         self._status: dict[str, Any] = {}  # of the client that runs
-        self._client: Client | None = None
-        self._sock: socket.socket | None = None  # to the server
-        self._stream: Stream | None = None
+        self._remotes: list[RemoteServer] = []
+        self._remote: RemoteServer | None = None  # that is examined now
+        self._socks: dict[RemoteServer, socket.socket] = {}
+        self._streams: dict[RemoteServer, Stream] = {}
         self._prefix: IPv6Network | None = None
         self._is_misrouted = False
         self._server_end: str | None = None  # the address by which the server answers in the tunnel
@@ -6717,11 +6816,29 @@ class ClientDoctor(Doctor):
         with suppress(OSError, RequestError):
             self._status = ask_server(self._config.control, {"do": "status"})
         yield from super().run()
-        if self._sock:
-            self._sock.close()
+        for sock in self._socks.values():
+            sock.close()
+
+    def _make(self, name: str, check: Callable[[], str]) -> list[Finding]:
+        """Makes a check, or the check of each server of the list. There a fault is only a warning as long as another server has none."""
+        if name not in self.OF_EACH_SERVER or not self._remotes:
+            return super()._make(name, check)
+        found: list[Finding] = []
+        for remote in self._remotes:
+            self._remote = remote
+            for each in super()._make(name, check):
+                is_named = len(self._remotes) == 1 or each.text.startswith(remote.host)
+                found.append(each if is_named else each._replace(text=f"{remote.name}: {each.text}"))
+        works = any(each.result == "ok" for each in found)
+        return [each._replace(result="warn") if works and each.result == "FAIL" else each for each in found]
+
+    def _stream(self) -> Stream:
+        """Returns the connection to the server that the client has, or to the first that answered. Raises Skipped when there is none."""
+        found = {remote.name: stream for remote, stream in self._streams.items()}
+        return needed(found.get(self._status.get("server", ""), next(iter(found.values()), None)), "TLS")
 
     def _has_connection(self) -> bool:
-        return self._stream is not None and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
+        return bool(self._streams) and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
 
     def _check_config(self) -> str:
         path = self._config.file
@@ -6736,7 +6853,7 @@ class ClientDoctor(Doctor):
         return self.examine_machine()
 
     def _check_programs(self) -> str:
-        self._client = Client(self._config)
+        self._remotes = Client(self._config).remotes
         return "what config.ini needs is there"
 
     def _check_Id(self) -> str:
@@ -6748,60 +6865,63 @@ class ClientDoctor(Doctor):
     def _check_IPv4_route(self) -> str:
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((self._config.remotehost if is_ipv4(self._config.remotehost) else "192.0.2.1", 9))  # nothing is sent
+                hosts = filter(is_ipv4, (each.host for each in self._config.remotehost))
+                probe.connect((next(hosts, "192.0.2.1"), 9))  # nothing is sent
             except OSError as error:
                 raise SessionError(f"there is no IPv4 way to the server: {error.strerror}; connect the network, see `ip route`") from None
             return f"packets to the server leave from {probe.getsockname()[0]}"
 
     def _check_DNS(self) -> str:
+        remote = needed(self._remote, "programs")
         try:
-            found = needed(self._client, "programs").remote.find_addresses()
+            found = remote.find_addresses()
         except OSError as error:
-            raise SessionError(f"{self._config.remotehost}: {error.strerror}; is the name right, does a name server answer?") from None
+            raise SessionError(f"{remote.host}: {error.strerror}; is the name right, does a name server answer?") from None
         return f"the server is {', '.join(host for host, _ in found)}"
 
     def _check_TCP(self) -> str:
-        began = time.monotonic()
+        remote, began = needed(self._remote, "programs"), time.monotonic()
         try:
-            self._sock = needed(self._client, "programs").remote.connect()
+            self._socks[remote] = remote.connect()
         except (gevent.Timeout, OSError) as error:
             advice = "does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
             with suppress(OSError):
-                (host, port), *_ = needed(self._client, "programs").remote.find_addresses()
+                (host, port), *_ = remote.find_addresses()
                 if isinstance(error, (gevent.Timeout, TimeoutError)) and answers_ping(host, IPV4_ICMP_HEADERS):
                     advice = (
                         f"{host} answers pings, so a firewall there or on the way drops TCP port {port}, or `remotehost` is another machine"
                     )
-            raise SessionError(f"{self._where}: {describe_end(error)}; {advice}") from None
-        return f"{self._where} answers in {1000 * (time.monotonic() - began):.0f} ms"
+            raise SessionError(f"{remote.name}: {describe_end(error)}; {advice}") from None
+        return f"{remote.name} answers in {1000 * (time.monotonic() - began):.0f} ms"
 
     def _check_TLS(self) -> str:
+        remote = needed(self._remote, "programs")
         try:
             with gevent.Timeout(HANDSHAKE_S):
-                self._stream = needed(self._client, "programs").remote.open_stream(needed(self._sock, "TCP"))
+                stream = self._streams[remote] = remote.open_stream(needed(self._socks.get(remote), "TCP"))
         except ProtocolError as error:
             advice = f"compare with `keygen` on the server; the clock here says {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
             if "does not speak TLS" in str(error):
                 advice = "is there another program on that port, a server without `cert`, or a portal or proxy on the way?"
             raise SessionError(f"{error}; {advice}") from None
-        return "the server's certificate is the right one" if self._stream.encrypt else "none is asked for"
+        return "the server's certificate is the right one" if stream.encrypt else "none is asked for"
 
     def _check_hello(self) -> str:
         """Whether the server serves this Id: by what the client that runs has heard, or by asking without taking a session."""
         outage = self._status.get("outage") or {}
         if outage and outage["seconds"] is None:
-            cut_off = outage["last_reason"] in CUT_OFF
+            cut_off = outage["last_reason"].endswith(CUT_OFF)
             why = (
                 "was it restarted, or has another client this Id? `tun6.py doctor` there tells"
                 if cut_off
                 else "the server's log may say more"
             )
             raise SessionError(f"the client that runs has no connection: {outage['last_reason']}; {why}")
-        if outage and outage["reason"] in CUT_OFF and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
+        if outage and outage["reason"].endswith(CUT_OFF) and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
             log.warning(
                 "the server has just ended the connection: it was restarted, or another client has this Id; `tun6.py doctor` there tells"
             )
-        stream = needed(self._stream, "TLS")
+        stream = self._stream()
         host, port = stream.sock.getpeername()
         if not self._status.get("dry") or self._status["address"] != f"{host} port {port}":
             raise Skipped("no client runs that knows if this server can be asked without taking its session over")
@@ -6819,7 +6939,7 @@ class ClientDoctor(Doctor):
 
     def _check_path_MTU(self) -> str:
         """Of the path outside, by what the kernel knows and by pings."""
-        host, port = needed(self._stream, "TLS").sock.getpeername()
+        host, port = self._stream().sock.getpeername()
         advice = "`mss = 1220` in config.ini spares the client a stall at its start"
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))
@@ -6943,7 +7063,11 @@ class ClientDoctor(Doctor):
         servers = re.findall(r"^\s*nameserver\s+([0-9a-fA-F.:]+)", read_text(Path("/etc/resolv.conf")), re.MULTILINE)
         inside = [each for each in servers if not is_ipv4(each) and find_way(each) in (self._config.tun, "nowhere")]
         if inside and inside == servers:
-            level, then = (logging.WARNING, "") if is_ipv4(self._config.remotehost) else (logging.ERROR, ", nor the server without it")
+            level, then = (
+                (logging.WARNING, "")
+                if any(is_ipv4(each.host) for each in self._config.remotehost)
+                else (logging.ERROR, ", nor the server without it")
+            )
             log.log(level, "%s: all name servers are reached only through the tunnel%s; add one with IPv4", ", ".join(inside), then)
         return f"{len(servers)}, of which {len(inside)} only through the tunnel"
 
@@ -7361,6 +7485,10 @@ def _fingerprint(text: str) -> str:
     return "sha256:" + digits
 
 
+def _fingerprints(text: str) -> tuple[str, ...]:
+    return tuple(_fingerprint(word.strip()) for word in text.split(","))
+
+
 def _id(text: str) -> str:
     if not is_valid_id(text):
         raise ValueError(f"must be 1 to {ID_MAX} printable characters")
@@ -7410,12 +7538,28 @@ _LINK = _matching("auto|real|lan", "must be auto, real or lan")
 _OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
 _LOG = _matching("text|json", "must be text or json")
 _HOST = _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server")
+_PORT = _integer(1, 65_535)
+
+
+def _hosts(text: str) -> tuple[RemoteHost, ...]:
+    hosts = []
+    for host, colon, port in (word.strip().partition(":") for word in text.split(",")):
+        try:
+            hosts.append(RemoteHost(_HOST(host), _PORT(port) if colon else None))
+        except ValueError:
+            raise ValueError(
+                "must be the name or the IPv4 address of a server, perhaps with a port from 1 to 65535, or several with commas between them:"
+                " tun6.example.org, 203.0.113.5:10001"
+            ) from None
+    return tuple(dict.fromkeys(hosts))
+
+
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
 ADDRESS_KEYS = {"server": "prefixrange", "client": "remotehost"}  # what has to be edited first in either section
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
         "localhost": _ipv4,
-        "listenport": _integer(1, 65_535),
+        "listenport": _PORT,
         "prefixrange": _pool,
         "assignments": _path,
         "congestion": _CONGESTION,
@@ -7439,8 +7583,8 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "address": _HOST,
     },
     "client": {
-        "remotehost": _HOST,
-        "remoteport": _integer(1, 65_535),
+        "remotehost": _hosts,
+        "remoteport": _PORT,
         "id": _id,
         "congestion": _CONGESTION,
         "link": _LINK,
@@ -7456,7 +7600,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "grace": _grace,
         "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
         "tls": _boolean,
-        "fingerprint": _fingerprint,
+        "fingerprint": _fingerprints,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
         "hook": _path,
         "control": _path,
@@ -7540,9 +7684,11 @@ def read_config(path: str, section: str) -> Any:
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
     key = ADDRESS_KEYS[section]
-    if is_documentation(values[key]) and not values.get("documentation_addresses"):
-        what = "the range that is routed to this machine" if section == "server" else "your server's name or address"
-        raise ConfigError(f"{path}: [{section}] {key} = {values[key]}: it is an example, which reaches nobody; set {what}")
+    addresses, what = [values[key]], "the range that is routed to this machine"
+    if section == "client":
+        addresses, what = [each.host for each in values[key]], "your server's name or address"
+    for address in filter(is_documentation, addresses if not values.get("documentation_addresses") else ()):
+        raise ConfigError(f"{path}: [{section}] {key} = {address}: it is an example, which reaches nobody; set {what}")
     return _SECTIONS[section](**values)
 
 
