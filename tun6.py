@@ -318,6 +318,7 @@ class Hello(NamedTuple):
     gso_kinds: frozenset[str] | None  # as parse_offload returns them
     key: str  # "" when the client sent none
     dry: bool = False  # whether the client only asks if it would be served
+    moved: bool = False  # whether it may be told to go to another server
 
 
 def parse_hello(message: dict[str, Any]) -> Hello:
@@ -327,7 +328,7 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True)
+    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True, message.get("Moved") is True)
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -3579,7 +3580,8 @@ class ServerConfig:
     metrics: tuple[str, int] | None = None  # address, port
     metrics_clients: bool = False
     documentation_addresses: bool = False
-    address: str | None = None
+    address: str | None = None  # as `remotehost` of its clients
+    fingerprint: tuple[str, ...] = ()  # those of other servers in `address`
     file: str = "config.ini"
 
 
@@ -3782,6 +3784,7 @@ class Server:
         self._killable: set[gevent.Greenlet] = set()  # those of them that have nothing to undo yet
         self._admission = AdmissionControl(self._start_handshake)
         self.handshakes: Counter[str] = Counter()  # by outcome: served, left, or the code of the refusal
+        self._drain: gevent.Greenlet | None = None  # ends the sessions one by one, while newcomers are sent to other servers
         self._spare_fd: int | None = None  # freed to refuse a connection for which there is no descriptor
 
     def run(self) -> NoReturn:
@@ -3820,6 +3823,7 @@ class Server:
             if self._proxy:
                 undo.callback(gevent.spawn(self._proxy.run).kill)
             undo.callback(self._end_sessions)
+            undo.callback(lambda: self._drain and self._drain.kill())
             gevent.sleep()  # so that each has begun, and sees what changes from now on
             where = self._config.localhost, self._config.listenport
             number = len(self.store.pool.owners())
@@ -3901,7 +3905,7 @@ class Server:
         """Returns what `status` says of the server beside its sessions."""
         return {
             "side": "server",
-            "state": "up",
+            "state": "up" if self._drain is None else "draining",
             "listens": f"{self._config.localhost} port {self._config.listenport}",
             "pool": str(self._config.prefixrange),
             "free": self.store.pool.free,
@@ -3912,7 +3916,33 @@ class Server:
 
     def state(self) -> str:
         """Returns a line for the service manager."""
-        return f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}: {len(self.sessions)} clients"
+        where = f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}"
+        return f"{'' if self._drain is None else 'draining, '}{where}: {len(self.sessions)} clients"
+
+    def drain(self, seconds: float | None) -> None:
+        """From now on sends newcomers to other servers, and ends all sessions spread over so many seconds; None: serves as before."""
+        sessions, drained = list(self.sessions.values()), self._drain
+        if drained is not None:
+            drained.kill()
+            self._drain = None
+            standing_warnings.pop("drain", None)
+        if seconds is None:
+            log.info("serving newcomers again" if drained is not None else "asked to end a drain, and there is none")
+            return
+        self._drain = gevent.spawn(self._end_one_by_one, random.sample(sessions, len(sessions)), seconds)
+        warn_standing(
+            "drain",
+            "draining since %s: newcomers are sent to other servers, and %d sessions end within %.0f s; `tun6.py drain --stop` ends that",
+            *(time.strftime("%H:%M:%S"), len(sessions), seconds),
+        )
+
+    def _end_one_by_one(self, sessions: list[Session], seconds: float) -> None:
+        """Ends the sessions, the first now, each after the same time."""
+        began = time.monotonic()
+        for number, session in enumerate(sessions):
+            gevent.sleep(max(began + seconds * number / len(sessions) - time.monotonic(), 0))
+            session.close(SessionError("this server is being drained"))
+        log.info("drained: all sessions that there were have ended")
 
     def end_session(self, id_: str, reason: str) -> None:
         """Ends the session of the Id, if there is one."""
@@ -3977,7 +4007,8 @@ class Server:
                     (self._answer_dry if hello.dry else self._serve_client)(stream, peer, hello, trailing)
             except Refusal as refusal:
                 self.handshakes[refusal.code] += 1
-                log.warning("%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
+                level = logging.INFO if refusal.code == "moved" else logging.WARNING
+                log.log(level, "%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
                 self._refuse(stream or Stream(sock), refusal)
             except ProtocolError as error:
                 self.handshakes["bad-hello"] += 1
@@ -4028,9 +4059,17 @@ class Server:
         if not self._admission.release(gevent.getcurrent()):  # admission control has just ended it, and the kill may come at any switch
             raise Refusal("busy", "too many say who they are at the moment")
 
+    def _send_elsewhere(self, hello: Hello) -> None:
+        """Raises Refusal while this server is being drained."""
+        if self._drain is not None:
+            raise Refusal(
+                "moved" if hello.moved else "busy", "this server is being drained", f"{quote_id(hello.id)}, as this server drains"
+            )
+
     def _answer_dry(self, stream: Stream, peer: str, hello: Hello, _: bytes) -> None:
         """Tells a client whether it would be served, and changes nothing. Raises Refusal, OSError."""
         self._leave_admission()
+        self._send_elsewhere(hello)
         prefix = self.store.find(hello.id)
         if len(self.sessions) >= self._config.max_clients and hello.id not in self.sessions:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
@@ -4045,6 +4084,7 @@ class Server:
         self._leave_admission()
         self._take_over(id_, peer)
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
+        self._send_elsewhere(hello)  # only now, as its old session is over anyway
         if len(self.sessions) >= self._config.max_clients:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
         has_key = self.keys is not None and self.keys.find(id_) is not None
@@ -4864,12 +4904,17 @@ class ClientConfig:
     file: str = "config.ini"
 
 
-def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
-    """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
-    (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
+def path_of_last(what: str, file: str) -> Path:
+    """Returns where something is remembered until the next start: beside config.ini or, as a service (systemd.exec(5), STATE_DIRECTORY),
+    in its folder for state.
     """
     folder, name = os.path.split(file)
-    path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
+    return Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-{what}")
+
+
+def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
+    """Compares the Id, which nobody has set, with that of the last start, remembered for this only."""
+    path = path_of_last("id", file)
     try:
         last = path.read_text("utf-8").strip() if path.exists() else id_
         if last != id_:
@@ -4890,13 +4935,16 @@ class Failure(NamedTuple):
 class Failover:
     """Which of its servers a client tries next, and after which pause. It knows them by their number, and neither sockets nor clocks.
 
-    The next one is tried at once; when each has failed since the last pause, there is a pause. One that fails goes last, and never out.
+    The next one is tried at once; when each has been tried in vain since the last pause, there is a pause. One that fails goes last, and
+    never out.
     """
 
-    def __init__(self, servers: int) -> None:
+    def __init__(self, servers: int, last: int | None = None) -> None:
+        """`last`: the one that served last."""
         self._order = random.sample(range(servers), servers)  # so that not all clients begin with the same
+        self._order.sort(key=lambda each: each != last)
         self._busy_pause_s = RETRY_S  # the next pause, if a server is busy
-        self.failures: dict[int, Failure] = {}  # since the last pause, or the last session that lasted, by server
+        self.failures: dict[int, Failure] = {}  # of those that were tried since the last pause or session that lasted, by server
         self.pause_s = 0.0  # on average, until the next attempt; 0 when the next server is tried at once
 
     @property
@@ -4921,11 +4969,13 @@ class Failover:
 
     def note_failure(self, failure: Failure, session_s: float | None = None, is_ours: bool = False) -> None:
         """Takes down why there is no session, or no more after `session_s` seconds. `is_ours`: no other server would help."""
-        if self.pause_s or is_ours or (session_s or 0.0) >= RETRY_S:  # a session that ends at once is no better than none
+        lasted = (session_s or 0.0) >= RETRY_S  # a session that ends at once is no better than none
+        if self.pause_s or is_ours or lasted:
             self.failures = {}
         if session_s is not None:
             self._busy_pause_s = RETRY_S
-        self.failures[self.server] = failure
+        if is_ours or not lasted or len(self._order) == 1:
+            self.failures[self.server] = failure
         if not is_ours:
             self._order.append(self._order.pop(0))
         if len(self.failures) < len(self._order) and not is_ours:
@@ -5058,7 +5108,9 @@ class Client:
         tls = client_tls_context(pinned=bool(config.fingerprint)) if encrypted else None
         self._mtus = MtuMonitor()
         self.remotes = [RemoteServer(each, config, tls, self._mtus) for each in config.remotehost]
-        self._failover = Failover(len(self.remotes))
+        last = self._recall_last()
+        self._remembered = None if last is None else self.remotes[last]  # that which the next start begins with
+        self._failover = Failover(len(self.remotes), last)
         self._id = config.id
         self._hooks = Hooks(config.hook)
         self._told: IPv6Network | None = None  # the last prefix that the hook was told of
@@ -5089,6 +5141,26 @@ class Client:
     def remote(self) -> RemoteServer:
         """The server that is tried now, or that serves."""
         return self.remotes[self._failover.server]
+
+    def _recall_last(self) -> int | None:
+        """Returns which of several servers served last, before this start."""
+        with suppress(OSError, ValueError):
+            if len(self.remotes) > 1:
+                return [each.name for each in self.remotes].index(path_of_last("server", self._config.file).read_text("utf-8").strip())
+        return None
+
+    def _remember_last(self, remote: RemoteServer) -> None:
+        """Remembers which of several servers serves, for the next start. Does not wait for the disk."""
+        if len(self.remotes) > 1 and remote is not self._remembered:
+            self._remembered = remote
+            gevent.spawn(run_in_thread, self._write_last, remote.name)
+
+    def _write_last(self, name: str) -> None:
+        path = path_of_last("server", self._config.file)
+        try:
+            path.write_text(f"{name}\n", "utf-8")
+        except OSError as error:
+            log.debug("%s: %s; the next start begins with any server", path, error)
 
     def state(self) -> str:
         """Returns a line for the service manager."""
@@ -5213,6 +5285,8 @@ class Client:
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(offered)}
                 if self._config.key:
                     hello["Key"] = self._config.key
+                if len(self.remotes) > 1:
+                    hello["Moved"] = True
                 stream.send(encode_message(hello))
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
@@ -5229,6 +5303,7 @@ class Client:
             self._logged_outage = None
             self._note_state(True)
             self._state = f"has {prefix} on {tun.name} from {remote.name}{stream.security}"
+            self._remember_last(remote)
             self._session = Session("the server")
             if self._tun_error:
                 raise self._tun_error
@@ -5432,7 +5507,7 @@ class AdminRequestHandler(RequestHandler):
     """Does what an operator asks for with `tun6.py clients` and `status`: on the running server, or on its files when none runs."""
 
     SIDE, COMMAND = "server", "clients"
-    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore")
+    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore", "drain")
 
     def __init__(
         self,
@@ -5442,9 +5517,11 @@ class AdminRequestHandler(RequestHandler):
         end_session: Callable[[str, str], None],
         loop_latency: LoopLatency | None = None,
         figures: Callable[[], dict[str, Any]] = dict,
+        drain: Callable[[float | None], None] = lambda seconds: None,
     ) -> None:
-        """`end_session` ends the session of an Id for a reason; `loop_latency` and `figures` are those of the running server."""
+        """`end_session` ends the session of an Id for a reason; `loop_latency`, `figures` and `drain` are those of the running server."""
         super().__init__(figures, loop_latency)
+        self._drain = drain
         self._store, self._keys, self._sessions, self._end_session = store, keys, sessions, end_session
         self._one_at_a_time = gevent.lock.RLock()
 
@@ -5510,6 +5587,12 @@ class AdminRequestHandler(RequestHandler):
         """Undoes `revoke`."""
         self._set_revoked(id, False)
         return self._entry(id)
+
+    def drain(self, minutes: float | None) -> int:
+        """Sends newcomers to other servers and ends all sessions within so many minutes; None: serves as before. Returns their number."""
+        number = len(self._sessions)
+        self._drain(None if minutes is None else 60 * minutes)
+        return number
 
     def _set_revoked(self, id_: str, revoked: bool) -> None:
         try:
@@ -5722,6 +5805,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("client", f"{status['state']} for {format_duration(status['state_seconds'])}, {status['id'] or 'no Id yet'}"),
             ("server", status["server"] + (f", connected to {status['address']}" if session else "")),
+            *([("servers", ", ".join(status["servers"]))] if len(status.get("servers", ())) > 1 else []),
             ("prefix", f"{status['prefix']} on {status['device']}" if status["prefix"] else "none yet"),
         ]
         if session:
@@ -5802,7 +5886,7 @@ def metrics_of(status: dict[str, Any]) -> Iterator[Metric]:
 
     drops, handshakes = {"waited too long": 0, "not taken": 0, **status["drops"]}, {"served": 0, **status["handshakes"]}
     yield Metric("gauge", "tun6_build_info", "Version and side.", ("version", "side"), [((status["version"], status["side"]), 1)])
-    yield gauge("tun6_up", "1 while the server serves, or while the client has its tunnel.", status["state"] == "up")
+    yield gauge("tun6_up", "1 while the server serves and does not drain, or while the client has its tunnel.", status["state"] == "up")
     yield Metric("counter", "tun6_bytes", "Bytes of all sessions.", ("direction",), both_ways(""))
     yield Metric(
         "counter", "tun6_packets", "Packets likewise; a large packet of offload counts once.", ("direction",), both_ways("_packets")
@@ -6682,6 +6766,8 @@ class ServerDoctor(Doctor):
                 status: dict[str, Any] = {}
                 with suppress(OSError, RequestError):
                     status = ask_server(self._config.control, {"do": "status", "files": files})
+                if status.get("state") == "draining":
+                    log.warning("this server is being drained, and sends its clients to others; `tun6.py drain --stop` ends that")
                 for id_ in status.get("contended", ()):
                     log.warning("several clients have the Id %s, and take it from each other; give each an `id` of its own", quote_id(id_))
                 return f"process {self._pid} listens on {host} port {port}"
@@ -7431,6 +7517,7 @@ CLIENTS_OPTIONS = {
     "action",
     "address",
 }  # of `clients`; the others are arguments of the request
+DRAIN_MINUTES = 1  # in which the sessions of a server that drains end
 LOG_LINES_MAX = 10_000  # lines that may wait for the reader of the log
 LOG_FLUSH_S = 1.0  # at the end, for those lines
 M_ARENA_MAX = -8  # malloc.h
@@ -7517,6 +7604,12 @@ def _grace(text: str) -> int | None:
         raise ValueError(f"{error}, or off") from None
 
 
+def _minutes(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,4}([.][0-9]{1,6})?", text) or float(text) > 1440:
+        raise argparse.ArgumentTypeError("must be a number from 0 to 1440")
+    return float(text)
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in configparser.ConfigParser.BOOLEAN_STATES:
         raise ValueError("must be yes or no")
@@ -7548,10 +7641,15 @@ def _hosts(text: str) -> tuple[RemoteHost, ...]:
             hosts.append(RemoteHost(_HOST(host), _PORT(port) if colon else None))
         except ValueError:
             raise ValueError(
-                "must be the name or the IPv4 address of a server, perhaps with a port from 1 to 65535, or several with commas between them:"
+                "must be the name or the IPv4 address of a server, perhaps with a port from 1 to 65535, or several with commas between:"
                 " tun6.example.org, 203.0.113.5:10001"
             ) from None
     return tuple(dict.fromkeys(hosts))
+
+
+def _host_list(text: str) -> str:
+    _hosts(text)
+    return text
 
 
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
@@ -7580,7 +7678,8 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "metrics": _metrics,
         "metrics_clients": _boolean,
         "documentation_addresses": _boolean,
-        "address": _HOST,
+        "address": _host_list,
+        "fingerprint": _fingerprints,
     },
     "client": {
         "remotehost": _hosts,
@@ -7716,7 +7815,9 @@ def server_command(options: argparse.Namespace) -> None:
     raise_descriptor_limit()
     server = Server(config)
     ServerDoctor(config).warn()
-    handler = AdminRequestHandler(server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures)
+    handler = AdminRequestHandler(
+        server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures, server.drain
+    )
     web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
 
     def run() -> None:
@@ -7795,10 +7896,10 @@ def read_fingerprint(file: Path) -> str:
         raise ConfigError(f"{file}: {reason}; `tun6.py keygen` makes one") from None
 
 
-def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
-    """Sends the request to the running server, or does it on the server's files while none runs. Returns the result.
+def administer(config: ServerConfig, request: dict[str, Any], needs_server: bool = False) -> Any:
+    """Sends the request to the running server, or, unless it `needs_server`, does it on the server's files. Returns the result.
 
-    Raises RequestError, ConfigError, StorageError, Refusal.
+    Raises Tun6Error.
     """
     files = [name and os.path.realpath(name) for name in (config.assignments, config.keys)]
     request = {**request, "files": files}
@@ -7808,6 +7909,8 @@ def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
         if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
             reason = error.strerror or error
             raise RequestError(f"control = {config.control}: {reason}; run this as the server's user, mostly root") from None
+    if needs_server:
+        raise Tun6Error(f"no server listens at {config.control}")
     if config.assignments is None:
         raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {config.file} nothing is kept")
     store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
@@ -7836,6 +7939,17 @@ def find_status(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not found:
         raise Tun6Error(", and ".join(silent))
     return found
+
+
+def drain_command(options: argparse.Namespace) -> None:
+    """`tun6.py drain`: asks the running server."""
+    config: ServerConfig = read_config(find_config(options.config), "server")
+    number = administer(config, {"do": "drain", "minutes": None if options.stop else options.minutes}, needs_server=True)
+    if options.stop:
+        print("The server serves newcomers again.")
+    else:
+        print(f"The server sends newcomers to other servers, and its {number} sessions end within {options.minutes:g} minutes.")
+        print("That ends with `tun6.py drain --stop`, or when the server is restarted; `tun6.py status` shows who is left.")
 
 
 def status_command(options: argparse.Namespace) -> int:
@@ -7910,8 +8024,11 @@ def clients_command(options: argparse.Namespace) -> None:
         if re.search(r"^ | $|(^| )[#;]", options.id):
             raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
         if config.cert:
-            fingerprint = read_fingerprint(Path(config.cert))
-        address = options.address or public_address(config)
+            fingerprint = ", ".join(dict.fromkeys([read_fingerprint(Path(config.cert)), *config.fingerprint]))
+        try:
+            address = _host_list(options.address or public_address(config))
+        except ValueError as error:
+            raise RequestError(f"--address {to_printable(options.address)}: it {error}") from None
     done = administer(config, {"do": options.action, **arguments})
     settings = {}
     if options.action == "add":
@@ -7927,7 +8044,7 @@ def clients_command(options: argparse.Namespace) -> None:
 
 
 def public_address(config: ServerConfig) -> str:
-    """Returns the server's address as its clients see it: what config.ini says, or else the kernel, which knows nothing of a NAT."""
+    """Returns `remotehost` for its clients: the `address` in config.ini, or else what the kernel says, which knows nothing of a NAT."""
     if config.address or config.localhost != "0.0.0.0":
         return config.address or config.localhost
     with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
@@ -7939,8 +8056,8 @@ def public_address(config: ServerConfig) -> str:
 def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
     """Returns the section [client] of config.ini for a client that was added."""
     edit = "where the client sees the server by another address or name"
-    with suppress(ValueError):  # a name
-        if not ipaddress.ip_address(settings["remotehost"]).is_global:
+    for host, _ in _hosts(settings["remotehost"]):
+        if is_ipv4(host) and not ipaddress.ip_address(host).is_global:
             edit = "unless it is on the same network, as nobody else reaches this address; or name another with --address, or in config.ini"
     return "\n".join([
         f"# config.ini of the client; its prefix is {prefix}. The key is shown only now; whoever has it is this client.",
@@ -7980,6 +8097,8 @@ def install_command(options: argparse.Namespace) -> None:
             print("Paste the line tun6:... that `tun6 clients add` printed on the server, and press Enter:", flush=True)
         settings.update(decode_token(sys.stdin.readline() if options.join == "-" else options.join))
     host, _, port = (options.host or "").partition(":")
+    if options.role == "client" and "," in (options.host or ""):  # several servers, each with its own port
+        host, port = options.host, ""
     key = ADDRESS_KEYS[options.role]
     if not host and key not in settings and sys.stdin.isatty() and not os.path.exists(CONFIG_FILES[0]):
         host = input(
@@ -8184,6 +8303,15 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("side", nargs="?", choices=("server", "client"), help="where both run; otherwise it is not needed")
     status.add_argument("--watch", action="store_true", help=f"show it again every {RATE_S:.0f} s, until Ctrl-C")
     status.add_argument("--sort", choices=tuple(CLIENT_ORDERS), default="id", help="order of the clients")
+    drain = add(commands, "drain", "send the clients of this server to other ones, as before an upgrade", config, function=drain_command)
+    drain.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=DRAIN_MINUTES,
+        metavar="N",
+        help=f"in which its sessions end, one by one; default: {DRAIN_MINUTES}",
+    )
+    drain.add_argument("--stop", action="store_true", help="serve as before")
     doctor = add(commands, "doctor", "find out what is wrong, and what to do; on either machine", config, as_json, function=doctor_command)
     doctor.add_argument("side", nargs="?", choices=("server", "client"), help="else those in the config.ini, of two the one that runs")
     add(commands, "keygen", "make the server's certificate and show its fingerprint", config, function=keygen_command)
@@ -8191,7 +8319,7 @@ def build_parser() -> argparse.ArgumentParser:
     roles = installs.add_subparsers(dest="role", required=True, metavar="ROLE")
     for role, flag, metavar, text in (
         ("server", "--prefix", "RANGE", "the IPv6 range that is routed to this machine"),
-        ("client", "--remote", "HOST[:PORT]", "the server"),
+        ("client", "--remote", "HOST[:PORT]", "the server, or several with commas between them"),
     ):
         install = add(roles, role, f"the {role}; a second time, it changes only what is different", config)
         install.add_argument(flag, dest="host", metavar=metavar, help=text)
@@ -8210,7 +8338,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(actions, "list", "who has which prefix, has a key, is connected", config, as_json)
     added = add(actions, "add", "give an Id a key, and show once the [client] section for it", config, as_json, id_)
     added.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
-    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it")
+    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it, or several with commas")
     added.add_argument("--new-key", action="store_true", help="replace the key that the Id has")
     pinned = add(actions, "pin", "give an Id a certain prefix", config, as_json, id_)
     pinned.add_argument("prefix", metavar="PREFIX", help="a free /64 of prefixrange")
