@@ -61,6 +61,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     observers                    `test_tun6.py observers`: a real Prometheus and a real browser
     systemd                      `test_tun6.py systemd`
     debian                       `test_tun6.py packages`: the .deb, and what the Dockerfile does
+    cluster                      `test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults
     main
 """
 
@@ -109,7 +110,7 @@ import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from html.parser import HTMLParser
 from ipaddress import IPv6Address, IPv6Network
 from itertools import accumulate, chain, count, takewhile
@@ -14539,6 +14540,1088 @@ def packages_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+# ---- cluster ---------------------------------------------------------------------------------------------------------
+
+CLUSTER_PACKAGES = {"bird2": ["bird"], "postgresql": ["postgresql"], "keepalived": ["keepalived"]}  # and their units
+CLUSTER_SERVERS = ("s1", "s2", "s3")
+CLUSTER_RANGE = IPv6Network("2001:db8:1::/48")  # that of contrib/bird.conf
+CLUSTER_UPSTREAMS = ("ibgp", "ebgp", "range")  # our own router; a provider's that takes each prefix; that takes only the range
+CLUSTER_DEAD_AFTER_S = 6  # `dead_after` on both sides, the least
+CLUSTER_PORT = 10_000  # of the servers, and of the echo service on the Internet host
+SETTLED_S = 5.0  # after the last fault is healed and `dead_after` ran out, the least that must be true is true
+TICK_S = 0.02  # between two blocks of a stream: a stall is known to within this
+PG_BIN = "/usr/lib/postgresql"
+UNREACHABLE = "RTNETLINK answers: No route to host"  # what `ip route get` says of a route that rejects
+
+
+def install_cluster_packages() -> None:
+    """Installs with apt-get what the cluster's tests need and is not there. None of it is started, then or at the next boot."""
+    present = subprocess.run(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"], capture_output=True, text=True).stdout
+    missing = [package for package in CLUSTER_PACKAGES if f"{package} installed\n" not in present]
+    if not missing:
+        return
+    print(f"installing {' '.join(missing)}", flush=True)
+    policy, kept = Path("/usr/sbin/policy-rc.d"), Path("/usr/sbin/policy-rc.d.tun6")  # which Debian asks before it starts a service
+    with ExitStack() as undo:
+        if policy.exists() or policy.is_symlink():
+            policy.rename(kept)
+            undo.callback(kept.rename, policy)
+        else:
+            undo.callback(policy.unlink)
+        policy.write_text("#!/bin/sh\nexit 101\n")  # "action forbidden by policy"
+        policy.chmod(0o755)
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in ("apt-get update -q", f"apt-get install -qy --no-install-recommends {' '.join(missing)}"):
+            subprocess.run(command.split(), check=True, env=environment, stdout=subprocess.DEVNULL)
+        if os.path.isdir("/run/systemd/system"):
+            subprocess.run(["systemctl", "disable", "-q", *(unit for package in missing for unit in CLUSTER_PACKAGES[package])], check=True)
+
+
+class ClusterLab(Lab):
+    """A Lab with three servers. All networks but that of internet and router are bridges in the host `switch`, where a cable can be cut.
+
+    internet ----- router ==== wan ==== s1, s2, s3                2001:db8:fffe::/64, where BGP tells the router where a prefix is
+                                        |   |   |
+                         peers =========+===+===+                 fd00:116::/64, the servers' own
+                         store =========+===+===+==== db1, db2    10.5.0.0/24
+                        access =========+===+===+==== nat, hand   10.9.0.0/24
+                                                      |
+                                                      c0, c1 ...  10.8.0.0/16
+    """
+
+    HOSTS = ("internet", "router", *CLUSTER_SERVERS, "switch", "db1", "db2", "nat", "hand")
+    ADDRESSES: ClassVar = {  # by network: those of its hosts
+        "wan": {"router": "2001:db8:fffe::1/64", "s1": "2001:db8:fffe::11/64", "s2": "2001:db8:fffe::12/64", "s3": "2001:db8:fffe::13/64"},
+        "peers": {"s1": "fd00:116::1/64", "s2": "fd00:116::2/64", "s3": "fd00:116::3/64"},
+        "store": {"s1": "10.5.0.1/24", "s2": "10.5.0.2/24", "s3": "10.5.0.3/24", "db1": "10.5.0.11/24", "db2": "10.5.0.12/24"},
+        "access": {"s1": "10.9.0.1/24", "s2": "10.9.0.2/24", "s3": "10.9.0.3/24", "nat": "10.9.0.254/24", "hand": "10.9.0.250/24"},
+    }
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.client_hosts = [f"c{number}" for number in range(size)]
+        self._names.update({host: f"tun6-{os.getpid()}-{host}" for host in self.client_hosts})
+        self._cut: set[tuple[str, str]] = set()  # hosts, and their networks whose cables are cut
+
+    @classmethod
+    def address(cls, network: str, host: str) -> str:
+        return cls.ADDRESSES[network][host].partition("/")[0]
+
+    def batch(self, host: str, *lines: str) -> None:
+        """Runs these commands of `ip`. Raises KernelError."""
+        done = self.run(host, "ip", "-batch", "-", input="\n".join(lines))
+        if done.returncode:
+            raise tun6.KernelError(f"{lines}: {done.stderr.strip()}")
+
+    def cut(self, host: str, *networks: str) -> None:
+        """Takes the other end of its cables off the switch: what it sends is lost, and nothing tells it so."""
+        self.batch("switch", *(f"link set {host}-{network} nomaster" for network in networks))
+        self._cut |= {(host, network) for network in networks}
+
+    def heal(self, host: str, *networks: str) -> None:
+        self.batch("switch", *(f"link set {host}-{network} master {network}" for network in networks))
+        self._cut -= {(host, network) for network in networks}
+
+    def _build(self) -> None:
+        for host in self._names:
+            self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
+            self.ip(host, "link set lo up")
+        for network, ends in self.ADDRESSES.items():
+            self.batch("switch", f"link add {network} address 02:00:00:00:00:01 type bridge mcast_snooping 0", f"link set {network} up")
+            for host, address in ends.items():
+                port = f"{host}-{network}"
+                self.batch(
+                    "switch",
+                    f"link add {port} type veth peer name {network} netns {self._names[host]}",
+                    f"link set {port} master {network} up",
+                )
+                self.batch(host, f"link set {network} up", f"addr add {address} dev {network}{' nodad' if ':' in address else ''}")
+        self.ip("internet", f"link add eth0 type veth peer name world netns {self._names['router']}")
+        self.batch("internet", "link set eth0 up", f"addr add {self.INTERNET}/64 dev eth0 nodad", "route add default via 2001:db8:ffff::1")
+        self.batch("router", "link set world up", "addr add 2001:db8:ffff::1/64 dev world nodad")
+        self.batch("nat", "link add br0 type bridge", "addr add 10.8.0.1/16 dev br0", "link set br0 up")
+        for number, host in enumerate(self.client_hosts):
+            self.batch("nat", f"link add {host} type veth peer name eth0 netns {self._names[host]}", f"link set {host} master br0 up")
+            self.batch(host, "link set eth0 up", f"addr add 10.8.1.{number}/16 dev eth0", "route add default via 10.8.0.1")
+        for host in ("router", *CLUSTER_SERVERS):
+            self.set_sysctl(host, "net.ipv6.conf.all.forwarding", "1")
+        self.set_sysctl("nat", "net.ipv4.ip_forward", "1")
+        nat = "table ip nat { chain out { type nat hook postrouting priority 100; oifname access masquerade; }; }"
+        self._check(["ip", "netns", "exec", self._names["nat"], "nft", nat])
+        wait_until("the router reaches the Internet", lambda: self.pings("router"))
+
+    def session_routes(self, host: str) -> dict[IPv6Network, str]:
+        """The sessions' prefixes in the kernel of a server, and their devices."""
+        routes = json.loads(self.ip(host, f"-6 -j route show type unicast proto {tun6.ROUTE_PROTOCOL}") or "[]")
+        return {IPv6Network(route["dst"]): route["dev"] for route in routes}
+
+    def path(self, host: str, address: IPv6Address) -> list[str]:
+        """The hosts that a packet from this one passes on its way there, and at last a device, or why it ends."""
+        hosts = {address.partition("/")[0]: host for network in ("wan", "peers") for host, address in self.ADDRESSES[network].items()}
+        path = [host]
+        while len(path) < 8:
+            done = self.run(path[-1], "ip", "-6", "-j", "route", "get", str(address))
+            if done.returncode:
+                return [*path, done.stderr.strip()]
+            route = json.loads(done.stdout)[0]
+            if route.get("gateway") not in hosts:
+                return [*path, str(route["dev"])]
+            path.append(hosts[route["gateway"]])
+            if self._cut & {(end, route["dev"]) for end in path[-2:]}:
+                return [*path, f"the cut network {route['dev']}"]
+        return [*path, "a loop"]
+
+
+class Service:
+    """A program on a host of the lab, which is no tun6."""
+
+    def __init__(self, lab: Lab, host: str, log: Path, *command: str) -> None:
+        self.lab, self.host, self._log, self._command = lab, host, log, command
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        with open(self._log, "a") as log:
+            self.process = self.lab.popen(self.host, *self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.process:
+            self.process.send_signal(number)
+            self.process.wait(30)
+            self.process = None
+
+
+class Bird(Service):
+    """BIRD on the router or a server, with the configuration that contrib/ has for it."""
+
+    def __init__(self, lab: ClusterLab, host: str, folder: Path, upstream: str = "ibgp") -> None:
+        self._control = folder / f"{host}.ctl"
+        config, log = folder / f"{host}-bird.conf", folder / f"{host}-bird.log"
+        config.write_text(self.configuration(host, upstream).replace("log syslog all", f'log "{log}" all'))
+        super().__init__(lab, host, log, "bird", "-f", "-c", str(config), "-s", str(self._control))
+
+    @staticmethod
+    def configuration(host: str, upstream: str) -> str:
+        """As contrib/ has it, with this host's addresses; `upstream` is one of CLUSTER_UPSTREAMS."""
+        own = (CLUSTER_SERVERS.index(host) if host != "router" else 0) + 1
+        others = sorted({1, 2, 3} - {own})
+        if host == "router":
+            text = (CHECKOUT / "contrib/bird-router.conf").read_text()
+            provider = {
+                "local ADDRESS as OUR_AS": "local ADDRESS as 65000",
+                "rr client;": "",
+                " || (net ~ RANGE && net.len > RANGE.len)": "",
+            }
+            only_range = {"import where net ~ RANGE": "import where net = RANGE"}
+            changes = {**(provider if upstream != "ibgp" else {}), **(only_range if upstream == "range" else {})}
+        else:
+            text = (CHECKOUT / "contrib/bird.conf").read_text()
+            changes = {"192.0.2.1;": f"192.0.2.{own};", "fffe::11;": f"fffe::1{own};", "INNER = fd00:116::1;": f"INNER = fd00:116::{own};"}
+            for sample, other in zip((2, 3), others):
+                changes[f"server{sample} from server {{ neighbor fd00:116::{sample}"] = (
+                    f"server{other} from server {{ neighbor fd00:116::{other}"
+                )
+            ways = [f"via fd00:116::{other} bfd" for other in others]
+            if upstream != "ibgp":
+                changes["GATEWAY_AS = 65001"] = "GATEWAY_AS = 65000"
+                sample_line = re.findall("(?m)^# (protocol bgp server2b .*)", text)[0]
+                for other in others:
+                    text += sample_line.replace("server2b", f"server{other}b").replace("::12 ", f"::1{other} ") + "\n"
+                    ways.append(f"via 2001:db8:fffe::1{other} bfd")
+            changes["via fd00:116::2 bfd via fd00:116::3 bfd"] = " ".join(ways)
+        for old, new in changes.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        return text
+
+    def ask(self, *words: str) -> str:
+        """What birdc answers; "" when there is no BIRD."""
+        done = self.lab.run(self.host, "birdc", "-r", "-s", str(self._control), *words)
+        return str(done.stdout) if done.returncode == 0 else ""
+
+    def talks(self) -> bool:
+        """Whether it does with all its neighbours."""
+        states = [line.split()[-1] for line in self.ask("show", "protocols").splitlines() if " BGP " in line]
+        return bool(states) and set(states) == {"Established"}
+
+
+class Postgres(Service):
+    """A PostgreSQL in a folder of its own, as the user postgres, which initdb asks for."""
+
+    USER: ClassVar = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
+    SETTINGS = """
+        listen_addresses = '*'
+        max_connections = 200
+        wal_sender_timeout = 5s
+        wal_receiver_timeout = 5s
+        hot_standby = on
+    """
+
+    def __init__(self, lab: ClusterLab, host: str, folder: Path) -> None:
+        self.address, self._data = lab.address("store", host), folder / f"{host}-data"
+        self._sockets = folder / f"{host}-sockets"
+        self._sockets.mkdir()
+        shutil.chown(self._sockets, "postgres", "postgres")
+        self._bin = max(Path(PG_BIN).glob("*/bin"), key=lambda path: int(path.parent.name))
+        super().__init__(
+            lab, host, folder / f"{host}.log", *self.USER, str(self._bin / "postgres"), "-D", str(self._data), "-k", str(self._sockets)
+        )
+
+    def _run(self, program: str, *words: str) -> None:
+        done = self.lab.run(self.host, *self.USER, str(self._bin / program), *words)
+        assert done.returncode == 0, f"{program} {words}: {done.stdout}{done.stderr}"
+
+    def make(self) -> None:
+        """A new one, empty."""
+        self._run("initdb", "-D", str(self._data), "-A", "trust", "-U", "tun6", "--no-sync", "--locale=C.UTF-8")
+        with open(self._data / "postgresql.conf", "a") as config:
+            config.write(self.SETTINGS)
+        with open(self._data / "pg_hba.conf", "a") as access:
+            access.write("host all all 10.5.0.0/24 trust\nhost replication all 10.5.0.0/24 trust\n")
+
+    def follow(self, primary: Postgres) -> None:
+        """Becomes its standby, with all that it has now."""
+        shutil.rmtree(self._data, ignore_errors=True)
+        source = f"host={primary.address} user=tun6 application_name={self.host}"
+        self._run("pg_basebackup", "-D", str(self._data), "-d", source, "-R", "-c", "fast", "--no-sync")
+        self.configure("synchronous_standby_names = ''")  # when it is promoted, it has no standby of its own
+
+    def configure(self, *lines: str) -> None:
+        """Sets what is to be other than in SETTINGS; takes effect at the next start, or `reload`."""
+        with open(self._data / "postgresql.auto.conf", "a") as config:
+            config.write("\n".join(["", *lines, ""]))
+
+    def synchronous_with(self, standby: str) -> None:
+        """Each COMMIT waits from now on for the standby of this name, or with "" for none."""
+        self.query(f"ALTER SYSTEM SET synchronous_standby_names = '{standby}'")
+        self.query("SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        self._run("pg_ctl", "promote", "-D", str(self._data))
+
+    def start(self) -> None:
+        super().start()
+        wait_until(f"PostgreSQL on {self.host} answers", lambda: self.query("SELECT 1") == "1", 30)
+
+    def signal_all(self, number: int) -> None:
+        """To it and all its children."""
+        assert self.process
+        for pid in [self.process.pid, *map(int, processes_of(self.process.pid))]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill_all(self) -> None:
+        """Like a host that loses its power, but for what the kernel has still in memory."""
+        self.signal_all(signal.SIGSTOP)  # so that no child is born meanwhile
+        self.signal_all(signal.SIGKILL)
+        self.kill()
+
+    def query(self, text: str, database: str = "postgres") -> str:
+        """What psql says to this, "" when there is no answer."""
+        words = ("psql", "-h", str(self._sockets), "-U", "tun6", "-d", database, "-Atqc", text)
+        done = self.lab.run(self.host, *self.USER, *words, timeout=20)
+        return str(done.stdout).strip()
+
+    def followed(self) -> bool:
+        """Whether its standby is at work, synchronously."""
+        return self.query("SELECT sync_state FROM pg_stat_replication") == "sync"
+
+
+class ClusterClient:
+    """A tun6 on a host of its own, and its traffic: a TCP stream to the Internet host and back, and packets from there."""
+
+    def __init__(self, lab: ClusterLab, number: int, program: SoakProgram) -> None:
+        self.lab, self.number, self.host, self.program = lab, number, program.host, program
+        self.id = Cluster.client_id(number)
+        self.prefix = program.prefix(seconds=30)
+        self.stream = socket_on(lab, self.host, kind=socket.SOCK_STREAM)
+        self.stream.bind((str(self.prefix[1]), 0))
+        self.stream.settimeout(10)
+        self.stream.connect((Lab.INTERNET, CLUSTER_PORT))
+        self.stream.setblocking(False)
+        with lab.inside(self.host):
+            self.sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(tun6.ETH_P_IPV6))
+        self.sniffer.setblocking(False)
+        self.unanswered = bytearray()  # what was sent and has not come back
+        self.sent = self.answered = 0  # bytes
+        self.last = time.monotonic()  # when something came back
+        self.stall = 0.0  # the longest since `mark`, s
+        self.packets = 0  # that came for its prefix
+
+    def mark(self) -> None:
+        """From now on stalls count."""
+        self.stall, self.last = 0.0, time.monotonic()
+
+    def send(self) -> None:
+        """Sends the next block, unless so many are on their way that TCP has stopped taking them."""
+        if len(self.unanswered) > 1 << 16:
+            return
+        block = os.urandom(64)
+        with suppress(BlockingIOError):
+            sent = self.stream.send(block)
+            self.unanswered += block[:sent]
+            self.sent += sent
+
+    def receive(self) -> None:
+        """Raises AssertionError for a byte that is not what was sent, OSError when the connection has broken."""
+        data = self.stream.recv(1 << 16)
+        assert data, "the stream was ended"
+        assert self.unanswered.startswith(data), f"the stream has other bytes than were sent, after {self.answered}"
+        del self.unanswered[: len(data)]
+        self.answered += len(data)
+        self.stall, self.last = max(self.stall, time.monotonic() - self.last), time.monotonic()
+
+    def sniff(self) -> None:
+        """Raises AssertionError for a packet that is for another's prefix."""
+        packet, (_, _, kind, *_) = self.sniffer.recvfrom(2048)
+        target = IPv6Address(packet[24:40])
+        if kind != socket.PACKET_OUTGOING and target in CLUSTER_RANGE:
+            assert target in self.prefix, f"a packet for {target} came to {self.prefix}"
+            self.packets += 1
+
+    def close(self) -> None:
+        self.stream.close()
+        self.sniffer.close()
+
+
+class ClusterTraffic(SocketOwner):
+    """A thread that moves the traffic of all clients, at both ends, and notes what must not be."""
+
+    def __init__(self, lab: ClusterLab) -> None:
+        with lab.inside("internet"):
+            self.sock = socket.create_server(("::", CLUSTER_PORT), family=socket.AF_INET6)
+            self._probes = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        self.violations: list[str] = []
+        self.late = 0.0  # seconds that this thread was late at most: a stall is known to within this
+        self._poll, self._callbacks = select.epoll(), dict[int, Callable[[], None]]()
+        self._clients: list[ClusterClient] = []
+        self._echoes: list[socket.socket] = []
+        self._watch(self.sock, self._accept)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, client: ClusterClient) -> None:
+        self._watch(client.stream, client.receive)
+        self._watch(client.sniffer, client.sniff)
+        client.mark()
+        self._clients = [*self._clients, client]
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+        for sock in (self.sock, self._probes, *self._echoes):
+            sock.close()
+        for client in self._clients:
+            client.close()
+        self._poll.close()
+
+    def _watch(self, sock: socket.socket, callback: Callable[[], None]) -> None:
+        self._callbacks[sock.fileno()] = callback
+        self._poll.register(sock.fileno(), select.EPOLLIN)
+
+    def _accept(self) -> None:
+        sock, _ = self.sock.accept()
+        self._echoes.append(sock)
+
+        def echo() -> None:
+            data = sock.recv(1 << 16)
+            assert data, "the stream was ended on its way to the Internet"
+            sock.sendall(data)
+
+        self._watch(sock, echo)
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stop.is_set():
+            for number, _ in self._poll.poll(max(0.0, due - time.monotonic())):
+                self._do(number)
+            now = time.monotonic()
+            if now < due:
+                continue
+            self.late, due = max(self.late, now - due), now + TICK_S
+            for client in self._clients:
+                self._send(client)
+
+    def _do(self, number: int) -> None:
+        try:
+            self._callbacks[number]()
+        except (AssertionError, OSError) as error:
+            self.violations.append(f"{error!r}")
+            self._poll.unregister(number)
+
+    def _send(self, client: ClusterClient) -> None:
+        with suppress(OSError):  # the connection has broken, which its receiver says, or there is no route
+            client.send()
+        with suppress(OSError):
+            self._probes.sendto(client.prefix.network_address.packed, (str(client.prefix[1]), 9))
+
+
+class Cluster:
+    """Three servers on one store, the routers, and clients with their traffic; and what must be true of them."""
+
+    EXTRA = 99  # number of a client that is there only sometimes, on the host `hand`
+
+    def __init__(self, folder: Path, size: int, upstream: str = "ibgp") -> None:
+        self.folder, self.lab, self._upstream = folder, ClusterLab(size), upstream
+        self.servers: dict[str, SoakProgram] = {}
+        self.clients: list[ClusterClient] = []
+        self.told: dict[str, IPv6Network] = {}  # the prefix that each Id was told last
+        self.violations: list[str] = []
+        self.notes = defaultdict[str, list[float]](list)
+        self._keys: dict[int, dict[str, object]] = {}  # settings of clients, by number
+        self._dead_after = {"dead_after": CLUSTER_DEAD_AFTER_S} if "dead_after" in tun6.ServerConfig.__dataclass_fields__ else {}
+        self._began, self._undo, self._numbers = time.monotonic(), ExitStack(), itertools.count()
+
+    def __enter__(self) -> Cluster:
+        with ExitStack() as undo:
+            undo.enter_context(self.lab)
+            os.chmod(self.folder, 0o755)  # so that the user postgres gets to its own
+            (self.folder / "pg").mkdir()
+            shutil.chown(self.folder / "pg", "postgres", "postgres")
+            self.birds = {host: Bird(self.lab, host, self.folder, self._upstream) for host in ("router", *CLUSTER_SERVERS)}
+            self.primary, self.standby = (Postgres(self.lab, host, self.folder / "pg") for host in ("db1", "db2"))
+            for service in (*self.birds.values(), self.primary, self.standby):
+                undo.callback(service.kill, signal.SIGQUIT if isinstance(service, Postgres) else signal.SIGKILL)
+            for bird in self.birds.values():
+                bird.start()
+            self.primary.make()
+            self.primary.start()
+            self.primary.query("CREATE DATABASE tun6")
+            self.add_standby()
+            wait_until("the routers talk with each other", self.routers_talk, 30)
+            undo.callback(self._kill)
+            self.traffic = undo.enter_context(ClusterTraffic(self.lab))
+            self._start()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _kill(self) -> None:
+        for program in (*(client.program for client in self.clients), *self.servers.values()):
+            program.kill()
+
+    def _start(self) -> None:
+        fingerprint = make_certificate(self.folder / "server.pem")
+        for host in CLUSTER_SERVERS:
+            settings: dict[str, object] = {
+                "localhost": self.lab.address("access", host),
+                "listenport": CLUSTER_PORT,
+                "prefixrange": CLUSTER_RANGE,
+                "documentation_addresses": "yes",
+                "control": self.folder / f"{host}.sock",
+                "max_clients": 2000,
+                "store": f"postgresql://tun6@{self.primary.address},{self.standby.address}/tun6",
+                "store_cache": f"{host}-cache.json",
+                "name": host,
+                "cert": self.folder / "server.pem",
+                "keys_required": "no",
+                **self._dead_after,
+            }
+            if not self.servers:  # the first makes the pool
+                config = write_ini(self.folder / f"{host}.ini", server=settings)
+                done = self.lab.run(host, sys.executable, TUN6, "cluster", "init", "-c", str(config))
+                assert done.returncode == 0, done.stderr
+            self.servers[host] = SoakProgram(self.lab, host, "server", self.folder, settings)
+        for server in self.servers.values():
+            server.wait_for("serving ")
+        for number in (*range(len(self.lab.client_hosts)), self.EXTRA):
+            added = asked(self.servers["s1"].config, "clients", "add", self.client_id(number))
+            self._keys[number] = {"fingerprint": fingerprint, "key": added["key"]}
+        programs = [self.client(number, host) for number, host in enumerate(self.lab.client_hosts)]
+        for number, program in enumerate(programs):
+            self.clients.append(ClusterClient(self.lab, number, program))
+            self.traffic.add(self.clients[-1])
+
+    @staticmethod
+    def client_id(number: int) -> str:
+        return f"02:00:00:00:00:{number:02x}"
+
+    def start_server(self, host: str) -> None:
+        """Starts one that has ended, and waits until it serves."""
+        server, before = self.servers[host], self.servers[host].log().count("serving ")
+        server.start()
+        server.wait_for("serving ", before + 1, 20)
+
+    @contextmanager
+    def extra_client(self, servers: Sequence[str], number: int = EXTRA) -> Iterator[SoakProgram]:
+        """Meanwhile there is one more client, by its number one with an Id of its own or of another one."""
+        client = self.client(number, "hand", servers)
+        try:
+            yield client
+        finally:
+            client.kill()
+
+    def new_id(self) -> str:
+        return f"new {next(self._numbers)}"
+
+    def note(self, what: str, seconds: float) -> None:
+        """Keeps a time for the report."""
+        self.notes[what].append(seconds)
+        self.say(f"    {what}: {seconds:.1f} s")
+
+    def client(self, number: int, host: str, servers: Sequence[str] = CLUSTER_SERVERS) -> SoakProgram:
+        """A tun6 that has the Id and the key of this number, and knows these servers."""
+        settings: dict[str, object] = {
+            "remotehost": ", ".join(self.lab.address("access", server) for server in servers),
+            "remoteport": CLUSTER_PORT,
+            "id": self.client_id(number),
+            "control": self.folder / f"{host}.sock",
+            **self._keys[number],
+            **self._dead_after,
+        }
+        return SoakProgram(self.lab, host, "client", self.folder, settings)
+
+    def add_standby(self) -> None:
+        """Makes the standby anew from the primary, for which each COMMIT waits from then on."""
+        self.standby.follow(self.primary)
+        self.standby.start()
+        self.primary.synchronous_with(self.standby.host)
+        wait_until("the standby is synchronous", self.primary.followed, 20)
+
+    def routers_talk(self) -> bool:
+        return all(bird.talks() for bird in self.birds.values())
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began:7.1f} s  {text}", flush=True)
+
+    # what must be true
+
+    def violated(self, what: str) -> None:
+        self.violations.append(what)
+        self.say(f"VIOLATION {what}")
+
+    def tell(self, id_: str, prefix: IPv6Network) -> None:
+        """An Id was told its prefix: the same as ever, and nobody else's."""
+        if self.told.setdefault(id_, prefix) != prefix:
+            self.violated(f"{id_} was told {prefix}, and {self.told[id_]} before")
+        if others := [other for other, its in self.told.items() if its == prefix and other != id_]:
+            self.violated(f"{id_} was told {prefix}, as {others}")
+
+    def routes(self) -> dict[IPv6Network, dict[str, str]]:
+        """The servers whose kernels have a route of a session to each prefix, and its device there."""
+        found = defaultdict[IPv6Network, dict[str, str]](dict)
+        for host in CLUSTER_SERVERS:
+            for prefix, device in self.lab.session_routes(host).items():
+                found[prefix][host] = device
+        return found
+
+    def server_of(self, client: ClusterClient) -> str:
+        """The one that has its session; "" for none, or several."""
+        hosts = [*self.routes()[client.prefix]]
+        return hosts[0] if len(hosts) == 1 else ""
+
+    def misroutes(self, prefixes: Iterable[IPv6Network] = ()) -> list[str]:
+        """What is not as it must be of these, or all clients' prefixes: one kernel has a session's route, and every path ends there."""
+        routes, wrong = self.routes(), []
+        for prefix in prefixes or [client.prefix for client in self.clients]:
+            ends = [[host, device] for host, device in routes[prefix].items()]
+            paths = [self.lab.path(host, prefix[1]) for host in ("router", *CLUSTER_SERVERS)] if len(ends) == 1 else []
+            if len(ends) != 1 or any(path[-2:] != ends[0] for path in paths):
+                wrong.append(f"{prefix} has the routes {ends} and the paths {paths}")
+        return wrong
+
+    def settle(self) -> float:
+        """The last fault is healed: gives the seconds until all is as it must be. What is not within the time for it is a violation."""
+        began, answered = time.monotonic(), [client.answered for client in self.clients]
+        late = began + CLUSTER_DEAD_AFTER_S + SETTLED_S
+
+        def wrong() -> list[str]:
+            stopped = [client.host for client, before in zip(self.clients, answered) if client.answered == before]
+            return [*self.misroutes(), *(f"the stream of {host} does not go on" for host in stopped)]
+
+        while (found := wrong()) and time.monotonic() < late:
+            time.sleep(0.2)
+        took = time.monotonic() - began
+        for what in found:
+            self.violated(what)
+        for client in self.clients:
+            for prefix in re.findall(r": has (\S+) on", client.program.log()):
+                self.tell(client.id, IPv6Network(prefix))
+        for program in (*self.servers.values(), *(client.program for client in self.clients)):
+            for line in re.findall(".*(?:Traceback|internal error).*", program.new_lines()):
+                self.violated(f"in the log of {program.host}: {line}")
+        while self.traffic.violations:
+            self.violated(self.traffic.violations.pop())
+        return took
+
+
+class Hand:
+    """A client by hand, which is many: it says its Id to one server after the other, and holds the session that it gets."""
+
+    def __init__(self, cluster: Cluster, id_: str, servers: Sequence[str]) -> None:
+        self.id, self._cluster, self.servers = id_, cluster, list(servers)
+        self.prefix: IPv6Network | None = None
+        self.answer: dict[str, Any] = {}
+        self.answers = 0  # that gave it its prefix
+        self.reached = 0.0  # when the last packet for its prefix came, by time.monotonic()
+        self._greenlet = gevent.spawn(self._run)
+
+    def _run(self) -> None:
+        while True:
+            with self._cluster.lab.inside("hand"):
+                sock = gevent.socket.socket()
+            with sock, suppress(OSError, EOFError):
+                self._live(sock)
+            self.servers.append(self.servers.pop(0))
+            gevent.sleep(random.uniform(0, 0.3))
+
+    def _live(self, sock: Any) -> None:
+        with gevent.Timeout(15, EOFError):
+            sock.connect((self._cluster.lab.address("access", self.servers[0]), CLUSTER_PORT))
+            sock.sendall(json.dumps({"Id": self.id, "Offload": []}).encode())
+            data = b""
+            while b"}" not in data:
+                data += self._more(sock)
+        text, _, data = data.partition(b"}")
+        self.answer = json.loads(text + b"}")
+        if "Prefix" not in self.answer:
+            raise EOFError
+        self.prefix = IPv6Network(self.answer["Prefix"])
+        self._cluster.tell(self.id, self.prefix)
+        self.answers += 1
+        while True:
+            while frame := first_frame(data, 10):
+                data = data[len(frame) :]
+                target = IPv6Address(frame[34:50])
+                if target not in self.prefix:
+                    self._cluster.violated(f"a packet for {target} came to {self.id}, which has {self.prefix}")
+                self.reached = time.monotonic()
+            data += self._more(sock)
+
+    @staticmethod
+    def _more(sock: Any) -> bytes:
+        data = sock.recv(4096)
+        if not data:
+            raise EOFError
+        return cast(bytes, data)
+
+    def close(self) -> None:
+        self._greenlet.kill()
+
+
+@contextmanager
+def hands(cluster: Cluster, wanted: Mapping[str, Sequence[str]]) -> Iterator[list[Hand]]:
+    """Meanwhile these Ids connect, each to the first of its servers that takes it."""
+    crowd = [Hand(cluster, id_, servers) for id_, servers in wanted.items()]
+    try:
+        yield crowd
+    finally:
+        for hand in crowd:
+            hand.close()
+
+
+Outage = Callable[[Cluster], AbstractContextManager[None]]
+
+
+def restart_killed(cluster: Cluster, victim: str) -> None:
+    """Its clients go to the others; some seconds later it is back."""
+    cluster.servers[victim].end(signal.SIGKILL)
+    gevent.sleep(3)
+    cluster.start_server(victim)
+
+
+def end_and_start(cluster: Cluster, victim: str) -> None:
+    cluster.servers[victim].end(signal.SIGTERM)
+    gevent.sleep(1)
+    cluster.start_server(victim)
+
+
+def pause_server(cluster: Cluster, victim: str, seconds: float) -> None:
+    """Its kernel acknowledges what clients send, and its routes stay, until it wakes up as the loser."""
+    with paused(cluster.servers[victim]):
+        gevent.sleep(seconds)
+
+
+def drain_server(cluster: Cluster, victim: str) -> None:
+    config = cluster.servers[victim].config
+    assert run_tun6("drain", "-c", str(config), "--minutes", "0.1").returncode == 0
+    assert becomes_true(lambda: not cluster.lab.session_routes(victim), 12), "sessions are left on a server that drains"
+    assert run_tun6("drain", "-c", str(config), "--stop").returncode == 0
+
+
+def cut_server(cluster: Cluster, victim: str, *networks: str) -> None:
+    """These networks of a server, without a word to anybody, for twice as long as it takes to notice."""
+    cluster.lab.cut(victim, *networks)
+    gevent.sleep(2 * CLUSTER_DEAD_AFTER_S)
+    cluster.lab.heal(victim, *networks)
+
+
+def restart_bird(cluster: Cluster, victim: str, seconds: float) -> None:
+    """It is killed, and started again so many seconds later."""
+    cluster.birds[victim].kill()
+    gevent.sleep(seconds)
+    cluster.birds[victim].start()
+    wait_until("the routers talk with each other again", cluster.routers_talk, 30)
+
+
+@contextmanager
+def store_stopped(cluster: Cluster) -> Iterator[None]:
+    cluster.primary.kill(signal.SIGINT)  # "fast": ends all sessions
+    yield
+    cluster.primary.start()
+
+
+@contextmanager
+def store_killed(cluster: Cluster) -> Iterator[None]:
+    cluster.primary.kill_all()
+    yield
+    cluster.primary.start()
+
+
+@contextmanager
+def store_hung(cluster: Cluster) -> Iterator[None]:
+    """Its kernel takes what is sent, and nothing answers."""
+    cluster.primary.signal_all(signal.SIGSTOP)
+    yield
+    cluster.primary.signal_all(signal.SIGCONT)
+
+
+@contextmanager
+def store_slow(cluster: Cluster) -> Iterator[None]:
+    """Each statement that writes to the table of clients takes 2 s."""
+    cluster.primary.query(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(2); RETURN NULL; END'", "tun6"
+    )
+    cluster.primary.query("CREATE TRIGGER slow BEFORE INSERT OR UPDATE ON client FOR EACH STATEMENT EXECUTE FUNCTION slow()", "tun6")
+    assert cluster.primary.query("SELECT count(*) FROM pg_trigger WHERE tgname = 'slow'", "tun6") == "1"
+    yield
+    cluster.primary.query("DROP FUNCTION slow CASCADE", "tun6")
+    assert cluster.primary.query("SELECT count(*) FROM pg_trigger WHERE tgname = 'slow'", "tun6") == "0"
+
+
+@contextmanager
+def standby_stopped(cluster: Cluster) -> Iterator[None]:
+    """No COMMIT ends: each waits for the standby."""
+    cluster.standby.kill(signal.SIGINT)
+    yield
+    cluster.standby.start()
+    wait_until("the standby is synchronous again", cluster.primary.followed, 30)
+
+
+@contextmanager
+def store_failed_over(cluster: Cluster) -> Iterator[None]:
+    """The primary is killed and the standby promoted, which gets a standby later."""
+    cluster.primary.kill_all()
+    cluster.lab.heal(cluster.standby.host, "store")
+    cluster.standby.promote()
+    cluster.primary, cluster.standby = cluster.standby, cluster.primary
+    yield
+    cluster.add_standby()
+
+
+def disturb_store(cluster: Cluster, _: str, outage: Outage) -> None:
+    with outage(cluster):
+        gevent.sleep(8)
+
+
+def move_meanwhile(cluster: Cluster, victim: str, outage: Outage) -> None:
+    """The store does not answer as it should when the server is killed."""
+    with outage(cluster):
+        gevent.sleep(1)
+        restart_killed(cluster, victim)
+        gevent.sleep(4)
+
+
+def lose_commits(cluster: Cluster, victim: str) -> None:
+    """The standby that is promoted was cut off before Ids were new. No Id is new until all have written back what they know."""
+    cluster.primary.synchronous_with("")
+    cluster.lab.cut(cluster.standby.host, "store")
+    with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS for _ in range(5)}) as crowd:
+        assert becomes_true(lambda: all(hand.answers for hand in crowd), 15), "new Ids are not served"
+        with store_failed_over(cluster):
+            with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS for _ in range(5)}) as newcomers:
+                served = becomes_true(lambda: all(hand.answers for hand in newcomers), 40)
+                assert served, f"new Ids are not served after commits were lost: {newcomers[0].answer}"
+            restart_killed(cluster, victim)
+            served = becomes_true(lambda: all(hand.answers > (hand.servers[0] == victim) for hand in crowd), 15)
+            assert served, "Ids whose commits were lost are not served"
+
+
+def revoke_in_an_outage(cluster: Cluster, victim: str) -> None:
+    """A server cut off from the store serves a revoked Id until it is healed, and then within a second no longer."""
+    other = cluster.servers[next(host for host in CLUSTER_SERVERS if host != victim)]
+    with cluster.extra_client([victim, other.host]) as client:
+        held = client.prefix()
+        cluster.lab.cut(victim, "store")
+        gevent.sleep(1)
+        asked(other.config, "clients", "revoke", cluster.client_id(cluster.EXTRA))
+        gevent.sleep(3)
+        assert [*cluster.routes()[held]] == [victim], "a server cut off from the store does not go on as before"
+        cluster.lab.heal(victim, "store")
+        assert becomes_true(lambda: not cluster.routes()[held], 15), "a revoked Id is served"
+        gevent.sleep(3)
+        assert not cluster.routes()[held], "a revoked Id is served again"
+        asked(other.config, "clients", "restore", cluster.client_id(cluster.EXTRA))
+        assert becomes_true(lambda: len(cluster.routes()[held]) == 1, 60), "a restored Id is not served"
+
+
+def move_on_both_sides(cluster: Cluster, victim: str) -> None:
+    """A server is cut off from the others and the store, and a client comes to it and to another one in turn."""
+    other = next(host for host in CLUSTER_SERVERS if host != victim)
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+    cluster.lab.cut(victim, "store", "peers")
+    for server in (other, victim) * 3:
+        with cluster.extra_client([server]) as client:
+            assert client.prefix(seconds=15) == held, "another prefix on the other side of a cut"
+    with cluster.extra_client([victim]) as client:
+        client.prefix(seconds=15)
+        cluster.lab.heal(victim, "store", "peers")
+        wait_until("the routers talk with each other again", cluster.routers_talk, 30)
+        alone = becomes_true(lambda: not cluster.misroutes([held]), CLUSTER_DEAD_AFTER_S + SETTLED_S)
+        assert alone, f"after both sides of a cut had it: {cluster.misroutes([held])}"
+
+
+def use_an_id_twice(cluster: Cluster, victim: str) -> None:
+    """Two machines with one Id, and one key: they take it from each other, and are slowed down wherever they connect."""
+    client = next(client for client in cluster.clients if cluster.server_of(client) == victim)
+    seconds, before = 30, client.program.log().count(": has ")
+    with cluster.extra_client(CLUSTER_SERVERS, client.number) as second:
+        gevent.sleep(seconds)
+        takeovers = client.program.log().count(": has ") - before + second.log().count(": has ")
+    most = tun6.CONTENTION_TAKEOVERS + seconds / tun6.CONTENTION_PAUSE_S + 3
+    assert takeovers <= most, f"two machines with one Id took it from each other {takeovers} times in {seconds} s"
+
+
+def pin_a_freed_prefix(cluster: Cluster, victim: str) -> None:
+    """Only `pin` gives it again, when all servers know that it is free; so not while one is stopped that may still have its route."""
+    other = next(host for host in CLUSTER_SERVERS if host != victim)
+    config = str(cluster.servers[other].config)
+    first, second, newcomer = (cluster.new_id() for _ in range(3))
+    with hands(cluster, {first: [victim], second: [other]}) as crowd:
+        assert becomes_true(lambda: all(hand.answers for hand in crowd), 15), "new Ids are not served"
+        freed, spare = cluster.told.pop(first), CLUSTER_RANGE[0xF000 << 64]
+        with paused(cluster.servers[victim]):
+            asked(Path(config), "clients", "pin", first, f"{spare}/64")
+            with hands(cluster, {newcomer: [other]}) as new:
+                assert becomes_true(lambda: bool(new[0].answers), 15), "a new Id is not served"
+            done = run_tun6("clients", "-c", config, "pin", second, str(freed))
+            assert done.returncode == 2 and freed in map(IPv6Network, re.findall(r"[0-9a-f:]+/64", done.stderr)), done.stderr
+        cluster.told.pop(second)
+        pinned = becomes_true(lambda: run_tun6("clients", "-c", config, "pin", second, str(freed)).returncode == 0, 40)
+        assert pinned, run_tun6("clients", "-c", config, "pin", second, str(freed)).stderr
+        assert becomes_true(lambda: crowd[1].prefix == freed, 15), "a pinned prefix is not told"
+        assert becomes_true(lambda: not cluster.misroutes([freed]), 15), cluster.misroutes([freed])
+
+
+def connect_new_ids(cluster: Cluster, _: str) -> None:
+    """500 at once on each of two servers."""
+    began = time.monotonic()
+    with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS[:2] for _ in range(500)}) as crowd:
+        served = becomes_true(lambda: all(hand.answers for hand in crowd), 60)
+        unserved = [hand.answer for hand in crowd if not hand.answers]
+        assert served, f"{len(unserved)} of 1,000 new Ids are not served: {unserved[:1]}"
+        cluster.note("1,000 new Ids served", time.monotonic() - began)
+
+
+def move_a_thousand(cluster: Cluster, victim: str) -> None:
+    """1,000 clients of a server that is killed: each has packets from the Internet again."""
+    others = [host for host in CLUSTER_SERVERS if host != victim]
+    wanted = {f"many {number}": [victim, *random.sample(others, 2)] for number in range(1000)}
+
+    def reached(since: float) -> bool:
+        with socket_on(cluster.lab, "internet") as probes:
+            for hand in crowd:
+                if hand.prefix and hand.reached < since:
+                    probes.sendto(b"", (str(hand.prefix[1]), 9))
+        gevent.sleep(0.3)
+        return all(hand.reached >= since for hand in crowd)
+
+    with hands(cluster, wanted) as crowd:
+        assert becomes_true(lambda: reached(1), 90), "not all of 1,000 clients are served"
+        began = time.monotonic()
+        cluster.servers[victim].end(signal.SIGKILL)
+        moved = becomes_true(lambda: reached(began), 60)
+        cluster.note("1,000 clients moved", max(hand.reached for hand in crowd) - began)
+        assert moved, f"{sum(hand.reached < began for hand in crowd)} of 1,000 clients are not served by another server"
+    cluster.start_server(victim)
+
+
+def set_clock(cluster: Cluster, victim: str) -> None:
+    """The clock of one server, as Python has it, jumps by an hour; clients come to it and leave it."""
+    jump = cluster.folder / "clock"
+    lines = ("now = time.time", f"time.time = lambda: now() + 3600 * os.path.exists({str(jump)!r})")
+    cluster.servers[victim].end(signal.SIGTERM)
+    with tun6_with(cluster.folder, *lines):
+        cluster.start_server(victim)
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+        jump.touch()
+        gevent.sleep(5)
+        for host in CLUSTER_SERVERS:
+            if host != victim:
+                restart_killed(cluster, host)
+        alone = becomes_true(lambda: not cluster.misroutes([held]), 10)
+        assert alone, f"one server's clock is an hour ahead: {cluster.misroutes([held])}"
+    cluster.servers[victim].end(signal.SIGTERM)
+    jump.unlink()
+    cluster.start_server(victim)
+
+
+def check_routes(upstream: str) -> None:
+    """contrib/bird.conf with routes made by hand: the newest epoch wins, and no server is a black hole whatever link is cut."""
+    prefix = next(CLUSTER_RANGE.subnets(new_prefix=64))
+    told = upstream != "range"  # whether the router hears of each prefix
+    lab = ClusterLab(0)
+    with tempfile.TemporaryDirectory() as name, lab, ExitStack() as undo:
+
+        def route(host: str, epoch: int) -> str:
+            return f"-6 route add {prefix} dev session proto {tun6.ROUTE_PROTOCOL} metric {tun6.METRIC_MAX - epoch}"
+
+        def leads(to: str, *hosts: str) -> bool:
+            return all(lab.path(host, prefix[1])[-2:] == [to, "session"] for host in hosts)
+
+        def expect(what: str, condition: Callable[[], bool]) -> None:
+            began = time.monotonic()
+            wait_until(what, condition, 15)
+            print(f"    {time.monotonic() - began:4.1f} s  {upstream}: {what}", flush=True)
+
+        birds = [Bird(lab, host, Path(name), upstream) for host in ("router", *CLUSTER_SERVERS)]
+        for bird in birds:
+            undo.callback(bird.kill)
+            bird.start()
+        wait_until("the routers talk with each other", lambda: all(bird.talks() for bird in birds), 30)
+        for host in CLUSTER_SERVERS:
+            lab.ip(host, "tuntap add session mode tun")
+            lab.ip(host, "link set session up")
+        every = ("router", *CLUSTER_SERVERS)
+        lab.ip("s1", route("s1", 5))
+        expect("the route of epoch 5 on s1 is known everywhere", lambda: leads("s1", *every))
+        lab.ip("s2", route("s2", 6))
+        if told:
+            expect("that of epoch 6 on s2 wins at the router and at s3, while s1 still has its own", lambda: leads("s2", "router", "s3"))
+        lab.ip("s1", route("s1", 5).replace("add", "del"))
+        expect("s1, which has none any more, finds that of s2", lambda: leads("s2", *every))
+        lab.cut("s2", "wan")
+        expect(
+            "the link from s2 to the router is cut: all lead there through another server",
+            lambda: leads("s2", *every) and "s2" not in lab.path("router", prefix[1])[1:2],
+        )
+        expect("and so does the way from s2 to the Internet", lambda: lab.path("s2", IPv6Address(Lab.INTERNET))[-2:] == ["router", "world"])
+        lab.heal("s2", "wan")
+        wait_until("all is as before", lambda: all(bird.talks() for bird in birds), 30)
+        lab.cut("s2", "peers")
+        expect("the link from s2 to the other servers is cut", lambda: leads("s2", *every))
+        lab.heal("s2", "peers")
+        wait_until("all is as before", lambda: all(bird.talks() for bird in birds), 30)
+        birds[2].kill()
+        lab.ip("s2", route("s2", 6).replace("add", "del"))
+        lab.ip("s3", route("s3", 7))
+        expect("BIRD on s2 is killed, and the prefix is at s3", lambda: leads("s3", "router", "s1", "s3"))
+        lab.cut("s1", "wan", "peers")
+        expect("s1 is cut off, too: the router finds s3, which is alone", lambda: leads("s3", "router"))
+        expect(
+            "and packets for no session's prefix end there",
+            lambda: lab.path("router", CLUSTER_RANGE[1 << 70]) == ["router", "s3", UNREACHABLE],
+        )
+
+
+class ClusterFault(NamedTuple):
+    name: str
+    inject: Callable[..., None]
+    arguments: tuple[object, ...] = ()
+    whom: str = "the server's"  # clients whose traffic it may stall; or "all", "none" where it is not to be judged
+    quick: bool = False  # is among those of --quick
+
+
+CLUSTER_FAULTS = (
+    ClusterFault("server killed (kill -9)", restart_killed, quick=True),
+    ClusterFault("server ended (SIGTERM)", end_and_start),
+    ClusterFault("server drained", drain_server, quick=True),
+    ClusterFault("server stopped (SIGSTOP) for 3 s", pause_server, (3,)),
+    ClusterFault("server stopped (SIGSTOP) for 15 s", pause_server, (15,), quick=True),
+    ClusterFault("host dead: all its links cut", cut_server, ("wan", "peers", "store", "access"), quick=True),
+    ClusterFault("link to the clients cut", cut_server, ("access",)),
+    ClusterFault("link to the router cut", cut_server, ("wan",), quick=True),
+    ClusterFault("link to the other servers cut", cut_server, ("peers",)),
+    ClusterFault("link to the store cut", cut_server, ("store",)),
+    ClusterFault("BIRD killed, back after 0.2 s", restart_bird, (0.2,)),
+    ClusterFault("BIRD killed, back after 10 s", restart_bird, (10,)),
+    ClusterFault("PostgreSQL stopped", disturb_store, (store_stopped,)),
+    ClusterFault("PostgreSQL killed", disturb_store, (store_killed,)),
+    ClusterFault("PostgreSQL killed, then a server", move_meanwhile, (store_killed,), quick=True),
+    ClusterFault("PostgreSQL hangs, then a server is killed", move_meanwhile, (store_hung,)),
+    ClusterFault("PostgreSQL takes 2 s a statement, then a server is killed", move_meanwhile, (store_slow,)),
+    ClusterFault("its standby stopped, then a server killed", move_meanwhile, (standby_stopped,)),
+    ClusterFault("PostgreSQL failed over", disturb_store, (store_failed_over,)),
+    ClusterFault("PostgreSQL failed over, then a server killed", move_meanwhile, (store_failed_over,), quick=True),
+    ClusterFault("PostgreSQL failed over, commits lost, then a server killed", lose_commits),
+    ClusterFault("an Id revoked while its server can't reach the store", revoke_in_an_outage),
+    ClusterFault("a client on both sides of a cut in turn", move_on_both_sides),
+    ClusterFault("an Id on two machines", use_an_id_twice, whom="none"),
+    ClusterFault("a freed /64 pinned to another Id", pin_a_freed_prefix),
+    ClusterFault("500 new Ids at once on each of two servers", connect_new_ids, whom="all"),
+    ClusterFault("1,000 clients moved at once", move_a_thousand, whom="all"),
+    ClusterFault("clock of a server set one hour ahead", set_clock, whom="all"),
+)
+
+
+def run_fault(cluster: Cluster, fault: ClusterFault) -> list[float]:
+    """Makes one and waits until all is as it must be. Gives the longest stall of each stream that it may have stalled, s."""
+    client = random.choice(cluster.clients)
+    assert becomes_true(lambda: cluster.server_of(client), 30), f"{client.host} has no server"
+    victim = cluster.server_of(client)
+    affected = [each for each in cluster.clients if fault.whom == "all" or (fault.whom != "none" and cluster.server_of(each) == victim)]
+    cluster.say(f"{fault.name}: {victim} with {len(affected)} of {len(cluster.clients)} clients")
+    for each in cluster.clients:
+        each.mark()
+    try:
+        fault.inject(cluster, victim, *fault.arguments)
+    except (AssertionError, tun6.KernelError) as error:
+        cluster.violated(f"{fault.name}: {error}")
+    took = cluster.settle()
+    stalls = [each.stall for each in affected]
+    cluster.say(f"    stalls {' '.join(f'{stall:.2f}' for stall in stalls)} s; all as it must be {took:.1f} s after the end")
+    return stalls
+
+
+def cluster_command(arguments: list[str]) -> int:
+    """`python test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults; prints a table of their stalls for docs/cluster.md."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py cluster", description=cluster_command.__doc__)
+    parser.add_argument("--quick", action="store_true", help="only the most important faults, each once")
+    parser.add_argument("--fault", action="append", metavar="WORDS", help="only faults with these words in their names, or `routes`")
+    parser.add_argument("--times", type=int, default=3, help="each fault so often")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--upstream", choices=CLUSTER_UPSTREAMS, default="ibgp", help="what the upstream router is")
+    options = parser.parse_args(arguments)
+    install_cluster_packages()
+    tun6.raise_descriptor_limit()
+    wanted = [
+        fault
+        for fault in CLUSTER_FAULTS
+        if any(words in fault.name for words in options.fault or [""]) and (fault.quick or not options.quick)
+    ]
+    if not options.fault or "routes" in options.fault:
+        for upstream in CLUSTER_UPSTREAMS:
+            check_routes(upstream)
+    if not wanted:
+        return 0
+    stalls = defaultdict[str, list[float]](list)
+    with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, Cluster(Path(name), options.clients, options.upstream) as cluster:
+        try:
+            for fault in wanted:
+                for _ in range(1 if options.quick else options.times):
+                    stalls[fault.name] += run_fault(cluster, fault)
+        finally:
+            if cluster.violations:
+                kept = tempfile.mkdtemp(prefix="tun6-cluster-failed-")
+                shutil.copytree(name, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*-data", "*-sockets", "*.sock", "*.ctl"))
+                cluster.say(f"the logs are in {kept}")
+    print("\n| fault | streams | median stall | longest |\n| --- | --- | --- | --- |")
+    for what, found in stalls.items():
+        if found:
+            print(f"| {what} | {len(found)} | {statistics.median(found):.2f} s | {max(found):.2f} s |")
+    for what, seconds in cluster.notes.items():
+        print(f"{what}: {', '.join(f'{each:.1f}' for each in seconds)} s")
+    print(f"measured to within {cluster.traffic.late + TICK_S:.2f} s; {len(cluster.violations)} violations")
+    return int(bool(cluster.violations))
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -14572,7 +15655,7 @@ def run_tests(*options: str, share: str = "1/1") -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `cluster`, `waits`: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -14586,6 +15669,8 @@ def main() -> int:
         return systemd_command(sys.argv[2:])
     if sys.argv[1:2] == ["packages"]:
         return packages_command(sys.argv[2:])
+    if sys.argv[1:2] == ["cluster"]:
+        return cluster_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits", share=(sys.argv[2:] or ["1/1"])[0])
     os.chdir(Path(__file__).parent)
