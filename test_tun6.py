@@ -4624,6 +4624,18 @@ def test_who_was_sent_away_at_the_last_moment_is_not_served(admission: Admission
     assert (server.sessions, server.store.pool.owners()) == ({}, [])
 
 
+@pytest.mark.parametrize("about", ["disk", "store"])
+def test_who_asks_while_nothing_new_can_be_kept_is_told_so_unless_it_has_a_prefix(about: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, stream = tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL)), mock.Mock()
+    monkeypatch.setattr(server, "_leave_admission", lambda: None)
+    server.store.assign("known")
+    monkeypatch.setitem(tun6.standing_warnings, about, "it can't be reached")
+    server._answer_dry(stream, "peer", tun6.Hello("known", None, "", True), b"")
+    assert json.loads(stream.send.call_args[0][0]) == {"Dry": True, "Prefix": str(subnet(0))}
+    with pytest.raises(tun6.Refusal, match="server-error"):
+        server._answer_dry(stream, "peer", tun6.Hello("new", None, "", True), b"")
+
+
 def test_a_server_remembers_refused_kinds_for_each_id_and_for_no_more_ids_than_clients() -> None:
     server = tun6.Server(tun6.ServerConfig("0.0.0.0", 1, POOL, max_clients=2))
     for id_, kind in (("a", "uso6"), ("b", "uso6"), ("a", "tso6"), ("c", "tso6")):
