@@ -22,6 +22,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     send queue                   with a simulated link
     network plans
     storage                      with a crash at every system call
+    cluster rules                a simulated cluster, whose steps come in any order
     kernel
     connections
     session
@@ -40,6 +41,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     sources and documents        maps, order of definitions, links
     packages                     what is in sdist and wheel, man page, completion
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
+    end to end: several servers  a client with a list, drain
     end to end: hooks
     end to end: neighbour proxy  and a tunnel of Hurricane Electric's to the server
     end to end: legacy peers
@@ -103,6 +105,7 @@ import termios
 import threading
 import time
 import tracemalloc
+import uuid
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -3333,6 +3336,457 @@ def test_the_backup_is_what_was_there_before_a_change_of_several_entries_and_a_d
     assert stat.S_IMODE(os.stat(f"{path}.bak").st_mode) == stat.S_IMODE(path.stat().st_mode)
 
 
+# ---- cluster rules ---------------------------------------------------------------------------------------------------
+
+
+class Violation(AssertionError):
+    """An invariant of the cluster does not hold."""
+
+
+class LateCommit(NamedTuple):
+    """A transaction whose COMMIT has no answer yet: it keeps its rows locked, and is done or undone later."""
+
+    rows: list[tun6.Row]
+
+
+class SimulatedDatabase:
+    """PostgreSQL as servers see it: rows, locks, notifications to who listens, and snapshots to which a failover goes back."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.rows: dict[str, tun6.Row] = {}
+        self.next = 0  # as the pool's
+        self.late: list[LateCommit] = []
+        self.reachable = True
+        self.timeline = self.accepted = 1
+        self.written_back: dict[str, int] = {}  # timeline, by server
+        self.listeners: list[SimulatedServer] = []
+        self._lost: Any = None  # what a failover goes back to
+        self.now = 0.0
+
+    def changes(self, changes: Sequence[tun6.Change], fate: str = "committed") -> list[tun6.Row | Exception] | None:
+        """Makes changes as Database does. None: they are locked. The fate is "committed", or "late": it is decided later."""
+        self.now += 1
+        if any(row.id == change.id for late in self.late for row in late.rows for change in changes):
+            return None
+        rows, results = dict(self.rows), list[Union[tun6.Row, Exception]]()
+        for change in changes:
+            found = rows.get(change.id)
+            try:
+                results.append(change.decide(found or change.create(self._free()), self.now))
+            except (tun6.Tun6Error, EOFError, KeyError) as error:
+                results.append(error)
+                continue
+            rows[change.id] = cast(tun6.Row, results[-1])
+        changed = [row for row in rows.values() if self.rows.get(row.id) != row]
+        if fate == "late":
+            self.late.append(LateCommit(changed))
+        else:
+            self._write(changed)
+        return results
+
+    def _free(self) -> Iterator[IPv6Network]:
+        if self.accepted != self.timeline:
+            raise tun6.StorageError("commits may be lost")
+        rows = [*self.rows.values(), *(row for late in self.late for row in late.rows)]
+        taken = {prefix for row in rows for prefix in (row.prefix, *row.former)}
+        while subnet(self.next) in taken:
+            self.next += 1
+        self.next += 1
+        yield subnet(self.next - 1)
+
+    def _write(self, rows: Iterable[tun6.Row]) -> None:
+        for row in rows:
+            self.rows[row.id] = row
+            for server in self.listeners:
+                server.notified.append(row.id)
+
+    def end_late(self) -> None:
+        """What was late is done, or undone."""
+        late = self.late.pop(self._rng.randrange(len(self.late)))
+        if self._rng.random() < 0.7:
+            self._write(late.rows)
+
+    def remember(self) -> None:
+        """What the standby has."""
+        self._lost = dict(self.rows), self.next, dict(self.written_back), self.accepted
+
+    def fail_over(self) -> None:
+        """The standby is promoted: what it does not have is lost."""
+        if self._lost:
+            rows, self.next, written_back, self.accepted = self._lost
+            self.rows, self.written_back = dict(rows), dict(written_back)
+        self.late.clear()
+        self.timeline += 1
+        for server in list(self.listeners):
+            server.disconnect()
+
+    def enter(self, server: SimulatedServer) -> list[tun6.Row]:
+        """As Database.enter: writes back what was lost."""
+        known = list(server.view.rows.values())
+        taken: list[tun6.Row] = []
+        if self.written_back.get(server.name) != self.timeline or any(tun6.lost_rows(known, self.rows)):
+            back, taken = tun6.lost_rows(known, self.rows)
+            self._write(back)
+        self.written_back[server.name] = self.timeline
+        if set(self.written_back.values()) == {self.timeline}:
+            self.accepted = self.timeline
+        return taken
+
+
+class SimulatedClient:
+    """A client with one Id: it has one connection at a time, and knows the epoch of its last answer."""
+
+    def __init__(self, id_: str, has_key: bool) -> None:
+        self.id, self.has_key = id_, has_key
+        self.at: tuple[SimulatedServer, int] | None = None  # where it has a session, and its epoch
+        self.asks: Asked | None = None  # at whom it waits for an answer
+        self.epoch = 0
+        self.unanswered = 0  # beginnings that are in the store, or may be, since the last answer after a COMMIT
+
+
+@dataclasses.dataclass(eq=False)
+class Asked:
+    """A client's hello that is not answered yet."""
+
+    client: SimulatedClient
+    begin: tun6.SessionBegin
+    row: tun6.Row  # as the transaction left it
+
+
+class SimulatedServer:
+    """One server: a ClusterView, and the order in which things reach it."""
+
+    def __init__(self, name: str, cluster: SimulatedCluster) -> None:
+        self.name, self._cluster = name, cluster
+        self.view = tun6.ClusterView(name)
+        self.notified: list[str] = []  # Ids of which it will hear
+        self.read: list[tun6.Row] = []  # rows that it has read, and not taken in: in any order
+        self.asked: list[Asked] = []
+        self.is_cut = False
+        self.connected = False
+        self.timeline = 0
+        self.holds: dict[str, tuple[SimulatedClient, int]] = {}  # sessions, with their epochs
+        self._saved: list[tun6.Row] = []  # in the cache
+
+    def disconnect(self) -> None:
+        """The store is down: what it has not answered by now is not known, whatever it answers."""
+        self.connected = False
+        self.notified.clear()
+        self.read.clear()
+        if self in self._cluster.database.listeners:
+            self._cluster.database.listeners.remove(self)
+        asked, self.asked = self.asked, []
+        for each in asked:
+            self.view.give_up(each.begin, each.row)
+            if each.client.asks is each:
+                each.client.asks = None
+                self._hold_from_cache(each.client, each.begin)
+
+    def connect(self) -> None:
+        database = self._cluster.database
+        if self.connected or self.is_cut or not database.reachable:
+            return
+        if database.late and database.written_back.get(self.name) != database.timeline:
+            return  # all rows are locked for it
+        database.listeners.append(self)
+        for row in list(database.rows.values()):
+            self.hear(row)
+        for row in database.enter(self):
+            self._end(row.id, None)
+            self.view.forget(row.id)
+        if self.timeline != database.timeline:
+            self.timeline = database.timeline
+            self.view.unsettle()
+        self.connected = True
+
+    def hear(self, row: tun6.Row) -> None:
+        held, is_new = self.view.held.get(row.id), row.id not in self.view.rows
+        before = held.settled if held else False
+        reason = self.view.hear(row)
+        if is_new:
+            self.save()
+        if reason:
+            self._end(row.id, "newest" if before and "newer" in reason else None)
+
+    def _end(self, id_: str, why: str | None) -> None:
+        """Ends a session. A client that is still there must not lose it to an older one."""
+        if id_ in self.holds:
+            client, _ = self.holds.pop(id_)
+            self.view.release(id_)
+            if client.at and client.at[0] is self:
+                client.at = None
+                strict = client.has_key and not client.asks and (why == "newest" or (why == "settlement" and client.unanswered <= 1))
+                if strict and not self._cluster.lost_commits:
+                    raise Violation(f"{id_} lost its newest session at {self.name}, {why}")
+
+    def leave(self, id_: str) -> None:
+        """The connection of a session has ended."""
+        if id_ in self.holds:
+            self.holds.pop(id_)
+            self.view.release(id_)
+
+    def ask(self, client: SimulatedClient, fate: str, stays: bool) -> None:
+        """A client says hello. It leaves before the transaction if it does not stay."""
+        self.leave(client.id)
+        for asked in [asked for asked in self.asked if asked.client is client]:
+            self.asked.remove(asked)
+            self.view.give_up(asked.begin, asked.row)
+        claim = tun6.Claim(client.id, client.epoch, proved=client.has_key, is_alive=lambda: stays)
+        begin = self.view.begin_change(claim)
+        if self.connected:
+            results = self._cluster.database.changes([begin], fate)
+            result = results[0] if results else None
+            if isinstance(result, tun6.Row) and fate == "committed":
+                client.unanswered += 1
+                asked = Asked(client, begin, result)
+                self.asked.append(asked)
+                client.asks = asked
+                return
+            if isinstance(result, Exception):
+                return  # refused, or it has left
+            if isinstance(result, tun6.Row):
+                client.unanswered += 1
+                self.view.give_up(begin, result)
+            self.disconnect()
+        if stays:
+            self._hold_from_cache(client, begin)
+
+    def _hold_from_cache(self, client: SimulatedClient, begin: tun6.SessionBegin) -> None:
+        row = self.view.begin_alone(begin)
+        if row and not row.revoked:
+            self._hold(client, begin, row, False)
+
+    def finish(self, asked: Asked) -> None:
+        """COMMIT is answered; the client may have left."""
+        self.asked.remove(asked)
+        self.hear(asked.row)
+        self._hold(asked.client, asked.begin, asked.row, True, asked.client.asks is asked)
+
+    def _hold(self, client: SimulatedClient, begin: tun6.SessionBegin, row: tun6.Row, settled: bool, stays: bool = True) -> None:
+        epoch = row.epoch
+        if not self.view.hold(begin, row, settled):
+            client.asks = None if stays else client.asks
+            return
+        self.holds[client.id] = client, epoch
+        if not stays:
+            self.leave(client.id)
+            return
+        if self.view.epoch_of(client.id) > epoch:
+            raise Violation(f"{client.id} is answered at {self.name} with {epoch}, and {self.view.epoch_of(client.id)} was heard")
+        client.at, client.asks = (self, epoch), None
+        if begin.claim.proved and client.epoch >= epoch:
+            raise Violation(f"{client.id} had {client.epoch}, and gets {epoch}")
+        client.epoch = epoch
+        client.unanswered = 0 if settled else client.unanswered
+        self._cluster.answered(client, row.prefix, epoch)
+
+    def pay(self, fate: str) -> None:
+        if not self.connected:
+            return
+        for debt in self.view.debts():
+            results = self._cluster.database.changes([debt], fate)
+            if results is None or fate == "late":
+                self.disconnect()
+                return
+            row = results[0] if isinstance(results[0], tun6.Row) else None
+            if row:
+                self.hear(row)
+            reason = self.view.pay(debt, row)
+            if debt.id in self.holds:
+                self.holds[debt.id] = self.holds[debt.id][0], self.view.held[debt.id].epoch
+            if reason:
+                self._end(debt.id, "settlement" if "newer" in reason else None)
+
+    def restart(self) -> None:
+        """It is killed, and starts from its cache."""
+        for asked in self.asked:
+            asked.client.asks = None if asked.client.asks is asked else asked.client.asks
+        self.asked.clear()
+        self.disconnect()
+        for client, _ in self.holds.values():
+            if client.at and client.at[0] is self:
+                client.at = None
+        self.holds.clear()
+        self.view = tun6.ClusterView(self.name)
+        for row in self._saved:
+            self.view.hear(row)
+        self.view.end_left()
+
+    def save(self) -> None:
+        self._saved = list(self.view.rows.values())
+
+
+class SimulatedCluster:
+    """Servers, a database and clients, whose steps come in an order that a seed decides."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = rng = random.Random(seed)
+        self.database = SimulatedDatabase(rng)
+        self.servers = [SimulatedServer(name, self) for name in "ABC"]
+        self.clients = [SimulatedClient(f"c{number}", rng.random() < 0.7) for number in range(4)]
+        self.lost_commits = False
+        self._owner: dict[IPv6Network, str] = {}  # who was last told of it
+        self._epochs: dict[IPv6Network, int] = {}  # the highest that routers have heard
+        self._pinned: set[tuple[str, IPv6Network]] = set()
+        self.trace: list[str] = []
+        for server in self.servers:
+            server.connect()
+
+    def answered(self, client: SimulatedClient, prefix: IPv6Network, epoch: int) -> None:
+        owner = self._owner.get(prefix, client.id)
+        if owner != client.id:
+            if (client.id, prefix) not in self._pinned:
+                raise Violation(f"{prefix} of {owner} is told to {client.id}")
+            if any(server.view.held[id_].prefix == prefix for server in self.servers for id_ in server.holds if id_ != client.id):
+                raise Violation(f"{prefix} is told to {client.id}, and another one has it still")
+            if epoch <= self._epochs.get(prefix, 0):
+                raise Violation(f"routers have heard {self._epochs[prefix]} of {prefix}, which {client.id} now has with {epoch}")
+        self._owner[prefix] = client.id
+        self._epochs[prefix] = max(self._epochs.get(prefix, 0), epoch)
+
+    def step(self) -> None:
+        """One thing happens."""
+        rng, database = self._rng, self.database
+        server, client = rng.choice(self.servers), rng.choice(self.clients)
+        what = rng.choices(
+            ["ask", "finish", "notify", "take", "pay", "connect", "leave", "cut", "outage", "late", "pin", "revoke", "restart", "save",
+             "remember", "fail over"],
+            [30, 25, 15, 15, 15, 12, 6, 5, 3, 8, 2, 2, 2, 3, 2, 1],
+        )[0]  # fmt: skip
+        self.trace.append(f"{what} {server.name} {client.id}")
+        if what == "ask":
+            self._move(client, server)
+        elif what == "finish" and server.asked:
+            server.finish(rng.choice(server.asked))
+        elif what == "notify" and server.connected:
+            ids, server.notified = set(server.notified) | (set(server.holds) if rng.random() < 0.3 else set()), []
+            server.read += [database.rows[id_] for id_ in sorted(ids) if id_ in database.rows]
+        elif what == "take" and server.read:
+            server.hear(server.read.pop(rng.randrange(len(server.read))))
+        elif what == "pay":
+            server.pay("late" if rng.random() < 0.1 else "committed")
+        elif what == "connect":
+            server.connect()
+        elif what == "leave" and server.holds:
+            self._notice(server, rng.choice(sorted(server.holds)))
+        elif what == "cut":
+            server.is_cut = not server.is_cut
+            if server.is_cut:
+                server.disconnect()
+        elif what == "outage":
+            database.reachable = not database.reachable
+            for each in self.servers if not database.reachable else ():
+                each.disconnect()
+        elif what == "late" and database.late:
+            database.end_late()
+        elif what == "pin" and client.id in database.rows:
+            self._pin(client)
+        elif what == "revoke" and client.id in database.rows and database.reachable:
+            row = database.rows[client.id]
+            database.changes([tun6.KeyChange(client.id, row.key or "", not row.revoked)])
+        elif what == "restart":
+            server.restart()
+        elif what == "save":
+            server.save()
+        elif what == "remember":
+            database.remember()
+        elif what == "fail over":
+            self.lost_commits = True
+            database.fail_over()
+
+    def _move(self, client: SimulatedClient, server: SimulatedServer) -> None:
+        """A client that leaves without a word leaves its session behind, which lives until somebody notices."""
+        rng = self._rng
+        if client.at and rng.random() < 0.5:
+            client.at[0].leave(client.id)
+        client.at = client.asks = None
+        server.ask(client, "late" if rng.random() < 0.15 else "committed", rng.random() < 0.8)
+
+    def _notice(self, server: SimulatedServer, id_: str) -> None:
+        """The connection of a session ends, or turns out to be dead."""
+        client, _ = server.holds[id_]
+        server.leave(id_)
+        if client.at and client.at[0] is server:
+            client.at = None
+
+    def _pin(self, client: SimulatedClient) -> None:
+        database = self.database
+        if not database.reachable or database.late:
+            return
+        taken = {row.prefix for row in database.rows.values()}
+        freed = sorted({prefix for row in database.rows.values() for prefix in row.former if row.id != client.id} - taken)
+        heard = all(server.connected and not (server.notified or server.read or server.asked) for server in self.servers)
+        prefix = self._rng.choice(freed) if freed and heard else subnet(100 + len(self._pinned))
+        if prefix not in taken:
+            epochs = [row.epoch for row in database.rows.values() if row.id != client.id and prefix in row.former]
+            floor = max(epochs) + tun6.FREED_LEAD if epochs else 0
+            self._pinned.add((client.id, prefix))
+            database.changes([tun6.Pin(client.id, prefix, floor)])
+
+    def heal(self) -> None:
+        """All faults end; then there must be one session for each client that is not revoked: the one that it has."""
+        database = self.database
+        database.reachable = True
+        while database.late:
+            database.end_late()
+        for server in self.servers:
+            server.is_cut = False
+        for _ in range(4):
+            for server in self.servers:
+                server.connect()
+            for server in self.servers:
+                while server.asked:
+                    server.finish(server.asked[0])
+                server.pay("committed")
+            for server in self.servers:
+                self._rng.shuffle(server.read)
+                ids = {*server.notified, *server.holds}
+                server.notified.clear()
+                for row in [*server.read, *(database.rows[id_] for id_ in sorted(ids) if id_ in database.rows)]:
+                    server.hear(row)
+                server.read.clear()
+            for client in self.clients:
+                found = database.rows.get(client.id)
+                if not client.at and not (found and found.revoked):
+                    self._rng.choice(self.servers).ask(client, "committed", True)
+        for client in self.clients:
+            self._check(client)
+
+    def _check(self, client: SimulatedClient) -> None:
+        row = self.database.rows.get(client.id)
+        held = [(server, server.holds[client.id][1]) for server in self.servers if client.id in server.holds]
+        if row is None or row.revoked:
+            if held:
+                raise Violation(f"{client.id} may not be served, and is")
+            return
+        if not client.at or [server for server, _ in held] != [client.at[0]]:
+            raise Violation(f"{client.id} is at {client.at and client.at[0].name}, its sessions are at {[each.name for each, _ in held]}")
+        server, epoch = held[0]
+        if (row.server, row.epoch, row.live) != (server.name, epoch, True) or not server.view.held[client.id].settled:
+            raise Violation(f"{client.id} has {epoch} at {server.name}, and the store says {row}")
+        for each in self.servers:
+            if each.view.rows[client.id] != row:
+                raise Violation(f"{each.name} knows {each.view.rows[client.id]}, and the store has {row}")
+
+
+def simulate(seed: int, steps: int = 80) -> None:
+    """One interleaving. Raises Violation, with the steps that led to it."""
+    cluster = SimulatedCluster(seed)
+    try:
+        for _ in range(steps):
+            cluster.step()
+        cluster.trace.append("heal")
+        cluster.heal()
+    except Violation as violation:
+        raise Violation(f"seed {seed}: {violation}; after {', '.join(cluster.trace[-25:])}") from None
+
+
+def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
+    for seed in range(1000):
+        simulate(seed)
+
+
 # ---- kernel ----------------------------------------------------------------------------------------------------------
 
 FAKE_IP = r"""#!/bin/sh
@@ -3808,7 +4262,7 @@ def test_the_end_waits_for_hooks_and_kills_those_that_take_too_long(
 def test_a_hook_that_is_not_there_or_not_executable_stops_the_start(tmp_path: Path, section: str) -> None:
     make: Callable[[str], object] = {
         "server": lambda hook: tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, hook=hook)),
-        "client": lambda hook: tun6.Client(tun6.ClientConfig("192.0.2.1", 1, hook=hook)),
+        "client": lambda hook: tun6.Client(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1, hook=hook)),
     }[section]
     path = tmp_path / "hook"
     for prepare, complaint in ((path.touch, "it is not executable; `chmod"), (path.unlink, "no such file"), (path.mkdir, "no such file")):
@@ -4304,19 +4758,145 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
 
     monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
     monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
-    client = tun6.Client(tun6.ClientConfig("moved.example", 1))
-    client._last_good = old = [("10.0.0.1", 1)]
-    assert client.find_addresses() == old
-    assert client.find_addresses() == old
+    remote = tun6.Client(tun6.ClientConfig((tun6.RemoteHost("moved.example", None),), 1)).remote
+    remote.last_good = old = [("10.0.0.1", 1)]
+    assert remote.find_addresses() == old
+    assert remote.find_addresses() == old
     assert len(asked) == 1  # the first goes on
     answer.set()
-    gevent.joinall([cast(Any, client)._lookup])
+    gevent.joinall([cast(Any, remote)._lookup])
     answer.clear()
-    assert client.find_addresses() == [("10.0.0.2", 1), *old]
-    assert client.find_addresses() == old
+    assert remote.find_addresses() == [("10.0.0.2", 1), *old]
+    assert remote.find_addresses() == old
     assert len(asked) == 2
     answer.set()
-    gevent.joinall([cast(Any, client)._lookup])
+    gevent.joinall([cast(Any, remote)._lookup])
+
+
+def test_a_client_with_a_list_begins_with_the_server_that_served_it_last(tmp_path: Path) -> None:
+    remotes = tuple(tun6.RemoteHost(host, None) for host in ("a.example", "b.example", "c.example"))
+    config = tun6.ClientConfig(remotes, 1, file=str(tmp_path / "config.ini"))
+    last = tmp_path / "config.ini.last-server"
+
+    def first() -> set[str]:
+        return {tun6.Client(config).remote.name for _ in range(30)}
+
+    assert len(first()) == 3
+    for host in ("b.example", "c.example"):
+        client = cast(Any, tun6.Client(config))
+        client._remember_last(next(remote for remote in client.remotes if remote.host == host))
+        wait_until("it is remembered", lambda host=host: gevent.sleep(0.01) or (last.exists() and host in last.read_text()))  # type: ignore[misc]
+        assert first() == {f"{host} port 1"}
+    for text in (b"d.example port 1\n", b"", b"\xff"):
+        last.write_bytes(text)
+        assert len(first()) == 3
+    last.unlink()
+    last.mkdir()
+    assert len(first()) == 3
+
+
+def failed(failover: tun6.Failover, *codes: str, session_s: float | None = None) -> list[int]:
+    """The servers that were tried and failed, one for each of these codes; the first of them after a session of this length."""
+    tried = []
+    for code in codes:
+        tried.append(failover.server)
+        failover.note_failure(tun6.Failure(code, "why"), session_s)
+        session_s = None
+    return tried
+
+
+def test_one_server_after_the_other_is_tried_at_once_and_there_is_a_pause_when_all_have_failed() -> None:
+    failover = tun6.Failover(3)
+    for _ in range(3):
+        first = failed(failover, "")
+        assert 0 <= failover.pause() <= 0.3
+        second = failed(failover, "?")
+        assert 0 <= failover.pause() <= 0.3 and failover.is_last
+        third = failed(failover, "denied")
+        assert 1 <= failover.pause() <= 3 and not failover.is_last
+        assert sorted(first + second + third) == [0, 1, 2]
+
+
+def test_clients_begin_with_a_server_at_random_and_wait_at_random() -> None:
+    assert {tun6.Failover(3).server for _ in range(200)} == {0, 1, 2}
+    failover = tun6.Failover(2)
+    failed(failover, "")
+    pauses = [failover.pause() for _ in range(500)]
+    assert 0 <= min(pauses) < 0.05 and 0.25 < max(pauses) <= 0.3
+
+
+def test_the_server_whose_session_ended_goes_last_and_all_have_their_turn_anew() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "", "")
+    good = failover.server
+    assert failed(failover, "", session_s=100) == [good] and not failover.is_last
+    others = failed(failover, "", "")
+    assert good not in others and failover.pause() <= 0.3 and failover.is_last
+    assert failed(failover, "") == [good]
+    assert failover.pause() >= 1
+    single = tun6.Failover(1)
+    failed(single, "", session_s=100)
+    assert single.pause() >= 1
+
+
+def test_sessions_that_end_at_once_on_every_server_are_no_reason_to_spin() -> None:
+    failover = tun6.Failover(2)
+    for _ in range(5):
+        failed(failover, "", session_s=0.1)
+        assert failover.pause() <= 0.3
+        failed(failover, "", session_s=0.1)
+        assert failover.pause() >= 1
+
+
+def test_only_when_every_server_has_refused_for_good_there_is_a_long_pause() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "denied", "revoked", "")
+    assert (failover.pause_s, failover.is_final) == (2, False)
+    failed(failover, "denied", "revoked")
+    assert (failover.pause_s, failover.is_final) == (0, False)
+    failed(failover, "tls-required")
+    assert (failover.pause_s, failover.is_final) == (60, True)
+    single = tun6.Failover(1)
+    failed(single, "denied")
+    assert (single.pause_s, single.is_final) == (60, True)
+
+
+@pytest.mark.parametrize("codes", [["busy"], ["moved", "moved"], ["moved", ""], ["busy", "denied", "moved"]])
+def test_where_a_server_is_busy_or_sends_all_away_the_pauses_double_up_to_half_a_minute(codes: list[str]) -> None:
+    failover, pauses = tun6.Failover(len(codes)), []
+    for _ in range(6):
+        failed(failover, *codes)
+        pauses.append(failover.pause_s)
+    assert pauses == [2, 4, 8, 16, 30, 30]
+    failed(failover, *("" for _ in codes))
+    assert failover.pause_s == 2
+    failed(failover, *codes)
+    failed(failover, *codes, session_s=0.1)  # who was served starts anew
+    assert failover.pause_s == 2
+
+
+def test_after_a_fault_of_the_clients_own_machine_it_goes_back_to_the_same_server_after_a_pause() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "busy")
+    serves = failover.server
+    failover.note_failure(tun6.Failure("?", "the device is gone"), 100, is_ours=True)
+    assert (failover.server, failover.pause_s, list(failover.failures)) == (serves, 2, [serves])
+
+
+@given(st.integers(1, 5), st.lists(st.tuples(st.sampled_from(["", "?", "denied", "busy", "moved"]), st.sampled_from([None, 0.1, 9.0]))))
+def test_whatever_the_servers_do_none_is_left_out_and_no_client_spins(servers: int, events: list[tuple[str, float | None]]) -> None:
+    failover, without_pause = tun6.Failover(servers), 0
+    tried: list[int] = []
+    for code, session_s in events:
+        tried.append(failover.server)
+        assert len(set(tried[-servers:])) == min(len(tried), servers)
+        is_last = failover.is_last
+        failover.note_failure(tun6.Failure(code, "why"), session_s)
+        lasted = (session_s or 0) >= 2
+        assert is_last == (failover.pause_s > 0) or lasted
+        without_pause = 0 if failover.pause_s or lasted else without_pause + 1
+        assert without_pause < servers
+        assert failover.pause_s <= 60
 
 
 def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4327,7 +4907,7 @@ def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> No
         if len(pauses) == 300:
             raise gevent.GreenletExit
 
-    client = tun6.Client(tun6.ClientConfig("192.0.2.1", 1))
+    client = tun6.Client(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1))
     monkeypatch.setattr(client, "_open_tun", lambda: None)
     monkeypatch.setattr(client, "_run_session", mock.Mock(side_effect=OSError(errno.ECONNREFUSED, "refused")))
     monkeypatch.setattr(client._kernel, "remove_stale", lambda: None)
@@ -4770,10 +5350,31 @@ def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_s
     ]  # fmt: skip
     control = "/run/tun6-client/client.sock"
     assert machine.config("client") == {"remotehost": "tun6.example", "remoteport": "10001", "control": control}
+    assert machine.install("client", "--remote", "a.example:443, b.example") == ["wrote /etc/tun6/config.ini"]
+    assert machine.config("client") == {"remotehost": "a.example:443, b.example", "remoteport": "10001", "control": control}
     assert machine.config("server")["mtu"] == "1400"
     assert "removed /opt/tun6" not in machine.install("server", "--remove")
     assert "removed /opt/tun6" in machine.install("client", "--remove")
     assert sorted(machine.files()) == ["etc/tun6/config.ini", "var/lib/tun6/server.pem"]
+
+
+def test_install_puts_a_server_of_a_cluster_in_place_without_files_of_assignments(machine: FileRoot) -> None:
+    shutil.copy(Path(tun6.__file__).with_name("config.ini"), machine.here)
+    store = ["--set", "store=postgresql://tun6:secret@db/tun6"]
+    machine.install("server", "--prefix", "2001:db8:7::/48", *store, *EXAMPLE)
+    state = {"cert": "/var/lib/tun6/server.pem", "store_cache": "/var/lib/tun6/store-cache.json"}
+    config = machine.config("server")
+    assert {key: config.get(key) for key in (*state, "assignments", "keys")} == {**state, "assignments": None, "keys": None}
+    files = machine.files()
+    assert files["etc/tun6/config.ini"] == 0o640  # it has the password
+    assert files["var/lib/tun6/server.pem"] == 0o600
+    assert machine.install("server") == []
+    (machine.root / "etc/tun6/old.json").write_text("{}")
+    (complaint,) = machine.install("server", "--set", "assignments=old.json", status=2)
+    assert re.search(
+        "has a store, and beside it assignments = .*old.json; take them into the store with `tun6.py cluster import`", complaint
+    )
+    assert machine.files() == {**files, "etc/tun6/old.json": mock.ANY}
 
 
 def test_install_uses_the_program_and_the_unit_of_debians_package(machine: FileRoot) -> None:
@@ -4837,6 +5438,8 @@ def test_the_address_that_clients_add_prints_is_the_operators_or_the_kernels() -
     assert tun6.public_address(dataclasses.replace(config, localhost="10.0.0.1")) == "10.0.0.1"
     for address, edit in (("10.0.0.1", "unless it is"), ("9.9.9.9", "where the client sees"), ("tun6.example", "where the client sees")):
         assert f"# EDIT THIS {edit}" in tun6.format_client_section({**JOINED, "remotehost": address}, "p")
+    for hosts, edit in (("a.example, 10.0.0.1:443", "unless it is"), ("9.9.9.9:1, a.example", "where the client sees")):
+        assert f"# EDIT THIS {edit}" in tun6.format_client_section({**JOINED, "remotehost": hosts}, "p")
 
 
 def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_existed(machine: FileRoot) -> None:
@@ -4956,14 +5559,15 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
-        "client_to_client": True, "documentation_addresses": True, "address": None, "hook": None, "ndp": None, "log": "text",
-        "metrics": None, "metrics_clients": False, "store": None, "store_cache": "store-cache.json", "name": "", "file": path,
+        "client_to_client": True, "documentation_addresses": True, "address": None, "fingerprint": (), "hook": None, "ndp": None,
+        "log": "text", "metrics": None, "metrics_clients": False, "store": None, "store_cache": "store-cache.json", "name": "",
+        "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
-        "remotehost": "tun6.example", "remoteport": 10000,
+        "remotehost": (("tun6.example", None),), "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
-        "fingerprint": None, "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
+        "fingerprint": (), "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
         "documentation_addresses": False, "file": path,
     }  # fmt: skip
 
@@ -4980,7 +5584,11 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
         ("server", "mtu", "1280", 1280),
         ("server", "max_clients", "1", 1),
-        ("client", "remotehost", "10.0.0.7", "10.0.0.7"),
+        ("client", "remotehost", "10.0.0.7", (("10.0.0.7", None),)),
+        ("client", "remotehost", "a.example,10.0.0.7:443 , b, b", (("a.example", None), ("10.0.0.7", 443), ("b", None))),
+        ("client", "fingerprint", f"sha256:{'0F' * 32}, SHA256:{'a1:' * 31}a1", (f"sha256:{'0f' * 32}", f"sha256:{'a1' * 32}")),
+        ("server", "address", "a.example, 10.0.0.7:443", "a.example, 10.0.0.7:443"),
+        ("server", "fingerprint", f"sha256:{'0f' * 32}", (f"sha256:{'0f' * 32}",)),
         ("server", "ndp", "enp1s0.100", "enp1s0.100"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
@@ -5014,7 +5622,9 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("server", "tun", text, "one %d") for text in ("tun6", "a%db%d", "t" * 12 + "%d", "a/%d", "a b%d", "%s")],
         *[(section, "mtu", text, "from 1280 to 65500") for section in REQUIRED for text in ("1279", "65501", "big")],
         *[("server", "max_clients", text, "whole number from 1") for text in ("0", "-5", "many")],
-        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "x:1", "a..b", "x" * 64)],
+        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "a..b", "x" * 64, "a,,b", "a b, c")],
+        *[("client", "remotehost", text, "1 to 65535") for text in ("x:0", "a, x:", "a:1:2", "x:65536")],
+        *[("client", "fingerprint", text, "64 hexadecimal digits") for text in ("0f" * 32, f"sha256:{'0f' * 32},", "sha256:0f")],
         *[("client", "remoteport", text, "whole number from 1 to 65535") for text in ("0", "x")],
         *[("client", "id", text, "1 to 64 printable") for text in ("x" * 65, "a\tb", "a\x1bb")],
         *[("client", "tun", text, "at most 15 characters") for text in ("t" * 16, "tun%d", "a/b", ".", "..")],
@@ -6246,6 +6856,328 @@ def test_serving_says_how_many_assignments_there_are(tunnel: Tunnel, server: Pro
     tunnel.visit("a")
     server.stop()
     tunnel.server().wait_for(r" serving .*, with 1 assignments")
+
+
+# ---- end to end: several servers -------------------------------------------------------------------------------------
+
+
+class Pair:
+    """Two servers on the server's host, each on its own port, where the same clients have the same prefixes."""
+
+    def __init__(self, tunnel: Tunnel, number: int = 2) -> None:
+        self._tunnel = tunnel
+        self.known = {"c": f"{tunnel.pool[0]}/64", "d": f"{tunnel.pool[1 << 64]}/64"}
+        self.ports = [tunnel.port, *(10_000 + next(Tunnel._numbers) for _ in range(number - 1))]
+        self.list = ", ".join(f"{Lab.SERVER}:{port}" for port in self.ports)
+        self.servers: list[Program] = [self.start(at) for at in range(number)]
+
+    def start(self, at: int, **settings: object) -> Program:
+        """Starts the server at this place of the list, with the assignments of all."""
+        (self._tunnel._folder / f"assignments-{at}.json").write_text(json.dumps(self.known))
+        usual: dict[str, object] = {"listenport": self.ports[at], "assignments": f"assignments-{at}.json", "tun": f"tun6-{at}-%d"}
+        return self._tunnel.server("server", **{**usual, **settings})
+
+    def client(self, host: str = "client", **settings: object) -> Program:
+        return self._tunnel.client(host, **{"remotehost": self.list, "id": "c", **settings})
+
+    def serving(self, client: Program, times: int = 1, seconds: float = 10) -> int:
+        """The place of the server that the client has when it has connected so many times."""
+        return self.ports.index(int(client.wait_for(r" at \S+ port (\d+): has ", times, seconds)[-1]))
+
+    def names(self, *at: int) -> str:
+        """How the client's log names these, as a pattern."""
+        return "; ".join(f"{Lab.SERVER} port {self.ports[each]}: [^;]*" for each in at)
+
+
+@pytest.fixture
+def pair(tunnel: Tunnel) -> Pair:
+    return Pair(tunnel)
+
+
+@contextmanager
+def steady_stream(lab: Lab, source: str, sink: str, address: str) -> Iterator[list[float]]:
+    """A TCP connection that carries a block each 20 ms, all of which arrive; gives the times when some did."""
+    block = os.urandom(1000)
+    arrivals: list[float] = []
+    with tcp_between(lab, source, sink, address) as (sender, receiver), ThreadPoolExecutor() as threads:
+
+        def receive() -> bytes:
+            data = b""
+            while more := receiver.recv(1 << 16):
+                data += more
+                arrivals.append(time.monotonic())
+            return data
+
+        sent: list[None] = []
+        received = threads.submit(receive)
+        with repeated(lambda: sent.append(sender.sendall(block)), 0.02):  # type: ignore[func-returns-value]
+            wait_until("it flows", lambda: len(arrivals) > 20)
+            yield arrivals
+            until = len(arrivals)
+            wait_until("it flows on", lambda: len(arrivals) > until + 20)
+        sender.shutdown(socket.SHUT_WR)
+        assert received.result(20) == block * len(sent), "the stream did not arrive as it was sent"
+
+
+def longest_stall(arrivals: list[float]) -> float:
+    return max(late - early for early, late in zip(arrivals, arrivals[1:]))
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_when_its_server_is_killed_a_client_goes_on_at_the_next_one_at_once_and_tcp_with_it(lab: Lab, pair: Pair, way: str) -> None:
+    client = pair.client()
+    first = pair.serving(client)
+    own = str(client.prefix()[1])
+    ends = ("client", "internet", Lab.INTERNET) if way == "up" else ("internet", "client", own)
+    with steady_stream(lab, *ends) as arrivals:
+        pair.servers[first].kill()
+        assert pair.serving(client, 2) == 1 - first
+    print(f"{way}: the stream stalled for {longest_stall(arrivals):.2f} s")
+    assert addresses(lab) == [f"{own}/128"]
+    client.said(f"WARNING no connection to {pair.names(first)}; trying {Lab.SERVER} port {pair.ports[1 - first]} now", 1)
+    assert len(re.findall("WARNING no connection", client.log())) == 1
+    assert "trying again" not in client.log()
+    pair.start(first)  # which clears up after the killed one
+    assert asked(client.config, "status")["server"] == f"{Lab.SERVER} port {pair.ports[1 - first]}"
+
+
+def test_when_no_server_serves_the_log_says_it_once_and_the_first_that_is_back_is_taken(pair: Pair) -> None:
+    client = pair.client()
+    first = pair.serving(client)
+    for server in pair.servers:
+        server.stop()
+    client.wait_for(f"DEBUG no connection to any server: {pair.names(0, 1)}; trying again every 2 s", 2)
+    warnings = re.findall("WARNING no connection to (.*)", client.log())
+    assert len(warnings) == 2, warnings  # the end of the session, and that there is no other server
+    assert re.fullmatch(f"any server: {pair.names(0, 1)}; trying again every 2 s", warnings[1])
+    pair.servers[first].start()
+    assert pair.serving(client, 2) == first
+
+
+def test_a_server_that_does_not_answer_is_tried_last_and_holds_nobody_up_for_long(lab: Lab, tunnel: Tunnel, pair: Pair) -> None:
+    client = pair.client()
+    dead = pair.serving(client)
+    port = pair.ports[dead]
+    with black_hole(lab, port):
+        with repeated(lambda: lab.pings("client"), 0.1):
+            assert pair.serving(client, 2) == 1 - dead
+        wait_until("the session has lasted", lambda: asked(client.config, "status")["state_seconds"] > tun6.RETRY_S)
+        lab.ip("server", f"link del {next(name for name in server_devices(lab) if name.startswith(f'tun6-{1 - dead}-'))}")
+        assert pair.serving(client, 3, 20) == 1 - dead
+        client.said(f"WARNING no connection to {pair.names(1 - dead)}; trying {Lab.SERVER} port {port} now", 1)
+        client.said(f"DEBUG no connection to {Lab.SERVER} port {port}: no answer within 3 s; trying ", 1)
+        assert "trying again" not in client.log()
+        starting = pair.client("second", id="d", tun="tun6-d")  # as a client that begins with the dead one
+        assert pair.serving(starting) == 1 - dead
+    with repeated(lambda: lab.pings("client"), 0.1):  # the dead one is not out for ever
+        pair.servers[1 - dead].stop()
+        assert pair.serving(client, 4) == dead
+
+
+def test_one_servers_refusal_for_good_does_not_keep_a_client_from_the_other(tunnel: Tunnel, site: Site, pair: Pair) -> None:
+    pair.servers[0].stop()
+    keyed = pair.start(0, **{**site.settings, "assignments": "assignments-0.json"})
+    client = pair.client()
+    assert pair.serving(client) == 1
+    pair.servers[1].stop()
+    client.wait_for(f"WARNING no connection to any server: {Lab.SERVER} port {pair.ports[0]}: tls-required: .*; .*; trying again every 2 s")
+    pair.start(1)
+    assert pair.serving(client, 2) == 1
+    keyed.stop()
+    pair._tunnel._programs[-1].stop()
+    both = [pair.start(at, **{**site.settings, "assignments": f"assignments-{at}.json"}) for at in (0, 1)]
+    client.wait_for(
+        "WARNING no connection to any server: .*tls-required.*tls-required.*; the server won't .* that; trying again every 60 s"
+    )
+    for server in both:
+        assert len(re.findall("tls-required", server.log())) <= 2
+
+
+def test_only_a_client_with_a_list_says_that_it_may_be_sent_to_another_server(lab: Lab, tunnel: Tunnel) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        for remotehost, moved in ((Lab.SERVER, None), (f"{Lab.SERVER}, {Lab.SERVER}:1", True)):
+            client = tunnel.client(id="c", remotehost=remotehost)
+            sock, _ = server.sock.accept()
+            with sock:
+                sock.settimeout(10)
+                assert json.loads(sock.recv(4096)).get("Moved") is moved
+            client.stop()
+
+
+@contextmanager
+def black_hole(lab: Lab, port: int) -> Iterator[None]:
+    """The server's host resets connections to this port, and answers no new one."""
+    rules = f"tcp dport {port} tcp flags & (syn | ack) == syn drop; tcp dport {port} reject with tcp reset"
+    done = lab.run("server", "nft", f"table ip hole {{ chain in {{ type filter hook input priority 0; {rules}; }}; }}")
+    assert done.returncode == 0, done.stderr
+    try:
+        yield
+    finally:
+        lab.run("server", "nft", "delete table ip hole")
+
+
+def drained(server: Program, *options: str) -> str:
+    """What `tun6.py drain` says."""
+    done = run_tun6("drain", "-c", str(server.config), *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def status_while_draining(server: Program) -> dict[str, Any]:
+    done = run_tun6("status", "-c", str(server.config), "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    return dict(json.loads(done.stdout))
+
+
+def test_a_server_that_drains_sends_its_clients_to_others_and_none_is_long_without_a_tunnel(lab: Lab, tunnel: Tunnel, pair: Pair) -> None:
+    old, new = pair.servers
+    new.stop()
+    clients = {"c": pair.client(), "d": pair.client("second", id="d", tun="tun6-d")}
+    legacy, single = tunnel.peer("legacy").connected(), tunnel.client("second", id="single", tun="tun6-s")
+    for client in (*clients.values(), single):
+        client.prefix()
+    pair.start(1)
+    with steady_stream(lab, "client", "internet", Lab.INTERNET) as arrivals:
+        said = drained(old, "--minutes", "0.03")
+        assert "its 4 sessions end within 0.03 minutes" in said
+        for client in clients.values():
+            assert pair.serving(client, 2) == 1
+        assert legacy.ended() in ("closed", "reset")
+    print(f"the stream stalled for {longest_stall(arrivals):.2f} s")
+    for client in clients.values():
+        assert "trying again" not in client.log()
+    single.wait_for("WARNING no connection to .*: busy: this server is being drained; trying again every 2 to 30 s")
+    old.wait_for("INFO drained: all sessions that there were have ended")
+    old.said(
+        "WARNING draining since .*: newcomers are sent to other servers, and 4 sessions end within 2 s; `tun6.py drain --stop` ends", 1
+    )
+    for hello, code in (
+        ({}, "busy"),
+        ({"Moved": True}, "moved"),
+        ({"Moved": True, "Dry": True, "Offload": []}, "moved"),
+        ({"Moved": 1}, "busy"),
+    ):
+        with tunnel.connect() as peer:
+            peer.sock.sendall(json.dumps({"Id": "c", **hello}).encode())
+            assert peer.answer() == {"Error": code, "Text": "this server is being drained"}
+    status = status_while_draining(old)
+    assert (status["state"], status["sessions"]) == ("draining", 0)
+    assert status["warnings"][-1].startswith("draining since ")
+    assert drained(old, "--stop") == "The server serves newcomers again.\n"
+    status = status_of(old)
+    assert (status["state"], [each for each in status["warnings"] if each.startswith("draining")]) == ("up", [])
+    single.prefix(2, seconds=30)
+    for client in clients.values():  # nobody is sent back
+        assert len(re.findall(": has ", client.log())) == 2
+
+
+def test_a_restart_ends_a_drain_and_a_signal_begins_none(tunnel: Tunnel, pair: Pair) -> None:
+    server = pair.servers[0]
+    drained(server, "--minutes", "60")
+    assert tunnel.refusal("c")["Error"] == "busy"
+    assert server.stop() < SERVER_ENDS_S
+    server.start()
+    server.wait_for(" serving ", 2)
+    tunnel.visit("c")
+    client = pair.client()
+    pair.serving(client)
+    server.stop()
+    assert "moved" not in client.log() and server.log().count("draining since") == 1
+
+
+def test_sessions_of_a_server_that_drains_end_one_by_one_and_a_second_drain_takes_its_own_time(tunnel: Tunnel, server: Program) -> None:
+    peers = tunnel.crowd(4)
+    drained(server, "--minutes", "60")
+    wait_until("one has gone", lambda: status_while_draining(server)["sessions"] == 3)  # the next one would go after 15 minutes
+    with ThreadPoolExecutor() as threads:
+        ends = [threads.submit(peer.ended) for peer in peers]
+        wait_until("one hears it", lambda: sum(end.done() for end in ends) == 1)
+        drained(server, "--minutes", "0")
+        assert {end.result(10) for end in ends} <= {"closed", "reset"}
+    wait_until("all have gone", lambda: status_while_draining(server)["sessions"] == 0)
+    assert sum(warning.startswith("draining") for warning in status_while_draining(server)["warnings"]) == 1
+
+
+def test_a_client_that_all_servers_send_away_does_not_spin_and_is_served_when_one_has_ended_that(tunnel: Tunnel, pair: Pair) -> None:
+    client = pair.client()
+    pair.serving(client)
+    for server in pair.servers:
+        drained(server, "--minutes", "0")
+    client.wait_for(f"WARNING no connection to any server: {pair.names(0, 1)}; trying again every 2 to 30 s")
+    client.wait_for("DEBUG no connection to any server", 2, 20)
+    times = [
+        int(minute) * 60 + float(second.replace(",", "."))
+        for minute, second in re.findall(r":(\d\d):(\S+) \w+ no .* any server", client.log())
+    ]
+    assert (times[2] - times[0]) % 3600 >= 3  # pauses of 2 s and 4 s on average
+    for server in pair.servers:
+        assert 3 <= len(re.findall("refused, moved", server.log())) <= 5
+    drained(pair.servers[0], "--stop")
+    assert pair.serving(client, len(re.findall(": has ", client.log())) + 1, 40) == 0
+
+
+def test_drain_needs_a_server_that_runs_and_a_time_that_makes_sense(tunnel: Tunnel) -> None:
+    config = str(tunnel.config("server"))
+    assert only_line(run_tun6("drain", "-c", config), 1).startswith("tun6: no server listens at ")
+    for minutes in ("-1", "nan", "1e9", "1441", "soon"):
+        done = run_tun6("drain", "-c", config, f"--minutes={minutes}")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith("error: argument --minutes: must be a number from 0 to 1440\n")
+
+
+def test_two_servers_that_give_other_prefixes_are_of_use_too_and_hook_and_routes_follow(
+    lab: Lab, tunnel: Tunnel, pair: Pair, tmp_path: Path
+) -> None:
+    prefixes = [prefix_of_pool(tunnel, 0), prefix_of_pool(tunnel, 7)]
+    pair.servers[1].stop()
+    pair.known["c"] = str(prefixes[1])
+    servers = [pair.servers[0], pair.start(1)]
+    hook = hook_file(tmp_path, 'echo "$TUN6_EVENT $TUN6_PREFIX $TUN6_PEER" >> $OUT')
+    client = pair.client(hook=hook)
+    expected: list[str] = []
+    at = pair.serving(client)
+    for times in range(2, 5):
+        peer = f"{Lab.SERVER} port {pair.ports[at]}"
+        expected += [f"prefix {prefixes[at]} {peer}", f"up {prefixes[at]} {peer}", f"down {prefixes[at]} {peer}"]
+        assert addresses(lab) == [f"{prefixes[at][1]}/128"]
+        ping(lab, "client")
+        servers[at].stop()
+        at = 1 - at
+        assert (pair.serving(client, times), client.prefix(times)) == (at, prefixes[at])
+        servers[1 - at].start()
+        servers[1 - at].wait_for(" serving ", times // 2 + 1)
+    wait_until("the hook ran", lambda: told(tmp_path)[: len(expected)] == expected)
+
+
+def test_a_token_carries_the_list_of_servers_and_certificates_and_each_lets_its_client_in(
+    lab: Lab, tunnel: Tunnel, site: Site, tmp_path: Path
+) -> None:
+    other, ports = Site(tunnel, "other"), (tunnel.port, 10_000 + next(Tunnel._numbers))
+    address = f"{Lab.SERVER}, {Lab.SERVER}:{ports[1]}"
+    server = site.serve(address=address, fingerprint=other.fingerprint)
+    added = site.clients("add", "c")
+    token = tun6.decode_token(added["token"])
+    assert (token["remotehost"], token["remoteport"]) == (address, str(ports[0]))
+    assert token["fingerprint"] == added["fingerprint"] == f"{site.fingerprint}, {other.fingerprint}"
+    named = run_tun6("clients", "-c", str(site.config), "add", "d", "--address", "a.example, b.example:443")
+    assert "\nremotehost = a.example, b.example:443\n" in named.stdout
+    assert "--address a,, b: it must be the name or the IPv4 address of a server" in site.complaint("add", "e", "--address", "a,, b")
+    assert "e" not in {entry["id"] for entry in site.clients("list")}
+    shutil.copy(site.keys, other.keys)  # as an operator does
+    shutil.copy(site.assignments, other.assignments)
+    second = other.serve(listenport=ports[1], tun="tun6-other-%d")
+    client = tunnel.client(**cast(dict[str, Any], token))
+    for times in (1, 2):
+        serving = ports.index(int(client.wait_for(r" at \S+ port (\d+): has .*, over TLS", times)[-1]))
+        (server, second)[serving].stop()
+        assert client.prefix(times + 1) == IPv6Network(added["prefix"])
+        (server, second)[serving].start()
+        (server, second)[serving].wait_for(" serving ", 2)
+    stranger = make_certificate(tmp_path / "stranger.pem")
+    wrong = tunnel.client("second", **{**cast(dict[str, Any], token), "id": "d", "tun": "tun6-w", "fingerprint": stranger})
+    wrong.wait_for(
+        f"WARNING no connection to any server: .*another fingerprint, {site.fingerprint}; .*another fingerprint, {other.fingerprint}"
+    )
 
 
 # ---- end to end: hooks -----------------------------------------------------------------------------------------------
@@ -8021,6 +8953,53 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(sit
 def routes_to(lab: Lab, prefix: IPv6Network) -> dict[int, str]:
     """The devices of the server's routes to this /64, by metric."""
     return {route["metric"]: route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {prefix} type unicast"))}
+
+
+class StoreByHand:
+    """Stands for tun6.Database: says of the database what the test wants, or raises it."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer, self.closed = answer, False
+
+    def __call__(self, *_: str) -> StoreByHand:
+        return self
+
+    def connect(self) -> None:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+
+    def examine(self) -> object:
+        return self._answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+POOL_ROW = tun6.PoolRow(uuid.UUID(int=1), tun6.SCHEMA_VERSION, POOL, "required", 0, "1", "1")
+
+
+@pytest.mark.parametrize(
+    "answer, finding",
+    [
+        ((POOL_ROW, [], []), "ok postgresql://db/tun6 has the pool .*, and commits wait for a synchronous standby; it answered in"),
+        (tun6.StoreDown("postgresql://db/tun6: refused"), "FAIL postgresql://db/tun6: refused; known Ids are served as each server knows"),
+        ((POOL_ROW._replace(prefix=HOME), [], []), f"FAIL postgresql://db/tun6 has the pool {HOME}, and prefixrange is {POOL}; all"),
+        ((POOL_ROW._replace(keys="optional"), [], []), "FAIL .*the pool's clients have keys, and keys_required is yes here and not there"),
+        ((POOL_ROW._replace(version=0), [], []), "FAIL .*its tables are of version 0, and not 1; `tun6.py cluster upgrade` brings it up"),
+        ((POOL_ROW._replace(keys="none"), [], []), "warn open: .*claim any Id; a pool made without `cluster init --open` closes it"),
+        ((POOL_ROW._replace(current="2"), ["b", "c"], []), "FAIL the store may have lost changes, .* until b, c wrote back theirs; start"),
+        ((POOL_ROW, [], ["disk is slow"]), "warn the database's disk is slow"),
+    ],
+)
+def test_the_doctor_says_how_the_store_of_a_cluster_is(answer: object, finding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StoreByHand(answer)
+    monkeypatch.setattr(tun6, "Database", store)
+    config = tun6.ServerConfig("127.0.0.1", 1, POOL, store="postgresql://tun6:secret@db/tun6", cert="server.pem")
+    doctor = tun6.ServerDoctor(config)
+    found = [f"{each.result} {each.text}" for each in doctor._make("store", doctor._check_store)]
+    tun6.standing_warnings.pop("open", None)
+    assert len(found) == 1 and re.match(finding, found[0]), found
+    assert store.closed and "secret" not in found[0]
 
 
 def test_a_client_that_goes_to_another_server_keeps_its_prefix_and_the_newest_session_wins(
@@ -11271,6 +12250,35 @@ def test_a_default_route_that_will_be_lost_is_warned_of(
     assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["eth0 ignores router advertisements"]
 
 
+def test_status_shows_the_list_and_the_doctor_examines_each_server_of_it(lab: Lab, tunnel: Tunnel, pair: Pair, tmp_path: Path) -> None:
+    client = pair.client()
+    at = pair.serving(client)
+    names = [f"{Lab.SERVER} port {port}" for port in pair.ports]
+    status = asked(client.config, "status")
+    assert (status["server"], status["servers"], status["address"]) == (names[at], names, names[at])
+    shown = run_tun6("status", "-c", str(client.config)).stdout
+    assert f"server   {names[at]}, connected to {names[at]}\nservers  {names[0]}, {names[1]}\n" in shown
+    ping(lab, "client")
+    patient = Patient(lab, tmp_path, client.config)
+    found = patient.findings()
+    assert [text.partition(" ms")[0].rpartition(" ")[0] for text in found["TCP"]] == [f"ok {name} answers in" for name in names]
+    assert found["DNS"] == ["ok " + f"{name}: the server is {Lab.SERVER}" for name in names]
+    assert found["TLS"] == ["ok " + f"{name}: none is asked for" for name in names]
+    assert found["hello"] == [f"ok the server has {client.prefix()} for this client"]
+    pair.servers[1 - at].stop()
+    found = patient.findings()
+    assert [text for text in found["TCP"] if "refused" in text] == [
+        f"warn {names[1 - at]}: Connection refused; does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
+    ]
+    assert found["TLS"] == [
+        f"{'ok' if each == at else 'skipped'} {names[each]}: {'none is asked for' if each == at else 'not possible, see TCP'}"
+        for each in (0, 1)
+    ]
+    pair.servers[at].stop()
+    found = patient.findings()
+    assert [text[:4] for text in found["TCP"]] == ["FAIL", "FAIL"]
+
+
 @pytest.mark.waits
 def test_what_the_doctor_finds_is_warned_of_at_the_start(site: Site, beyond: None) -> None:
     key = site.issue("somebody")
@@ -11726,8 +12734,8 @@ class Fuzz:
         if self.random.random() < 0.5:
             message[self.random.choice(self.FIELDS)] = self.random.choice(self.VALUES + self.TEXTS)
         try:
-            id_, kinds, key, dry, epoch = tun6.parse_hello(message)
-            assert isinstance(dry, bool)
+            id_, kinds, key, dry, epoch, moved = tun6.parse_hello(message)
+            assert isinstance(dry, bool) and isinstance(moved, bool)
             assert 0 <= epoch <= tun6.EPOCH_MAX
             assert tun6.is_valid_id(id_)
             assert isinstance(key, str)

@@ -44,7 +44,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
-    client                       ClientConfig, Client
+    client                       ClientConfig, RemoteServer, Client
     administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
@@ -330,6 +330,7 @@ class Hello(NamedTuple):
     key: str  # "" when the client sent none
     dry: bool = False  # whether the client only asks if it would be served
     epoch: int = 0  # as parse_epoch returns it
+    moved: bool = False  # whether it may be told to go to another server
 
 
 def parse_hello(message: dict[str, Any]) -> Hello:
@@ -339,7 +340,8 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True, parse_epoch(message))
+    moved = message.get("Moved") is True
+    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True, parse_epoch(message), moved)
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -1737,7 +1739,9 @@ class Row(NamedTuple):
     prefix: IPv6Network
     key: str | None = None  # its digest
     revoked: bool = False
-    version: int = 1  # counts the changes of prefix, key and revoked
+    version: int = 1  # of all up to `moved`: when it was changed, in milliseconds, or more
+    former: tuple[IPv6Network, ...] = ()  # /64s that it had before
+    moved: float | None = None  # when it got the one that it has in place of another
     epoch: int = 0  # counts the beginnings of its sessions; it grows by more where numbers may have been used that nobody knows of
     server: str | None = None  # the name of the one where the newest session began
     live: bool = False  # whether that server has not said that it ended
@@ -1755,7 +1759,13 @@ def merge_rows(one: Row, other: Row) -> Row:
     """
     changed = max(one, other, key=lambda row: row.version)
     newest = max(one, other, key=lambda row: (row.epoch, not row.live))
-    return newest._replace(prefix=changed.prefix, key=changed.key, revoked=changed.revoked, version=changed.version)
+    at = Row._fields.index("epoch")  # what stands before it is the operator's
+    return Row._make([*changed[:at], *newest[at:]])
+
+
+def next_version(row: Row, now: float) -> int:
+    """Returns the version of a change that the operator makes; one that was made and lost, and one made since, have different ones."""
+    return max(row.version + 1, int(now * 1000))
 
 
 @dataclass(frozen=True)
@@ -1865,15 +1875,15 @@ class KeyChange(Change):
 
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
-        return row._replace(key=self.digest, revoked=self.revoked, version=row.version + 1)
+        return row._replace(key=self.digest, revoked=self.revoked, version=next_version(row, now))
 
 
 @dataclass(frozen=True)
 class Pin(Change):
-    """The Id gets this /64, which has no owner; the one that it had is free, to be given again only by another Pin."""
+    """The Id gets this /64, which has no owner; the one that it had is given again only by another Pin."""
 
     prefix: IPv6Network
-    floor: int = 0  # above which its sessions begin, as routers have heard of those of the last owner of this /64
+    floor: int = 0  # above which its sessions begin, as routers have heard of those of former owners of this /64
 
     def create(self, free: Iterator[IPv6Network]) -> Row:
         """As Change has it."""
@@ -1883,7 +1893,9 @@ class Pin(Change):
         """As Change has it."""
         if row.prefix == self.prefix:
             return row
-        return row._replace(prefix=self.prefix, version=row.version + 1, epoch=max(row.epoch, self.floor), live=False)
+        former = tuple(prefix for prefix in (*row.former, row.prefix) if prefix != self.prefix)
+        row = row._replace(prefix=self.prefix, version=next_version(row, now), former=former, moved=now)
+        return row._replace(epoch=max(row.epoch, self.floor), live=False)
 
 
 @dataclass
@@ -1930,17 +1942,21 @@ class ClusterView:
             self._heard[change.id] = max(self.epoch_of(change.id), row.epoch)
             self._ends[change.id] = SessionEnd(change.id, self.server, row.epoch)  # unless a session is held with it
 
-    def hold(self, begin: SessionBegin, epoch: int, settled: bool) -> bool:
-        """Holds a session that begins, whose Id has a row. Returns False when a newer one was heard of, or its Id was changed, meanwhile.
+    def begin_alone(self, begin: SessionBegin) -> Row | None:
+        """Returns the row with which a session begins while the store is down, or None for an Id that has none."""
+        row = self.rows.get(begin.id)
+        return row._replace(epoch=self.floor(begin.claim) + 1) if row else None
+
+    def hold(self, begin: SessionBegin, row: Row, settled: bool) -> bool:
+        """Holds a session that begins with this row. Returns False when a newer one was heard of, or its Id was changed, meanwhile.
 
         That may well be: a notification can overtake the answer to our own COMMIT.
         """
-        row = self.rows[begin.id]
-        session = HeldSession(epoch, row.prefix, begin.key, settled)
-        if self.epoch_of(begin.id) > epoch or self._fault(session, row):
-            self._ends[begin.id] = SessionEnd(begin.id, self.server, epoch)
+        session = HeldSession(row.epoch, row.prefix, begin.key, settled)
+        if self.epoch_of(begin.id) > row.epoch or self._fault(session, self.rows[begin.id]):
+            self._ends[begin.id] = SessionEnd(begin.id, self.server, row.epoch)
             return False
-        self._heard[begin.id] = epoch
+        self._heard[begin.id] = row.epoch
         self._ends.pop(begin.id, None)
         self.held[begin.id] = session
         return True
@@ -2014,8 +2030,6 @@ def lost_rows(known: Iterable[Row], stored: Mapping[str, Row]) -> tuple[list[Row
     for row in known:
         found = stored.get(row.id)
         merged = merge_rows(found, row) if found else row
-        if found and found.version == row.version:  # the operator changed it twice, and one change was lost: nobody comes back by that
-            merged = merged._replace(revoked=found.revoked or row.revoked)
         if merged == found:
             continue
         if owners.setdefault(merged.prefix, row.id) == row.id:
@@ -4067,6 +4081,8 @@ create table client (
     key text,
     revoked bool not null default false,
     version bigint not null default 1,
+    former cidr[] not null default '{}',  -- which only `pin` gives again
+    moved timestamptz,
     rate bigint,  -- not used yet
     epoch bigint not null default 0,
     server text,
@@ -4081,7 +4097,7 @@ create table client (
     exclude using gist (prefix inet_ops with &&)
 );
 create index on client (created) where counted;
-create table freed (prefix cidr primary key, epoch bigint not null, at timestamptz not null default clock_timestamp());
+create index on client using gin (former) where former <> '{}';
 """
 UPGRADES: dict[int, str] = {}  # by version: what makes the next one of it
 COMMIT_S = 2.0  # for a transaction with its COMMIT; without it by then, the store counts as down
@@ -4091,7 +4107,7 @@ THREADS_MAX = 8  # one listens, one works; the others connect, or close what han
 POLL_S = 2.0  # between two looks at the rows of the sessions here, beside what is notified
 RETRY_S = 0.5  # between two attempts to reach a store that is down
 HEARTBEAT_S = 5.0  # between two heartbeats of a server
-CACHE_S = 5.0  # between two saves of the cache
+CACHE_S, CACHE_PAUSE_S = 5.0, 1.0  # between two saves of the cache: at most, at least
 SILENT_S = 86_400  # a server without a heartbeat for so long is not waited for
 SERVERS_MAX = 64  # /64s at the end of the pool that are the servers' own, at most a quarter of it
 HEARD_S = 10.0  # a server with a heartbeat so long after a change has heard of it
@@ -4118,16 +4134,16 @@ TIMELINE = (
     "substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)"  # pg_control_checkpoint() has the old one for a while after a failover
 )
 ROW = (
-    "id, prefix, key, revoked, version, epoch, server, live, extract(epoch from since)::float8, extract(epoch from last)::float8,"
-    " received, sent, takeovers"
+    "id, prefix, key, revoked, version, former, extract(epoch from moved)::float8, epoch, server, live,"
+    " extract(epoch from since)::float8, extract(epoch from last)::float8, received, sent, takeovers"
 )
 WRITE_ROW = """
-insert into client (id, prefix, key, revoked, version, epoch, server, live, since, last, received, sent, takeovers, counted)
-values (%(id)s, %(prefix)s, %(key)s, %(revoked)s, %(version)s, %(epoch)s, %(server)s, %(live)s,
+insert into client (id, prefix, key, revoked, version, former, moved, epoch, server, live, since, last, received, sent, takeovers, counted)
+values (%(id)s, %(prefix)s, %(key)s, %(revoked)s, %(version)s, %(former)s::cidr[], to_timestamp(%(moved)s), %(epoch)s, %(server)s, %(live)s,
         to_timestamp(%(since)s), to_timestamp(%(last)s), %(received)s, %(sent)s, %(takeovers)s::float8[], %(counted)s)
-on conflict (id) do update set (prefix, key, revoked, version, epoch, server, live, since, last, received, sent, takeovers)
-    = (excluded.prefix, excluded.key, excluded.revoked, excluded.version, excluded.epoch, excluded.server, excluded.live,
-       excluded.since, excluded.last, excluded.received, excluded.sent, excluded.takeovers)
+on conflict (id) do update set (prefix, key, revoked, version, former, moved, epoch, server, live, since, last, received, sent, takeovers)
+    = (excluded.prefix, excluded.key, excluded.revoked, excluded.version, excluded.former, excluded.moved, excluded.epoch, excluded.server,
+       excluded.live, excluded.since, excluded.last, excluded.received, excluded.sent, excluded.takeovers)
 """
 
 
@@ -4198,19 +4214,23 @@ class Batch:
         self.results: list[Row | Exception] = []  # of each change; they hold only when the transaction was committed
         self._lock = threading.Lock()
         self._given_up = False
-        self.committing = False  # from when on it can't be told whether it was committed, until COMMIT is answered
+        self._committing = False  # whether COMMIT was sent
 
     def begin_commit(self) -> bool:
         """Says in the thread that COMMIT comes next. Returns False when nobody waits any more: it must be rolled back."""
         with self._lock:
-            self.committing = not self._given_up
-            return self.committing
+            self._committing = not self._given_up
+            return self._committing
+
+    def begin_again(self) -> None:
+        """Says in the thread that it was rolled back."""
+        self._committing = False
 
     def give_up(self) -> bool:
-        """Says that nobody waits any more. Returns whether it may have been committed, or may still be."""
+        """Says that nobody waits any more. Returns whether it was committed, or may have been, or may still be."""
         with self._lock:
             self._given_up = True
-            return self.committing
+            return self._committing
 
 
 class Database:
@@ -4293,8 +4313,8 @@ class Database:
 
     @staticmethod
     def _row(columns: tuple[Any, ...]) -> Row:
-        *others, takeovers = columns
-        return Row._make([*others, tuple(takeovers)])
+        row = Row._make(columns)
+        return row._replace(former=tuple(row.former), takeovers=tuple(row.takeovers))
 
     @staticmethod
     def _pool(connection: Any, lock: str = "") -> PoolRow:
@@ -4343,9 +4363,6 @@ class Database:
     def _write_back(self, pool: PoolRow, known: Sequence[Row]) -> list[Row]:
         stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
         back, taken = lost_rows(known, stored)
-        for row in back:
-            if row.id not in stored or row.prefix != stored[row.id].prefix:
-                self._move(stored.get(row.id), row)
         self._write(back)
         for row in back:
             log.warning("the store had lost what it knew of %s; it is written back", quote_id(row.id))
@@ -4395,10 +4412,9 @@ class Database:
             except (errors.DeadlockDetected, errors.SerializationFailure):
                 if attempt == ATTEMPTS_MAX - 1:
                     raise
-                batch.committing = False
+                batch.begin_again()
         if self._warned:
             raise self._psycopg.OperationalError("the database does not vouch for what it has committed")
-        batch.committing = False
 
     def _decide(self, batch: Batch, new_ids_per_hour: int) -> list[Row | Exception]:
         pool = (
@@ -4430,8 +4446,6 @@ class Database:
                 continue
             results.append(decided)
             if decided != rows.get(change.id):
-                if isinstance(change, Pin):
-                    self._move(rows.get(change.id), decided)
                 rows[change.id] = changed[change.id] = decided
         self._write(changed.values(), counted)
         return results
@@ -4441,7 +4455,11 @@ class Database:
         if rows:
             with self._worker.cursor() as cursor:
                 cursor.executemany(
-                    WRITE_ROW, [{**row._asdict(), "takeovers": list(row.takeovers), "counted": row.id in counted} for row in rows]
+                    WRITE_ROW,
+                    [
+                        {**row._asdict(), "former": list(row.former), "takeovers": list(row.takeovers), "counted": row.id in counted}
+                        for row in rows
+                    ],
                 )
             self._worker.execute(f"select pg_notify('{CHANNEL}', id) from unnest(%s::text[]) id", ([row.id for row in rows],))
 
@@ -4459,9 +4477,8 @@ class Database:
         while at < end:
             window = [IPv6Network((base + number << 64, 64)) for number in (at, min(at + width, end) - 1)]
             used = self._worker.execute(
-                "select prefix from client where prefix between %s and %s"
-                " union all select prefix from freed where prefix between %s and %s",
-                window * 2,
+                "select prefix from client where prefix between %s and %s union all select unnest(former) from client where former <> '{}'",
+                window,
             )
             taken = {(int(prefix.network_address) >> 64) - base for (prefix,) in used}
             for number in range(at, min(at + width, end)):
@@ -4483,31 +4500,34 @@ class Database:
         owner = self._worker.execute("select id from client where prefix && %s and id <> %s", (pin.prefix, pin.id)).fetchone()
         if owner:
             raise ValueError(f"{pin.prefix} is already the prefix of {owner[0]!r}")
-        freed = self._worker.execute("select epoch, at from freed where prefix = %s", (pin.prefix,)).fetchone()
-        if not freed:
+        had = "from client where former <> '{}' and former @> array[%s::cidr] and id <> %s"
+        epoch, moved = self._worker.execute(f"select max(epoch), max(moved) {had}", (pin.prefix, pin.id)).fetchone()
+        if epoch is None:
             return pin
         deaf = self._worker.execute(
             "select string_agg(name, ', ') from server where heartbeat between clock_timestamp() - make_interval(secs => %s)"
             " and %s + make_interval(secs => %s)",
-            (SILENT_S, freed[1], HEARD_S),
+            (SILENT_S, moved, HEARD_S),
         ).fetchone()[0]
         if deaf:
             raise ValueError(
                 f"{pin.prefix} was another Id's until just now, and {deaf} may not have heard that it has changed; try again later"
             )
-        return dataclasses.replace(pin, floor=freed[0] + FREED_LEAD)
+        return dataclasses.replace(pin, floor=epoch + FREED_LEAD)
 
-    def _move(self, old: Row | None, new: Row) -> None:
-        """Notes that a /64 has no owner any more, and that another one has."""
-        if old:
-            self._worker.execute(
-                "insert into freed (prefix, epoch) values (%s, %s)"
-                " on conflict (prefix) do update set (epoch, at) = (excluded.epoch, excluded.at)",
-                (old.prefix, old.epoch),
-            )
-        self._worker.execute("delete from freed where prefix = %s", (new.prefix,))
+    # What `tun6.py cluster` and `doctor` do, after `connect`.
 
-    # What `tun6.py cluster` does, after `connect`.
+    def examine(self) -> tuple[PoolRow, list[str], list[str]]:
+        """Returns the pool, the servers that have not written back what the database has lost, and what it risks to lose more."""
+        pool = self.require_pool()
+        missing = self._worker.execute("select name from server where timeline <> %s order by name", (pool.current,)).fetchall()
+        names = "fsync", "synchronous_commit", "synchronous_standby_names"
+        fsync, commit, standbys = (self._worker.execute(f"show {name}").fetchone()[0] for name in names)
+        risks = ["fsync is off: after a power cut it is perhaps not whole"] if fsync != "on" else []
+        if not standbys or commit in ("off", "local"):
+            what = "synchronous_standby_names is empty" if not standbys else f"synchronous_commit is {commit}"
+            risks.append(f"{what}: a standby that is promoted may lack commits, and then nobody new is served until all servers are back")
+        return pool, [name for (name,) in missing] if pool.timeline != pool.current else [], risks
 
     def create(self, network: IPv6Network, keys: str) -> None:
         """Makes tables and pool. Raises RequestError when they are there."""
@@ -4564,7 +4584,7 @@ class Database:
                     raise RequestError(f"{quote_id(id_)} has another key in the store, or is revoked in one of both; nothing was taken")
                 row = old or Row(id_, prefix)
                 if key and not row.key:
-                    row = row._replace(key=key.digest, revoked=key.revoked, version=row.version + (old is not None))
+                    row = KeyChange(id_, key.digest, key.revoked).decide(row, self._clock(self._worker))
                 if row != old:
                     changed.append(row)
             self._write(changed)
@@ -4574,6 +4594,20 @@ class Database:
         """Returns the prefixes and keys of all Ids."""
         rows = [self._row(columns) for columns in self._worker.execute(f"select {ROW} from client order by id")]
         return {row.id: row.prefix for row in rows}, {row.id: KeyEntry(row.key, row.revoked) for row in rows if row.key}
+
+
+def require_fit(pool: PoolRow, address: str, network: IPv6Network, keys: str) -> None:
+    """Raises ConfigError when a server with this prefixrange, that can do this with keys (see PoolRow), does not fit to the pool."""
+    if pool.version != SCHEMA_VERSION:
+        what = "`tun6.py cluster upgrade` brings it up to date" if pool.version < SCHEMA_VERSION else "this tun6 is too old for it"
+        raise ConfigError(f"{address}: its tables are of version {pool.version}, and not {SCHEMA_VERSION}; {what}")
+    if pool.prefix != network:
+        raise ConfigError(f"{address} has the pool {pool.prefix}, and prefixrange is {network}; all servers of a cluster have one")
+    if pool.keys not in ("none", keys):
+        what = "there is no `cert`, without which nobody can prove a key"
+        if keys != "none":
+            what = f"keys_required is {'yes' if keys == 'required' else 'no'} here and not there"
+        raise ConfigError(f"{address}: the pool's clients have keys, and {what}; all servers of a cluster have the same")
 
 
 class CachedPool(PrefixPool):
@@ -4635,7 +4669,15 @@ class CacheFile(JsonFile):
             entries = json.loads(self.path.read_text("utf-8"))
             pool = entries.pop("")
             return pool, [
-                Row(id_, **{**fields, "prefix": IPv6Network(fields["prefix"]), "takeovers": tuple(fields["takeovers"])})
+                Row(
+                    id_,
+                    **{
+                        **fields,
+                        "prefix": IPv6Network(fields["prefix"]),
+                        "former": tuple(map(IPv6Network, fields["former"])),
+                        "takeovers": tuple(fields["takeovers"]),
+                    },
+                )
                 for id_, fields in entries.items()
             ]
         except FileNotFoundError:
@@ -4648,7 +4690,7 @@ class CacheFile(JsonFile):
         """Saves both, in a thread. Raises StorageError."""
         entries: dict[str, Any] = {"": pool}
         for id_, row in in_slices(list(rows.items())):
-            entries[id_] = {**row._asdict(), "prefix": str(row.prefix)}
+            entries[id_] = {**row._asdict(), "prefix": str(row.prefix), "former": list(map(str, row.former))}
             del entries[id_]["id"]
         self.save(entries)
 
@@ -4683,6 +4725,7 @@ class ClusterStore(Store):
         self._owing = gevent.event.Event()  # set when there are debts
         self._greenlets = gevent.pool.Group()
         self._cache, self._is_cached = CacheFile(cache), True
+        self._has_new = gevent.event.Event()  # set when an Id is known that was not
         self._facts: dict[str, Any] = {}  # of the pool, for the cache: "pool", its id, "keys", and "own", this server's /64
         self._clock_offset = 0.0  # of the database's clock, against time.monotonic()
         self._timeline = ""  # of the database, when this server entered
@@ -4758,15 +4801,16 @@ class ClusterStore(Store):
     def _begin(self, claim: Claim) -> Lease:
         begin = self._view.begin_change(claim)
         try:
-            epoch, settled = self._change(begin).epoch, True
-        except StoreDown:
-            if claim.id not in self._view.rows:
-                raise
-            epoch, settled = self._view.floor(claim) + 1, False
-        if not self._view.hold(begin, epoch, settled):
+            row, settled = self._change(begin), True
+        except StoreDown as down:
+            alone = self._view.begin_alone(begin)
+            if alone is None:
+                raise StorageError(f"{down}; {quote_id(claim.id)} is not known here") from None
+            row, settled = alone, False
+        if not self._view.hold(begin, row, settled):
             self._owing.set()
             raise Refusal("busy", "a newer connection has this Id")
-        lease = Lease(self._view.held[claim.id].prefix, epoch)
+        lease = Lease(row.prefix, row.epoch)
         self._leases[claim.id] = claim, lease
         if self._database and not settled:
             self._owing.set()
@@ -4869,18 +4913,7 @@ class ClusterStore(Store):
         """Raises ConfigError when this server does not fit to the pool."""
         if self._facts.get("pool", str(pool.id)) != str(pool.id):
             raise ConfigError(f"{self._cache.path} is of another pool than that of {self.path}; remove it, and start again")
-        if pool.version != SCHEMA_VERSION:
-            what = "`tun6.py cluster upgrade` brings it up to date" if pool.version < SCHEMA_VERSION else "this tun6 is too old for it"
-            raise ConfigError(f"{self.path}: its tables are of version {pool.version}, and not {SCHEMA_VERSION}; {what}")
-        if pool.prefix != self._network:
-            raise ConfigError(
-                f"{self.path} has the pool {pool.prefix}, and prefixrange is {self._network}; all servers of a cluster have one"
-            )
-        if pool.keys != "none" and pool.keys != self._keys_policy:
-            what = "there is no `cert`, without which nobody can prove a key"
-            if self._keys_policy != "none":
-                what = f"keys_required is {'yes' if self._keys_policy == 'required' else 'no'} here and not there"
-            raise ConfigError(f"{self.path}: the pool's clients have keys, and {what}; all servers of a cluster have the same")
+        require_fit(pool, self.path, self._network, self._keys_policy)
 
     def _enter(self, database: Database) -> None:
         """Enters this server among the others. Raises StoreDown."""
@@ -4941,6 +4974,8 @@ class ClusterStore(Store):
                 self._hear(row)
 
     def _hear(self, row: Row) -> None:
+        if row.id not in self._view.rows:
+            self._has_new.set()
         reason = self._view.hear(row)
         self._is_cached = False
         if reason:
@@ -4970,6 +5005,8 @@ class ClusterStore(Store):
             if database is None:
                 raise StoreDown(f"the store is down: {self._down}")
             self._in_thread(COMMIT_S, database.change, batch, self._new_ids_per_hour)
+            if database is not self._database:  # what it has committed, the one of now may lack
+                raise StoreDown(f"the store is down: {self._down}")
         except StoreDown as down:
             if database is self._database:
                 self._go_down(down)
@@ -5008,10 +5045,12 @@ class ClusterStore(Store):
                         claim.on_epoch(epoch)
 
     def _save_when_due(self) -> NoReturn:
-        """Saves what is known for when the store is down. Runs until it is killed."""
+        """Saves what is known for when the store is down, a new Id at once. Runs until it is killed."""
         while True:
-            gevent.sleep(CACHE_S)
+            self._has_new.wait(CACHE_S)
+            self._has_new.clear()
             self._save()
+            gevent.sleep(CACHE_PAUSE_S)
 
     def _save(self) -> None:
         if self._is_cached:
@@ -5068,7 +5107,8 @@ class ServerConfig:
     metrics: tuple[str, int] | None = None  # address, port
     metrics_clients: bool = False
     documentation_addresses: bool = False
-    address: str | None = None
+    address: str | None = None  # as `remotehost` of its clients
+    fingerprint: tuple[str, ...] = ()  # those of other servers in `address`
     file: str = "config.ini"
 
 
@@ -5081,6 +5121,21 @@ def open_keys(config: ServerConfig) -> Keys | None:
     return KeyStore(config.keys) if config.keys else None
 
 
+def own_address(config: ServerConfig) -> str:
+    """Returns where this server is reached: where it listens, or else what the kernel says, which knows nothing of a NAT."""
+    if config.localhost != "0.0.0.0":
+        return config.localhost
+    with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+    return "192.0.2.1"
+
+
+def key_policy(config: ServerConfig) -> str:
+    """Returns what a server of a cluster can do with keys, see PoolRow."""
+    return "none" if not config.cert else "required" if config.keys_required else "optional"
+
+
 def open_store(config: ServerConfig) -> Store:
     """Opens what the configuration names: files, or the store of a cluster. Raises ConfigError, StorageError."""
     if config.store:
@@ -5090,14 +5145,13 @@ def open_store(config: ServerConfig) -> Store:
                 f"{config.file}: [server] has a store, and beside it {beside}, which would not be used; `tun6.py cluster import` takes"
                 " what is in such files into the store; then remove the line"
             )
-        policy = "none" if not config.cert else "required" if config.keys_required else "optional"
         return ClusterStore(
             config.store,
             config.prefixrange,
-            policy,
+            key_policy(config),
             os.path.join(os.path.dirname(config.file), config.store_cache),
             config.name or platform.node(),
-            config.address or config.localhost,
+            own_address(config),
             config.new_ids_per_hour,
         )
     new_ids = TokenBucket(config.new_ids_per_hour, 3600)
@@ -5340,6 +5394,7 @@ class Server:
         self._killable: set[gevent.Greenlet] = set()  # those of them that have nothing to undo yet
         self._admission = AdmissionControl(self._start_handshake)
         self.handshakes: Counter[str] = Counter()  # by outcome: served, left, or the code of the refusal
+        self._drain: gevent.Greenlet | None = None  # ends the sessions one by one, while newcomers are sent to other servers
         self._spare_fd: int | None = None  # freed to refuse a connection for which there is no descriptor
 
     def run(self) -> NoReturn:
@@ -5379,6 +5434,7 @@ class Server:
             if self._proxy:
                 undo.callback(gevent.spawn(self._proxy.run).kill)
             undo.callback(self._end_sessions)
+            undo.callback(lambda: self._drain and self._drain.kill())
             gevent.sleep()  # so that each has begun, and sees what changes from now on
             where = self._config.localhost, self._config.listenport
             number = len(self.store.pool.owners())
@@ -5460,7 +5516,7 @@ class Server:
         """Returns what `status` says of the server beside its sessions."""
         return {
             "side": "server",
-            "state": "up",
+            "state": "up" if self._drain is None else "draining",
             "listens": f"{self._config.localhost} port {self._config.listenport}",
             "pool": str(self._config.prefixrange),
             "free": self.store.pool.free,
@@ -5472,7 +5528,33 @@ class Server:
 
     def state(self) -> str:
         """Returns a line for the service manager."""
-        return f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}: {len(self.sessions)} clients"
+        where = f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}"
+        return f"{'' if self._drain is None else 'draining, '}{where}: {len(self.sessions)} clients"
+
+    def drain(self, seconds: float | None) -> None:
+        """From now on sends newcomers to other servers, and ends all sessions spread over so many seconds; None: serves as before."""
+        sessions, drained = list(self.sessions.values()), self._drain
+        if drained is not None:
+            drained.kill()
+            self._drain = None
+            standing_warnings.pop("drain", None)
+        if seconds is None:
+            log.info("serving newcomers again" if drained is not None else "asked to end a drain, and there is none")
+            return
+        self._drain = gevent.spawn(self._end_one_by_one, random.sample(sessions, len(sessions)), seconds)
+        warn_standing(
+            "drain",
+            "draining since %s: newcomers are sent to other servers, and %d sessions end within %.0f s; `tun6.py drain --stop` ends that",
+            *(time.strftime("%H:%M:%S"), len(sessions), seconds),
+        )
+
+    def _end_one_by_one(self, sessions: list[Session], seconds: float) -> None:
+        """Ends the sessions, the first now, each after the same time."""
+        began = time.monotonic()
+        for number, session in enumerate(sessions):
+            gevent.sleep(max(began + seconds * number / len(sessions) - time.monotonic(), 0))
+            session.close(SessionError("this server is being drained"))
+        log.info("drained: all sessions that there were have ended")
 
     def end_session(self, id_: str, reason: str) -> None:
         """Ends the session of the Id, if there is one."""
@@ -5537,7 +5619,8 @@ class Server:
                     (self._answer_dry if hello.dry else self._serve_client)(stream, peer, hello, trailing)
             except Refusal as refusal:
                 self.handshakes[refusal.code] += 1
-                log.warning("%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
+                level = logging.INFO if refusal.code == "moved" else logging.WARNING
+                log.log(level, "%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
                 self._refuse(stream or Stream(sock), refusal)
             except ProtocolError as error:
                 self.handshakes["bad-hello"] += 1
@@ -5588,9 +5671,17 @@ class Server:
         if not self._admission.release(gevent.getcurrent()):  # admission control has just ended it, and the kill may come at any switch
             raise Refusal("busy", "too many say who they are at the moment")
 
+    def _send_elsewhere(self, hello: Hello) -> None:
+        """Raises Refusal while this server is being drained."""
+        if self._drain is not None:
+            raise Refusal(
+                "moved" if hello.moved else "busy", "this server is being drained", f"{quote_id(hello.id)}, as this server drains"
+            )
+
     def _answer_dry(self, stream: Stream, peer: str, hello: Hello, _: bytes) -> None:
         """Tells a client whether it would be served, and changes nothing. Raises Refusal, OSError."""
         self._leave_admission()
+        self._send_elsewhere(hello)
         prefix = self.store.find(hello.id)
         if len(self.sessions) >= self._config.max_clients and hello.id not in self.sessions:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
@@ -5605,6 +5696,7 @@ class Server:
         self._leave_admission()
         took_over = self._take_over(hello, peer)
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
+        self._send_elsewhere(hello)  # only now, as its old session is over anyway
         if len(self.sessions) >= self._config.max_clients:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
         has_key = self.keys is not None and self.keys.find(id_) is not None  # which was the right one, then
@@ -6384,20 +6476,31 @@ class LanRouter:
 
 # ---- client ----------------------------------------------------------------------------------------------------------
 
-RETRY_S = 2.0  # between two attempts to connect, on average
+RETRY_S = 2.0  # between two attempts to connect, on average, when all servers have failed
 RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so that many clients don't come back in step
+NEXT_SERVER_S = 0.3  # at most, until the next server is tried
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
-FINAL_RETRY_S = 60.0  # between two attempts after one of those
+FINAL_RETRY_S = 60.0  # between two attempts when all servers have sent one of those
+BUSY_REFUSALS = {"busy", "moved"}  # codes of a server that must not be asked too often
+BUSY_RETRY_MAX_S = 30.0  # to which pauses are doubled when there was one of those
 CONNECT_S = 10.0  # for one TCP connect
+CONNECT_NEXT_S = 3.0  # the same, while another server could be tried instead: two SYNs, RFC 6298 section 2
 SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
-LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address is tried
+LOOKUP_S = 2.0  # for a lookup of the server's name before its last good address, or another server, is tried
+
+
+class RemoteHost(NamedTuple):
+    """A server as `remotehost` names it."""
+
+    host: str  # name or IPv4 address
+    port: int | None  # None: that of `remoteport`
 
 
 @dataclass(frozen=True)
 class ClientConfig:
     """The section [client] of config.ini, whose path is `file`. A new setting is a field here and a parser in _PARSERS."""
 
-    remotehost: str
+    remotehost: tuple[RemoteHost, ...]
     remoteport: int
     id: str | None = None
     congestion: str = "auto"
@@ -6414,7 +6517,7 @@ class ClientConfig:
     grace: int | None = 10  # seconds; None: for ever
     mss: int | None = None
     tls: bool = False
-    fingerprint: str | None = None
+    fingerprint: tuple[str, ...] = ()  # each server has to have one of them
     key: str | None = None
     hook: str | None = None
     control: str = "/run/tun6/client.sock"
@@ -6424,12 +6527,17 @@ class ClientConfig:
     file: str = "config.ini"
 
 
-def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
-    """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
-    (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
+def path_of_last(what: str, file: str) -> Path:
+    """Returns where something is remembered until the next start: beside config.ini or, as a service (systemd.exec(5), STATE_DIRECTORY),
+    in its folder for state.
     """
     folder, name = os.path.split(file)
-    path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
+    return Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-{what}")
+
+
+def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
+    """Compares the Id, which nobody has set, with that of the last start, remembered for this only."""
+    path = path_of_last("id", file)
     try:
         last = path.read_text("utf-8").strip() if path.exists() else id_
         if last != id_:
@@ -6438,6 +6546,172 @@ def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
             path.write_text(f"{id_}\n", "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         log.debug("%s: %s; a change of the Id will not be noticed", path, error)
+
+
+class Failure(NamedTuple):
+    """Why a server does not serve."""
+
+    code: str  # of its refusal; "?" for what it or this machine does wrong, "" for no connection
+    reason: str  # for people
+
+
+class Failover:
+    """Which of its servers a client tries next, and after which pause. It knows them by their number, and neither sockets nor clocks.
+
+    The next one is tried at once; when each has been tried in vain since the last pause, there is a pause. One that fails goes last, and
+    never out.
+    """
+
+    def __init__(self, servers: int, last: int | None = None) -> None:
+        """`last`: the one that served last."""
+        self._order = random.sample(range(servers), servers)  # so that not all clients begin with the same
+        self._order.sort(key=lambda each: each != last)
+        self._busy_pause_s = RETRY_S  # the next pause, if a server is busy
+        self.failures: dict[int, Failure] = {}  # of those that were tried since the last pause or session that lasted, by server
+        self.pause_s = 0.0  # on average, until the next attempt; 0 when the next server is tried at once
+
+    @property
+    def server(self) -> int:
+        """The one that is tried now, or that serves."""
+        return self._order[0]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether there will be a pause if this one fails."""
+        return len(self._order) - len({} if self.pause_s else self.failures) <= 1
+
+    @property
+    def is_final(self) -> bool:
+        """Whether every server has said what it will say again the next time."""
+        return self.pause_s > 0 and self._codes() <= FINAL_REFUSALS
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether pauses grow, as a server is busy."""
+        return self.pause_s > 0 and not self._codes().isdisjoint(BUSY_REFUSALS)
+
+    def note_failure(self, failure: Failure, session_s: float | None = None, is_ours: bool = False) -> None:
+        """Takes down why there is no session, or no more after `session_s` seconds. `is_ours`: no other server would help."""
+        lasted = (session_s or 0.0) >= RETRY_S  # a session that ends at once is no better than none
+        if self.pause_s or is_ours or lasted:
+            self.failures = {}
+        if session_s is not None:
+            self._busy_pause_s = RETRY_S
+        if is_ours or not lasted or len(self._order) == 1:
+            self.failures[self.server] = failure
+        if not is_ours:
+            self._order.append(self._order.pop(0))
+        if len(self.failures) < len(self._order) and not is_ours:
+            self.pause_s = 0.0
+        elif self._codes() <= FINAL_REFUSALS:
+            self.pause_s = FINAL_RETRY_S
+        elif self._codes() & BUSY_REFUSALS:
+            self.pause_s = self._busy_pause_s
+            self._busy_pause_s = min(2 * self.pause_s, BUSY_RETRY_MAX_S)
+        else:
+            self.pause_s = self._busy_pause_s = RETRY_S
+
+    def _codes(self) -> set[str]:
+        return {each.code for each in self.failures.values()}
+
+    def pause(self) -> float:
+        """Returns seconds to wait, at random, until the next attempt."""
+        if not self.pause_s:
+            return random.uniform(0, NEXT_SERVER_S)
+        return self.pause_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+
+
+class RemoteServer:
+    """A server that a client may connect to: how it is reached, and what is known of the path there."""
+
+    def __init__(self, at: RemoteHost, config: ClientConfig, tls: ssl.SSLContext | None, mtus: MtuMonitor) -> None:
+        """`tls` are the settings of TLS, None for plain connections."""
+        self._config, self._tls, self._mtus = config, tls, mtus
+        self.host, self._port = at.host, at.port or config.remoteport
+        self.name = f"{self.host} port {self._port}"  # for the log
+        self.last_good: list[tuple[str, int]] = []  # the address of the last connection
+        self.dry = False  # whether it knows a dry hello
+        self._lookup: gevent.Greenlet | None = None  # of its addresses, whose result nobody has seen
+        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
+
+    @contextmanager
+    def watch_mtu(self, sock: socket.socket) -> Iterator[None]:
+        """Looks after the size of packets, unless `mss` is set.
+
+        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
+        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
+        """
+        if self._config.mss:
+            yield
+            return
+        try:
+            with self._mtus.watch(sock, "the server"):
+                yield
+        except (gevent.Timeout, PeerSilent) as error:
+            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
+            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
+            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
+                self._mss = None if self._mss else SMALL_MSS
+            raise
+
+    def note_session(self, sock: socket.socket) -> None:
+        """Remembers how it was reached."""
+        self.last_good = [sock.getpeername()]
+        if self._mss != self._logged_mss:
+            log.warning(
+                "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
+            )
+        self._logged_mss = self._mss
+
+    def open_stream(self, sock: socket.socket) -> Stream:
+        """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
+        if self._tls is None:
+            return Stream(sock)
+        stream = TlsStream(sock, self._tls, self.host)
+        if self._config.fingerprint and stream.fingerprint() not in self._config.fingerprint:
+            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
+        return stream
+
+    def connect(self, is_last: bool = True) -> socket.socket:
+        """Returns a connection to the first of its addresses that accepts it. `is_last`: there is no other server to be tried now.
+
+        Raises gevent.Timeout, OSError.
+        """
+        for address in self.find_addresses(is_last):
+            with ExitStack() as undo:
+                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+                try:
+                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
+                    mss = self._config.mss or min(self._mss or math.inf, found)
+                    if mss < math.inf:
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
+                    with gevent.Timeout(CONNECT_S if is_last else CONNECT_NEXT_S):
+                        sock.connect(address)
+                except (gevent.Timeout, OSError) as error:
+                    failure = error
+                else:
+                    undo.pop_all()
+                    return sock
+        raise failure
+
+    def find_addresses(self, is_last: bool = True) -> list[tuple[str, int]]:
+        """Returns its IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last. `is_last`: as for `connect`.
+
+        A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
+        Raises OSError when there is no address.
+        """
+        if self._lookup is None:
+            self._lookup = gevent.spawn(socket.getaddrinfo, self.host, self._port, socket.AF_INET, socket.SOCK_STREAM)
+        lookup = self._lookup
+        lookup.join(LOOKUP_S if self.last_good or not is_last else None)
+        if lookup.ready():
+            self._lookup = None
+        if lookup.successful():
+            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self.last_good]))
+        if not self.last_good:
+            raise lookup.exception or OSError(errno.ETIMEDOUT, "no name server has answered yet")
+        log.debug("%s: %s; trying the address that it had", self.host, lookup.exception or "no answer yet")
+        return self.last_good
 
 
 class Client:
@@ -6452,19 +6726,21 @@ class Client:
         if config.open and not firewall:
             raise ConfigError(f"{config.file}: [client] has `open` but no firewall, so everything is open; set `firewall = yes`")
         self._firewall = Firewall(config.tun, firewall, config.open, self._on_defect)
-        self._server = f"{config.remotehost} port {config.remoteport}"  # for the log
         self._congestion = find_congestion_controls(config.congestion, config.link)
         encrypted = config.tls or config.fingerprint or config.key
-        self._tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
+        tls = client_tls_context(pinned=bool(config.fingerprint)) if encrypted else None
+        self._mtus = MtuMonitor()
+        self.remotes = [RemoteServer(each, config, tls, self._mtus) for each in config.remotehost]
+        last = self._recall_last()
+        self._remembered = None if last is None else self.remotes[last]  # that which the next start begins with
+        self._failover = Failover(len(self.remotes), last)
         self._id = config.id
         self._hooks = Hooks(config.hook)
         self._told: IPv6Network | None = None  # the last prefix that the hook was told of
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor()
-        self._mtus = MtuMonitor()
         self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
-        self._dry = False  # whether the server that answered last knows a dry hello
         self._epoch = 0  # of the last session, by which the next server knows that it is newer
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
@@ -6476,18 +6752,39 @@ class Client:
         self._changes = gevent.lock.RLock()  # held while address and routes are changed, so that nobody restores half of them
         self._session: Session | None = None
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
-        self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
-        self._last_good: list[tuple[str, int]] = []  # the address of the last connection
-        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
-        self._retry_s = RETRY_S
         self.handshakes: Counter[str] = Counter()  # by outcome: served, failed, or the code of the refusal
         self._since = time.monotonic()  # when the tunnel was there or was not any more
         self._up = False
         self._outage: dict[str, Any] | None = None  # the last one, as `figures` returns it
         parts = {"lan": config.lan and self._lan.figures, "firewall": firewall and self._firewall.figures}
         self.parts: dict[str, Callable[[], dict[str, Any]]] = {name: part for name, part in parts.items() if callable(part)}
-        self._state = f"connecting to {self._server}"
+        self._state = f"connecting to {self.remote.name}"
+
+    @property
+    def remote(self) -> RemoteServer:
+        """The server that is tried now, or that serves."""
+        return self.remotes[self._failover.server]
+
+    def _recall_last(self) -> int | None:
+        """Returns which of several servers served last, before this start."""
+        with suppress(OSError, ValueError):
+            if len(self.remotes) > 1:
+                return [each.name for each in self.remotes].index(path_of_last("server", self._config.file).read_text("utf-8").strip())
+        return None
+
+    def _remember_last(self, remote: RemoteServer) -> None:
+        """Remembers which of several servers serves, for the next start. Does not wait for the disk."""
+        if len(self.remotes) > 1 and remote is not self._remembered:
+            self._remembered = remote
+            gevent.spawn(run_in_thread, self._write_last, remote.name)
+
+    def _write_last(self, name: str) -> None:
+        path = path_of_last("server", self._config.file)
+        try:
+            path.write_text(f"{name}\n", "utf-8")
+        except OSError as error:
+            log.debug("%s: %s; the next start begins with any server", path, error)
 
     def state(self) -> str:
         """Returns a line for the service manager."""
@@ -6518,7 +6815,7 @@ class Client:
                     if isinstance(error, OffloadRefused):
                         self._not_offered.add(error.kind)
                     self._log_outage(error)
-                gevent.sleep(self._retry_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER))
+                gevent.sleep(self._failover.pause())
         finally:
             gevent.killall(helpers)
             self._lan.close()
@@ -6603,37 +6900,37 @@ class Client:
         if self._id is None:
             self._id = default_id()
             warn_of_another_id(self._config.file, self._id, remember=True)
-        with self.connect() as sock, self._watch_mtu(sock):
+        remote = self.remote
+        with remote.connect(self._failover.is_last) as sock, remote.watch_mtu(sock):
             set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
-                stream = self.open_stream(sock)
+                stream = remote.open_stream(sock)
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(offered)}
                 if self._config.key:
                     hello["Key"] = self._config.key
                 if self._epoch:
                     hello["Epoch"] = self._epoch
+                if len(self.remotes) > 1:
+                    hello["Moved"] = True
                 stream.send(encode_message(hello))
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
-            self._dry = message.get("Dry") is True
+            remote.dry = message.get("Dry") is True
             self._epoch = parse_epoch(message) or self._epoch
             tun.set_offload(gso_kinds)
             with self._changes:
                 self._set_prefix(tun, prefix)
                 self._open_routes(tun)
             self._lan.tunnel_up(tun.name, prefix)
-            begin = {"id": self._id, "peer": self._server, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
-            text = quote_id(self._id), self._server, prefix, tun.name, stream.security
+            begin = {"id": self._id, "peer": remote.name, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
+            text = quote_id(self._id), remote.name, prefix, tun.name, stream.security
             log.info("%s at %s: has %s on %s%s", *text, extra=event("session-begin", **begin))
-            if self._mss != self._logged_mss:
-                log.warning(
-                    "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
-                )
-            self._logged_outage, self._logged_mss = None, self._mss
+            remote.note_session(sock)
+            self._logged_outage = None
             self._note_state(True)
-            self._state = f"has {prefix} on {tun.name} from {self._server}{stream.security}"
-            self._last_good = [sock.getpeername()]
+            self._state = f"has {prefix} on {tun.name} from {remote.name}{stream.security}"
+            self._remember_last(remote)
             self._session = Session("the server")
             if self._tun_error:
                 raise self._tun_error
@@ -6644,7 +6941,7 @@ class Client:
     @contextmanager
     def _announce(self, id_: str, prefix: IPv6Network, tun: Tun) -> Iterator[None]:
         """Runs the hook for a session that begins, and at the end of the block for its end."""
-        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self._server}
+        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self.remote.name}
         if prefix != self._told and self._hooks.run("prefix", id_, old_prefix=self._told or "", **values):
             self._told = prefix
         if not self._hooks.run("up", id_, **values):
@@ -6658,74 +6955,6 @@ class Client:
             raise
         finally:
             self._hooks.run("down", id_, True, reason=reason, **values)
-
-    @contextmanager
-    def _watch_mtu(self, sock: socket.socket) -> Iterator[None]:
-        """Looks after the size of packets, unless `mss` is set.
-
-        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
-        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
-        """
-        if self._config.mss:
-            yield
-            return
-        try:
-            with self._mtus.watch(sock, "the server"):
-                yield
-        except (gevent.Timeout, PeerSilent) as error:
-            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
-            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
-            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
-                self._mss = None if self._mss else SMALL_MSS
-            raise
-
-    def open_stream(self, sock: socket.socket) -> Stream:
-        """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
-        if self._tls is None:
-            return Stream(sock)
-        stream = TlsStream(sock, self._tls, self._config.remotehost)
-        if self._config.fingerprint not in (None, stream.fingerprint()):
-            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
-        return stream
-
-    def connect(self) -> socket.socket:
-        """Returns a connection to the first of the server's addresses that accepts it. Raises gevent.Timeout, OSError."""
-        for address in self.find_addresses():
-            with ExitStack() as undo:
-                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-                try:
-                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
-                    mss = self._config.mss or min(self._mss or math.inf, found)
-                    if mss < math.inf:
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
-                    with gevent.Timeout(CONNECT_S):
-                        sock.connect(address)
-                except (gevent.Timeout, OSError) as error:
-                    failure = error
-                else:
-                    undo.pop_all()
-                    return sock
-        raise failure
-
-    def find_addresses(self) -> list[tuple[str, int]]:
-        """Returns the server's IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last.
-
-        A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
-        Raises OSError when there is no address.
-        """
-        if self._lookup is None:
-            name, port = self._config.remotehost, self._config.remoteport
-            self._lookup = gevent.spawn(socket.getaddrinfo, name, port, socket.AF_INET, socket.SOCK_STREAM)
-        lookup = self._lookup
-        lookup.join(LOOKUP_S if self._last_good else None)
-        if lookup.ready():
-            self._lookup = None
-        if lookup.successful():
-            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self._last_good]))
-        if not self._last_good:
-            raise lookup.exception
-        log.debug("%s: %s; trying the address that it had", self._config.remotehost, lookup.exception or "no answer yet")
-        return self._last_good
 
     def _set_prefix(self, tun: Tun, prefix: IPv6Network) -> None:
         if prefix == self._prefix:
@@ -6746,20 +6975,30 @@ class Client:
             self._kernel.apply(self._routes)
 
     def _log_outage(self, error: BaseException) -> None:
-        """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
-        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
-        final = kind in FINAL_REFUSALS
-        self._lan.tunnel_down(final)
-        self._retry_s = FINAL_RETRY_S if final else RETRY_S
+        """Logs why there is no connection: once an outage, once when no server serves, and again when that has other reasons, such as
+        when silence becomes a refusal or a wrong server, or back.
+        """
+        failed, failover, text = self.remote, self._failover, describe_end(error)
+        code = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
+        session_s = time.monotonic() - self._since if self._up else None
+        failover.note_failure(Failure(code, text), session_s, is_ours=isinstance(error, (KernelError, OffloadRefused)))
+        self._lan.tunnel_down(failover.is_final)
+        where, kind, then = failed.name, self._logged_outage or "next", f"trying {self.remote.name} now"
+        if failover.pause_s:
+            failures = dict(sorted(failover.failures.items()))
+            kind = ",".join(each.code for each in failures.values())
+            rarely = f"{RETRY_S:.0f} to {BUSY_RETRY_MAX_S:.0f}" if failover.is_busy else f"{failover.pause_s:.0f}"
+            until = "the server won't serve this client until its operator changes that; " if failover.is_final else ""
+            then = f"{until}trying again every {rarely} s"
+            if len(failures) > 1:
+                where, text = "any server", "; ".join(f"{self.remotes[number].name}: {each.reason}" for number, each in failures.items())
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
-        until = "the server won't serve this client until its operator changes that; " if final else ""
-        text, outage = describe_end(error), event("outage", id=self._id, peer=self._server, reason=describe_end(error))
-        log.log(level, "no connection to %s: %s; %strying again every %.0f s", self._server, text, until, self._retry_s, extra=outage)
+        log.log(level, "no connection to %s: %s; %s", where, text, then, extra=event("outage", id=self._id, peer=failed.name, reason=text))
         self._logged_outage = kind
-        self._state = f"no connection to {self._server}: {text}"
+        self._state = f"no connection to {where}: {text}"
         if not self._up:
-            self.handshakes[error.code if isinstance(error, Refusal) else "failed"] += 1
-        self._note_state(False, text)
+            self.handshakes[code if isinstance(error, Refusal) else "failed"] += 1
+        self._note_state(False, text if len(self.remotes) == 1 or where != failed.name else f"{where}: {text}")
 
     def _note_state(self, up: bool, reason: str = "") -> None:
         """Notes for `figures` whether there is a tunnel, and why not."""
@@ -6780,19 +7019,20 @@ class Client:
         waits = bool(self._routes) or self._config.grace is None
         session = self._session.figures() if self._session and self._up else {}
         session.pop("seconds", None)
-        address = self._last_good[0] if self._last_good else None
+        address = self.remote.last_good[0] if self.remote.last_good else None
         return {
             "side": "client",
             "state": "up" if self._up else "connecting" if waits else "rejecting",
             "state_seconds": round(time.monotonic() - self._since),
-            "server": self._server,
+            "server": self.remote.name,
+            "servers": [each.name for each in self.remotes],
             "address": address and f"{address[0]} port {address[1]}",
             "id": self._id,
             "prefix": self._prefix and str(self._prefix),
             "device": self._tun and self._tun.name,
             "session": session or None,
             "outage": self._outage,
-            "dry": self._dry,
+            "dry": self.remote.dry,
             "handshakes": dict(self.handshakes),
             "parts": {name: part() for name, part in self.parts.items()},
         }
@@ -6894,7 +7134,7 @@ class AdminRequestHandler(RequestHandler):
     """Does what an operator asks for with `tun6.py clients` and `status`: on the running server, or on its files when none runs."""
 
     SIDE, COMMAND = "server", "clients"
-    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore")
+    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore", "drain")
 
     def __init__(
         self,
@@ -6904,12 +7144,14 @@ class AdminRequestHandler(RequestHandler):
         end_session: Callable[[str, str], None],
         loop_latency: LoopLatency | None = None,
         figures: Callable[[], dict[str, Any]] = dict,
+        drain: Callable[[float | None], None] = lambda seconds: None,
     ) -> None:
         """`files` is what files_of returns for this server; `end_session` ends the session of an Id for a reason.
 
-        `loop_latency` and `figures` are those of the running server.
+        `loop_latency`, `figures` and `drain` are those of the running server.
         """
         super().__init__(figures, loop_latency)
+        self._drain = drain
         self._store, self._keys, self._files, self._sessions, self._end_session = store, store.keys, files, sessions, end_session
         self._one_at_a_time = gevent.lock.RLock()
 
@@ -6971,6 +7213,12 @@ class AdminRequestHandler(RequestHandler):
         """Undoes `revoke`."""
         self._set_revoked(id, False)
         return self._entry(id)
+
+    def drain(self, minutes: float | None) -> int:
+        """Sends newcomers to other servers and ends all sessions within so many minutes; None: serves as before. Returns their number."""
+        number = len(self._sessions)
+        self._drain(None if minutes is None else 60 * minutes)
+        return number
 
     def _set_revoked(self, id_: str, revoked: bool) -> None:
         try:
@@ -7224,6 +7472,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("client", f"{status['state']} for {format_duration(status['state_seconds'])}, {status['id'] or 'no Id yet'}"),
             ("server", status["server"] + (f", connected to {status['address']}" if session else "")),
+            *([("servers", ", ".join(status["servers"]))] if len(status.get("servers", ())) > 1 else []),
             ("prefix", f"{status['prefix']} on {status['device']}" if status["prefix"] else "none yet"),
         ]
         if session:
@@ -7304,7 +7553,7 @@ def metrics_of(status: dict[str, Any]) -> Iterator[Metric]:
 
     drops, handshakes = {"waited too long": 0, "not taken": 0, **status["drops"]}, {"served": 0, **status["handshakes"]}
     yield Metric("gauge", "tun6_build_info", "Version and side.", ("version", "side"), [((status["version"], status["side"]), 1)])
-    yield gauge("tun6_up", "1 while the server serves, or while the client has its tunnel.", status["state"] == "up")
+    yield gauge("tun6_up", "1 while the server serves and does not drain, or while the client has its tunnel.", status["state"] == "up")
     yield Metric("counter", "tun6_bytes", "Bytes of all sessions.", ("direction",), both_ways(""))
     yield Metric(
         "counter", "tun6_packets", "Packets likewise; a large packet of offload counts once.", ("direction",), both_ways("_packets")
@@ -7602,18 +7851,18 @@ def decode_token(token: str) -> dict[str, str]:
         raise RequestError(f"this is no token that `tun6.py clients add` printed: {reason}; copy the whole line, from tun6: on") from None
 
 
-def set_in_section(text: str, section: str, settings: Mapping[str, str]) -> str:
-    """Returns the text of a config.ini with these settings in a section, every other line as it was."""
+def set_in_section(text: str, section: str, settings: Mapping[str, str | None]) -> str:
+    """Returns the text of a config.ini with these settings in a section, None for none, every other line as it was."""
     head, banner, rest = (f"\n{text}").partition(f"\n[{section}]")
     if not banner:
-        return f"{text}\n[{section}]\n".lstrip("\n") + "".join(f"{key} = {value}\n" for key, value in settings.items())
+        return f"{text}\n[{section}]\n".lstrip("\n") + "".join(f"{key} = {value}\n" for key, value in settings.items() if value is not None)
     body, following, others = rest.partition("\n[")
     for key, value in settings.items():
-        line = f"\n{key} = {value}".replace("\\", r"\\")
+        line = "" if value is None else f"\n{key} = {value}".replace("\\", r"\\")
         body, found = re.subn(rf"(?i)\n{key}\s*[=:].*", line, body)
-        if not found:
+        if not (found or value is None):
             body, found = re.subn(rf"\n#{key} = .*", line, body, count=1)
-        body = body if found else body.rstrip("\n") + f"\n{key} = {value}\n"
+        body = body if found or value is None else body.rstrip("\n") + f"\n{key} = {value}\n"
     return (head + banner + body + following + others)[1:]
 
 
@@ -7763,7 +8012,7 @@ class Installer:
 
     def _copy_packages(self, to: Path) -> None:
         """Copies the packages that tun6 needs, once for each of their versions."""
-        missing, found = {"gevent", "netifaces", "python-pytun"}, dict[str, importlib.metadata.Distribution]()
+        missing, found = {"gevent", "netifaces", "python-pytun", "psycopg", "psycopg-binary"}, dict[str, importlib.metadata.Distribution]()
         while missing:
             name = missing.pop()
             with suppress(importlib.metadata.PackageNotFoundError):  # one for other systems
@@ -7816,7 +8065,7 @@ class Installer:
         text = set_in_section(text, self._role, {"control": f"/run/tun6-{self._role}/{self._role}.sock"})
         self._write(CONFIG_FOLDER / "config.ini", text, 0o640, SERVICE_USER)
 
-    def _move_state(self, folder: Path) -> dict[str, str]:
+    def _move_state(self, folder: Path) -> dict[str, str | None]:
         """Moves assignments, keys and certificate to the folder for state, makes what is missing there, and returns the settings for it."""
         state = self._at(STATE_FOLDER)
         state.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -7824,7 +8073,16 @@ class Installer:
         names = {key: getattr(self._config, key) for key in ("assignments", "keys", "cert")}
         files = {key: Path(os.path.realpath(folder / (name or ""))) for key, name in names.items()}
         there = {key: state / Path(name or f"{key}.json").name for key, name in names.items()}
-        if names["assignments"] is None or not (files["assignments"].exists() or there["assignments"].exists()):
+        if self._config.store:
+            for key in ("assignments", "keys"):
+                if names[key] and files[key].exists():
+                    raise RequestError(
+                        f"{folder}/config.ini has a store, and beside it {key} = {names[key]}; take them into the store with"
+                        " `tun6.py cluster import`, and remove the line"
+                    )
+            there["cert"] = state / Path(names["cert"] or "server.pem").name
+            names = {"cert": names["cert"] or "server.pem"}
+        elif names["assignments"] is None or not (files["assignments"].exists() or there["assignments"].exists()):
             places = (folder, Path(), self._at(PROGRAM_FOLDER), self._at(CONFIG_FOLDER), state)
             lost = next((file for place in places for file in place.glob("assignments.json*") if file.suffix in (".json", ".bak")), None)
             if lost:
@@ -7851,6 +8109,9 @@ class Installer:
             self._say(f"made the certificate {STATE_FOLDER / there['cert'].name}")
         for file in state.iterdir():
             self._give(file, stat.S_IMODE(file.stat().st_mode), SERVICE_USER, SERVICE_USER)
+        if self._config.store:  # its cache has digests of keys, and is written while the server runs
+            cache = str(STATE_FOLDER / Path(self._config.store_cache).name)
+            return {"assignments": None, "keys": None, "cert": str(STATE_FOLDER / there["cert"].name), "store_cache": cache}
         return {key: str(STATE_FOLDER / there[key].name) for key, name in names.items() if name or key == "assignments"}
 
     def _set_sysctls(self) -> None:
@@ -8133,8 +8394,10 @@ class ServerDoctor(Doctor):
     FATAL = frozenset({"forwarding", "uplink", "overlap", "firewall", "disk"})
     AT_START = "config", "uplink", "descriptors", "disk", "certificate"
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, keyed: bool | None = None) -> None:
+        """`keyed`: whether clients have keys, where that is known; without it, what config.ini says."""
         self._config, self._pool = config, config.prefixrange
+        self._keyed = bool(config.keys or config.store) if keyed is None else keyed  # in a cluster it is the store that says it
         self._pid = 0  # of the server that runs
         self._packets: socket.socket | None = None  # what comes for the pool
         self._until = 0.0  # when that has been waited for
@@ -8166,20 +8429,56 @@ class ServerDoctor(Doctor):
         return next((prefix[1] for prefix, _ in found if prefix.subnet_of(self._pool)), None)
 
     def _check_config(self) -> str:
-        for path in filter(os.path.exists, filter(None, (self._config.cert, self._config.keys))):
+        secret = self._config.cert, self._config.keys, self._config.store and self._config.file
+        for path in filter(os.path.exists, filter(None, secret)):
             if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
                 log.warning("others can read the secret in %s; `chmod o= %s`", path, path)
-        if self._config.assignments is None:
+        if not (self._config.assignments or self._config.store):
             warn_standing("assignments", "no `assignments` file in %s: all prefixes are forgotten when the server ends", self._config.file)
-        if not self._config.keys or not self._config.keys_required:
-            which, closes = ("any Id that has no key yet", "keys_required = yes") if self._config.keys else ("any Id", "keys")
-            warn_standing(
-                "open",
-                "open: whoever reaches port %d gets a /64 and may claim %s; `%s` in %s closes it, `new_ids_per_hour` bounds new Ids",
-                *(self._config.listenport, which, closes, self._config.file),
-            )
+        self._warn_if_open()
         open_keys(self._config)
         return f"{self._config.file} is a server's"
+
+    def _warn_if_open(self) -> None:
+        if self._keyed and self._config.keys_required:
+            return
+        which, closes = ("any Id that has no key yet", "keys_required = yes") if self._keyed else ("any Id", "keys")
+        how = (
+            "a pool made without `cluster init --open`" if self._config.store and not self._keyed else f"`{closes}` in {self._config.file}"
+        )
+        warn_standing(
+            "open",
+            "open: whoever reaches port %d gets a /64 and may claim %s; %s closes it, `new_ids_per_hour` bounds new Ids",
+            *(self._config.listenport, which, how),
+        )
+
+    def _check_store(self) -> str:
+        """Whether the database of a cluster can be reached, has the pool of this server, and can lose nothing."""
+        if not self._config.store:
+            return "this server shares its pool with no other one"
+        began, address = time.monotonic(), public_url(self._config.store)
+        database = Database(self._config.store, f"tun6 doctor {os.getpid()}")
+        try:
+            with store_errors(self._config.store):
+                run_in_thread(database.connect)
+                pool, missing, risks = run_in_thread(database.examine)
+        except StoreDown as down:
+            raise StoreDown(f"{down}; known Ids are served as each server knows them, new ones refused until it is back") from None
+        finally:
+            run_in_thread(database.close)
+        took = time.monotonic() - began
+        require_fit(pool, address, self._pool, key_policy(self._config))
+        self._keyed = pool.keys != "none"
+        if not self._keyed:
+            self._warn_if_open()
+        if pool.timeline != pool.current:
+            how = "start those servers, or `tun6.py cluster accept` goes on without what they know"
+            log.error(
+                "the store may have lost changes, so that nobody new is served until %s wrote back theirs; %s", ", ".join(missing), how
+            )
+        for risk in risks:
+            log.warning("the database's %s", risk)
+        return f"{address} has the pool {pool.prefix}, and commits wait for a synchronous standby; it answered in {1000 * took:.0f} ms"
 
     def _check_machine(self) -> str:
         return self.examine_machine()
@@ -8192,6 +8491,8 @@ class ServerDoctor(Doctor):
                 status: dict[str, Any] = {}
                 with suppress(OSError, RequestError):
                     status = ask_server(self._config.control, {"do": "status", "files": files_of(self._config)})
+                if status.get("state") == "draining":
+                    log.warning("this server is being drained, and sends its clients to others; `tun6.py drain --stop` ends that")
                 for id_ in status.get("contended", ()):
                     log.warning("several clients have the Id %s, and take it from each other; give each an `id` of its own", quote_id(id_))
                 return f"process {self._pid} listens on {host} port {port}"
@@ -8239,6 +8540,8 @@ class ServerDoctor(Doctor):
         return f"real links get {find_congestion_controls(self._config.congestion, self._config.link).real}"
 
     def _check_disk(self) -> str:
+        if self._config.store:
+            return "who has which /64 is in the store"
         path = Path(os.path.realpath(needed(self._config.assignments, "config")))
         disk, size = os.statvfs(path.parent), path.stat().st_size if path.exists() else 0
         free = disk.f_bavail * disk.f_frsize
@@ -8248,6 +8551,8 @@ class ServerDoctor(Doctor):
 
     def _check_assignments(self) -> str:
         """The file and its backup, without its lock."""
+        if self._config.store:
+            return "they are in the store"
         store = AssignmentStore(PrefixPool(self._pool), self._config.assignments, lock=False)
         owners, backup = len(store.pool.owners()), store.backup
         if not store.pool.free:
@@ -8304,14 +8609,15 @@ class ClientDoctor(Doctor):
 
     FATAL = frozenset({"routes", "LAN"})
     AT_START = ("config",)
+    OF_EACH_SERVER = frozenset({"DNS", "TCP", "TLS"})
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._where = f"{config.remotehost} port {config.remoteport}"
         self._status: dict[str, Any] = {}  # of the client that runs
-        self._client: Client | None = None
-        self._sock: socket.socket | None = None  # to the server
-        self._stream: Stream | None = None
+        self._remotes: list[RemoteServer] = []
+        self._remote: RemoteServer | None = None  # that is examined now
+        self._socks: dict[RemoteServer, socket.socket] = {}
+        self._streams: dict[RemoteServer, Stream] = {}
         self._prefix: IPv6Network | None = None
         self._is_misrouted = False
         self._server_end: str | None = None  # the address by which the server answers in the tunnel
@@ -8325,11 +8631,29 @@ class ClientDoctor(Doctor):
         with suppress(OSError, RequestError):
             self._status = ask_server(self._config.control, {"do": "status"})
         yield from super().run()
-        if self._sock:
-            self._sock.close()
+        for sock in self._socks.values():
+            sock.close()
+
+    def _make(self, name: str, check: Callable[[], str]) -> list[Finding]:
+        """Makes a check, or the check of each server of the list. There a fault is only a warning as long as another server has none."""
+        if name not in self.OF_EACH_SERVER or not self._remotes:
+            return super()._make(name, check)
+        found: list[Finding] = []
+        for remote in self._remotes:
+            self._remote = remote
+            for each in super()._make(name, check):
+                is_named = len(self._remotes) == 1 or each.text.startswith(remote.host)
+                found.append(each if is_named else each._replace(text=f"{remote.name}: {each.text}"))
+        works = any(each.result == "ok" for each in found)
+        return [each._replace(result="warn") if works and each.result == "FAIL" else each for each in found]
+
+    def _stream(self) -> Stream:
+        """Returns the connection to the server that the client has, or to the first that answered. Raises Skipped when there is none."""
+        found = {remote.name: stream for remote, stream in self._streams.items()}
+        return needed(found.get(self._status.get("server", ""), next(iter(found.values()), None)), "TLS")
 
     def _has_connection(self) -> bool:
-        return self._stream is not None and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
+        return bool(self._streams) and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
 
     def _check_config(self) -> str:
         path = self._config.file
@@ -8344,7 +8668,7 @@ class ClientDoctor(Doctor):
         return self.examine_machine()
 
     def _check_programs(self) -> str:
-        self._client = Client(self._config)
+        self._remotes = Client(self._config).remotes
         return "what config.ini needs is there"
 
     def _check_Id(self) -> str:
@@ -8356,60 +8680,63 @@ class ClientDoctor(Doctor):
     def _check_IPv4_route(self) -> str:
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((self._config.remotehost if is_ipv4(self._config.remotehost) else "192.0.2.1", 9))  # nothing is sent
+                hosts = filter(is_ipv4, (each.host for each in self._config.remotehost))
+                probe.connect((next(hosts, "192.0.2.1"), 9))  # nothing is sent
             except OSError as error:
                 raise SessionError(f"there is no IPv4 way to the server: {error.strerror}; connect the network, see `ip route`") from None
             return f"packets to the server leave from {probe.getsockname()[0]}"
 
     def _check_DNS(self) -> str:
+        remote = needed(self._remote, "programs")
         try:
-            found = needed(self._client, "programs").find_addresses()
+            found = remote.find_addresses()
         except OSError as error:
-            raise SessionError(f"{self._config.remotehost}: {error.strerror}; is the name right, does a name server answer?") from None
+            raise SessionError(f"{remote.host}: {error.strerror}; is the name right, does a name server answer?") from None
         return f"the server is {', '.join(host for host, _ in found)}"
 
     def _check_TCP(self) -> str:
-        began = time.monotonic()
+        remote, began = needed(self._remote, "programs"), time.monotonic()
         try:
-            self._sock = needed(self._client, "programs").connect()
+            self._socks[remote] = remote.connect()
         except (gevent.Timeout, OSError) as error:
             advice = "does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
             with suppress(OSError):
-                (host, port), *_ = needed(self._client, "programs").find_addresses()
+                (host, port), *_ = remote.find_addresses()
                 if isinstance(error, (gevent.Timeout, TimeoutError)) and answers_ping(host, IPV4_ICMP_HEADERS):
                     advice = (
                         f"{host} answers pings, so a firewall there or on the way drops TCP port {port}, or `remotehost` is another machine"
                     )
-            raise SessionError(f"{self._where}: {describe_end(error)}; {advice}") from None
-        return f"{self._where} answers in {1000 * (time.monotonic() - began):.0f} ms"
+            raise SessionError(f"{remote.name}: {describe_end(error)}; {advice}") from None
+        return f"{remote.name} answers in {1000 * (time.monotonic() - began):.0f} ms"
 
     def _check_TLS(self) -> str:
+        remote = needed(self._remote, "programs")
         try:
             with gevent.Timeout(HANDSHAKE_S):
-                self._stream = needed(self._client, "programs").open_stream(needed(self._sock, "TCP"))
+                stream = self._streams[remote] = remote.open_stream(needed(self._socks.get(remote), "TCP"))
         except ProtocolError as error:
             advice = f"compare with `keygen` on the server; the clock here says {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
             if "does not speak TLS" in str(error):
                 advice = "is there another program on that port, a server without `cert`, or a portal or proxy on the way?"
             raise SessionError(f"{error}; {advice}") from None
-        return "the server's certificate is the right one" if self._stream.encrypt else "none is asked for"
+        return "the server's certificate is the right one" if stream.encrypt else "none is asked for"
 
     def _check_hello(self) -> str:
         """Whether the server serves this Id: by what the client that runs has heard, or by asking without taking a session."""
         outage = self._status.get("outage") or {}
         if outage and outage["seconds"] is None:
-            cut_off = outage["last_reason"] in CUT_OFF
+            cut_off = outage["last_reason"].endswith(CUT_OFF)
             why = (
                 "was it restarted, or has another client this Id? `tun6.py doctor` there tells"
                 if cut_off
                 else "the server's log may say more"
             )
             raise SessionError(f"the client that runs has no connection: {outage['last_reason']}; {why}")
-        if outage and outage["reason"] in CUT_OFF and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
+        if outage and outage["reason"].endswith(CUT_OFF) and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
             log.warning(
                 "the server has just ended the connection: it was restarted, or another client has this Id; `tun6.py doctor` there tells"
             )
-        stream = needed(self._stream, "TLS")
+        stream = self._stream()
         host, port = stream.sock.getpeername()
         if not self._status.get("dry") or self._status["address"] != f"{host} port {port}":
             raise Skipped("no client runs that knows if this server can be asked without taking its session over")
@@ -8427,7 +8754,7 @@ class ClientDoctor(Doctor):
 
     def _check_path_MTU(self) -> str:
         """Of the path outside, by what the kernel knows and by pings."""
-        host, port = needed(self._stream, "TLS").sock.getpeername()
+        host, port = self._stream().sock.getpeername()
         advice = "`mss = 1220` in config.ini spares the client a stall at its start"
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))
@@ -8551,7 +8878,11 @@ class ClientDoctor(Doctor):
         servers = re.findall(r"^\s*nameserver\s+([0-9a-fA-F.:]+)", read_text(Path("/etc/resolv.conf")), re.MULTILINE)
         inside = [each for each in servers if not is_ipv4(each) and find_way(each) in (self._config.tun, "nowhere")]
         if inside and inside == servers:
-            level, then = (logging.WARNING, "") if is_ipv4(self._config.remotehost) else (logging.ERROR, ", nor the server without it")
+            level, then = (
+                (logging.WARNING, "")
+                if any(is_ipv4(each.host) for each in self._config.remotehost)
+                else (logging.ERROR, ", nor the server without it")
+            )
             log.log(level, "%s: all name servers are reached only through the tunnel%s; add one with IPv4", ", ".join(inside), then)
         return f"{len(servers)}, of which {len(inside)} only through the tunnel"
 
@@ -8915,6 +9246,7 @@ CLIENTS_OPTIONS = {
     "action",
     "address",
 }  # of `clients`; the others are arguments of the request
+DRAIN_MINUTES = 1  # in which the sessions of a server that drains end
 LOG_LINES_MAX = 10_000  # lines that may wait for the reader of the log
 LOG_FLUSH_S = 1.0  # at the end, for those lines
 M_ARENA_MAX = -8  # malloc.h
@@ -8969,6 +9301,10 @@ def _fingerprint(text: str) -> str:
     return "sha256:" + digits
 
 
+def _fingerprints(text: str) -> tuple[str, ...]:
+    return tuple(_fingerprint(word.strip()) for word in text.split(","))
+
+
 def _id(text: str) -> str:
     if not is_valid_id(text):
         raise ValueError(f"must be 1 to {ID_MAX} printable characters")
@@ -8995,6 +9331,12 @@ def _grace(text: str) -> int | None:
         return _integer(0, 3600)(text)
     except ValueError as error:
         raise ValueError(f"{error}, or off") from None
+
+
+def _minutes(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,4}([.][0-9]{1,6})?", text) or float(text) > 1440:
+        raise argparse.ArgumentTypeError("must be a number from 0 to 1440")
+    return float(text)
 
 
 def _boolean(text: str) -> bool:
@@ -9024,12 +9366,33 @@ _LINK = _matching("auto|real|lan", "must be auto, real or lan")
 _OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
 _LOG = _matching("text|json", "must be text or json")
 _HOST = _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server")
+_PORT = _integer(1, 65_535)
+
+
+def _hosts(text: str) -> tuple[RemoteHost, ...]:
+    hosts = []
+    for host, colon, port in (word.strip().partition(":") for word in text.split(",")):
+        try:
+            hosts.append(RemoteHost(_HOST(host), _PORT(port) if colon else None))
+        except ValueError:
+            raise ValueError(
+                "must be the name or the IPv4 address of a server, perhaps with a port from 1 to 65535, or several with commas between:"
+                " tun6.example.org, 203.0.113.5:10001"
+            ) from None
+    return tuple(dict.fromkeys(hosts))
+
+
+def _host_list(text: str) -> str:
+    _hosts(text)
+    return text
+
+
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
 ADDRESS_KEYS = {"server": "prefixrange", "client": "remotehost"}  # what has to be edited first in either section
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
         "localhost": _ipv4,
-        "listenport": _integer(1, 65_535),
+        "listenport": _PORT,
         "prefixrange": _pool,
         "assignments": _path,
         "store": _store,
@@ -9053,11 +9416,12 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "metrics": _metrics,
         "metrics_clients": _boolean,
         "documentation_addresses": _boolean,
-        "address": _HOST,
+        "address": _host_list,
+        "fingerprint": _fingerprints,
     },
     "client": {
-        "remotehost": _HOST,
-        "remoteport": _integer(1, 65_535),
+        "remotehost": _hosts,
+        "remoteport": _PORT,
         "id": _id,
         "congestion": _CONGESTION,
         "link": _LINK,
@@ -9073,7 +9437,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "grace": _grace,
         "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
         "tls": _boolean,
-        "fingerprint": _fingerprint,
+        "fingerprint": _fingerprints,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
         "hook": _path,
         "control": _path,
@@ -9157,9 +9521,11 @@ def read_config(path: str, section: str) -> Any:
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
     key = ADDRESS_KEYS[section]
-    if is_documentation(values[key]) and not values.get("documentation_addresses"):
-        what = "the range that is routed to this machine" if section == "server" else "your server's name or address"
-        raise ConfigError(f"{path}: [{section}] {key} = {values[key]}: it is an example, which reaches nobody; set {what}")
+    addresses, what = [values[key]], "the range that is routed to this machine"
+    if section == "client":
+        addresses, what = [each.host for each in values[key]], "your server's name or address"
+    for address in filter(is_documentation, addresses if not values.get("documentation_addresses") else ()):
+        raise ConfigError(f"{path}: [{section}] {key} = {address}: it is an example, which reaches nobody; set {what}")
     return _SECTIONS[section](**values)
 
 
@@ -9186,8 +9552,10 @@ def server_command(options: argparse.Namespace) -> None:
     warn_of_forwarding()
     raise_descriptor_limit()
     server = Server(config)
-    ServerDoctor(config).warn()
-    handler = AdminRequestHandler(server.store, files_of(config), server.sessions, server.end_session, LoopLatency(), server.figures)
+    ServerDoctor(config, server.keys is not None).warn()
+    handler = AdminRequestHandler(
+        server.store, files_of(config), server.sessions, server.end_session, LoopLatency(), server.figures, server.drain
+    )
     web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
 
     def run() -> None:
@@ -9266,10 +9634,10 @@ def read_fingerprint(file: Path) -> str:
         raise ConfigError(f"{file}: {reason}; `tun6.py keygen` makes one") from None
 
 
-def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
-    """Sends the request to the running server, or does it on the server's files while none runs. Returns the result.
+def administer(config: ServerConfig, request: dict[str, Any], needs_server: bool = False) -> Any:
+    """Sends the request to the running server, or, unless it `needs_server`, does it on the server's files. Returns the result.
 
-    Raises RequestError, ConfigError, StorageError, Refusal.
+    Raises Tun6Error.
     """
     try:
         return ask_server(config.control, {**request, "files": files_of(config)})
@@ -9277,6 +9645,8 @@ def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
         if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
             reason = error.strerror or error
             raise RequestError(f"control = {config.control}: {reason}; run this as the server's user, mostly root") from None
+    if needs_server:
+        raise Tun6Error(f"no server listens at {config.control}")
     if not (config.assignments or config.store):
         raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {config.file} nothing is kept")
     store = open_store(config)
@@ -9305,6 +9675,17 @@ def find_status(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not found:
         raise Tun6Error(", and ".join(silent))
     return found
+
+
+def drain_command(options: argparse.Namespace) -> None:
+    """`tun6.py drain`: asks the running server."""
+    config: ServerConfig = read_config(find_config(options.config), "server")
+    number = administer(config, {"do": "drain", "minutes": None if options.stop else options.minutes}, needs_server=True)
+    if options.stop:
+        print("The server serves newcomers again.")
+    else:
+        print(f"The server sends newcomers to other servers, and its {number} sessions end within {options.minutes:g} minutes.")
+        print("That ends with `tun6.py drain --stop`, or when the server is restarted; `tun6.py status` shows who is left.")
 
 
 def status_command(options: argparse.Namespace) -> int:
@@ -9379,8 +9760,11 @@ def clients_command(options: argparse.Namespace) -> None:
         if re.search(r"^ | $|(^| )[#;]", options.id):
             raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
         if config.cert:
-            fingerprint = read_fingerprint(Path(config.cert))
-        address = options.address or public_address(config)
+            fingerprint = ", ".join(dict.fromkeys([read_fingerprint(Path(config.cert)), *config.fingerprint]))
+        try:
+            address = _host_list(options.address or public_address(config))
+        except ValueError as error:
+            raise RequestError(f"--address {to_printable(options.address)}: it {error}") from None
     done = administer(config, {"do": options.action, **arguments})
     settings = {}
     if options.action == "add":
@@ -9396,20 +9780,15 @@ def clients_command(options: argparse.Namespace) -> None:
 
 
 def public_address(config: ServerConfig) -> str:
-    """Returns the server's address as its clients see it: what config.ini says, or else the kernel, which knows nothing of a NAT."""
-    if config.address or config.localhost != "0.0.0.0":
-        return config.address or config.localhost
-    with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # nothing is sent
-        return str(probe.getsockname()[0])
-    return "192.0.2.1"
+    """Returns `remotehost` for its clients: the `address` in config.ini, or else where this server is reached."""
+    return config.address or own_address(config)
 
 
 def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
     """Returns the section [client] of config.ini for a client that was added."""
     edit = "where the client sees the server by another address or name"
-    with suppress(ValueError):  # a name
-        if not ipaddress.ip_address(settings["remotehost"]).is_global:
+    for host, _ in _hosts(settings["remotehost"]):
+        if is_ipv4(host) and not ipaddress.ip_address(host).is_global:
             edit = "unless it is on the same network, as nobody else reaches this address; or name another with --address, or in config.ini"
     return "\n".join([
         f"# config.ini of the client; its prefix is {prefix}. The key is shown only now; whoever has it is this client.",
@@ -9529,6 +9908,8 @@ def install_command(options: argparse.Namespace) -> None:
             print("Paste the line tun6:... that `tun6 clients add` printed on the server, and press Enter:", flush=True)
         settings.update(decode_token(sys.stdin.readline() if options.join == "-" else options.join))
     host, _, port = (options.host or "").partition(":")
+    if options.role == "client" and "," in (options.host or ""):  # several servers, each with its own port
+        host, port = options.host, ""
     key = ADDRESS_KEYS[options.role]
     if not host and key not in settings and sys.stdin.isatty() and not os.path.exists(CONFIG_FILES[0]):
         host = input(
@@ -9735,6 +10116,15 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("side", nargs="?", choices=("server", "client"), help="where both run; otherwise it is not needed")
     status.add_argument("--watch", action="store_true", help=f"show it again every {RATE_S:.0f} s, until Ctrl-C")
     status.add_argument("--sort", choices=tuple(CLIENT_ORDERS), default="id", help="order of the clients")
+    drain = add(commands, "drain", "send the clients of this server to other ones, as before an upgrade", config, function=drain_command)
+    drain.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=DRAIN_MINUTES,
+        metavar="N",
+        help=f"in which its sessions end, one by one; default: {DRAIN_MINUTES}",
+    )
+    drain.add_argument("--stop", action="store_true", help="serve as before")
     doctor = add(commands, "doctor", "find out what is wrong, and what to do; on either machine", config, as_json, function=doctor_command)
     doctor.add_argument("side", nargs="?", choices=("server", "client"), help="else those in the config.ini, of two the one that runs")
     add(commands, "keygen", "make the server's certificate and show its fingerprint", config, function=keygen_command)
@@ -9742,7 +10132,7 @@ def build_parser() -> argparse.ArgumentParser:
     roles = installs.add_subparsers(dest="role", required=True, metavar="ROLE")
     for role, flag, metavar, text in (
         ("server", "--prefix", "RANGE", "the IPv6 range that is routed to this machine"),
-        ("client", "--remote", "HOST[:PORT]", "the server"),
+        ("client", "--remote", "HOST[:PORT]", "the server, or several with commas between them"),
     ):
         install = add(roles, role, f"the {role}; a second time, it changes only what is different", config)
         install.add_argument(flag, dest="host", metavar=metavar, help=text)
@@ -9758,7 +10148,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(commands, "demo", "show it all on this machine, in network namespaces that are removed afterwards", function=demo_command)
 
     cluster = add(
-        commands, "cluster", "make the store that several servers share, import into it, export from it", function=cluster_command
+        commands, "cluster", "make the store that several servers share, import into it, export from it", config, function=cluster_command
     )
     steps = cluster.add_subparsers(dest="action", required=True, metavar="ACTION")
     made = add(steps, "init", "make the pool of config.ini in an empty database", config)
@@ -9776,7 +10166,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(actions, "list", "who has which prefix, has a key, is connected", config, as_json, here)
     added = add(actions, "add", "give an Id a key, and show once the [client] section for it", config, as_json, id_)
     added.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
-    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it")
+    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it, or several with commas")
     added.add_argument("--new-key", action="store_true", help="replace the key that the Id has")
     pinned = add(actions, "pin", "give an Id a certain prefix", config, as_json, id_)
     pinned.add_argument("prefix", metavar="PREFIX", help="a free /64 of prefixrange")
