@@ -15610,6 +15610,48 @@ def check_routes(upstream: str) -> None:
         )
 
 
+def administer_anywhere(cluster: Cluster, victim: str) -> None:
+    """What the operator does on one server holds on all; and on the store itself, while the server does not run."""
+    other, third = (cluster.servers[host].config for host in ("s2", "s3"))
+    id_ = cluster.client_id(cluster.EXTRA)
+
+    with cluster.extra_client(["s1"]) as client:
+        held = client.prefix()
+        found = next(each for each in asked(other, "clients", "list") if each["id"] == id_)
+        assert (found["server"], found["connected"], found["prefix"]) == ("s1", True, str(held)), found
+        status = asked(third, "status")
+        assert [(each["name"], each["here"]) for each in status["servers"]] == [("s1", False), ("s2", False), ("s3", True)], status
+        assert status["store"]["down"] is None
+        here = {host: asked(cluster.servers[host].config, "status", "--here")["clients"] for host in CLUSTER_SERVERS}
+        assert [host for host, clients in here.items() if any(each["id"] == id_ for each in clients)] == ["s1"]
+        assert any(each["id"] == id_ and each["server"] == "s1" for each in status["clients"])
+        before = cluster.servers["s1"].log().count("gone, it was revoked")
+        asked(third, "clients", "revoke", id_)
+        began = time.monotonic()
+        cluster.servers["s1"].wait_for("gone, it was revoked", before + 1, 5)
+        cluster.note("a session ended after its Id was revoked on another server", time.monotonic() - began)
+        client.wait_for("no connection to .*: revoked")
+        asked(other, "clients", "restore", id_)
+    with cluster.extra_client(["s2"]) as client:
+        assert client.prefix() == held
+
+    def on_victim(*words: str) -> Any:
+        done = cluster.lab.run(victim, sys.executable, TUN6, *words, "-c", str(cluster.servers[victim].config), "--json")
+        assert done.returncode == 0 or words[0] == "doctor", done.stderr
+        return json.loads(done.stdout)
+
+    (store,) = (each for each in on_victim("doctor", "server")["server"] if each["check"] == "store")
+    assert re.match("ok .* commits wait for a synchronous standby", f"{store['result']} {store['text']}"), store
+    cluster.servers[victim].end(signal.SIGTERM)
+    new = cluster.new_id()
+    added = on_victim("clients", "add", new)
+    assert {each["id"]: each["prefix"] for each in on_victim("clients", "list")}[new] == added["prefix"]
+    cluster.start_server(victim)
+    for host in CLUSTER_SERVERS:
+        known = {each["id"]: each["prefix"] for each in asked(cluster.servers[host].config, "clients", "list")}
+        assert known[new] == added["prefix"], host
+
+
 def check_keepalived() -> None:
     """contrib/keepalived.conf on two servers: one is active, whatever happens to it, and the clients are there."""
     with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, SmallCluster(Path(name), 2) as cluster:
@@ -15671,6 +15713,7 @@ CLUSTER_FAULTS = (
     ClusterFault("500 new Ids at once on each of two servers", connect_new_ids, whom="all"),
     ClusterFault("1,000 clients moved at once", move_a_thousand, whom="all"),
     ClusterFault("clock of a server set one hour ahead", set_clock, whom="all"),
+    ClusterFault("administered on any server", administer_anywhere, quick=True),
 )
 
 
