@@ -3826,6 +3826,24 @@ def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of
 
 
 @pytest.mark.parametrize(
+    "said, proved, floor",
+    [
+        (6, True, 7),
+        (8, True, 8),
+        (7 + tun6.EPOCH_LEAD_MAX, True, 7 + tun6.EPOCH_LEAD_MAX),
+        (8 + tun6.EPOCH_LEAD_MAX, True, 7),
+        (tun6.EPOCH_MAX, True, 7),
+        (8, False, 7),
+    ],
+)
+def test_what_a_client_says_of_its_epoch_counts_within_a_bound_and_only_with_its_key(said: int, proved: bool, floor: int) -> None:
+    view = tun6.ClusterView("here")
+    view.hear(tun6.Row("a", subnet(0), epoch=7))
+    assert view.floor(tun6.Claim("a", said, proved)) == floor
+    assert view.floor(tun6.Claim("unknown", said, proved)) == (said if proved and said <= tun6.EPOCH_LEAD_MAX else 0)
+
+
+@pytest.mark.parametrize(
     "said, took_over, server, times",
     [
         (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
@@ -12341,6 +12359,26 @@ def test_the_doctor_says_what_only_root_can_see_and_names_the_sides_it_has_exami
         assert run_tun6("doctor", *wrong).returncode == 2
 
 
+LIBPQ = 'connection failed: connection to server at "10.5.0.12", port 5432 failed: session is read-only'
+
+
+@pytest.mark.parametrize(
+    "text, short",
+    [
+        ("the connection is lost\n\tafter 3 s\n", "the connection is lost after 3 s"),
+        (LIBPQ, "10.5.0.12: session is read-only"),
+        (
+            f"{LIBPQ}\nMultiple connection attempts failed. All failures were:\n- host: 'db1', port: '', hostaddr: '10.5.0.11': connection"
+            ' failed: connection to server at "db1" (10.5.0.11), port 5432 failed: Connection refused\n\tIs the server running on that host'
+            f" and accepting TCP/IP connections?\n- host: '10.5.0.12', port: '', hostaddr: '10.5.0.12': {LIBPQ}",
+            "10.5.0.12: session is read-only, db1: Connection refused",
+        ),
+    ],
+)
+def test_why_the_database_can_not_be_reached_is_said_once_for_each_host(text: str, short: str) -> None:
+    assert tun6.shorten_failure(text) == short
+
+
 class StoreByHand:
     """Stands for tun6.Database: says of the database what the test wants, or raises it."""
 
@@ -15752,6 +15790,28 @@ def check_keepalived() -> None:
         assert not cluster.violations
 
 
+def start_without_store(cluster: Cluster, victim: str) -> None:
+    """A server that starts while PostgreSQL is down says that once, serves whom it knows, and refuses what would be new."""
+    server = cluster.servers[victim]
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+    with store_stopped(cluster):
+        server.end(signal.SIGTERM)
+        before = len(server.log())
+        cluster.start_server(victim)
+        with cluster.extra_client([victim]) as client:
+            assert client.prefix() == held
+        store = asked(server.config, "status")["store"]
+        assert store["down"] and store["unsettled"] <= 1 + len(cluster.clients), store
+        done = run_tun6("clients", "add", "-c", str(server.config), cluster.new_id())
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "the store is down" in done.stderr, done
+        with hands(cluster, {cluster.new_id(): [victim]}) as crowd:
+            assert becomes_true(lambda: crowd[0].answer, 10) and "server-error" in str(crowd[0].answer), crowd[0].answer
+    server.wait_for(f"(?s)^.{{{before}}}.*/tun6 is back", seconds=15)
+    said = server.log()[before:]
+    assert [said.count(text) for text in ("known Ids are served as they are known here", "/tun6 is back")] == [1, 1], said
+
+
 class ClusterFault(NamedTuple):
     name: str
     inject: Callable[..., None]
@@ -15790,6 +15850,7 @@ CLUSTER_FAULTS = (
     ClusterFault("1,000 clients moved at once", move_a_thousand, whom="all"),
     ClusterFault("clock of a server set one hour ahead", set_clock, whom="all"),
     ClusterFault("administered on any server", administer_anywhere, quick=True),
+    ClusterFault("server started while PostgreSQL is stopped", start_without_store),
 )
 
 

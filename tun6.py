@@ -4192,13 +4192,22 @@ class StoreDown(StorageError):
     """The cluster's store can't be reached, or does not answer in time."""
 
 
+def shorten_failure(text: str) -> str:
+    """Returns in one line what libpq says, of a connection to several hosts once for each, without its advice."""
+    line = " ".join(text.split())
+    advice, end = r"(?: Is the server running[^?]*\?)?", r"(?= Multiple connection| - host:|$)"
+    failed = rf'to server at "([^"]+)"(?: \([^)]*\))?, port \d+ failed: (.+?){advice}{end}'
+    hosts = dict(re.findall(failed, line))
+    return ", ".join(f"{host}: {reason}" for host, reason in hosts.items()) or line
+
+
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
     """Makes one sentence of what psycopg raises: StoreDown."""
     try:
         yield
     except require_psycopg().Error as error:
-        raise StoreDown(f"{public_url(url)}: {' '.join(str(error).split())}") from None
+        raise StoreDown(f"{public_url(url)}: {shorten_failure(str(error))}") from None
 
 
 class PoolRow(NamedTuple):
