@@ -44,8 +44,8 @@ The file, top to bottom. A section uses only names defined above it; those marke
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
-    client                       ClientConfig, RemoteServer, Client
-    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
+    client                       ClientConfig, Failover (pure), RemoteServer, Client
+    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients`, `drain`, `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
     doctor                       ServerDoctor, ClientDoctor: what is checked by `tun6.py doctor`, and some of it at the start
@@ -1739,7 +1739,7 @@ class Row(NamedTuple):
     prefix: IPv6Network
     key: str | None = None  # its digest
     revoked: bool = False
-    version: int = 1  # of all up to `moved`: when it was changed, in milliseconds, or more
+    version: int = 0  # of all up to `moved`: when it was changed, in milliseconds, or more
     former: tuple[IPv6Network, ...] = ()  # /64s that it had before
     moved: float | None = None  # when it got the one that it has in place of another
     epoch: int = 0  # counts the beginnings of its sessions; it grows by more where numbers may have been used that nobody knows of
@@ -1768,13 +1768,18 @@ def next_version(row: Row, now: float) -> int:
     return max(row.version + 1, int(now * 1000))
 
 
+def first_row(id_: str, prefix: IPv6Network, now: float) -> Row:
+    """Returns the row of a new Id."""
+    return Row(id_, prefix, version=int(now * 1000))
+
+
 @dataclass(frozen=True)
 class Change:
     """A change of an Id's row, which the store makes in a transaction that has locked the row."""
 
     id: str
 
-    def create(self, free: Iterator[IPv6Network]) -> Row:
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
         """Returns the first row of an Id that has none; `free` yields /64s for it, or raises. Raises KeyError if it shall get none."""
         raise KeyError(self.id)
 
@@ -1787,9 +1792,9 @@ class Change:
 class Assignment(Change):
     """The Id gets a /64 if it has none."""
 
-    def create(self, free: Iterator[IPv6Network]) -> Row:
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
         """As Change has it."""
-        return Row(self.id, next(free))
+        return first_row(self.id, next(free), now)
 
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
@@ -1828,31 +1833,24 @@ class SessionSettlement(Change):
 
     server: str
     epoch: int
-    prefix: IPv6Network
 
     def decide(self, row: Row, now: float) -> Row:
-        """As Change has it. The session has lost if the row is not its own afterwards, see `has_won`.
+        """As Change has it. The session has lost if the row is not its own afterwards.
 
         It loses against a higher epoch, if that session lives. If that one has ended, or has the same epoch, which of the two is newer
         is not known, so the one that is known to live goes on, above the other.
         """
-        if row.revoked or row.prefix != self.prefix or (row.epoch > self.epoch and row.live and row.server != self.server):
+        if (row.epoch, row.server, row.live) == (self.epoch, self.server, True):
+            return row  # COMMIT was not answered, but done
+        if row.epoch > self.epoch and row.live and row.server != self.server:
             return row
-        began = row.since if self._is_known(row) and row.live else now
-        epoch = self.epoch if row.epoch < self.epoch or self._is_known(row) else row.epoch + 1
-        return row._replace(epoch=epoch, server=self.server, live=True, since=began, last=began)
-
-    def has_won(self, row: Row) -> bool:
-        """Returns whether this is the row of a session that goes on, with the row's epoch."""
-        return row.live and row.server == self.server and row.epoch >= self.epoch and row.prefix == self.prefix and not row.revoked
-
-    def _is_known(self, row: Row) -> bool:
-        return row.epoch == self.epoch and row.server == self.server
+        epoch = self.epoch if row.epoch < self.epoch else row.epoch + 1
+        return row._replace(epoch=epoch, server=self.server, live=True, since=now, last=now)
 
 
 @dataclass(frozen=True)
 class SessionEnd(Change):
-    """A session has ended; nothing changes if another has begun since."""
+    """A session has ended, and those that its server had before; nothing changes if another has begun since."""
 
     server: str
     epoch: int
@@ -1861,9 +1859,10 @@ class SessionEnd(Change):
 
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
-        if not (row.live and row.server == self.server and row.epoch == self.epoch):
+        if not (row.live and row.server == self.server and row.epoch <= self.epoch):
             return row
-        return row._replace(live=False, last=now, received=row.received + self.received, sent=row.sent + self.sent)
+        received, sent = row.received + self.received, row.sent + self.sent
+        return row._replace(epoch=self.epoch, live=False, last=now, received=received, sent=sent)
 
 
 @dataclass(frozen=True)
@@ -1885,17 +1884,17 @@ class Pin(Change):
     prefix: IPv6Network
     floor: int = 0  # above which its sessions begin, as routers have heard of those of former owners of this /64
 
-    def create(self, free: Iterator[IPv6Network]) -> Row:
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
         """As Change has it."""
-        return Row(self.id, self.prefix, epoch=self.floor)
+        return first_row(self.id, self.prefix, now)._replace(epoch=self.floor)
 
     def decide(self, row: Row, now: float) -> Row:
-        """As Change has it."""
+        """As Change has it. A session with the old /64 is not the newest any more."""
         if row.prefix == self.prefix:
             return row
         former = tuple(prefix for prefix in (*row.former, row.prefix) if prefix != self.prefix)
         row = row._replace(prefix=self.prefix, version=next_version(row, now), former=former, moved=now)
-        return row._replace(epoch=max(row.epoch, self.floor), live=False)
+        return row._replace(epoch=max(row.epoch + 1, self.floor), live=False)
 
 
 @dataclass
@@ -1916,6 +1915,7 @@ class ClusterView:
         self.rows: dict[str, Row] = {}
         self.held: dict[str, HeldSession] = {}
         self._heard: dict[str, int] = {}  # by Id: the highest epoch, where the row's may be lower
+        self._beginning: Counter[str] = Counter()  # sessions that are being begun, by Id
         self._ends: dict[str, SessionEnd] = {}  # to be told to the store
 
     def epoch_of(self, id_: str) -> int:
@@ -1932,15 +1932,17 @@ class ClusterView:
         return max(known, claim.epoch) if claim.proved and claim.epoch <= known + EPOCH_LEAD_MAX else known
 
     def begin_change(self, claim: Claim) -> SessionBegin:
-        """Returns what the store is asked for when a client connects."""
+        """Returns what the store is asked for when a client connects; `conclude` follows, however that ends."""
         row = self.rows.get(claim.id)
+        self._beginning[claim.id] += 1
         return SessionBegin(claim.id, self.server, self.floor(claim), row.key if row else None, claim)
 
-    def give_up(self, change: Change, row: Row) -> None:
-        """Remembers that the store may have made this change of the row, or may still make it."""
-        if isinstance(change, SessionBegin):
-            self._heard[change.id] = max(self.epoch_of(change.id), row.epoch)
-            self._ends[change.id] = SessionEnd(change.id, self.server, row.epoch)  # unless a session is held with it
+    def conclude(self, begin: SessionBegin) -> None:
+        """Notes that nobody waits for this beginning any more: unless the session is held, it has ended."""
+        self._beginning[begin.id] -= 1
+        if not self._beginning[begin.id]:
+            del self._beginning[begin.id]
+        self._end_left(self.rows.get(begin.id))
 
     def begin_alone(self, begin: SessionBegin) -> Row | None:
         """Returns the row with which a session begins while the store is down, or None for an Id that has none."""
@@ -1954,7 +1956,6 @@ class ClusterView:
         """
         session = HeldSession(row.epoch, row.prefix, begin.key, settled)
         if self.epoch_of(begin.id) > row.epoch or self._fault(session, self.rows[begin.id]):
-            self._ends[begin.id] = SessionEnd(begin.id, self.server, row.epoch)
             return False
         self._heard[begin.id] = row.epoch
         self._ends.pop(begin.id, None)
@@ -1969,6 +1970,7 @@ class ClusterView:
         """Takes in a row that was read. Returns why the session of its Id that is held here must end, or None."""
         old = self.rows.get(row.id)
         row = self.rows[row.id] = merge_rows(old, row) if old else row
+        self._end_left(row)
         held = self.held.get(row.id)
         return self._fault(held, row) if held else None
 
@@ -1983,20 +1985,26 @@ class ClusterView:
             return f"a newer session of its Id began at {row.server}"
         return None
 
-    def end_left(self) -> None:
-        """Notes that the sessions have ended which a process of this name left when it was killed. Called before others begin."""
-        for row in self.rows.values():
-            if row.live and row.server == self.server and row.id not in self.held:
-                self._ends.setdefault(row.id, SessionEnd(row.id, self.server, row.epoch))
+    def _end_left(self, row: Row | None) -> None:
+        """Notes that the session has ended which the store has here, and which is none: nobody waited for its beginning any more."""
+        if row and row.live and row.server == self.server and row.id not in self.held and not self._beginning[row.id]:
+            owed = self._ends.get(row.id)
+            if not owed or owed.epoch < row.epoch:
+                self._ends[row.id] = SessionEnd(row.id, self.server, row.epoch)
 
     def unsettle(self) -> None:
         """Notes that the store may have lost the beginning of every session."""
         for held in self.held.values():
             held.settled = False
 
+    @property
+    def owes_ends(self) -> bool:
+        """Whether the store has to be told of sessions that ended."""
+        return bool(self._ends)
+
     def debts(self) -> list[SessionSettlement | SessionEnd]:
         """Returns what the store has to be told: sessions that began without it and live, and those that ended."""
-        unsettled = [SessionSettlement(id_, self.server, held.epoch, held.prefix) for id_, held in self.held.items() if not held.settled]
+        unsettled = [SessionSettlement(id_, self.server, held.epoch) for id_, held in self.held.items() if not held.settled]
         return [*unsettled, *self._ends.values()]
 
     def pay(self, debt: Change, row: Row | None) -> str | None:
@@ -2007,7 +2015,7 @@ class ClusterView:
             del self._ends[debt.id]
         elif isinstance(debt, SessionSettlement) and held and held.epoch == debt.epoch:
             held.settled = True
-            if row is None or not debt.has_won(row):
+            if row is None or row.server != self.server:
                 return fault or f"a newer session of its Id began at {row.server if row else 'another server'}"
             held.epoch = row.epoch
             return self._fault(held, self.rows[debt.id])
@@ -4436,7 +4444,7 @@ class Database:
                 if isinstance(change, Pin):
                     change = self._check_pin(change, pool)
                 if row is None:
-                    row = change.create(free)
+                    row = change.create(free, now)
                     if isinstance(change, SessionBegin) and change.claim.counted:
                         self._count_new(len(counted), new_ids_per_hour)
                         counted.add(change.id)
@@ -4568,7 +4576,7 @@ class Database:
                 raise RequestError("the pool is open to everybody, and there are keys; make it without --open")
             stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
             owners = {row.prefix: row.id for row in stored.values()}
-            free = self._free_prefixes(pool)
+            now, free = self._clock(self._worker), self._free_prefixes(pool)
             changed: list[Row] = []
             for id_ in {**prefixes, **keys}:
                 old, prefix, key = stored.get(id_), prefixes.get(id_), keys.get(id_)
@@ -4582,9 +4590,9 @@ class Database:
                     )
                 if old and old.key and key and key != KeyEntry(old.key, old.revoked):
                     raise RequestError(f"{quote_id(id_)} has another key in the store, or is revoked in one of both; nothing was taken")
-                row = old or Row(id_, prefix)
+                row = old or first_row(id_, prefix, now)
                 if key and not row.key:
-                    row = KeyChange(id_, key.digest, key.revoked).decide(row, self._clock(self._worker))
+                    row = KeyChange(id_, key.digest, key.revoked).decide(row, now)
                 if row != old:
                     changed.append(row)
             self._write(changed)
@@ -4754,7 +4762,6 @@ class ClusterStore(Store):
     def start(self) -> None:
         """As Store has it: enters this server among the others, and from then on hears of what they do."""
         self._serving = True
-        self._view.end_left()
         if self._database:
             try:
                 self._enter(self._database)
@@ -4801,20 +4808,25 @@ class ClusterStore(Store):
     def _begin(self, claim: Claim) -> Lease:
         begin = self._view.begin_change(claim)
         try:
-            row, settled = self._change(begin), True
-        except StoreDown as down:
-            alone = self._view.begin_alone(begin)
-            if alone is None:
-                raise StorageError(f"{down}; {quote_id(claim.id)} is not known here") from None
-            row, settled = alone, False
-        if not self._view.hold(begin, row, settled):
+            row, settled = self._ask(begin)
+            if not self._view.hold(begin, row, settled):
+                raise Refusal("busy", "a newer connection has this Id")
+        finally:
+            self._view.conclude(begin)
             self._owing.set()
-            raise Refusal("busy", "a newer connection has this Id")
         lease = Lease(row.prefix, row.epoch)
         self._leases[claim.id] = claim, lease
-        if self._database and not settled:
-            self._owing.set()
         return lease
+
+    def _ask(self, begin: SessionBegin) -> tuple[Row, bool]:
+        """Returns the row of a session that begins, and whether the store is known to have it. Raises as `begin` does."""
+        try:
+            return self._change(begin), True
+        except StoreDown:
+            row = self._view.begin_alone(begin)
+            if row is None:
+                raise
+            return row, False
 
     def _release(self, id_: str, lease: Lease) -> None:
         del self._leases[id_]
@@ -4858,7 +4870,7 @@ class ClusterStore(Store):
     def figures(self) -> dict[str, Any]:
         """As Store has it."""
         now, held = time.monotonic(), self._view.held.values()
-        sessions = Counter(row.server for row in self._view.rows.values() if row.live)
+        sessions = Counter(row.server for row in in_slices(list(self._view.rows.values())) if row.live)
         servers = [
             {
                 "name": name,
@@ -4977,6 +4989,8 @@ class ClusterStore(Store):
         if row.id not in self._view.rows:
             self._has_new.set()
         reason = self._view.hear(row)
+        if self._view.owes_ends:
+            self._owing.set()
         self._is_cached = False
         if reason:
             self._end(row.id, reason)
@@ -5012,9 +5026,6 @@ class ClusterStore(Store):
                 self._go_down(down)
             if not batch.give_up():
                 return [down] * len(changes)
-            for change, row in zip(changes, batch.results):
-                if isinstance(row, Row):
-                    self._view.give_up(change, row)
             return [StoreDown(f"{down}; whether it was done is not known")] * len(changes)
         for row in batch.results:
             if isinstance(row, Row):
@@ -5075,6 +5086,7 @@ HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all,
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
+NOTHING_NEW = "the server can't serve a new client at the moment"
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
 
@@ -5687,6 +5699,8 @@ class Server:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
         if prefix is None and not self.store.pool.free:
             raise Refusal("pool-exhausted", f"no free /64 in {self._config.prefixrange}")
+        if prefix is None and {"disk", "store"} & standing_warnings.keys():  # where nothing new can be kept
+            raise Refusal("server-error", NOTHING_NEW)
         log.info("%s from %s: asks whether it would be served", quote_id(hello.id), peer)
         stream.send(encode_message({"Dry": True, **({"Prefix": str(prefix)} if prefix else {})}))
 
@@ -5758,7 +5772,7 @@ class Server:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store has logged its error, once
             failure = event("not-served", id=id_, peer=peer, prefix=session.prefix, device=session.device, reason=error)
             log.log(level, "%s from %s: can't be served: %s", quote_id(id_), peer, error, extra=failure)
-            raise Refusal("server-error", "the server can't serve a new client at the moment") from None
+            raise Refusal("server-error", NOTHING_NEW) from None
         finally:
             del self.sessions[id_]
             session.released.set()
@@ -6733,6 +6747,7 @@ class Client:
         self.remotes = [RemoteServer(each, config, tls, self._mtus) for each in config.remotehost]
         last = self._recall_last()
         self._remembered = None if last is None else self.remotes[last]  # that which the next start begins with
+        self._remembering: gevent.Greenlet | None = None  # as the disk may hang
         self._failover = Failover(len(self.remotes), last)
         self._id = config.id
         self._hooks = Hooks(config.hook)
@@ -6775,9 +6790,9 @@ class Client:
 
     def _remember_last(self, remote: RemoteServer) -> None:
         """Remembers which of several servers serves, for the next start. Does not wait for the disk."""
-        if len(self.remotes) > 1 and remote is not self._remembered:
+        if len(self.remotes) > 1 and remote is not self._remembered and (self._remembering is None or self._remembering.dead):
             self._remembered = remote
-            gevent.spawn(run_in_thread, self._write_last, remote.name)
+            self._remembering = gevent.spawn(run_in_thread, self._write_last, remote.name)
 
     def _write_last(self, name: str) -> None:
         path = path_of_last("server", self._config.file)
