@@ -49,7 +49,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: ingress filter
     end to end: firewall
     end to end: TLS and keys
-    end to end: several servers  with one pool
+    end to end: one pool         of several servers
     end to end: administration
     end to end: LAN              router advertisements, forwarding, other routers
     end to end: metrics
@@ -3823,6 +3823,23 @@ def simulate(seed: int, steps: int = 100) -> None:
 def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
     for seed in range(1000):
         simulate(seed)
+
+
+@pytest.mark.parametrize(
+    "said, took_over, server, times",
+    [
+        (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
+        (6, False, "other", (1.0, 9.0)),  # one that had an older session
+        (7, False, "other", (1.0,)),
+        (7, True, "here", (1.0,)),
+        (6, True, "here", (1.0, 9.0)),
+        (6, False, "here", (1.0,)),  # nobody had it
+    ],
+)
+def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(said: int, took_over: bool, server: str, times: object) -> None:
+    row = tun6.Row("a", subnet(0), epoch=7, server=server, live=True, takeovers=(1.0,))
+    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, took_over=took_over))
+    assert begin.decide(row, 9.0).takeovers == times
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -9038,59 +9055,12 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(sit
     assert "WARNING no connection" in next(line for line in client.log().splitlines() if "another fingerprint" in line)
 
 
-# ---- end to end: several servers -------------------------------------------------------------------------------------
+# ---- end to end: one pool --------------------------------------------------------------------------------------------
 
 
 def routes_to(lab: Lab, prefix: IPv6Network) -> dict[int, str]:
     """The devices of the server's routes to this /64, by metric."""
     return {route["metric"]: route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {prefix} type unicast"))}
-
-
-class StoreByHand:
-    """Stands for tun6.Database: says of the database what the test wants, or raises it."""
-
-    def __init__(self, answer: object) -> None:
-        self._answer, self.closed = answer, False
-
-    def __call__(self, *_: str) -> StoreByHand:
-        return self
-
-    def connect(self) -> None:
-        if isinstance(self._answer, Exception):
-            raise self._answer
-
-    def examine(self) -> object:
-        return self._answer
-
-    def close(self) -> None:
-        self.closed = True
-
-
-POOL_ROW = tun6.PoolRow(uuid.UUID(int=1), tun6.SCHEMA_VERSION, POOL, "required", 0, "1", "1")
-
-
-@pytest.mark.parametrize(
-    "answer, finding",
-    [
-        ((POOL_ROW, [], []), "ok postgresql://db/tun6 has the pool .*, and commits wait for a synchronous standby; it answered in"),
-        (tun6.StoreDown("postgresql://db/tun6: refused"), "FAIL postgresql://db/tun6: refused; known Ids are served as each server knows"),
-        ((POOL_ROW._replace(prefix=HOME), [], []), f"FAIL postgresql://db/tun6 has the pool {HOME}, and prefixrange is {POOL}; all"),
-        ((POOL_ROW._replace(keys="optional"), [], []), "FAIL .*the pool's clients have keys, and keys_required is yes here and not there"),
-        ((POOL_ROW._replace(version=0), [], []), "FAIL .*its tables are of version 0, and not 1; `tun6.py cluster upgrade` brings it up"),
-        ((POOL_ROW._replace(keys="none"), [], []), "warn open: .*claim any Id; a pool made without `cluster init --open` closes it"),
-        ((POOL_ROW._replace(current="2"), ["b", "c"], []), "FAIL the store may have lost changes, .* until b, c wrote back theirs; start"),
-        ((POOL_ROW, [], ["disk is slow"]), "warn the database's disk is slow"),
-    ],
-)
-def test_the_doctor_says_how_the_store_of_a_cluster_is(answer: object, finding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = StoreByHand(answer)
-    monkeypatch.setattr(tun6, "Database", store)
-    config = tun6.ServerConfig("127.0.0.1", 1, POOL, store="postgresql://tun6:secret@db/tun6", cert="server.pem")
-    doctor = tun6.ServerDoctor(config)
-    found = [f"{each.result} {each.text}" for each in doctor._make("store", doctor._check_store)]
-    tun6.standing_warnings.pop("open", None)
-    assert len(found) == 1 and re.match(finding, found[0]), found
-    assert store.closed and "secret" not in found[0]
 
 
 def test_a_client_that_goes_to_another_server_keeps_its_prefix_and_the_newest_session_wins(
@@ -9121,23 +9091,6 @@ def test_whom_another_server_has_served_meanwhile_is_not_answered(lab: Lab, tunn
     servers[0].wait_for(f"refused, busy: server {tunnel.port + 1} has it now")
     new.echo()
     assert list(routes_to(lab, new.prefix)) == [tun6.METRIC_MAX - 2]
-
-
-@pytest.mark.parametrize(
-    "said, took_over, server, times",
-    [
-        (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
-        (6, False, "other", (1.0, 9.0)),  # one that had an older session
-        (7, False, "other", (1.0,)),
-        (7, True, "here", (1.0,)),
-        (6, True, "here", (1.0, 9.0)),
-        (6, False, "here", (1.0,)),  # nobody had it
-    ],
-)
-def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(said: int, took_over: bool, server: str, times: object) -> None:
-    row = tun6.Row("a", subnet(0), epoch=7, server=server, live=True, takeovers=(1.0,))
-    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, took_over=took_over))
-    assert begin.decide(row, 9.0).takeovers == times
 
 
 def test_a_legacy_client_of_a_cluster_is_told_nothing_new(shared: SharedPool) -> None:
@@ -12401,6 +12354,53 @@ def test_the_doctor_says_what_only_root_can_see_and_names_the_sides_it_has_exami
     assert found["client"]["TCP"]["text"].startswith("127.0.0.1 port 1: Connection refused")
     for wrong in (("-c", str(tmp_path / "missing")), ("client", "-c", str(write_ini(path, server={}))), ("nobody",)):
         assert run_tun6("doctor", *wrong).returncode == 2
+
+
+class StoreByHand:
+    """Stands for tun6.Database: says of the database what the test wants, or raises it."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer, self.closed = answer, False
+
+    def __call__(self, *_: str) -> StoreByHand:
+        return self
+
+    def connect(self) -> None:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+
+    def examine(self) -> object:
+        return self._answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+POOL_ROW = tun6.PoolRow(uuid.UUID(int=1), tun6.SCHEMA_VERSION, POOL, "required", 0, "1", "1")
+
+
+@pytest.mark.parametrize(
+    "answer, finding",
+    [
+        ((POOL_ROW, [], []), "ok postgresql://db/tun6 has the pool .*, and commits wait for a synchronous standby; it answered in"),
+        (tun6.StoreDown("postgresql://db/tun6: refused"), "FAIL postgresql://db/tun6: refused; known Ids are served as each server knows"),
+        ((POOL_ROW._replace(prefix=HOME), [], []), f"FAIL postgresql://db/tun6 has the pool {HOME}, and prefixrange is {POOL}; all"),
+        ((POOL_ROW._replace(keys="optional"), [], []), "FAIL .*the pool's clients have keys, and keys_required is yes here and not there"),
+        ((POOL_ROW._replace(version=0), [], []), "FAIL .*its tables are of version 0, and not 1; `tun6.py cluster upgrade` brings it up"),
+        ((POOL_ROW._replace(keys="none"), [], []), "warn open: .*claim any Id; a pool made without `cluster init --open` closes it"),
+        ((POOL_ROW._replace(current="2"), ["b", "c"], []), "FAIL the store may have lost changes, .* until b, c wrote back theirs; start"),
+        ((POOL_ROW, [], ["disk is slow"]), "warn the database's disk is slow"),
+    ],
+)
+def test_the_doctor_says_how_the_store_of_a_cluster_is(answer: object, finding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StoreByHand(answer)
+    monkeypatch.setattr(tun6, "Database", store)
+    config = tun6.ServerConfig("127.0.0.1", 1, POOL, store="postgresql://tun6:secret@db/tun6", cert="server.pem")
+    doctor = tun6.ServerDoctor(config)
+    found = [f"{each.result} {each.text}" for each in doctor._make("store", doctor._check_store)]
+    tun6.standing_warnings.pop("open", None)
+    assert len(found) == 1 and re.match(finding, found[0]), found
+    assert store.closed and "secret" not in found[0]
 
 
 # ---- end to end: scale -----------------------------------------------------------------------------------------------
