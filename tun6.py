@@ -4085,7 +4085,7 @@ create index on client using gin (former) where former <> '{}';
 UPGRADES: dict[int, str] = {}  # by version: what makes the next one of it
 COMMIT_S = 2.0  # for a transaction with its COMMIT; without it by then, the store counts as down
 CONNECT_S = 10.0  # for connections to one of the hosts, and for reading all
-BATCH_MAX = 500  # changes of sessions that began or ended without the store, in one transaction
+BATCH_MAX = 100  # changes in one transaction
 THREADS_MAX = 8  # one listens, one works; the others connect, or close what hangs
 POLL_S = 2.0  # between two looks at the rows of the sessions here, beside what is notified
 RETRY_S = 0.5  # between two attempts to reach a store that is down
@@ -4390,7 +4390,7 @@ class Database:
                         raise self._psycopg.Rollback
                 break
             except errors.IntegrityError as error:  # no rule allows it, so there is a defect
-                batch.results = [StorageError(f"the store refuses it: {' '.join(str(error).split())}")] * len(batch.changes)
+                batch.results = [StorageError(f"the store refuses it: {' '.join(str(error).split())}") for _ in batch.changes]
                 break
             except (errors.DeadlockDetected, errors.SerializationFailure):
                 if attempt == ATTEMPTS_MAX - 1:
@@ -4955,9 +4955,12 @@ class ClusterStore(Store):
         return result
 
     def _change_all(self, changes: list[Change]) -> list[Row | Exception]:
-        """Makes changes, in one transaction but for pins, and returns their results."""
-        groups = itertools.groupby(changes, lambda change: change if isinstance(change, Pin) else None)
-        return [result for _, group in groups for result in self._change_group(list(group))]
+        """Makes changes, many in one transaction, and returns their results. A pin has one of its own."""
+        results: list[Row | Exception] = []
+        for _, group in itertools.groupby(changes, lambda change: change if isinstance(change, Pin) else None):
+            while batch := list(itertools.islice(group, BATCH_MAX)):
+                results += self._change_group(batch)
+        return results
 
     def _change_group(self, changes: Sequence[Change]) -> Sequence[Row | Exception]:
         database, batch = self._database, Batch(changes, self._view.rows)
@@ -4970,9 +4973,8 @@ class ClusterStore(Store):
         except StoreDown as down:
             if database is self._database:
                 self._go_down(down)
-            if not batch.give_up():
-                return [down] * len(changes)
-            return [StoreDown(f"{down}; whether it was done is not known")] * len(changes)
+            unknown = "; whether it was done is not known" if batch.give_up() else ""
+            return [StoreDown(f"{down}{unknown}") for _ in changes]  # one each, as each that raises it adds to its traceback
         for row in batch.results:
             if isinstance(row, Row):
                 self._hear(row)
