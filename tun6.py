@@ -1148,8 +1148,9 @@ class GroupCommit(Generic[T, R]):
     `work` gets the items in order and returns as many results. An exception that it raises goes to all callers of that call.
     """
 
-    def __init__(self, work: Callable[[list[T]], list[R]]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[list[T]], list[R]], most: int | None = None) -> None:
+        """`most`: so many items at most in one call."""
+        self._work, self._most = work, most
         self._waiting: list[tuple[T, gevent.event.AsyncResult]] = []
         self._worker: gevent.Greenlet | None = None
 
@@ -1158,7 +1159,7 @@ class GroupCommit(Generic[T, R]):
         return self.submit_all([item])[0]
 
     def submit_all(self, items: Iterable[T]) -> list[R]:
-        """As `submit`, for several items that are handled in one call."""
+        """As `submit`, for several items, which are handled together."""
         outcomes = [(item, gevent.event.AsyncResult()) for item in items]
         self._waiting += outcomes
         if self._worker is None:
@@ -1167,7 +1168,8 @@ class GroupCommit(Generic[T, R]):
 
     def _handle_waiting(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting, []
+            batch = self._waiting[: self._most]
+            del self._waiting[: self._most]
             try:
                 results = self._work([item for item, _ in batch])
             except Exception as error:  # the callers get it
@@ -1938,7 +1940,7 @@ class ClusterView:
         That may well be: a notification can overtake the answer to our own COMMIT.
         """
         session = HeldSession(row.epoch, row.prefix, begin.key, settled)
-        if self.epoch_of(begin.id) > row.epoch or self._fault(session, self.rows[begin.id]):
+        if self._fault(session, self.rows[begin.id]):
             return False
         self._heard[begin.id] = row.epoch
         self._ends.pop(begin.id, None)
@@ -4677,7 +4679,7 @@ class ClusterStore(Store):
         self._threads = gevent.threadpool.ThreadPool(THREADS_MAX)
         self._database: Database | None = None  # None: the store is down
         self._down = ""  # why
-        self._changes: GroupCommit[Change, Row | Exception] = GroupCommit(self._change_all)
+        self._changes: GroupCommit[Change, Row | Exception] = GroupCommit(self._change_all, BATCH_MAX)
         self._owing = gevent.event.Event()  # set when there are debts
         self._greenlets = gevent.pool.Group()
         self._cache, self._is_cached = CacheFile(cache), True
@@ -4955,12 +4957,9 @@ class ClusterStore(Store):
         return result
 
     def _change_all(self, changes: list[Change]) -> list[Row | Exception]:
-        """Makes changes, many in one transaction, and returns their results. A pin has one of its own."""
-        results: list[Row | Exception] = []
-        for _, group in itertools.groupby(changes, lambda change: change if isinstance(change, Pin) else None):
-            while batch := list(itertools.islice(group, BATCH_MAX)):
-                results += self._change_group(batch)
-        return results
+        """Makes changes, in one transaction but for pins, and returns their results."""
+        groups = itertools.groupby(changes, lambda change: change if isinstance(change, Pin) else None)
+        return [result for _, group in groups for result in self._change_group(list(group))]
 
     def _change_group(self, changes: Sequence[Change]) -> Sequence[Row | Exception]:
         database, batch = self._database, Batch(changes, self._view.rows)
