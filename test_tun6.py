@@ -1094,6 +1094,11 @@ class Peer(SocketOwner):
         while not is_reply(self.frame()[1], number):
             assert time.monotonic() < deadline, "no reply to the ping"
 
+    def expect_probe(self) -> None:
+        """Waits for a question of the server whether this end is alive, and does not answer it."""
+        while (packet := self.frame()[1])[6] != socket.IPPROTO_ICMPV6 or packet[40] != tun6.ECHO_REQUEST:
+            pass
+
     def ended(self) -> str:
         """How the server ended the connection, whatever it sent before."""
         try:
@@ -4789,14 +4794,14 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
         "client_to_client": True, "documentation_addresses": True, "address": None, "hook": None, "ndp": None, "log": "text",
-        "metrics": None, "metrics_clients": False, "file": path,
+        "metrics": None, "metrics_clients": False, "dead_after": 35, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": "tun6.example", "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
         "fingerprint": None, "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
-        "documentation_addresses": False, "file": path,
+        "documentation_addresses": False, "dead_after": 35, "file": path,
     }  # fmt: skip
 
 
@@ -9434,8 +9439,11 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
         undo.enter_context(running(lab, "second", "ping", "-6", "-i", "0.2", Lab.INTERNET))
         for prefix in (prefixes["NAT forgets, busy"], prefixes["address changes, busy"], peers["gone, busy"].prefix):
             undo.enter_context(running(lab, "internet", "ping", "-6", "-i", "0.2", str(prefix[1])))
-        for peer in peers.values():
+        for peer in peers.values():  # so that the next probe goes to those that are idle when 10 s of their silence are over
+            peer.expect_probe()
             peer.echo()
+            sockets = ("ss", "-Htn", f"dport = :{peer.sock.getsockname()[1]}")  # the NAT keeps the port
+            wait_until("all is acknowledged", lambda: lab.run("server", *sockets).stdout.split()[2] == "0")  # noqa: B023
         route = "default via 10.8.1.1"
         readdress = (f"route del {route}", "addr del 10.8.1.2/24 dev eth0", "addr add 10.8.1.3/24 dev eth0", f"route add {route}")
         undo.enter_context(changed(lab, "second", *readdress))
@@ -9448,7 +9456,8 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
             assert time.monotonic() - began["same"] < 5
         server.said(": gone,", 1)  # that one
 
-        silence = "(Connection timed out|No route to host|Network is unreachable|Invalid argument);"  # the last that TCP heard from IP
+        # what TCP heard last from IP, or what found that nothing came
+        silence = "(Connection timed out|No route to host|Network is unreachable|Invalid argument|no sign of life for 30 s);"
         signs = {name: (client, f"WARNING no connection to .*: {silence}") for name, client in clients.items()}
         signs.update({name: (server, f"'{name}' from .*: gone, {silence}") for name in ("gone, idle", "gone, busy")})
         signs["late"] = (late, r"WARNING no connection to .*: no answer within 10 s;")
@@ -9472,6 +9481,24 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
         outage.close()
         assert clients["server vanishes"].prefix(times=2, seconds=15) == prefixes["server vanishes"]
         late.prefix(seconds=15)
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_dead_after_says_how_soon_a_dead_path_is_noticed(lab: Lab, tunnel: Tunnel, busy: bool) -> None:
+    server, client = tunnel.server(dead_after=6), tunnel.client(dead_after=6)
+    prefix = client.prefix()
+    ping(lab, "client")
+    with ExitStack() as undo:
+        if busy:
+            undo.enter_context(running(lab, "client", "ping", "-6", "-i", "0.2", Lab.INTERNET))
+            undo.enter_context(running(lab, "internet", "ping", "-6", "-i", "0.2", str(prefix[1])))
+        began = time.monotonic()
+        undo.enter_context(cut(lab, "nat", f"tcp dport {tunnel.port}", f"tcp sport {tunnel.port}"))
+        for program, sign in ((client, "WARNING no connection to "), (server, ": gone, ")):
+            program.wait_for(sign + ".*(Connection timed out|no sign of life for 5 s)", seconds=40)
+        assert time.monotonic() - began < 20  # by default no less than 30
+    assert client.prefix(2) == prefix
 
 
 def sent_into(lab: Lab, host: str, device: str = "tun6") -> int:

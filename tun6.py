@@ -2044,8 +2044,10 @@ def find_dropping_chains(devices: str, pool: IPv6Network) -> dict[str, str]:
 
 # ---- connections -----------------------------------------------------------------------------------------------------
 
-KEEPALIVE = (20, 5, 2)  # seconds idle, seconds between probes, probes: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
-USER_TIMEOUT_MS = 30_000  # TCP_USER_TIMEOUT: sent data that stays unacknowledged for so long ends the connection
+DEAD_AFTER_S = 35  # in which a dead peer is noticed, where `dead_after` does not scale this and the times marked with *
+KEEPALIVE = (20, 5)  # * seconds idle, seconds between probes: TCP_KEEPIDLE, TCP_KEEPINTVL
+KEEPALIVE_PROBES = 2  # TCP_KEEPCNT
+USER_TIMEOUT_S = 30  # * TCP_USER_TIMEOUT: sent data that stays unacknowledged for so long ends the connection
 TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
 SIOCOUTQ, SIOCOUTQNSD = termios.TIOCOUTQ, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
 IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
@@ -2318,19 +2320,20 @@ def has_aes_instructions() -> bool:
     return re.search(r"^(flags|Features)\s*:.*\baes\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
 
 
-def set_tcp_options(sock: socket.socket) -> None:
-    """Disables Nagle's algorithm, and makes TCP notice a dead peer after USER_TIMEOUT_MS: of unacknowledged data or, when idle, of silence.
+def set_tcp_options(sock: socket.socket, dead_after: float) -> None:
+    """Disables Nagle's algorithm, and makes TCP notice a dead peer after USER_TIMEOUT_S: of unacknowledged data or, when idle, of silence.
 
     When idle, KEEPALIVE says when TCP asks. How often in vain, TCP_USER_TIMEOUT decides, as in tcp_keepalive_timer() of the kernel; the
     number of probes counts only where that is not supported.
     """
-    idle, interval, probes = KEEPALIVE
+    scale = dead_after / DEAD_AFTER_S
+    idle, interval = (max(round(seconds * scale), 1) for seconds in KEEPALIVE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * USER_TIMEOUT_S * scale))
 
 
 def read_tcp_info(sock: socket.socket, kind: str, at: int) -> int:
@@ -2821,11 +2824,12 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
 HANDSHAKE_S = 10.0  # for the whole handshake
 # GSO kinds that a peer is offered at most, by the setting `offload`:
 OFFLOADS: dict[str, frozenset[str]] = {"auto": frozenset({"tso6", "uso6"}), "tso6": frozenset({"tso6"}), "no": frozenset()}
-PROBE_AFTER_S = 10.0  # of silence, and between two probes
-DEAD_PATH_S = 30.0  # of silence, in which probes were not answered
+PROBE_AFTER_S = 10.0  # * of silence, and between two probes
+DEAD_PATH_S = 30.0  # * of silence, in which probes were not answered
+UNACKNOWLEDGED_S = 32.0  # * of silence of the peer's TCP, which has to acknowledge something
 PROBE_FIRST_S = 1.0, 2.0  # from the begin of a session to its first probe: at random between these
 PROBES_TO_BELIEVE, PROBE_AGAIN_S = 3, 0.2  # probes with a long round trip on a path that looked like a LAN; between two of them
-PATH_CHECK_S = 2.0  # between two looks at all sessions
+PATH_CHECK_S = 1.0  # * between two looks at all sessions
 FAR_ADDRESS = IPv6Address("2000::1")  # to which probes go whose hop limit ends at the server
 TRIM_INTERVAL_S = 1.0  # between two looks at how much waits
 TRIM_MIN = 1 << 20  # bytes that must have waited to make trimming worthwhile
@@ -2918,9 +2922,13 @@ class PathMonitor:
     When nothing has come for PROBE_AFTER_S, it sends an echo request into the tunnel, which the kernel at the other end answers: the
     client's with a reply, the server's, as the hop limit is 1, with Time Exceeded; so does that of the original program. A session
     from which nothing comes for DEAD_PATH_S ends, if a probe was ever answered there.
+
+    A session whose peer's TCP is silent ends after UNACKNOWLEDGED_S. TCP's own patience begins only with the first data that is lost,
+    the probe perhaps, and a router's "host unreachable" makes it longer (RFC 6069).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dead_after: float) -> None:
+        self._scale = dead_after / DEAD_AFTER_S
         self._number = random.getrandbits(32)
         self._sessions: dict[int, tuple[Session, PeerPath]] = {}  # by identifier and sequence number of their probes, as one number
         self._sock: socket.socket | None = None
@@ -2956,7 +2964,7 @@ class PathMonitor:
 
     def _check_all(self) -> NoReturn:
         while True:
-            gevent.sleep(PATH_CHECK_S)
+            gevent.sleep(PATH_CHECK_S * min(self._scale, 1))
             for number in in_slices(list(self._sessions)):
                 if number in self._sessions:
                     with suppress(OSError):  # its connection has just ended
@@ -2966,9 +2974,11 @@ class PathMonitor:
         now = time.monotonic()
         if session.traffic.received != path.received:
             path.received, path.heard = session.traffic.received, now
-        elif path.answers and now - path.heard >= DEAD_PATH_S:
-            session.close(PeerSilent(f"no sign of life for {DEAD_PATH_S:.0f} s"))
-        elif now - max(path.heard, path.asked) >= PROBE_AFTER_S:
+        elif path.answers and now - path.heard >= DEAD_PATH_S * self._scale:
+            session.close(PeerSilent(f"no sign of life for {DEAD_PATH_S * self._scale:.0f} s"))
+        elif session.unacknowledged_s() >= UNACKNOWLEDGED_S * self._scale:
+            session.close(TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+        elif now - max(path.heard, path.asked) >= PROBE_AFTER_S * self._scale:
             self._probe(number, path)
 
     def _probe(self, number: int, path: PeerPath) -> None:
@@ -3136,6 +3146,12 @@ class Session:
             gevent.killall(pumps)
             send_queue.close()
         return reason
+
+    def unacknowledged_s(self) -> float:
+        """Returns for how many seconds the peer's TCP has been silent, 0 when it has nothing to acknowledge. Raises OSError."""
+        if not self._sock or not is_unacknowledged(self._sock):
+            return 0.0
+        return read_tcp_info(self._sock, "I", 56) / 1e3  # tcpi_last_ack_recv
 
     def use_real_link(self) -> None:
         """From now on treats the connection as one over a real link, whatever its round trip is."""
@@ -3575,6 +3591,7 @@ class ServerConfig:
     client_to_client: bool = True
     hook: str | None = None
     ndp: str | None = None
+    dead_after: int = DEAD_AFTER_S
     log: str = "text"
     metrics: tuple[str, int] | None = None  # address, port
     metrics_clients: bool = False
@@ -3769,7 +3786,7 @@ class Server:
         self._proxy = NeighbourProxy(config.ndp, config.prefixrange) if config.ndp else None
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
-        self._paths = PathMonitor()
+        self._paths = PathMonitor(config.dead_after)
         self._lacks_address = False  # whether this machine has no address that is routed
         self._own: tuple[IPv6Network, list[Step]] | None = None  # the prefix of the server itself, by whose address lo has one
         self._mtus = MtuMonitor()
@@ -3967,7 +3984,7 @@ class Server:
         stream = None
         with sock:
             try:
-                set_tcp_options(sock)
+                set_tcp_options(sock, self._config.dead_after)
                 with self._mtus.watch(sock, peer, self._mtus.found.get(sock.getpeername()[0])):
                     with gevent.Timeout(HANDSHAKE_S):
                         stream = self._open_stream(sock)
@@ -4842,6 +4859,7 @@ class ClientConfig:
     open: tuple[Opening, ...] = ()
     grace: int | None = 10  # seconds; None: for ever
     mss: int | None = None
+    dead_after: int = DEAD_AFTER_S
     tls: bool = False
     fingerprint: str | None = None
     key: str | None = None
@@ -4890,7 +4908,7 @@ class Client:
         self._told: IPv6Network | None = None  # the last prefix that the hook was told of
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
-        self._paths = PathMonitor()
+        self._paths = PathMonitor(config.dead_after)
         self._mtus = MtuMonitor()
         self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
         self._dry = False  # whether the server that answered last knows a dry hello
@@ -5032,7 +5050,7 @@ class Client:
             self._id = default_id()
             warn_of_another_id(self._config.file, self._id, remember=True)
         with self.connect() as sock, self._watch_mtu(sock):
-            set_tcp_options(sock)
+            set_tcp_options(sock, self._config.dead_after)
             with gevent.Timeout(HANDSHAKE_S):
                 stream = self.open_stream(sock)
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered
@@ -7417,6 +7435,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "client_to_client": _boolean,
         "hook": _path,
         "ndp": _matching(r"(?!\.\.?$)[^\s/]{1,15}", "must be the name of an interface, such as eth0"),
+        "dead_after": _integer(6, 3600),
         "log": _LOG,
         "metrics": _metrics,
         "metrics_clients": _boolean,
@@ -7445,6 +7464,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
         "hook": _path,
         "control": _path,
+        "dead_after": _integer(6, 3600),
         "log": _LOG,
         "metrics": _metrics,
         "documentation_addresses": _boolean,
