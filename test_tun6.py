@@ -40,6 +40,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     sources and documents        maps, order of definitions, links
     packages                     what is in sdist and wheel, man page, completion
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
+    end to end: several servers  a client with a list, drain
     end to end: hooks
     end to end: neighbour proxy  and a tunnel of Hurricane Electric's to the server
     end to end: legacy peers
@@ -3673,7 +3674,7 @@ def test_the_end_waits_for_hooks_and_kills_those_that_take_too_long(
 def test_a_hook_that_is_not_there_or_not_executable_stops_the_start(tmp_path: Path, section: str) -> None:
     make: Callable[[str], object] = {
         "server": lambda hook: tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, hook=hook)),
-        "client": lambda hook: tun6.Client(tun6.ClientConfig("192.0.2.1", 1, hook=hook)),
+        "client": lambda hook: tun6.Client(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1, hook=hook)),
     }[section]
     path = tmp_path / "hook"
     for prepare, complaint in ((path.touch, "it is not executable; `chmod"), (path.unlink, "no such file"), (path.mkdir, "no such file")):
@@ -4169,19 +4170,145 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
 
     monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
     monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
-    client = tun6.Client(tun6.ClientConfig("moved.example", 1))
-    client._last_good = old = [("10.0.0.1", 1)]
-    assert client.find_addresses() == old
-    assert client.find_addresses() == old
+    remote = tun6.Client(tun6.ClientConfig((tun6.RemoteHost("moved.example", None),), 1)).remote
+    remote.last_good = old = [("10.0.0.1", 1)]
+    assert remote.find_addresses() == old
+    assert remote.find_addresses() == old
     assert len(asked) == 1  # the first goes on
     answer.set()
-    gevent.joinall([cast(Any, client)._lookup])
+    gevent.joinall([cast(Any, remote)._lookup])
     answer.clear()
-    assert client.find_addresses() == [("10.0.0.2", 1), *old]
-    assert client.find_addresses() == old
+    assert remote.find_addresses() == [("10.0.0.2", 1), *old]
+    assert remote.find_addresses() == old
     assert len(asked) == 2
     answer.set()
-    gevent.joinall([cast(Any, client)._lookup])
+    gevent.joinall([cast(Any, remote)._lookup])
+
+
+def test_a_client_with_a_list_begins_with_the_server_that_served_it_last(tmp_path: Path) -> None:
+    remotes = tuple(tun6.RemoteHost(host, None) for host in ("a.example", "b.example", "c.example"))
+    config = tun6.ClientConfig(remotes, 1, file=str(tmp_path / "config.ini"))
+    last = tmp_path / "config.ini.last-server"
+
+    def first() -> set[str]:
+        return {tun6.Client(config).remote.name for _ in range(30)}
+
+    assert len(first()) == 3
+    for host in ("b.example", "c.example"):
+        client = cast(Any, tun6.Client(config))
+        client._remember_last(next(remote for remote in client.remotes if remote.host == host))
+        wait_until("it is remembered", lambda host=host: gevent.sleep(0.01) or (last.exists() and host in last.read_text()))  # type: ignore[misc]
+        assert first() == {f"{host} port 1"}
+    for text in (b"d.example port 1\n", b"", b"\xff"):
+        last.write_bytes(text)
+        assert len(first()) == 3
+    last.unlink()
+    last.mkdir()
+    assert len(first()) == 3
+
+
+def failed(failover: tun6.Failover, *codes: str, session_s: float | None = None) -> list[int]:
+    """The servers that were tried and failed, one for each of these codes; the first of them after a session of this length."""
+    tried = []
+    for code in codes:
+        tried.append(failover.server)
+        failover.note_failure(tun6.Failure(code, "why"), session_s)
+        session_s = None
+    return tried
+
+
+def test_one_server_after_the_other_is_tried_at_once_and_there_is_a_pause_when_all_have_failed() -> None:
+    failover = tun6.Failover(3)
+    for _ in range(3):
+        first = failed(failover, "")
+        assert 0 <= failover.pause() <= 0.3
+        second = failed(failover, "?")
+        assert 0 <= failover.pause() <= 0.3 and failover.is_last
+        third = failed(failover, "denied")
+        assert 1 <= failover.pause() <= 3 and not failover.is_last
+        assert sorted(first + second + third) == [0, 1, 2]
+
+
+def test_clients_begin_with_a_server_at_random_and_wait_at_random() -> None:
+    assert {tun6.Failover(3).server for _ in range(200)} == {0, 1, 2}
+    failover = tun6.Failover(2)
+    failed(failover, "")
+    pauses = [failover.pause() for _ in range(500)]
+    assert 0 <= min(pauses) < 0.05 and 0.25 < max(pauses) <= 0.3
+
+
+def test_the_server_whose_session_ended_goes_last_and_all_have_their_turn_anew() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "", "")
+    good = failover.server
+    assert failed(failover, "", session_s=100) == [good]
+    others = failed(failover, "", "")
+    assert good not in others and failover.pause() <= 0.3 and failover.is_last
+    assert failed(failover, "") == [good]
+    assert failover.pause() >= 1
+    single = tun6.Failover(1)
+    failed(single, "", session_s=100)
+    assert single.pause() >= 1
+
+
+def test_sessions_that_end_at_once_on_every_server_are_no_reason_to_spin() -> None:
+    failover = tun6.Failover(2)
+    for _ in range(5):
+        failed(failover, "", session_s=0.1)
+        assert failover.pause() <= 0.3
+        failed(failover, "", session_s=0.1)
+        assert failover.pause() >= 1
+
+
+def test_only_when_every_server_has_refused_for_good_there_is_a_long_pause() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "denied", "revoked", "")
+    assert (failover.pause_s, failover.is_final) == (2, False)
+    failed(failover, "denied", "revoked")
+    assert (failover.pause_s, failover.is_final) == (0, False)
+    failed(failover, "tls-required")
+    assert (failover.pause_s, failover.is_final) == (60, True)
+    single = tun6.Failover(1)
+    failed(single, "denied")
+    assert (single.pause_s, single.is_final) == (60, True)
+
+
+@pytest.mark.parametrize("codes", [["busy"], ["moved", "moved"], ["moved", ""], ["busy", "denied", "moved"]])
+def test_where_a_server_is_busy_or_sends_all_away_the_pauses_double_up_to_half_a_minute(codes: list[str]) -> None:
+    failover, pauses = tun6.Failover(len(codes)), []
+    for _ in range(6):
+        failed(failover, *codes)
+        pauses.append(failover.pause_s)
+    assert pauses == [2, 4, 8, 16, 30, 30]
+    failed(failover, *("" for _ in codes))
+    assert failover.pause_s == 2
+    failed(failover, *codes)
+    failed(failover, *codes, session_s=0.1)  # who was served starts anew
+    assert failover.pause_s == 2
+
+
+def test_after_a_fault_of_the_clients_own_machine_it_goes_back_to_the_same_server_after_a_pause() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "busy")
+    serves = failover.server
+    failover.note_failure(tun6.Failure("?", "the device is gone"), 100, is_ours=True)
+    assert (failover.server, failover.pause_s, list(failover.failures)) == (serves, 2, [serves])
+
+
+@given(st.integers(1, 5), st.lists(st.tuples(st.sampled_from(["", "?", "denied", "busy", "moved"]), st.sampled_from([None, 0.1, 9.0]))))
+def test_whatever_the_servers_do_none_is_left_out_and_no_client_spins(servers: int, events: list[tuple[str, float | None]]) -> None:
+    failover, without_pause = tun6.Failover(servers), 0
+    tried: list[int] = []
+    for code, session_s in events:
+        tried.append(failover.server)
+        assert len(set(tried[-servers:])) == min(len(tried), servers)
+        is_last = failover.is_last
+        failover.note_failure(tun6.Failure(code, "why"), session_s)
+        lasted = (session_s or 0) >= 2
+        assert is_last == (failover.pause_s > 0) or lasted
+        without_pause = 0 if failover.pause_s or lasted else without_pause + 1
+        assert without_pause < servers
+        assert failover.pause_s <= 60
 
 
 def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4192,7 +4319,7 @@ def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> No
         if len(pauses) == 300:
             raise gevent.GreenletExit
 
-    client = tun6.Client(tun6.ClientConfig("192.0.2.1", 1))
+    client = tun6.Client(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1))
     monkeypatch.setattr(client, "_open_tun", lambda: None)
     monkeypatch.setattr(client, "_run_session", mock.Mock(side_effect=OSError(errno.ECONNREFUSED, "refused")))
     monkeypatch.setattr(client._kernel, "remove_stale", lambda: None)
@@ -4607,6 +4734,8 @@ def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_s
     ]  # fmt: skip
     control = "/run/tun6-client/client.sock"
     assert machine.config("client") == {"remotehost": "tun6.example", "remoteport": "10001", "control": control}
+    assert machine.install("client", "--remote", "a.example:443, b.example") == ["wrote /etc/tun6/config.ini"]
+    assert machine.config("client") == {"remotehost": "a.example:443, b.example", "remoteport": "10001", "control": control}
     assert machine.config("server")["mtu"] == "1400"
     assert "removed /opt/tun6" not in machine.install("server", "--remove")
     assert "removed /opt/tun6" in machine.install("client", "--remove")
@@ -4674,6 +4803,8 @@ def test_the_address_that_clients_add_prints_is_the_operators_or_the_kernels() -
     assert tun6.public_address(dataclasses.replace(config, localhost="10.0.0.1")) == "10.0.0.1"
     for address, edit in (("10.0.0.1", "unless it is"), ("9.9.9.9", "where the client sees"), ("tun6.example", "where the client sees")):
         assert f"# EDIT THIS {edit}" in tun6.format_client_section({**JOINED, "remotehost": address}, "p")
+    for hosts, edit in (("a.example, 10.0.0.1:443", "unless it is"), ("9.9.9.9:1, a.example", "where the client sees")):
+        assert f"# EDIT THIS {edit}" in tun6.format_client_section({**JOINED, "remotehost": hosts}, "p")
 
 
 def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_existed(machine: FileRoot) -> None:
@@ -4793,14 +4924,14 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
-        "client_to_client": True, "documentation_addresses": True, "address": None, "hook": None, "ndp": None, "log": "text",
-        "metrics": None, "metrics_clients": False, "dead_after": 35, "file": path,
+        "client_to_client": True, "documentation_addresses": True, "address": None, "fingerprint": (), "hook": None, "ndp": None,
+        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35, "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
-        "remotehost": "tun6.example", "remoteport": 10000,
+        "remotehost": (("tun6.example", None),), "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
-        "fingerprint": None, "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
+        "fingerprint": (), "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
         "documentation_addresses": False, "dead_after": 35, "file": path,
     }  # fmt: skip
 
@@ -4817,7 +4948,11 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
         ("server", "mtu", "1280", 1280),
         ("server", "max_clients", "1", 1),
-        ("client", "remotehost", "10.0.0.7", "10.0.0.7"),
+        ("client", "remotehost", "10.0.0.7", (("10.0.0.7", None),)),
+        ("client", "remotehost", "a.example,10.0.0.7:443 , b, b", (("a.example", None), ("10.0.0.7", 443), ("b", None))),
+        ("client", "fingerprint", f"sha256:{'0F' * 32}, SHA256:{'a1:' * 31}a1", (f"sha256:{'0f' * 32}", f"sha256:{'a1' * 32}")),
+        ("server", "address", "a.example, 10.0.0.7:443", "a.example, 10.0.0.7:443"),
+        ("server", "fingerprint", f"sha256:{'0f' * 32}", (f"sha256:{'0f' * 32}",)),
         ("server", "ndp", "enp1s0.100", "enp1s0.100"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
@@ -4851,7 +4986,9 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("server", "tun", text, "one %d") for text in ("tun6", "a%db%d", "t" * 12 + "%d", "a/%d", "a b%d", "%s")],
         *[(section, "mtu", text, "from 1280 to 65500") for section in REQUIRED for text in ("1279", "65501", "big")],
         *[("server", "max_clients", text, "whole number from 1") for text in ("0", "-5", "many")],
-        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "x:1", "a..b", "x" * 64)],
+        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "a..b", "x" * 64, "a,,b", "a b, c")],
+        *[("client", "remotehost", text, "1 to 65535") for text in ("x:0", "a, x:", "a:1:2", "x:65536")],
+        *[("client", "fingerprint", text, "64 hexadecimal digits") for text in ("0f" * 32, f"sha256:{'0f' * 32},", "sha256:0f")],
         *[("client", "remoteport", text, "whole number from 1 to 65535") for text in ("0", "x")],
         *[("client", "id", text, "1 to 64 printable") for text in ("x" * 65, "a\tb", "a\x1bb")],
         *[("client", "tun", text, "at most 15 characters") for text in ("t" * 16, "tun%d", "a/b", ".", "..")],
@@ -6048,6 +6185,328 @@ def test_serving_says_how_many_assignments_there_are(tunnel: Tunnel, server: Pro
     tunnel.visit("a")
     server.stop()
     tunnel.server().wait_for(r" serving .*, with 1 assignments")
+
+
+# ---- end to end: several servers -------------------------------------------------------------------------------------
+
+
+class Pair:
+    """Two servers on the server's host, each on its own port, where the same clients have the same prefixes."""
+
+    def __init__(self, tunnel: Tunnel, number: int = 2) -> None:
+        self._tunnel = tunnel
+        self.known = {"c": f"{tunnel.pool[0]}/64", "d": f"{tunnel.pool[1 << 64]}/64"}
+        self.ports = [tunnel.port, *(10_000 + next(Tunnel._numbers) for _ in range(number - 1))]
+        self.list = ", ".join(f"{Lab.SERVER}:{port}" for port in self.ports)
+        self.servers: list[Program] = [self.start(at) for at in range(number)]
+
+    def start(self, at: int, **settings: object) -> Program:
+        """Starts the server at this place of the list, with the assignments of all."""
+        (self._tunnel._folder / f"assignments-{at}.json").write_text(json.dumps(self.known))
+        usual: dict[str, object] = {"listenport": self.ports[at], "assignments": f"assignments-{at}.json", "tun": f"tun6-{at}-%d"}
+        return self._tunnel.server("server", **{**usual, **settings})
+
+    def client(self, host: str = "client", **settings: object) -> Program:
+        return self._tunnel.client(host, **{"remotehost": self.list, "id": "c", **settings})
+
+    def serving(self, client: Program, times: int = 1, seconds: float = 10) -> int:
+        """The place of the server that the client has when it has connected so many times."""
+        return self.ports.index(int(client.wait_for(r" at \S+ port (\d+): has ", times, seconds)[-1]))
+
+    def names(self, *at: int) -> str:
+        """How the client's log names these, as a pattern."""
+        return "; ".join(f"{Lab.SERVER} port {self.ports[each]}: [^;]*" for each in at)
+
+
+@pytest.fixture
+def pair(tunnel: Tunnel) -> Pair:
+    return Pair(tunnel)
+
+
+@contextmanager
+def steady_stream(lab: Lab, source: str, sink: str, address: str) -> Iterator[list[float]]:
+    """A TCP connection that carries a block each 20 ms, all of which arrive; gives the times when some did."""
+    block = os.urandom(1000)
+    arrivals: list[float] = []
+    with tcp_between(lab, source, sink, address) as (sender, receiver), ThreadPoolExecutor() as threads:
+
+        def receive() -> bytes:
+            data = b""
+            while more := receiver.recv(1 << 16):
+                data += more
+                arrivals.append(time.monotonic())
+            return data
+
+        sent: list[None] = []
+        received = threads.submit(receive)
+        with repeated(lambda: sent.append(sender.sendall(block)), 0.02):  # type: ignore[func-returns-value]
+            wait_until("it flows", lambda: len(arrivals) > 20)
+            yield arrivals
+            until = len(arrivals)
+            wait_until("it flows on", lambda: len(arrivals) > until + 20)
+        sender.shutdown(socket.SHUT_WR)
+        assert received.result(20) == block * len(sent), "the stream did not arrive as it was sent"
+
+
+def longest_stall(arrivals: list[float]) -> float:
+    return max(late - early for early, late in zip(arrivals, arrivals[1:]))
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_when_its_server_is_killed_a_client_goes_on_at_the_next_one_at_once_and_tcp_with_it(lab: Lab, pair: Pair, way: str) -> None:
+    client = pair.client()
+    first = pair.serving(client)
+    own = str(client.prefix()[1])
+    ends = ("client", "internet", Lab.INTERNET) if way == "up" else ("internet", "client", own)
+    with steady_stream(lab, *ends) as arrivals:
+        pair.servers[first].kill()
+        assert pair.serving(client, 2) == 1 - first
+    print(f"{way}: the stream stalled for {longest_stall(arrivals):.2f} s")
+    assert addresses(lab) == [f"{own}/128"]
+    client.said(f"WARNING no connection to {pair.names(first)}; trying {Lab.SERVER} port {pair.ports[1 - first]} now", 1)
+    assert len(re.findall("WARNING no connection", client.log())) == 1
+    assert "trying again" not in client.log()
+    pair.start(first)  # which clears up after the killed one
+    assert asked(client.config, "status")["server"] == f"{Lab.SERVER} port {pair.ports[1 - first]}"
+
+
+def test_when_no_server_serves_the_log_says_it_once_and_the_first_that_is_back_is_taken(pair: Pair) -> None:
+    client = pair.client()
+    first = pair.serving(client)
+    for server in pair.servers:
+        server.stop()
+    client.wait_for(f"DEBUG no connection to any server: {pair.names(0, 1)}; trying again every 2 s", 2)
+    warnings = re.findall("WARNING no connection to (.*)", client.log())
+    assert len(warnings) == 2, warnings  # the end of the session, and that there is no other server
+    assert re.fullmatch(f"any server: {pair.names(0, 1)}; trying again every 2 s", warnings[1])
+    pair.servers[first].start()
+    assert pair.serving(client, 2) == first
+
+
+def test_a_server_that_does_not_answer_is_tried_last_and_holds_nobody_up_for_long(lab: Lab, tunnel: Tunnel, pair: Pair) -> None:
+    client = pair.client()
+    dead = pair.serving(client)
+    port = pair.ports[dead]
+    with black_hole(lab, port):
+        with repeated(lambda: lab.pings("client"), 0.1):
+            assert pair.serving(client, 2) == 1 - dead
+        wait_until("the session has lasted", lambda: asked(client.config, "status")["state_seconds"] > tun6.RETRY_S)
+        lab.ip("server", f"link del {next(name for name in server_devices(lab) if name.startswith(f'tun6-{1 - dead}-'))}")
+        assert pair.serving(client, 3, 20) == 1 - dead
+        client.said(f"WARNING no connection to {pair.names(1 - dead)}; trying {Lab.SERVER} port {port} now", 1)
+        client.said(f"DEBUG no connection to {Lab.SERVER} port {port}: no answer within 3 s; trying ", 1)
+        assert "trying again" not in client.log()
+        starting = pair.client("second", id="d", tun="tun6-d")  # as a client that begins with the dead one
+        assert pair.serving(starting) == 1 - dead
+    with repeated(lambda: lab.pings("client"), 0.1):  # the dead one is not out for ever
+        pair.servers[1 - dead].stop()
+        assert pair.serving(client, 4) == dead
+
+
+def test_one_servers_refusal_for_good_does_not_keep_a_client_from_the_other(tunnel: Tunnel, site: Site, pair: Pair) -> None:
+    pair.servers[0].stop()
+    keyed = pair.start(0, **{**site.settings, "assignments": "assignments-0.json"})
+    client = pair.client()
+    assert pair.serving(client) == 1
+    pair.servers[1].stop()
+    client.wait_for(f"WARNING no connection to any server: {Lab.SERVER} port {pair.ports[0]}: tls-required: .*; .*; trying again every 2 s")
+    pair.start(1)
+    assert pair.serving(client, 2) == 1
+    keyed.stop()
+    pair._tunnel._programs[-1].stop()
+    both = [pair.start(at, **{**site.settings, "assignments": f"assignments-{at}.json"}) for at in (0, 1)]
+    client.wait_for(
+        "WARNING no connection to any server: .*tls-required.*tls-required.*; the server won't .* that; trying again every 60 s"
+    )
+    for server in both:
+        assert len(re.findall("tls-required", server.log())) <= 2
+
+
+def test_only_a_client_with_a_list_says_that_it_may_be_sent_to_another_server(lab: Lab, tunnel: Tunnel) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        for remotehost, moved in ((Lab.SERVER, None), (f"{Lab.SERVER}, {Lab.SERVER}:1", True)):
+            client = tunnel.client(id="c", remotehost=remotehost)
+            sock, _ = server.sock.accept()
+            with sock:
+                sock.settimeout(10)
+                assert json.loads(sock.recv(4096)).get("Moved") is moved
+            client.stop()
+
+
+@contextmanager
+def black_hole(lab: Lab, port: int) -> Iterator[None]:
+    """The server's host resets connections to this port, and answers no new one."""
+    rules = f"tcp dport {port} tcp flags & (syn | ack) == syn drop; tcp dport {port} reject with tcp reset"
+    done = lab.run("server", "nft", f"table ip hole {{ chain in {{ type filter hook input priority 0; {rules}; }}; }}")
+    assert done.returncode == 0, done.stderr
+    try:
+        yield
+    finally:
+        lab.run("server", "nft", "delete table ip hole")
+
+
+def drained(server: Program, *options: str) -> str:
+    """What `tun6.py drain` says."""
+    done = run_tun6("drain", "-c", str(server.config), *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def status_while_draining(server: Program) -> dict[str, Any]:
+    done = run_tun6("status", "-c", str(server.config), "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    return dict(json.loads(done.stdout))
+
+
+def test_a_server_that_drains_sends_its_clients_to_others_and_none_is_long_without_a_tunnel(lab: Lab, tunnel: Tunnel, pair: Pair) -> None:
+    old, new = pair.servers
+    new.stop()
+    clients = {"c": pair.client(), "d": pair.client("second", id="d", tun="tun6-d")}
+    legacy, single = tunnel.peer("legacy").connected(), tunnel.client("second", id="single", tun="tun6-s")
+    for client in (*clients.values(), single):
+        client.prefix()
+    pair.start(1)
+    with steady_stream(lab, "client", "internet", Lab.INTERNET) as arrivals:
+        said = drained(old, "--minutes", "0.03")
+        assert "its 4 sessions end within 0.03 minutes" in said
+        for client in clients.values():
+            assert pair.serving(client, 2) == 1
+        assert legacy.ended() in ("closed", "reset")
+    print(f"the stream stalled for {longest_stall(arrivals):.2f} s")
+    for client in clients.values():
+        assert "trying again" not in client.log()
+    single.wait_for("WARNING no connection to .*: busy: this server is being drained; trying again every 2 to 30 s")
+    old.wait_for("INFO drained: all sessions that there were have ended")
+    old.said(
+        "WARNING draining since .*: newcomers are sent to other servers, and 4 sessions end within 2 s; `tun6.py drain --stop` ends", 1
+    )
+    for hello, code in (
+        ({}, "busy"),
+        ({"Moved": True}, "moved"),
+        ({"Moved": True, "Dry": True, "Offload": []}, "moved"),
+        ({"Moved": 1}, "busy"),
+    ):
+        with tunnel.connect() as peer:
+            peer.sock.sendall(json.dumps({"Id": "c", **hello}).encode())
+            assert peer.answer() == {"Error": code, "Text": "this server is being drained"}
+    status = status_while_draining(old)
+    assert (status["state"], status["sessions"]) == ("draining", 0)
+    assert status["warnings"][-1].startswith("draining since ")
+    assert drained(old, "--stop") == "The server serves newcomers again.\n"
+    status = status_of(old)
+    assert (status["state"], [each for each in status["warnings"] if each.startswith("draining")]) == ("up", [])
+    single.prefix(2, seconds=30)
+    for client in clients.values():  # nobody is sent back
+        assert len(re.findall(": has ", client.log())) == 2
+
+
+def test_a_restart_ends_a_drain_and_a_signal_begins_none(tunnel: Tunnel, pair: Pair) -> None:
+    server = pair.servers[0]
+    drained(server, "--minutes", "60")
+    assert tunnel.refusal("c")["Error"] == "busy"
+    assert server.stop() < SERVER_ENDS_S
+    server.start()
+    server.wait_for(" serving ", 2)
+    tunnel.visit("c")
+    client = pair.client()
+    pair.serving(client)
+    server.stop()
+    assert "moved" not in client.log() and server.log().count("draining since") == 1
+
+
+def test_sessions_of_a_server_that_drains_end_one_by_one_and_a_second_drain_takes_its_own_time(tunnel: Tunnel, server: Program) -> None:
+    peers = tunnel.crowd(4)
+    drained(server, "--minutes", "60")
+    wait_until("one has gone", lambda: status_while_draining(server)["sessions"] == 3)  # the next one would go after 15 minutes
+    with ThreadPoolExecutor() as threads:
+        ends = [threads.submit(peer.ended) for peer in peers]
+        wait_until("one hears it", lambda: sum(end.done() for end in ends) == 1)
+        drained(server, "--minutes", "0")
+        assert {end.result(10) for end in ends} <= {"closed", "reset"}
+    wait_until("all have gone", lambda: status_while_draining(server)["sessions"] == 0)
+    assert sum(warning.startswith("draining") for warning in status_while_draining(server)["warnings"]) == 1
+
+
+def test_a_client_that_all_servers_send_away_does_not_spin_and_is_served_when_one_has_ended_that(tunnel: Tunnel, pair: Pair) -> None:
+    client = pair.client()
+    pair.serving(client)
+    for server in pair.servers:
+        drained(server, "--minutes", "0")
+    client.wait_for(f"WARNING no connection to any server: {pair.names(0, 1)}; trying again every 2 to 30 s")
+    client.wait_for("DEBUG no connection to any server", 2, 20)
+    times = [
+        int(minute) * 60 + float(second.replace(",", "."))
+        for minute, second in re.findall(r":(\d\d):(\S+) \w+ no .* any server", client.log())
+    ]
+    assert (times[2] - times[0]) % 3600 >= 3  # pauses of 2 s and 4 s on average
+    for server in pair.servers:
+        assert 3 <= len(re.findall("refused, moved", server.log())) <= 5
+    drained(pair.servers[0], "--stop")
+    assert pair.serving(client, len(re.findall(": has ", client.log())) + 1, 40) == 0
+
+
+def test_drain_needs_a_server_that_runs_and_a_time_that_makes_sense(tunnel: Tunnel) -> None:
+    config = str(tunnel.config("server"))
+    assert only_line(run_tun6("drain", "-c", config), 1).startswith("tun6: no server listens at ")
+    for minutes in ("-1", "nan", "1e9", "1441", "soon"):
+        done = run_tun6("drain", "-c", config, f"--minutes={minutes}")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith("error: argument --minutes: must be a number from 0 to 1440\n")
+
+
+def test_two_servers_that_give_other_prefixes_are_of_use_too_and_hook_and_routes_follow(
+    lab: Lab, tunnel: Tunnel, pair: Pair, tmp_path: Path
+) -> None:
+    prefixes = [prefix_of_pool(tunnel, 0), prefix_of_pool(tunnel, 7)]
+    pair.servers[1].stop()
+    pair.known["c"] = str(prefixes[1])
+    servers = [pair.servers[0], pair.start(1)]
+    hook = hook_file(tmp_path, 'echo "$TUN6_EVENT $TUN6_PREFIX $TUN6_PEER" >> $OUT')
+    client = pair.client(hook=hook)
+    expected: list[str] = []
+    at = pair.serving(client)
+    for times in range(2, 5):
+        peer = f"{Lab.SERVER} port {pair.ports[at]}"
+        expected += [f"prefix {prefixes[at]} {peer}", f"up {prefixes[at]} {peer}", f"down {prefixes[at]} {peer}"]
+        assert addresses(lab) == [f"{prefixes[at][1]}/128"]
+        ping(lab, "client")
+        servers[at].stop()
+        at = 1 - at
+        assert (pair.serving(client, times), client.prefix(times)) == (at, prefixes[at])
+        servers[1 - at].start()
+        servers[1 - at].wait_for(" serving ", times // 2 + 1)
+    wait_until("the hook ran", lambda: told(tmp_path)[: len(expected)] == expected)
+
+
+def test_a_token_carries_the_list_of_servers_and_certificates_and_each_lets_its_client_in(
+    lab: Lab, tunnel: Tunnel, site: Site, tmp_path: Path
+) -> None:
+    other, ports = Site(tunnel, "other"), (tunnel.port, 10_000 + next(Tunnel._numbers))
+    address = f"{Lab.SERVER}, {Lab.SERVER}:{ports[1]}"
+    server = site.serve(address=address, fingerprint=other.fingerprint)
+    added = site.clients("add", "c")
+    token = tun6.decode_token(added["token"])
+    assert (token["remotehost"], token["remoteport"]) == (address, str(ports[0]))
+    assert token["fingerprint"] == added["fingerprint"] == f"{site.fingerprint}, {other.fingerprint}"
+    named = run_tun6("clients", "-c", str(site.config), "add", "d", "--address", "a.example, b.example:443")
+    assert "\nremotehost = a.example, b.example:443\n" in named.stdout
+    assert "--address a,, b: it must be the name or the IPv4 address of a server" in site.complaint("add", "e", "--address", "a,, b")
+    assert "e" not in {entry["id"] for entry in site.clients("list")}
+    shutil.copy(site.keys, other.keys)  # as an operator does
+    shutil.copy(site.assignments, other.assignments)
+    second = other.serve(listenport=ports[1], tun="tun6-other-%d")
+    client = tunnel.client(**cast(dict[str, Any], token))
+    for times in (1, 2):
+        serving = ports.index(int(client.wait_for(r" at \S+ port (\d+): has .*, over TLS", times)[-1]))
+        (server, second)[serving].stop()
+        assert client.prefix(times + 1) == IPv6Network(added["prefix"])
+        (server, second)[serving].start()
+        (server, second)[serving].wait_for(" serving ", 2)
+    stranger = make_certificate(tmp_path / "stranger.pem")
+    wrong = tunnel.client("second", **{**cast(dict[str, Any], token), "id": "d", "tun": "tun6-w", "fingerprint": stranger})
+    wrong.wait_for(
+        f"WARNING no connection to any server: .*another fingerprint, {site.fingerprint}; .*another fingerprint, {other.fingerprint}"
+    )
 
 
 # ---- end to end: hooks -----------------------------------------------------------------------------------------------
@@ -10983,6 +11442,35 @@ def test_a_default_route_that_will_be_lost_is_warned_of(
     assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["eth0 ignores router advertisements"]
 
 
+def test_status_shows_the_list_and_the_doctor_examines_each_server_of_it(lab: Lab, tunnel: Tunnel, pair: Pair, tmp_path: Path) -> None:
+    client = pair.client()
+    at = pair.serving(client)
+    names = [f"{Lab.SERVER} port {port}" for port in pair.ports]
+    status = asked(client.config, "status")
+    assert (status["server"], status["servers"], status["address"]) == (names[at], names, names[at])
+    shown = run_tun6("status", "-c", str(client.config)).stdout
+    assert f"server   {names[at]}, connected to {names[at]}\nservers  {names[0]}, {names[1]}\n" in shown
+    ping(lab, "client")
+    patient = Patient(lab, tmp_path, client.config)
+    found = patient.findings()
+    assert [text.partition(" ms")[0].rpartition(" ")[0] for text in found["TCP"]] == [f"ok {name} answers in" for name in names]
+    assert found["DNS"] == ["ok " + f"{name}: the server is {Lab.SERVER}" for name in names]
+    assert found["TLS"] == ["ok " + f"{name}: none is asked for" for name in names]
+    assert found["hello"] == [f"ok the server has {client.prefix()} for this client"]
+    pair.servers[1 - at].stop()
+    found = patient.findings()
+    assert [text for text in found["TCP"] if "refused" in text] == [
+        f"warn {names[1 - at]}: Connection refused; does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
+    ]
+    assert found["TLS"] == [
+        f"{'ok' if each == at else 'skipped'} {names[each]}: {'none is asked for' if each == at else 'not possible, see TCP'}"
+        for each in (0, 1)
+    ]
+    pair.servers[at].stop()
+    found = patient.findings()
+    assert [text[:4] for text in found["TCP"]] == ["FAIL", "FAIL"]
+
+
 @pytest.mark.waits
 def test_what_the_doctor_finds_is_warned_of_at_the_start(site: Site, beyond: None) -> None:
     key = site.issue("somebody")
@@ -11438,8 +11926,8 @@ class Fuzz:
         if self.random.random() < 0.5:
             message[self.random.choice(self.FIELDS)] = self.random.choice(self.VALUES + self.TEXTS)
         try:
-            id_, kinds, key, dry = tun6.parse_hello(message)
-            assert isinstance(dry, bool)
+            id_, kinds, key, dry, moved = tun6.parse_hello(message)
+            assert isinstance(dry, bool) and isinstance(moved, bool)
             assert tun6.is_valid_id(id_)
             assert isinstance(key, str)
             assert kinds is None or all(isinstance(kind, str) for kind in kinds)

@@ -42,7 +42,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
-    client                       ClientConfig, Client
+    client                       ClientConfig, RemoteServer, Client
     administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
@@ -318,6 +318,7 @@ class Hello(NamedTuple):
     gso_kinds: frozenset[str] | None  # as parse_offload returns them
     key: str  # "" when the client sent none
     dry: bool = False  # whether the client only asks if it would be served
+    moved: bool = False  # whether it may be told to go to another server
 
 
 def parse_hello(message: dict[str, Any]) -> Hello:
@@ -327,7 +328,7 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True)
+    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True, message.get("Moved") is True)
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -3596,7 +3597,8 @@ class ServerConfig:
     metrics: tuple[str, int] | None = None  # address, port
     metrics_clients: bool = False
     documentation_addresses: bool = False
-    address: str | None = None
+    address: str | None = None  # as `remotehost` of its clients
+    fingerprint: tuple[str, ...] = ()  # those of other servers in `address`
     file: str = "config.ini"
 
 
@@ -3799,6 +3801,7 @@ class Server:
         self._killable: set[gevent.Greenlet] = set()  # those of them that have nothing to undo yet
         self._admission = AdmissionControl(self._start_handshake)
         self.handshakes: Counter[str] = Counter()  # by outcome: served, left, or the code of the refusal
+        self._drain: gevent.Greenlet | None = None  # ends the sessions one by one, while newcomers are sent to other servers
         self._spare_fd: int | None = None  # freed to refuse a connection for which there is no descriptor
 
     def run(self) -> NoReturn:
@@ -3837,6 +3840,7 @@ class Server:
             if self._proxy:
                 undo.callback(gevent.spawn(self._proxy.run).kill)
             undo.callback(self._end_sessions)
+            undo.callback(lambda: self._drain and self._drain.kill())
             gevent.sleep()  # so that each has begun, and sees what changes from now on
             where = self._config.localhost, self._config.listenport
             number = len(self.store.pool.owners())
@@ -3918,7 +3922,7 @@ class Server:
         """Returns what `status` says of the server beside its sessions."""
         return {
             "side": "server",
-            "state": "up",
+            "state": "up" if self._drain is None else "draining",
             "listens": f"{self._config.localhost} port {self._config.listenport}",
             "pool": str(self._config.prefixrange),
             "free": self.store.pool.free,
@@ -3929,7 +3933,33 @@ class Server:
 
     def state(self) -> str:
         """Returns a line for the service manager."""
-        return f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}: {len(self.sessions)} clients"
+        where = f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}"
+        return f"{'' if self._drain is None else 'draining, '}{where}: {len(self.sessions)} clients"
+
+    def drain(self, seconds: float | None) -> None:
+        """From now on sends newcomers to other servers, and ends all sessions spread over so many seconds; None: serves as before."""
+        sessions, drained = list(self.sessions.values()), self._drain
+        if drained is not None:
+            drained.kill()
+            self._drain = None
+            standing_warnings.pop("drain", None)
+        if seconds is None:
+            log.info("serving newcomers again" if drained is not None else "asked to end a drain, and there is none")
+            return
+        self._drain = gevent.spawn(self._end_one_by_one, random.sample(sessions, len(sessions)), seconds)
+        warn_standing(
+            "drain",
+            "draining since %s: newcomers are sent to other servers, and %d sessions end within %.0f s; `tun6.py drain --stop` ends that",
+            *(time.strftime("%H:%M:%S"), len(sessions), seconds),
+        )
+
+    def _end_one_by_one(self, sessions: list[Session], seconds: float) -> None:
+        """Ends the sessions, the first now, each after the same time."""
+        began = time.monotonic()
+        for number, session in enumerate(sessions):
+            gevent.sleep(max(began + seconds * number / len(sessions) - time.monotonic(), 0))
+            session.close(SessionError("this server is being drained"))
+        log.info("drained: all sessions that there were have ended")
 
     def end_session(self, id_: str, reason: str) -> None:
         """Ends the session of the Id, if there is one."""
@@ -3994,7 +4024,8 @@ class Server:
                     (self._answer_dry if hello.dry else self._serve_client)(stream, peer, hello, trailing)
             except Refusal as refusal:
                 self.handshakes[refusal.code] += 1
-                log.warning("%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
+                level = logging.INFO if refusal.code == "moved" else logging.WARNING
+                log.log(level, "%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
                 self._refuse(stream or Stream(sock), refusal)
             except ProtocolError as error:
                 self.handshakes["bad-hello"] += 1
@@ -4045,9 +4076,17 @@ class Server:
         if not self._admission.release(gevent.getcurrent()):  # admission control has just ended it, and the kill may come at any switch
             raise Refusal("busy", "too many say who they are at the moment")
 
+    def _send_elsewhere(self, hello: Hello) -> None:
+        """Raises Refusal while this server is being drained."""
+        if self._drain is not None:
+            raise Refusal(
+                "moved" if hello.moved else "busy", "this server is being drained", f"{quote_id(hello.id)}, as this server drains"
+            )
+
     def _answer_dry(self, stream: Stream, peer: str, hello: Hello, _: bytes) -> None:
         """Tells a client whether it would be served, and changes nothing. Raises Refusal, OSError."""
         self._leave_admission()
+        self._send_elsewhere(hello)
         prefix = self.store.find(hello.id)
         if len(self.sessions) >= self._config.max_clients and hello.id not in self.sessions:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
@@ -4062,6 +4101,7 @@ class Server:
         self._leave_admission()
         self._take_over(id_, peer)
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
+        self._send_elsewhere(hello)  # only now, as its old session is over anyway
         if len(self.sessions) >= self._config.max_clients:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
         has_key = self.keys is not None and self.keys.find(id_) is not None
@@ -4830,20 +4870,31 @@ class LanRouter:
 
 # ---- client ----------------------------------------------------------------------------------------------------------
 
-RETRY_S = 2.0  # between two attempts to connect, on average
+RETRY_S = 2.0  # between two attempts to connect, on average, when all servers have failed
 RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so that many clients don't come back in step
+NEXT_SERVER_S = 0.3  # at most, until the next server is tried
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
-FINAL_RETRY_S = 60.0  # between two attempts after one of those
+FINAL_RETRY_S = 60.0  # between two attempts when all servers have sent one of those
+BUSY_REFUSALS = {"busy", "moved"}  # codes of a server that must not be asked too often
+BUSY_RETRY_MAX_S = 30.0  # to which pauses are doubled when there was one of those
 CONNECT_S = 10.0  # for one TCP connect
+CONNECT_NEXT_S = 3.0  # the same, while another server could be tried instead: two SYNs, RFC 6298 section 2
 SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
-LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address is tried
+LOOKUP_S = 2.0  # for a lookup of the server's name before its last good address, or another server, is tried
+
+
+class RemoteHost(NamedTuple):
+    """A server as `remotehost` names it."""
+
+    host: str  # name or IPv4 address
+    port: int | None  # None: that of `remoteport`
 
 
 @dataclass(frozen=True)
 class ClientConfig:
     """The section [client] of config.ini, whose path is `file`. A new setting is a field here and a parser in _PARSERS."""
 
-    remotehost: str
+    remotehost: tuple[RemoteHost, ...]
     remoteport: int
     id: str | None = None
     congestion: str = "auto"
@@ -4861,7 +4912,7 @@ class ClientConfig:
     mss: int | None = None
     dead_after: int = DEAD_AFTER_S
     tls: bool = False
-    fingerprint: str | None = None
+    fingerprint: tuple[str, ...] = ()  # each server has to have one of them
     key: str | None = None
     hook: str | None = None
     control: str = "/run/tun6/client.sock"
@@ -4871,12 +4922,17 @@ class ClientConfig:
     file: str = "config.ini"
 
 
-def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
-    """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
-    (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
+def path_of_last(what: str, file: str) -> Path:
+    """Returns where something is remembered until the next start: beside config.ini or, as a service (systemd.exec(5), STATE_DIRECTORY),
+    in its folder for state.
     """
     folder, name = os.path.split(file)
-    path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
+    return Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-{what}")
+
+
+def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
+    """Compares the Id, which nobody has set, with that of the last start, remembered for this only."""
+    path = path_of_last("id", file)
     try:
         last = path.read_text("utf-8").strip() if path.exists() else id_
         if last != id_:
@@ -4885,6 +4941,172 @@ def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
             path.write_text(f"{id_}\n", "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         log.debug("%s: %s; a change of the Id will not be noticed", path, error)
+
+
+class Failure(NamedTuple):
+    """Why a server does not serve."""
+
+    code: str  # of its refusal; "?" for what it or this machine does wrong, "" for no connection
+    reason: str  # for people
+
+
+class Failover:
+    """Which of its servers a client tries next, and after which pause. It knows them by their number, and neither sockets nor clocks.
+
+    The next one is tried at once; when each has been tried in vain since the last pause, there is a pause. One that fails goes last, and
+    never out.
+    """
+
+    def __init__(self, servers: int, last: int | None = None) -> None:
+        """`last`: the one that served last."""
+        self._order = random.sample(range(servers), servers)  # so that not all clients begin with the same
+        self._order.sort(key=lambda each: each != last)
+        self._busy_pause_s = RETRY_S  # the next pause, if a server is busy
+        self.failures: dict[int, Failure] = {}  # of those that were tried since the last pause or session that lasted, by server
+        self.pause_s = 0.0  # on average, until the next attempt; 0 when the next server is tried at once
+
+    @property
+    def server(self) -> int:
+        """The one that is tried now, or that serves."""
+        return self._order[0]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether there will be a pause if this one fails."""
+        return len(self._order) - len({} if self.pause_s else self.failures) <= 1
+
+    @property
+    def is_final(self) -> bool:
+        """Whether every server has said what it will say again the next time."""
+        return self.pause_s > 0 and self._codes() <= FINAL_REFUSALS
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether pauses grow, as a server is busy."""
+        return self.pause_s > 0 and not self._codes().isdisjoint(BUSY_REFUSALS)
+
+    def note_failure(self, failure: Failure, session_s: float | None = None, is_ours: bool = False) -> None:
+        """Takes down why there is no session, or no more after `session_s` seconds. `is_ours`: no other server would help."""
+        lasted = (session_s or 0.0) >= RETRY_S  # a session that ends at once is no better than none
+        if self.pause_s or is_ours or lasted:
+            self.failures = {}
+        if session_s is not None:
+            self._busy_pause_s = RETRY_S
+        if is_ours or not lasted or len(self._order) == 1:
+            self.failures[self.server] = failure
+        if not is_ours:
+            self._order.append(self._order.pop(0))
+        if len(self.failures) < len(self._order) and not is_ours:
+            self.pause_s = 0.0
+        elif self._codes() <= FINAL_REFUSALS:
+            self.pause_s = FINAL_RETRY_S
+        elif self._codes() & BUSY_REFUSALS:
+            self.pause_s = self._busy_pause_s
+            self._busy_pause_s = min(2 * self.pause_s, BUSY_RETRY_MAX_S)
+        else:
+            self.pause_s = self._busy_pause_s = RETRY_S
+
+    def _codes(self) -> set[str]:
+        return {each.code for each in self.failures.values()}
+
+    def pause(self) -> float:
+        """Returns seconds to wait, at random, until the next attempt."""
+        if not self.pause_s:
+            return random.uniform(0, NEXT_SERVER_S)
+        return self.pause_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+
+
+class RemoteServer:
+    """A server that a client may connect to: how it is reached, and what is known of the path there."""
+
+    def __init__(self, at: RemoteHost, config: ClientConfig, tls: ssl.SSLContext | None, mtus: MtuMonitor) -> None:
+        """`tls` are the settings of TLS, None for plain connections."""
+        self._config, self._tls, self._mtus = config, tls, mtus
+        self.host, self._port = at.host, at.port or config.remoteport
+        self.name = f"{self.host} port {self._port}"  # for the log
+        self.last_good: list[tuple[str, int]] = []  # the address of the last connection
+        self.dry = False  # whether it knows a dry hello
+        self._lookup: gevent.Greenlet | None = None  # of its addresses, whose result nobody has seen
+        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
+
+    @contextmanager
+    def watch_mtu(self, sock: socket.socket) -> Iterator[None]:
+        """Looks after the size of packets, unless `mss` is set.
+
+        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
+        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
+        """
+        if self._config.mss:
+            yield
+            return
+        try:
+            with self._mtus.watch(sock, "the server"):
+                yield
+        except (gevent.Timeout, PeerSilent) as error:
+            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
+            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
+            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
+                self._mss = None if self._mss else SMALL_MSS
+            raise
+
+    def note_session(self, sock: socket.socket) -> None:
+        """Remembers how it was reached."""
+        self.last_good = [sock.getpeername()]
+        if self._mss != self._logged_mss:
+            log.warning(
+                "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
+            )
+        self._logged_mss = self._mss
+
+    def open_stream(self, sock: socket.socket) -> Stream:
+        """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
+        if self._tls is None:
+            return Stream(sock)
+        stream = TlsStream(sock, self._tls, self.host)
+        if self._config.fingerprint and stream.fingerprint() not in self._config.fingerprint:
+            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
+        return stream
+
+    def connect(self, is_last: bool = True) -> socket.socket:
+        """Returns a connection to the first of its addresses that accepts it. `is_last`: there is no other server to be tried now.
+
+        Raises gevent.Timeout, OSError.
+        """
+        for address in self.find_addresses(is_last):
+            with ExitStack() as undo:
+                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+                try:
+                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
+                    mss = self._config.mss or min(self._mss or math.inf, found)
+                    if mss < math.inf:
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
+                    with gevent.Timeout(CONNECT_S if is_last else CONNECT_NEXT_S):
+                        sock.connect(address)
+                except (gevent.Timeout, OSError) as error:
+                    failure = error
+                else:
+                    undo.pop_all()
+                    return sock
+        raise failure
+
+    def find_addresses(self, is_last: bool = True) -> list[tuple[str, int]]:
+        """Returns its IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last. `is_last`: as for `connect`.
+
+        A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
+        Raises OSError when there is no address.
+        """
+        if self._lookup is None:
+            self._lookup = gevent.spawn(socket.getaddrinfo, self.host, self._port, socket.AF_INET, socket.SOCK_STREAM)
+        lookup = self._lookup
+        lookup.join(LOOKUP_S if self.last_good or not is_last else None)
+        if lookup.ready():
+            self._lookup = None
+        if lookup.successful():
+            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self.last_good]))
+        if not self.last_good:
+            raise lookup.exception or OSError(errno.ETIMEDOUT, "no name server has answered yet")
+        log.debug("%s: %s; trying the address that it had", self.host, lookup.exception or "no answer yet")
+        return self.last_good
 
 
 class Client:
@@ -4899,19 +5121,21 @@ class Client:
         if config.open and not firewall:
             raise ConfigError(f"{config.file}: [client] has `open` but no firewall, so everything is open; set `firewall = yes`")
         self._firewall = Firewall(config.tun, firewall, config.open, self._on_defect)
-        self._server = f"{config.remotehost} port {config.remoteport}"  # for the log
         self._congestion = find_congestion_controls(config.congestion, config.link)
         encrypted = config.tls or config.fingerprint or config.key
-        self._tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
+        tls = client_tls_context(pinned=bool(config.fingerprint)) if encrypted else None
+        self._mtus = MtuMonitor()
+        self.remotes = [RemoteServer(each, config, tls, self._mtus) for each in config.remotehost]
+        last = self._recall_last()
+        self._remembered = None if last is None else self.remotes[last]  # that which the next start begins with
+        self._failover = Failover(len(self.remotes), last)
         self._id = config.id
         self._hooks = Hooks(config.hook)
         self._told: IPv6Network | None = None  # the last prefix that the hook was told of
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor(config.dead_after)
-        self._mtus = MtuMonitor()
         self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
-        self._dry = False  # whether the server that answered last knows a dry hello
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -4922,18 +5146,39 @@ class Client:
         self._changes = gevent.lock.RLock()  # held while address and routes are changed, so that nobody restores half of them
         self._session: Session | None = None
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
-        self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
-        self._last_good: list[tuple[str, int]] = []  # the address of the last connection
-        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
-        self._retry_s = RETRY_S
         self.handshakes: Counter[str] = Counter()  # by outcome: served, failed, or the code of the refusal
         self._since = time.monotonic()  # when the tunnel was there or was not any more
         self._up = False
         self._outage: dict[str, Any] | None = None  # the last one, as `figures` returns it
         parts = {"lan": config.lan and self._lan.figures, "firewall": firewall and self._firewall.figures}
         self.parts: dict[str, Callable[[], dict[str, Any]]] = {name: part for name, part in parts.items() if callable(part)}
-        self._state = f"connecting to {self._server}"
+        self._state = f"connecting to {self.remote.name}"
+
+    @property
+    def remote(self) -> RemoteServer:
+        """The server that is tried now, or that serves."""
+        return self.remotes[self._failover.server]
+
+    def _recall_last(self) -> int | None:
+        """Returns which of several servers served last, before this start."""
+        with suppress(OSError, ValueError):
+            if len(self.remotes) > 1:
+                return [each.name for each in self.remotes].index(path_of_last("server", self._config.file).read_text("utf-8").strip())
+        return None
+
+    def _remember_last(self, remote: RemoteServer) -> None:
+        """Remembers which of several servers serves, for the next start. Does not wait for the disk."""
+        if len(self.remotes) > 1 and remote is not self._remembered:
+            self._remembered = remote
+            gevent.spawn(run_in_thread, self._write_last, remote.name)
+
+    def _write_last(self, name: str) -> None:
+        path = path_of_last("server", self._config.file)
+        try:
+            path.write_text(f"{name}\n", "utf-8")
+        except OSError as error:
+            log.debug("%s: %s; the next start begins with any server", path, error)
 
     def state(self) -> str:
         """Returns a line for the service manager."""
@@ -4964,7 +5209,7 @@ class Client:
                     if isinstance(error, OffloadRefused):
                         self._not_offered.add(error.kind)
                     self._log_outage(error)
-                gevent.sleep(self._retry_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER))
+                gevent.sleep(self._failover.pause())
         finally:
             gevent.killall(helpers)
             self._lan.close()
@@ -5049,34 +5294,34 @@ class Client:
         if self._id is None:
             self._id = default_id()
             warn_of_another_id(self._config.file, self._id, remember=True)
-        with self.connect() as sock, self._watch_mtu(sock):
+        remote = self.remote
+        with remote.connect(self._failover.is_last) as sock, remote.watch_mtu(sock):
             set_tcp_options(sock, self._config.dead_after)
             with gevent.Timeout(HANDSHAKE_S):
-                stream = self.open_stream(sock)
+                stream = remote.open_stream(sock)
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(offered)}
                 if self._config.key:
                     hello["Key"] = self._config.key
+                if len(self.remotes) > 1:
+                    hello["Moved"] = True
                 stream.send(encode_message(hello))
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
-            self._dry = message.get("Dry") is True
+            remote.dry = message.get("Dry") is True
             tun.set_offload(gso_kinds)
             with self._changes:
                 self._set_prefix(tun, prefix)
                 self._open_routes(tun)
             self._lan.tunnel_up(tun.name, prefix)
-            begin = {"id": self._id, "peer": self._server, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
-            text = quote_id(self._id), self._server, prefix, tun.name, stream.security
+            begin = {"id": self._id, "peer": remote.name, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
+            text = quote_id(self._id), remote.name, prefix, tun.name, stream.security
             log.info("%s at %s: has %s on %s%s", *text, extra=event("session-begin", **begin))
-            if self._mss != self._logged_mss:
-                log.warning(
-                    "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
-                )
-            self._logged_outage, self._logged_mss = None, self._mss
+            remote.note_session(sock)
+            self._logged_outage = None
             self._note_state(True)
-            self._state = f"has {prefix} on {tun.name} from {self._server}{stream.security}"
-            self._last_good = [sock.getpeername()]
+            self._state = f"has {prefix} on {tun.name} from {remote.name}{stream.security}"
+            self._remember_last(remote)
             self._session = Session("the server")
             if self._tun_error:
                 raise self._tun_error
@@ -5087,7 +5332,7 @@ class Client:
     @contextmanager
     def _announce(self, id_: str, prefix: IPv6Network, tun: Tun) -> Iterator[None]:
         """Runs the hook for a session that begins, and at the end of the block for its end."""
-        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self._server}
+        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self.remote.name}
         if prefix != self._told and self._hooks.run("prefix", id_, old_prefix=self._told or "", **values):
             self._told = prefix
         if not self._hooks.run("up", id_, **values):
@@ -5101,74 +5346,6 @@ class Client:
             raise
         finally:
             self._hooks.run("down", id_, True, reason=reason, **values)
-
-    @contextmanager
-    def _watch_mtu(self, sock: socket.socket) -> Iterator[None]:
-        """Looks after the size of packets, unless `mss` is set.
-
-        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
-        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
-        """
-        if self._config.mss:
-            yield
-            return
-        try:
-            with self._mtus.watch(sock, "the server"):
-                yield
-        except (gevent.Timeout, PeerSilent) as error:
-            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
-            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
-            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
-                self._mss = None if self._mss else SMALL_MSS
-            raise
-
-    def open_stream(self, sock: socket.socket) -> Stream:
-        """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
-        if self._tls is None:
-            return Stream(sock)
-        stream = TlsStream(sock, self._tls, self._config.remotehost)
-        if self._config.fingerprint not in (None, stream.fingerprint()):
-            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
-        return stream
-
-    def connect(self) -> socket.socket:
-        """Returns a connection to the first of the server's addresses that accepts it. Raises gevent.Timeout, OSError."""
-        for address in self.find_addresses():
-            with ExitStack() as undo:
-                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-                try:
-                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
-                    mss = self._config.mss or min(self._mss or math.inf, found)
-                    if mss < math.inf:
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
-                    with gevent.Timeout(CONNECT_S):
-                        sock.connect(address)
-                except (gevent.Timeout, OSError) as error:
-                    failure = error
-                else:
-                    undo.pop_all()
-                    return sock
-        raise failure
-
-    def find_addresses(self) -> list[tuple[str, int]]:
-        """Returns the server's IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last.
-
-        A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
-        Raises OSError when there is no address.
-        """
-        if self._lookup is None:
-            name, port = self._config.remotehost, self._config.remoteport
-            self._lookup = gevent.spawn(socket.getaddrinfo, name, port, socket.AF_INET, socket.SOCK_STREAM)
-        lookup = self._lookup
-        lookup.join(LOOKUP_S if self._last_good else None)
-        if lookup.ready():
-            self._lookup = None
-        if lookup.successful():
-            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self._last_good]))
-        if not self._last_good:
-            raise lookup.exception
-        log.debug("%s: %s; trying the address that it had", self._config.remotehost, lookup.exception or "no answer yet")
-        return self._last_good
 
     def _set_prefix(self, tun: Tun, prefix: IPv6Network) -> None:
         if prefix == self._prefix:
@@ -5189,20 +5366,30 @@ class Client:
             self._kernel.apply(self._routes)
 
     def _log_outage(self, error: BaseException) -> None:
-        """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
-        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
-        final = kind in FINAL_REFUSALS
-        self._lan.tunnel_down(final)
-        self._retry_s = FINAL_RETRY_S if final else RETRY_S
+        """Logs why there is no connection: once an outage, once when no server serves, and again when that has other reasons, such as
+        when silence becomes a refusal or a wrong server, or back.
+        """
+        failed, failover, text = self.remote, self._failover, describe_end(error)
+        code = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
+        session_s = time.monotonic() - self._since if self._up else None
+        failover.note_failure(Failure(code, text), session_s, is_ours=isinstance(error, (KernelError, OffloadRefused)))
+        self._lan.tunnel_down(failover.is_final)
+        where, kind, then = failed.name, self._logged_outage or "next", f"trying {self.remote.name} now"
+        if failover.pause_s:
+            failures = dict(sorted(failover.failures.items()))
+            kind = ",".join(each.code for each in failures.values())
+            rarely = f"{RETRY_S:.0f} to {BUSY_RETRY_MAX_S:.0f}" if failover.is_busy else f"{failover.pause_s:.0f}"
+            until = "the server won't serve this client until its operator changes that; " if failover.is_final else ""
+            then = f"{until}trying again every {rarely} s"
+            if len(failures) > 1:
+                where, text = "any server", "; ".join(f"{self.remotes[number].name}: {each.reason}" for number, each in failures.items())
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
-        until = "the server won't serve this client until its operator changes that; " if final else ""
-        text, outage = describe_end(error), event("outage", id=self._id, peer=self._server, reason=describe_end(error))
-        log.log(level, "no connection to %s: %s; %strying again every %.0f s", self._server, text, until, self._retry_s, extra=outage)
+        log.log(level, "no connection to %s: %s; %s", where, text, then, extra=event("outage", id=self._id, peer=failed.name, reason=text))
         self._logged_outage = kind
-        self._state = f"no connection to {self._server}: {text}"
+        self._state = f"no connection to {where}: {text}"
         if not self._up:
-            self.handshakes[error.code if isinstance(error, Refusal) else "failed"] += 1
-        self._note_state(False, text)
+            self.handshakes[code if isinstance(error, Refusal) else "failed"] += 1
+        self._note_state(False, text if len(self.remotes) == 1 or where != failed.name else f"{where}: {text}")
 
     def _note_state(self, up: bool, reason: str = "") -> None:
         """Notes for `figures` whether there is a tunnel, and why not."""
@@ -5223,19 +5410,20 @@ class Client:
         waits = bool(self._routes) or self._config.grace is None
         session = self._session.figures() if self._session and self._up else {}
         session.pop("seconds", None)
-        address = self._last_good[0] if self._last_good else None
+        address = self.remote.last_good[0] if self.remote.last_good else None
         return {
             "side": "client",
             "state": "up" if self._up else "connecting" if waits else "rejecting",
             "state_seconds": round(time.monotonic() - self._since),
-            "server": self._server,
+            "server": self.remote.name,
+            "servers": [each.name for each in self.remotes],
             "address": address and f"{address[0]} port {address[1]}",
             "id": self._id,
             "prefix": self._prefix and str(self._prefix),
             "device": self._tun and self._tun.name,
             "session": session or None,
             "outage": self._outage,
-            "dry": self._dry,
+            "dry": self.remote.dry,
             "handshakes": dict(self.handshakes),
             "parts": {name: part() for name, part in self.parts.items()},
         }
@@ -5337,7 +5525,7 @@ class AdminRequestHandler(RequestHandler):
     """Does what an operator asks for with `tun6.py clients` and `status`: on the running server, or on its files when none runs."""
 
     SIDE, COMMAND = "server", "clients"
-    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore")
+    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore", "drain")
 
     def __init__(
         self,
@@ -5347,9 +5535,11 @@ class AdminRequestHandler(RequestHandler):
         end_session: Callable[[str, str], None],
         loop_latency: LoopLatency | None = None,
         figures: Callable[[], dict[str, Any]] = dict,
+        drain: Callable[[float | None], None] = lambda seconds: None,
     ) -> None:
-        """`end_session` ends the session of an Id for a reason; `loop_latency` and `figures` are those of the running server."""
+        """`end_session` ends the session of an Id for a reason; `loop_latency`, `figures` and `drain` are those of the running server."""
         super().__init__(figures, loop_latency)
+        self._drain = drain
         self._store, self._keys, self._sessions, self._end_session = store, keys, sessions, end_session
         self._one_at_a_time = gevent.lock.RLock()
 
@@ -5415,6 +5605,12 @@ class AdminRequestHandler(RequestHandler):
         """Undoes `revoke`."""
         self._set_revoked(id, False)
         return self._entry(id)
+
+    def drain(self, minutes: float | None) -> int:
+        """Sends newcomers to other servers and ends all sessions within so many minutes; None: serves as before. Returns their number."""
+        number = len(self._sessions)
+        self._drain(None if minutes is None else 60 * minutes)
+        return number
 
     def _set_revoked(self, id_: str, revoked: bool) -> None:
         try:
@@ -5627,6 +5823,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("client", f"{status['state']} for {format_duration(status['state_seconds'])}, {status['id'] or 'no Id yet'}"),
             ("server", status["server"] + (f", connected to {status['address']}" if session else "")),
+            *([("servers", ", ".join(status["servers"]))] if len(status.get("servers", ())) > 1 else []),
             ("prefix", f"{status['prefix']} on {status['device']}" if status["prefix"] else "none yet"),
         ]
         if session:
@@ -5707,7 +5904,7 @@ def metrics_of(status: dict[str, Any]) -> Iterator[Metric]:
 
     drops, handshakes = {"waited too long": 0, "not taken": 0, **status["drops"]}, {"served": 0, **status["handshakes"]}
     yield Metric("gauge", "tun6_build_info", "Version and side.", ("version", "side"), [((status["version"], status["side"]), 1)])
-    yield gauge("tun6_up", "1 while the server serves, or while the client has its tunnel.", status["state"] == "up")
+    yield gauge("tun6_up", "1 while the server serves and does not drain, or while the client has its tunnel.", status["state"] == "up")
     yield Metric("counter", "tun6_bytes", "Bytes of all sessions.", ("direction",), both_ways(""))
     yield Metric(
         "counter", "tun6_packets", "Packets likewise; a large packet of offload counts once.", ("direction",), both_ways("_packets")
@@ -6587,6 +6784,8 @@ class ServerDoctor(Doctor):
                 status: dict[str, Any] = {}
                 with suppress(OSError, RequestError):
                     status = ask_server(self._config.control, {"do": "status", "files": files})
+                if status.get("state") == "draining":
+                    log.warning("this server is being drained, and sends its clients to others; `tun6.py drain --stop` ends that")
                 for id_ in status.get("contended", ()):
                     log.warning("several clients have the Id %s, and take it from each other; give each an `id` of its own", quote_id(id_))
                 return f"process {self._pid} listens on {host} port {port}"
@@ -6699,14 +6898,15 @@ class ClientDoctor(Doctor):
 
     FATAL = frozenset({"routes", "LAN"})
     AT_START = ("config",)
+    OF_EACH_SERVER = frozenset({"DNS", "TCP", "TLS"})
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._where = f"{config.remotehost} port {config.remoteport}"
         self._status: dict[str, Any] = {}  # of the client that runs
-        self._client: Client | None = None
-        self._sock: socket.socket | None = None  # to the server
-        self._stream: Stream | None = None
+        self._remotes: list[RemoteServer] = []
+        self._remote: RemoteServer | None = None  # that is examined now
+        self._socks: dict[RemoteServer, socket.socket] = {}
+        self._streams: dict[RemoteServer, Stream] = {}
         self._prefix: IPv6Network | None = None
         self._is_misrouted = False
         self._server_end: str | None = None  # the address by which the server answers in the tunnel
@@ -6720,11 +6920,29 @@ class ClientDoctor(Doctor):
         with suppress(OSError, RequestError):
             self._status = ask_server(self._config.control, {"do": "status"})
         yield from super().run()
-        if self._sock:
-            self._sock.close()
+        for sock in self._socks.values():
+            sock.close()
+
+    def _make(self, name: str, check: Callable[[], str]) -> list[Finding]:
+        """Makes a check, or the check of each server of the list. There a fault is only a warning as long as another server has none."""
+        if name not in self.OF_EACH_SERVER or not self._remotes:
+            return super()._make(name, check)
+        found: list[Finding] = []
+        for remote in self._remotes:
+            self._remote = remote
+            for each in super()._make(name, check):
+                is_named = len(self._remotes) == 1 or each.text.startswith(remote.host)
+                found.append(each if is_named else each._replace(text=f"{remote.name}: {each.text}"))
+        works = any(each.result == "ok" for each in found)
+        return [each._replace(result="warn") if works and each.result == "FAIL" else each for each in found]
+
+    def _stream(self) -> Stream:
+        """Returns the connection to the server that the client has, or to the first that answered. Raises Skipped when there is none."""
+        found = {remote.name: stream for remote, stream in self._streams.items()}
+        return needed(found.get(self._status.get("server", ""), next(iter(found.values()), None)), "TLS")
 
     def _has_connection(self) -> bool:
-        return self._stream is not None and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
+        return bool(self._streams) and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
 
     def _check_config(self) -> str:
         path = self._config.file
@@ -6739,7 +6957,7 @@ class ClientDoctor(Doctor):
         return self.examine_machine()
 
     def _check_programs(self) -> str:
-        self._client = Client(self._config)
+        self._remotes = Client(self._config).remotes
         return "what config.ini needs is there"
 
     def _check_Id(self) -> str:
@@ -6751,60 +6969,63 @@ class ClientDoctor(Doctor):
     def _check_IPv4_route(self) -> str:
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((self._config.remotehost if is_ipv4(self._config.remotehost) else "192.0.2.1", 9))  # nothing is sent
+                hosts = filter(is_ipv4, (each.host for each in self._config.remotehost))
+                probe.connect((next(hosts, "192.0.2.1"), 9))  # nothing is sent
             except OSError as error:
                 raise SessionError(f"there is no IPv4 way to the server: {error.strerror}; connect the network, see `ip route`") from None
             return f"packets to the server leave from {probe.getsockname()[0]}"
 
     def _check_DNS(self) -> str:
+        remote = needed(self._remote, "programs")
         try:
-            found = needed(self._client, "programs").find_addresses()
+            found = remote.find_addresses()
         except OSError as error:
-            raise SessionError(f"{self._config.remotehost}: {error.strerror}; is the name right, does a name server answer?") from None
+            raise SessionError(f"{remote.host}: {error.strerror}; is the name right, does a name server answer?") from None
         return f"the server is {', '.join(host for host, _ in found)}"
 
     def _check_TCP(self) -> str:
-        began = time.monotonic()
+        remote, began = needed(self._remote, "programs"), time.monotonic()
         try:
-            self._sock = needed(self._client, "programs").connect()
+            self._socks[remote] = remote.connect()
         except (gevent.Timeout, OSError) as error:
             advice = "does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
             with suppress(OSError):
-                (host, port), *_ = needed(self._client, "programs").find_addresses()
+                (host, port), *_ = remote.find_addresses()
                 if isinstance(error, (gevent.Timeout, TimeoutError)) and answers_ping(host, IPV4_ICMP_HEADERS):
                     advice = (
                         f"{host} answers pings, so a firewall there or on the way drops TCP port {port}, or `remotehost` is another machine"
                     )
-            raise SessionError(f"{self._where}: {describe_end(error)}; {advice}") from None
-        return f"{self._where} answers in {1000 * (time.monotonic() - began):.0f} ms"
+            raise SessionError(f"{remote.name}: {describe_end(error)}; {advice}") from None
+        return f"{remote.name} answers in {1000 * (time.monotonic() - began):.0f} ms"
 
     def _check_TLS(self) -> str:
+        remote = needed(self._remote, "programs")
         try:
             with gevent.Timeout(HANDSHAKE_S):
-                self._stream = needed(self._client, "programs").open_stream(needed(self._sock, "TCP"))
+                stream = self._streams[remote] = remote.open_stream(needed(self._socks.get(remote), "TCP"))
         except ProtocolError as error:
             advice = f"compare with `keygen` on the server; the clock here says {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
             if "does not speak TLS" in str(error):
                 advice = "is there another program on that port, a server without `cert`, or a portal or proxy on the way?"
             raise SessionError(f"{error}; {advice}") from None
-        return "the server's certificate is the right one" if self._stream.encrypt else "none is asked for"
+        return "the server's certificate is the right one" if stream.encrypt else "none is asked for"
 
     def _check_hello(self) -> str:
         """Whether the server serves this Id: by what the client that runs has heard, or by asking without taking a session."""
         outage = self._status.get("outage") or {}
         if outage and outage["seconds"] is None:
-            cut_off = outage["last_reason"] in CUT_OFF
+            cut_off = outage["last_reason"].endswith(CUT_OFF)
             why = (
                 "was it restarted, or has another client this Id? `tun6.py doctor` there tells"
                 if cut_off
                 else "the server's log may say more"
             )
             raise SessionError(f"the client that runs has no connection: {outage['last_reason']}; {why}")
-        if outage and outage["reason"] in CUT_OFF and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
+        if outage and outage["reason"].endswith(CUT_OFF) and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
             log.warning(
                 "the server has just ended the connection: it was restarted, or another client has this Id; `tun6.py doctor` there tells"
             )
-        stream = needed(self._stream, "TLS")
+        stream = self._stream()
         host, port = stream.sock.getpeername()
         if not self._status.get("dry") or self._status["address"] != f"{host} port {port}":
             raise Skipped("no client runs that knows if this server can be asked without taking its session over")
@@ -6822,7 +7043,7 @@ class ClientDoctor(Doctor):
 
     def _check_path_MTU(self) -> str:
         """Of the path outside, by what the kernel knows and by pings."""
-        host, port = needed(self._stream, "TLS").sock.getpeername()
+        host, port = self._stream().sock.getpeername()
         advice = "`mss = 1220` in config.ini spares the client a stall at its start"
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))
@@ -6946,7 +7167,11 @@ class ClientDoctor(Doctor):
         servers = re.findall(r"^\s*nameserver\s+([0-9a-fA-F.:]+)", read_text(Path("/etc/resolv.conf")), re.MULTILINE)
         inside = [each for each in servers if not is_ipv4(each) and find_way(each) in (self._config.tun, "nowhere")]
         if inside and inside == servers:
-            level, then = (logging.WARNING, "") if is_ipv4(self._config.remotehost) else (logging.ERROR, ", nor the server without it")
+            level, then = (
+                (logging.WARNING, "")
+                if any(is_ipv4(each.host) for each in self._config.remotehost)
+                else (logging.ERROR, ", nor the server without it")
+            )
             log.log(level, "%s: all name servers are reached only through the tunnel%s; add one with IPv4", ", ".join(inside), then)
         return f"{len(servers)}, of which {len(inside)} only through the tunnel"
 
@@ -7310,6 +7535,7 @@ CLIENTS_OPTIONS = {
     "action",
     "address",
 }  # of `clients`; the others are arguments of the request
+DRAIN_MINUTES = 1  # in which the sessions of a server that drains end
 LOG_LINES_MAX = 10_000  # lines that may wait for the reader of the log
 LOG_FLUSH_S = 1.0  # at the end, for those lines
 M_ARENA_MAX = -8  # malloc.h
@@ -7364,6 +7590,10 @@ def _fingerprint(text: str) -> str:
     return "sha256:" + digits
 
 
+def _fingerprints(text: str) -> tuple[str, ...]:
+    return tuple(_fingerprint(word.strip()) for word in text.split(","))
+
+
 def _id(text: str) -> str:
     if not is_valid_id(text):
         raise ValueError(f"must be 1 to {ID_MAX} printable characters")
@@ -7392,6 +7622,12 @@ def _grace(text: str) -> int | None:
         raise ValueError(f"{error}, or off") from None
 
 
+def _minutes(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,4}([.][0-9]{1,6})?", text) or float(text) > 1440:
+        raise argparse.ArgumentTypeError("must be a number from 0 to 1440")
+    return float(text)
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in configparser.ConfigParser.BOOLEAN_STATES:
         raise ValueError("must be yes or no")
@@ -7413,12 +7649,33 @@ _LINK = _matching("auto|real|lan", "must be auto, real or lan")
 _OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
 _LOG = _matching("text|json", "must be text or json")
 _HOST = _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server")
+_PORT = _integer(1, 65_535)
+
+
+def _hosts(text: str) -> tuple[RemoteHost, ...]:
+    hosts = []
+    for host, colon, port in (word.strip().partition(":") for word in text.split(",")):
+        try:
+            hosts.append(RemoteHost(_HOST(host), _PORT(port) if colon else None))
+        except ValueError:
+            raise ValueError(
+                "must be the name or the IPv4 address of a server, perhaps with a port from 1 to 65535, or several with commas between:"
+                " tun6.example.org, 203.0.113.5:10001"
+            ) from None
+    return tuple(dict.fromkeys(hosts))
+
+
+def _host_list(text: str) -> str:
+    _hosts(text)
+    return text
+
+
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
 ADDRESS_KEYS = {"server": "prefixrange", "client": "remotehost"}  # what has to be edited first in either section
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
         "localhost": _ipv4,
-        "listenport": _integer(1, 65_535),
+        "listenport": _PORT,
         "prefixrange": _pool,
         "assignments": _path,
         "congestion": _CONGESTION,
@@ -7440,11 +7697,12 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "metrics": _metrics,
         "metrics_clients": _boolean,
         "documentation_addresses": _boolean,
-        "address": _HOST,
+        "address": _host_list,
+        "fingerprint": _fingerprints,
     },
     "client": {
-        "remotehost": _HOST,
-        "remoteport": _integer(1, 65_535),
+        "remotehost": _hosts,
+        "remoteport": _PORT,
         "id": _id,
         "congestion": _CONGESTION,
         "link": _LINK,
@@ -7460,7 +7718,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "grace": _grace,
         "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
         "tls": _boolean,
-        "fingerprint": _fingerprint,
+        "fingerprint": _fingerprints,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
         "hook": _path,
         "control": _path,
@@ -7545,9 +7803,11 @@ def read_config(path: str, section: str) -> Any:
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
     key = ADDRESS_KEYS[section]
-    if is_documentation(values[key]) and not values.get("documentation_addresses"):
-        what = "the range that is routed to this machine" if section == "server" else "your server's name or address"
-        raise ConfigError(f"{path}: [{section}] {key} = {values[key]}: it is an example, which reaches nobody; set {what}")
+    addresses, what = [values[key]], "the range that is routed to this machine"
+    if section == "client":
+        addresses, what = [each.host for each in values[key]], "your server's name or address"
+    for address in filter(is_documentation, addresses if not values.get("documentation_addresses") else ()):
+        raise ConfigError(f"{path}: [{section}] {key} = {address}: it is an example, which reaches nobody; set {what}")
     return _SECTIONS[section](**values)
 
 
@@ -7575,7 +7835,9 @@ def server_command(options: argparse.Namespace) -> None:
     raise_descriptor_limit()
     server = Server(config)
     ServerDoctor(config).warn()
-    handler = AdminRequestHandler(server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures)
+    handler = AdminRequestHandler(
+        server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures, server.drain
+    )
     web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
 
     def run() -> None:
@@ -7654,10 +7916,10 @@ def read_fingerprint(file: Path) -> str:
         raise ConfigError(f"{file}: {reason}; `tun6.py keygen` makes one") from None
 
 
-def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
-    """Sends the request to the running server, or does it on the server's files while none runs. Returns the result.
+def administer(config: ServerConfig, request: dict[str, Any], needs_server: bool = False) -> Any:
+    """Sends the request to the running server, or, unless it `needs_server`, does it on the server's files. Returns the result.
 
-    Raises RequestError, ConfigError, StorageError, Refusal.
+    Raises Tun6Error.
     """
     files = [name and os.path.realpath(name) for name in (config.assignments, config.keys)]
     request = {**request, "files": files}
@@ -7667,6 +7929,8 @@ def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
         if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
             reason = error.strerror or error
             raise RequestError(f"control = {config.control}: {reason}; run this as the server's user, mostly root") from None
+    if needs_server:
+        raise Tun6Error(f"no server listens at {config.control}")
     if config.assignments is None:
         raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {config.file} nothing is kept")
     store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
@@ -7695,6 +7959,17 @@ def find_status(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not found:
         raise Tun6Error(", and ".join(silent))
     return found
+
+
+def drain_command(options: argparse.Namespace) -> None:
+    """`tun6.py drain`: asks the running server."""
+    config: ServerConfig = read_config(find_config(options.config), "server")
+    number = administer(config, {"do": "drain", "minutes": None if options.stop else options.minutes}, needs_server=True)
+    if options.stop:
+        print("The server serves newcomers again.")
+    else:
+        print(f"The server sends newcomers to other servers, and its {number} sessions end within {options.minutes:g} minutes.")
+        print("That ends with `tun6.py drain --stop`, or when the server is restarted; `tun6.py status` shows who is left.")
 
 
 def status_command(options: argparse.Namespace) -> int:
@@ -7769,8 +8044,11 @@ def clients_command(options: argparse.Namespace) -> None:
         if re.search(r"^ | $|(^| )[#;]", options.id):
             raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
         if config.cert:
-            fingerprint = read_fingerprint(Path(config.cert))
-        address = options.address or public_address(config)
+            fingerprint = ", ".join(dict.fromkeys([read_fingerprint(Path(config.cert)), *config.fingerprint]))
+        try:
+            address = _host_list(options.address or public_address(config))
+        except ValueError as error:
+            raise RequestError(f"--address {to_printable(options.address)}: it {error}") from None
     done = administer(config, {"do": options.action, **arguments})
     settings = {}
     if options.action == "add":
@@ -7786,7 +8064,7 @@ def clients_command(options: argparse.Namespace) -> None:
 
 
 def public_address(config: ServerConfig) -> str:
-    """Returns the server's address as its clients see it: what config.ini says, or else the kernel, which knows nothing of a NAT."""
+    """Returns `remotehost` for its clients: the `address` in config.ini, or else what the kernel says, which knows nothing of a NAT."""
     if config.address or config.localhost != "0.0.0.0":
         return config.address or config.localhost
     with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
@@ -7798,8 +8076,8 @@ def public_address(config: ServerConfig) -> str:
 def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
     """Returns the section [client] of config.ini for a client that was added."""
     edit = "where the client sees the server by another address or name"
-    with suppress(ValueError):  # a name
-        if not ipaddress.ip_address(settings["remotehost"]).is_global:
+    for host, _ in _hosts(settings["remotehost"]):
+        if is_ipv4(host) and not ipaddress.ip_address(host).is_global:
             edit = "unless it is on the same network, as nobody else reaches this address; or name another with --address, or in config.ini"
     return "\n".join([
         f"# config.ini of the client; its prefix is {prefix}. The key is shown only now; whoever has it is this client.",
@@ -7839,6 +8117,8 @@ def install_command(options: argparse.Namespace) -> None:
             print("Paste the line tun6:... that `tun6 clients add` printed on the server, and press Enter:", flush=True)
         settings.update(decode_token(sys.stdin.readline() if options.join == "-" else options.join))
     host, _, port = (options.host or "").partition(":")
+    if options.role == "client" and "," in (options.host or ""):  # several servers, each with its own port
+        host, port = options.host, ""
     key = ADDRESS_KEYS[options.role]
     if not host and key not in settings and sys.stdin.isatty() and not os.path.exists(CONFIG_FILES[0]):
         host = input(
@@ -8043,6 +8323,15 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("side", nargs="?", choices=("server", "client"), help="where both run; otherwise it is not needed")
     status.add_argument("--watch", action="store_true", help=f"show it again every {RATE_S:.0f} s, until Ctrl-C")
     status.add_argument("--sort", choices=tuple(CLIENT_ORDERS), default="id", help="order of the clients")
+    drain = add(commands, "drain", "send the clients of this server to other ones, as before an upgrade", config, function=drain_command)
+    drain.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=DRAIN_MINUTES,
+        metavar="N",
+        help=f"in which its sessions end, one by one; default: {DRAIN_MINUTES}",
+    )
+    drain.add_argument("--stop", action="store_true", help="serve as before")
     doctor = add(commands, "doctor", "find out what is wrong, and what to do; on either machine", config, as_json, function=doctor_command)
     doctor.add_argument("side", nargs="?", choices=("server", "client"), help="else those in the config.ini, of two the one that runs")
     add(commands, "keygen", "make the server's certificate and show its fingerprint", config, function=keygen_command)
@@ -8050,7 +8339,7 @@ def build_parser() -> argparse.ArgumentParser:
     roles = installs.add_subparsers(dest="role", required=True, metavar="ROLE")
     for role, flag, metavar, text in (
         ("server", "--prefix", "RANGE", "the IPv6 range that is routed to this machine"),
-        ("client", "--remote", "HOST[:PORT]", "the server"),
+        ("client", "--remote", "HOST[:PORT]", "the server, or several with commas between them"),
     ):
         install = add(roles, role, f"the {role}; a second time, it changes only what is different", config)
         install.add_argument(flag, dest="host", metavar=metavar, help=text)
@@ -8069,7 +8358,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(actions, "list", "who has which prefix, has a key, is connected", config, as_json)
     added = add(actions, "add", "give an Id a key, and show once the [client] section for it", config, as_json, id_)
     added.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
-    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it")
+    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it, or several with commas")
     added.add_argument("--new-key", action="store_true", help="replace the key that the Id has")
     pinned = add(actions, "pin", "give an Id a certain prefix", config, as_json, id_)
     pinned.add_argument("prefix", metavar="PREFIX", help="a free /64 of prefixrange")
