@@ -22,6 +22,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     send queue                   with a simulated link
     network plans
     storage                      with a crash at every system call
+    cluster rules                a simulated cluster, whose steps come in any order
     kernel
     connections
     session
@@ -48,6 +49,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: ingress filter
     end to end: firewall
     end to end: TLS and keys
+    end to end: several servers  with one pool
     end to end: administration
     end to end: LAN              router advertisements, forwarding, other routers
     end to end: metrics
@@ -59,6 +61,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     observers                    `test_tun6.py observers`: a real Prometheus and a real browser
     systemd                      `test_tun6.py systemd`
     debian                       `test_tun6.py packages`: the .deb, and what the Dockerfile does
+    cluster                      `test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults
     main
 """
 
@@ -102,11 +105,12 @@ import termios
 import threading
 import time
 import tracemalloc
+import uuid
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from html.parser import HTMLParser
 from ipaddress import IPv6Address, IPv6Network
 from itertools import accumulate, chain, count, takewhile
@@ -1010,6 +1014,132 @@ def processes_of(pid: int) -> list[str]:
     return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[dict[str, list[Any]]]:
+    """The object in a JSON file, which is written back if it was changed; nobody else has it meanwhile."""
+    with open(path, "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = file.read()
+        content = json.loads(before)
+        yield content
+        if json.dumps(content) != before:
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps(content))
+
+
+class SharedStore(tun6.Store):
+    """A cluster's store without PostgreSQL, for servers on one machine: a file that each looks at every 20 ms.
+
+    It has {Id: [prefix, epoch, server]}, and can't be reached while it is renamed. What a server does is as true as with the real one;
+    what the real one does is not shown by it.
+    """
+
+    def __init__(self, path: str, config: tun6.ServerConfig) -> None:
+        self.pool, self.keys = tun6.PrefixPool(config.prefixrange), tun6.open_keys(config)
+        self._path, self._name = Path(path), f"server {config.listenport}"
+        self._rows: dict[str, list[Any]] = {}
+        self._held: dict[str, tuple[tun6.Claim, tun6.Lease]] = {}
+
+    @property
+    def path(self) -> object:
+        return None
+
+    def start(self) -> None:
+        gevent.spawn(self._watch)
+
+    def find(self, id_: str) -> IPv6Network | None:
+        return self.pool.find(id_)
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        return ()
+
+    @contextmanager
+    def begin(self, claim: tun6.Claim) -> Iterator[tun6.Lease]:
+        said = claim.epoch if claim.proved else 0
+        try:
+            with self._locked() as rows:
+                prefix, epoch, _ = rows.get(claim.id) or (str(self.pool.assign(claim.id)), 0, "")
+                rows[claim.id] = [prefix, max(epoch, said) + 1, self._name]
+        except FileNotFoundError:
+            if claim.id not in self._rows:
+                raise tun6.StorageError("the store can't be reached") from None
+            prefix, epoch, _ = self._rows[claim.id]
+            self._rows[claim.id] = [prefix, max(epoch, said) + 1, self._name]
+        lease = tun6.Lease(IPv6Network(prefix), max(epoch, said) + 1)
+        self._held[claim.id] = claim, lease
+        yield lease
+        if self._held[claim.id][1] is lease:
+            del self._held[claim.id]
+
+    @contextmanager
+    def _locked(self) -> Iterator[dict[str, list[Any]]]:
+        with locked(self._path) as self._rows:
+            for id_, (prefix, *_) in self._rows.items():
+                self.pool.pin(id_, IPv6Network(prefix))
+            yield self._rows
+
+    def _watch(self) -> None:
+        while True:
+            gevent.sleep(0.02)
+            with suppress(FileNotFoundError), self._locked() as rows:
+                for id_, (claim, lease) in self._held.items():
+                    _, epoch, server = rows[id_]
+                    if epoch > (lease.epoch or 0) and server == self._name:
+                        lease.epoch = epoch
+                        claim.on_epoch(epoch)
+                    elif epoch > (lease.epoch or 0) and not lease.superseded:
+                        lease.superseded = f"{server} has it now"
+                        claim.end(lease.superseded)
+                    elif epoch < (lease.epoch or 0):
+                        rows[id_][1:] = lease.epoch, self._name
+
+
+class SharedPool:
+    """Servers of one pool on one host, each at a port of its own, with a SharedStore that the test sees, too."""
+
+    def __init__(self, tunnel: Tunnel, folder: Path) -> None:
+        self._tunnel, self._folder, self.path = tunnel, folder, folder / "shared.json"
+        self.path.write_text("{}")
+        self._ports = itertools.count(tunnel.port)
+
+    def server(self, *faults: str, **settings: object) -> Program:
+        """The next one. The faults are as those of tun6_with."""
+        lines = [*faults, "import functools, test_tun6", f"tun6.open_store = functools.partial(test_tun6.SharedStore, {str(self.path)!r})"]
+        with tun6_with(self._folder, *lines):
+            return self._tunnel.server("server", listenport=next(self._ports), assignments=None, **settings)
+
+    def peer(self, number: int, id_: str = "a", **hello: object) -> Peer:
+        """A client of the server of this number, whose hello has these fields more; it knows extensions, unless Offload is None."""
+        message = {"Id": id_, "Offload": [], **hello}
+        peer = Peer(self._tunnel.lab, self._tunnel.port + number)
+        self._tunnel._undo.callback(peer.sock.close)
+        peer._header = b"" if message["Offload"] is None else bytes(10)
+        peer.sock.sendall(json.dumps({name: value for name, value in message.items() if value is not None}).encode())
+        return peer
+
+    def row(self, id_: str = "a") -> list[Any]:
+        with locked(self.path) as rows:
+            return list(rows.get(id_, ["", 0, ""]))
+
+    def change(self, id_: str, epoch: int, server: int) -> None:
+        """As if this server had begun another session of the Id."""
+        with locked(self.path) as rows:
+            rows[id_][1:] = epoch, f"server {self._tunnel.port + server}"
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Nobody reaches the store meanwhile."""
+        away = self.path.rename(self._folder / "away.json")
+        yield
+        away.rename(self.path)
+
+
+@pytest.fixture
+def shared(tunnel: Tunnel, tmp_path: Path) -> SharedPool:
+    return SharedPool(tunnel, tmp_path)
+
+
 # ---- kit: peers spoken by hand ---------------------------------------------------------------------------------------
 
 
@@ -1147,12 +1277,13 @@ class ServerByHand(SocketOwner):
             self.sock = socket.create_server((Lab.SERVER, tunnel.port))
         self.sock.settimeout(10)
 
-    def accept(self, offload: list[str] | None) -> socket.socket:
-        """The client's next connection, its hello answered."""
+    def accept(self, offload: list[str] | None, **extensions: object) -> socket.socket:
+        """The client's next connection, its hello kept and answered."""
         sock, _ = self.sock.accept()
         sock.settimeout(10)
-        json.loads(sock.recv(4096))
-        sock.sendall(json.dumps({"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload})}).encode())
+        self.hello: dict[str, Any] = json.loads(sock.recv(4096))
+        answer = {"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload}), **extensions}
+        sock.sendall(json.dumps(answer).encode())
         return sock
 
 
@@ -1451,6 +1582,16 @@ def test_a_hello_without_id_is_refused_and_unknown_fields_are_ignored() -> None:
     with pytest.raises(tun6.ProtocolError, match="Id"):
         tun6.parse_hello({"id": "x"})
     assert tun6.parse_hello({"Id": "x", "Key": "k", "Error": "e"}) == tun6.Hello("x", None, "k")
+
+
+@pytest.mark.parametrize(
+    "value, epoch",
+    [(1, 1), (tun6.EPOCH_MAX, tun6.EPOCH_MAX), *((each, 0) for each in (0, -1, tun6.EPOCH_MAX + 1, 10**400, True, 7.0, "7", [7], None))],
+)
+def test_an_epoch_that_could_be_none_is_ignored_and_each_that_counts_makes_a_metric(value: object, epoch: int) -> None:
+    assert tun6.parse_hello({"Id": "x", "Epoch": value}).epoch == epoch
+    assert tun6.parse_epoch({"Prefix": "2001:db8::/64", "Epoch": value}) == epoch
+    assert 0 < tun6.METRIC_MAX - epoch < tun6.REJECT_BASE
 
 
 @pytest.mark.parametrize(("value", "kinds"), [(None, None), ([], frozenset()), (["tso6"], {"tso6"}), (["tso6", "new"], {"tso6", "new"})])
@@ -2609,7 +2750,7 @@ def test_a_plan_undoes_what_removing_its_device_would_not() -> None:
     stays = [*tun6.pool_plan(POOL, 7), *tun6.address_plan("tun6", subnet(3), 7), *tun6.tunnel_plan("tun6", True, 7)]
     for step in stays:  # the address can change, and the routes go, while the device stays
         assert step.undo == inverse(step.do) != step.do or "flush" in step.do
-    for step in tun6.server_plan("tun6-0", 1500, subnet(3)):
+    for step in tun6.server_plan("tun6-0", 1500, subnet(3), 7):
         assert re.search(r" dev tun6-0( |$)", step.do)  # it goes with the device
 
 
@@ -2617,7 +2758,7 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     def said(plan: list[tun6.Step]) -> str:
         return "; ".join(step.do for step in plan)
 
-    pool, server = said(tun6.pool_plan(POOL, 7)), said(tun6.server_plan("tun6-0", 1400, subnet(3)))
+    pool, server = said(tun6.pool_plan(POOL, 7)), said(tun6.server_plan("tun6-0", 1400, subnet(3), None))
     assert f"unreachable {POOL} " in pool
     listing = pool.replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
     assert tun6.parse_rejects(listing) == [(str(POOL), 7)]
@@ -2625,7 +2766,8 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     assert tun6.parse_rejects(rejects) == [(str(subnet(3)), 7), ("default", 7)]
     rules = said(tun6.reject_plan(subnet(3), 7)).replace("rule add priority ", "").replace("; ", "\n").replace(" from", ": from")
     assert tun6.parse_sources(rules) == [(f"from {subnet(3)}", 7)]
-    assert re.search(r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route replace 2001:db8:1:3::/64 ", server)
+    assert re.search(r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route replace 2001:db8:1:3::/64 dev", server)
+    assert server.endswith(" dev tun6-0 proto 116")
     assert re.search(r"dev tun6 mtu 1280 .*; link set dev tun6 up; ", said(tun6.device_plan("tun6", 1280)))
     assert re.fullmatch(r"route add default dev tun6 table \d+ proto 116", said(tun6.tunnel_plan("tun6", False, 7)))
     assert "not from 2000::/3 lookup " in said(tun6.tunnel_plan("tun6", True, 7))
@@ -3197,6 +3339,457 @@ def test_the_backup_is_what_was_there_before_a_change_of_several_entries_and_a_d
     store.assign("f")
     assert set(saved(Path(f"{path}.bak"))) == {"a", "b", "c", "d", "e"}
     assert stat.S_IMODE(os.stat(f"{path}.bak").st_mode) == stat.S_IMODE(path.stat().st_mode)
+
+
+# ---- cluster rules ---------------------------------------------------------------------------------------------------
+
+
+class Violation(AssertionError):
+    """An invariant of the cluster does not hold."""
+
+
+class LateCommit(NamedTuple):
+    """A transaction whose COMMIT has no answer yet: it keeps its rows locked, and is done or undone later."""
+
+    rows: list[tun6.Row]
+
+
+class SimulatedDatabase:
+    """PostgreSQL as servers see it: rows, locks, notifications to who listens, and snapshots to which a failover goes back."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.rows: dict[str, tun6.Row] = {}
+        self.next = 0  # as the pool's
+        self.late: list[LateCommit] = []
+        self.reachable = True
+        self.timeline = self.accepted = 1
+        self.written_back: dict[str, int] = {}  # timeline, by server
+        self.listeners: list[SimulatedServer] = []
+        self._lost: Any = None  # what a failover goes back to
+        self.now = 0.0
+
+    def changes(self, changes: Sequence[tun6.Change], fate: str = "committed") -> list[tun6.Row | Exception] | None:
+        """Makes changes as Database does. None: they are locked. The fate is "committed", or "late": it is decided later."""
+        self.now += 1
+        if any(row.id == change.id for late in self.late for row in late.rows for change in changes):
+            return None
+        rows, results = dict(self.rows), list[Union[tun6.Row, Exception]]()
+        for change in changes:
+            found = rows.get(change.id)
+            try:
+                results.append(change.decide(found or change.create(self._free()), self.now))
+            except (tun6.Tun6Error, EOFError, KeyError) as error:
+                results.append(error)
+                continue
+            rows[change.id] = cast(tun6.Row, results[-1])
+        changed = [row for row in rows.values() if self.rows.get(row.id) != row]
+        if fate == "late":
+            self.late.append(LateCommit(changed))
+        else:
+            self._write(changed)
+        return results
+
+    def _free(self) -> Iterator[IPv6Network]:
+        if self.accepted != self.timeline:
+            raise tun6.StorageError("commits may be lost")
+        rows = [*self.rows.values(), *(row for late in self.late for row in late.rows)]
+        taken = {prefix for row in rows for prefix in (row.prefix, *row.former)}
+        while subnet(self.next) in taken:
+            self.next += 1
+        self.next += 1
+        yield subnet(self.next - 1)
+
+    def _write(self, rows: Iterable[tun6.Row]) -> None:
+        for row in rows:
+            self.rows[row.id] = row
+            for server in self.listeners:
+                server.notified.append(row.id)
+
+    def end_late(self) -> None:
+        """What was late is done, or undone."""
+        late = self.late.pop(self._rng.randrange(len(self.late)))
+        if self._rng.random() < 0.7:
+            self._write(late.rows)
+
+    def remember(self) -> None:
+        """What the standby has."""
+        self._lost = dict(self.rows), self.next, dict(self.written_back), self.accepted
+
+    def fail_over(self) -> None:
+        """The standby is promoted: what it does not have is lost."""
+        if self._lost:
+            rows, self.next, written_back, self.accepted = self._lost
+            self.rows, self.written_back = dict(rows), dict(written_back)
+        self.late.clear()
+        self.timeline += 1
+        for server in list(self.listeners):
+            server.disconnect()
+
+    def enter(self, server: SimulatedServer) -> list[tun6.Row]:
+        """As Database.enter: writes back what was lost."""
+        known = list(server.view.rows.values())
+        taken: list[tun6.Row] = []
+        if self.written_back.get(server.name) != self.timeline or any(tun6.lost_rows(known, self.rows)):
+            back, taken = tun6.lost_rows(known, self.rows)
+            self._write(back)
+        self.written_back[server.name] = self.timeline
+        if set(self.written_back.values()) == {self.timeline}:
+            self.accepted = self.timeline
+        return taken
+
+
+class SimulatedClient:
+    """A client with one Id: it has one connection at a time, and knows the epoch of its last answer."""
+
+    def __init__(self, id_: str, has_key: bool) -> None:
+        self.id, self.has_key = id_, has_key
+        self.at: tuple[SimulatedServer, int] | None = None  # where it has a session, and its epoch
+        self.asks: Asked | None = None  # at whom it waits for an answer
+        self.epoch = 0
+        self.unanswered = 0  # beginnings that are in the store, or may be, since the last answer after a COMMIT
+
+
+@dataclasses.dataclass(eq=False)
+class Asked:
+    """A client's hello that is not answered yet."""
+
+    client: SimulatedClient
+    begin: tun6.SessionBegin
+    row: tun6.Row  # as the transaction left it
+
+
+class SimulatedServer:
+    """One server: a ClusterView, and the order in which things reach it."""
+
+    def __init__(self, name: str, cluster: SimulatedCluster) -> None:
+        self.name, self._cluster = name, cluster
+        self.view = tun6.ClusterView(name)
+        self.notified: list[str] = []  # Ids of which it will hear
+        self.read: list[tun6.Row] = []  # rows that it has read, and not taken in: in any order
+        self.asked: list[Asked] = []
+        self.is_cut = False
+        self.connected = False
+        self.timeline = 0
+        self.holds: dict[str, tuple[SimulatedClient, int]] = {}  # sessions, with their epochs
+        self._saved: list[tun6.Row] = []  # in the cache
+
+    def disconnect(self) -> None:
+        """The store is down: what it has not answered by now is not known, whatever it answers."""
+        self.connected = False
+        self.notified.clear()
+        self.read.clear()
+        if self in self._cluster.database.listeners:
+            self._cluster.database.listeners.remove(self)
+        asked, self.asked = self.asked, []
+        for each in asked:
+            self.view.give_up(each.begin, each.row)
+            if each.client.asks is each:
+                each.client.asks = None
+                self._hold_from_cache(each.client, each.begin)
+
+    def connect(self) -> None:
+        database = self._cluster.database
+        if self.connected or self.is_cut or not database.reachable:
+            return
+        if database.late and database.written_back.get(self.name) != database.timeline:
+            return  # all rows are locked for it
+        database.listeners.append(self)
+        for row in list(database.rows.values()):
+            self.hear(row)
+        for row in database.enter(self):
+            self._end(row.id, None)
+            self.view.forget(row.id)
+        if self.timeline != database.timeline:
+            self.timeline = database.timeline
+            self.view.unsettle()
+        self.connected = True
+
+    def hear(self, row: tun6.Row) -> None:
+        held, is_new = self.view.held.get(row.id), row.id not in self.view.rows
+        before = held.settled if held else False
+        reason = self.view.hear(row)
+        if is_new:
+            self.save()
+        if reason:
+            self._end(row.id, "newest" if before and "newer" in reason else None)
+
+    def _end(self, id_: str, why: str | None) -> None:
+        """Ends a session. A client that is still there must not lose it to an older one."""
+        if id_ in self.holds:
+            client, _ = self.holds.pop(id_)
+            self.view.release(id_)
+            if client.at and client.at[0] is self:
+                client.at = None
+                strict = client.has_key and not client.asks and (why == "newest" or (why == "settlement" and client.unanswered <= 1))
+                if strict and not self._cluster.lost_commits:
+                    raise Violation(f"{id_} lost its newest session at {self.name}, {why}")
+
+    def leave(self, id_: str) -> None:
+        """The connection of a session has ended."""
+        if id_ in self.holds:
+            self.holds.pop(id_)
+            self.view.release(id_)
+
+    def ask(self, client: SimulatedClient, fate: str, stays: bool) -> None:
+        """A client says hello. It leaves before the transaction if it does not stay."""
+        self.leave(client.id)
+        for asked in [asked for asked in self.asked if asked.client is client]:
+            self.asked.remove(asked)
+            self.view.give_up(asked.begin, asked.row)
+        claim = tun6.Claim(client.id, client.epoch, proved=client.has_key, is_alive=lambda: stays)
+        begin = self.view.begin_change(claim)
+        if self.connected:
+            results = self._cluster.database.changes([begin], fate)
+            result = results[0] if results else None
+            if isinstance(result, tun6.Row) and fate == "committed":
+                client.unanswered += 1
+                asked = Asked(client, begin, result)
+                self.asked.append(asked)
+                client.asks = asked
+                return
+            if isinstance(result, Exception):
+                return  # refused, or it has left
+            if isinstance(result, tun6.Row):
+                client.unanswered += 1
+                self.view.give_up(begin, result)
+            self.disconnect()
+        if stays:
+            self._hold_from_cache(client, begin)
+
+    def _hold_from_cache(self, client: SimulatedClient, begin: tun6.SessionBegin) -> None:
+        row = self.view.begin_alone(begin)
+        if row and not row.revoked:
+            self._hold(client, begin, row, False)
+
+    def finish(self, asked: Asked) -> None:
+        """COMMIT is answered; the client may have left."""
+        self.asked.remove(asked)
+        self.hear(asked.row)
+        self._hold(asked.client, asked.begin, asked.row, True, asked.client.asks is asked)
+
+    def _hold(self, client: SimulatedClient, begin: tun6.SessionBegin, row: tun6.Row, settled: bool, stays: bool = True) -> None:
+        epoch = row.epoch
+        if not self.view.hold(begin, row, settled):
+            client.asks = None if stays else client.asks
+            return
+        self.holds[client.id] = client, epoch
+        if not stays:
+            self.leave(client.id)
+            return
+        if self.view.epoch_of(client.id) > epoch:
+            raise Violation(f"{client.id} is answered at {self.name} with {epoch}, and {self.view.epoch_of(client.id)} was heard")
+        client.at, client.asks = (self, epoch), None
+        if begin.claim.proved and client.epoch >= epoch:
+            raise Violation(f"{client.id} had {client.epoch}, and gets {epoch}")
+        client.epoch = epoch
+        client.unanswered = 0 if settled else client.unanswered
+        self._cluster.answered(client, row.prefix, epoch)
+
+    def pay(self, fate: str) -> None:
+        if not self.connected:
+            return
+        for debt in self.view.debts():
+            results = self._cluster.database.changes([debt], fate)
+            if results is None or fate == "late":
+                self.disconnect()
+                return
+            row = results[0] if isinstance(results[0], tun6.Row) else None
+            if row:
+                self.hear(row)
+            reason = self.view.pay(debt, row)
+            if debt.id in self.holds:
+                self.holds[debt.id] = self.holds[debt.id][0], self.view.held[debt.id].epoch
+            if reason:
+                self._end(debt.id, "settlement" if "newer" in reason else None)
+
+    def restart(self) -> None:
+        """It is killed, and starts from its cache."""
+        for asked in self.asked:
+            asked.client.asks = None if asked.client.asks is asked else asked.client.asks
+        self.asked.clear()
+        self.disconnect()
+        for client, _ in self.holds.values():
+            if client.at and client.at[0] is self:
+                client.at = None
+        self.holds.clear()
+        self.view = tun6.ClusterView(self.name)
+        for row in self._saved:
+            self.view.hear(row)
+        self.view.end_left()
+
+    def save(self) -> None:
+        self._saved = list(self.view.rows.values())
+
+
+class SimulatedCluster:
+    """Servers, a database and clients, whose steps come in an order that a seed decides."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = rng = random.Random(seed)
+        self.database = SimulatedDatabase(rng)
+        self.servers = [SimulatedServer(name, self) for name in "ABC"]
+        self.clients = [SimulatedClient(f"c{number}", rng.random() < 0.7) for number in range(4)]
+        self.lost_commits = False
+        self._owner: dict[IPv6Network, str] = {}  # who was last told of it
+        self._epochs: dict[IPv6Network, int] = {}  # the highest that routers have heard
+        self._pinned: set[tuple[str, IPv6Network]] = set()
+        self.trace: list[str] = []
+        for server in self.servers:
+            server.connect()
+
+    def answered(self, client: SimulatedClient, prefix: IPv6Network, epoch: int) -> None:
+        owner = self._owner.get(prefix, client.id)
+        if owner != client.id:
+            if (client.id, prefix) not in self._pinned:
+                raise Violation(f"{prefix} of {owner} is told to {client.id}")
+            if any(server.view.held[id_].prefix == prefix for server in self.servers for id_ in server.holds if id_ != client.id):
+                raise Violation(f"{prefix} is told to {client.id}, and another one has it still")
+            if epoch <= self._epochs.get(prefix, 0):
+                raise Violation(f"routers have heard {self._epochs[prefix]} of {prefix}, which {client.id} now has with {epoch}")
+        self._owner[prefix] = client.id
+        self._epochs[prefix] = max(self._epochs.get(prefix, 0), epoch)
+
+    def step(self) -> None:
+        """One thing happens."""
+        rng, database = self._rng, self.database
+        server, client = rng.choice(self.servers), rng.choice(self.clients)
+        what = rng.choices(
+            ["ask", "finish", "notify", "take", "pay", "connect", "leave", "cut", "outage", "late", "pin", "revoke", "restart", "save",
+             "remember", "fail over"],
+            [30, 25, 15, 15, 15, 12, 6, 5, 3, 8, 2, 2, 2, 3, 2, 1],
+        )[0]  # fmt: skip
+        self.trace.append(f"{what} {server.name} {client.id}")
+        if what == "ask":
+            self._move(client, server)
+        elif what == "finish" and server.asked:
+            server.finish(rng.choice(server.asked))
+        elif what == "notify" and server.connected:
+            ids, server.notified = set(server.notified) | (set(server.holds) if rng.random() < 0.3 else set()), []
+            server.read += [database.rows[id_] for id_ in sorted(ids) if id_ in database.rows]
+        elif what == "take" and server.read:
+            server.hear(server.read.pop(rng.randrange(len(server.read))))
+        elif what == "pay":
+            server.pay("late" if rng.random() < 0.1 else "committed")
+        elif what == "connect":
+            server.connect()
+        elif what == "leave" and server.holds:
+            self._notice(server, rng.choice(sorted(server.holds)))
+        elif what == "cut":
+            server.is_cut = not server.is_cut
+            if server.is_cut:
+                server.disconnect()
+        elif what == "outage":
+            database.reachable = not database.reachable
+            for each in self.servers if not database.reachable else ():
+                each.disconnect()
+        elif what == "late" and database.late:
+            database.end_late()
+        elif what == "pin" and client.id in database.rows:
+            self._pin(client)
+        elif what == "revoke" and client.id in database.rows and database.reachable:
+            row = database.rows[client.id]
+            database.changes([tun6.KeyChange(client.id, row.key or "", not row.revoked)])
+        elif what == "restart":
+            server.restart()
+        elif what == "save":
+            server.save()
+        elif what == "remember":
+            database.remember()
+        elif what == "fail over":
+            self.lost_commits = True
+            database.fail_over()
+
+    def _move(self, client: SimulatedClient, server: SimulatedServer) -> None:
+        """A client that leaves without a word leaves its session behind, which lives until somebody notices."""
+        rng = self._rng
+        if client.at and rng.random() < 0.5:
+            client.at[0].leave(client.id)
+        client.at = client.asks = None
+        server.ask(client, "late" if rng.random() < 0.15 else "committed", rng.random() < 0.8)
+
+    def _notice(self, server: SimulatedServer, id_: str) -> None:
+        """The connection of a session ends, or turns out to be dead."""
+        client, _ = server.holds[id_]
+        server.leave(id_)
+        if client.at and client.at[0] is server:
+            client.at = None
+
+    def _pin(self, client: SimulatedClient) -> None:
+        database = self.database
+        if not database.reachable or database.late:
+            return
+        taken = {row.prefix for row in database.rows.values()}
+        freed = sorted({prefix for row in database.rows.values() for prefix in row.former if row.id != client.id} - taken)
+        heard = all(server.connected and not (server.notified or server.read or server.asked) for server in self.servers)
+        prefix = self._rng.choice(freed) if freed and heard else subnet(100 + len(self._pinned))
+        if prefix not in taken:
+            epochs = [row.epoch for row in database.rows.values() if row.id != client.id and prefix in row.former]
+            floor = max(epochs) + tun6.FREED_LEAD if epochs else 0
+            self._pinned.add((client.id, prefix))
+            database.changes([tun6.Pin(client.id, prefix, floor)])
+
+    def heal(self) -> None:
+        """All faults end; then there must be one session for each client that is not revoked: the one that it has."""
+        database = self.database
+        database.reachable = True
+        while database.late:
+            database.end_late()
+        for server in self.servers:
+            server.is_cut = False
+        for _ in range(4):
+            for server in self.servers:
+                server.connect()
+            for server in self.servers:
+                while server.asked:
+                    server.finish(server.asked[0])
+                server.pay("committed")
+            for server in self.servers:
+                self._rng.shuffle(server.read)
+                ids = {*server.notified, *server.holds}
+                server.notified.clear()
+                for row in [*server.read, *(database.rows[id_] for id_ in sorted(ids) if id_ in database.rows)]:
+                    server.hear(row)
+                server.read.clear()
+            for client in self.clients:
+                found = database.rows.get(client.id)
+                if not client.at and not (found and found.revoked):
+                    self._rng.choice(self.servers).ask(client, "committed", True)
+        for client in self.clients:
+            self._check(client)
+
+    def _check(self, client: SimulatedClient) -> None:
+        row = self.database.rows.get(client.id)
+        held = [(server, server.holds[client.id][1]) for server in self.servers if client.id in server.holds]
+        if row is None or row.revoked:
+            if held:
+                raise Violation(f"{client.id} may not be served, and is")
+            return
+        if not client.at or [server for server, _ in held] != [client.at[0]]:
+            raise Violation(f"{client.id} is at {client.at and client.at[0].name}, its sessions are at {[each.name for each, _ in held]}")
+        server, epoch = held[0]
+        if (row.server, row.epoch, row.live) != (server.name, epoch, True) or not server.view.held[client.id].settled:
+            raise Violation(f"{client.id} has {epoch} at {server.name}, and the store says {row}")
+        for each in self.servers:
+            if each.view.rows[client.id] != row:
+                raise Violation(f"{each.name} knows {each.view.rows[client.id]}, and the store has {row}")
+
+
+def simulate(seed: int, steps: int = 80) -> None:
+    """One interleaving. Raises Violation, with the steps that led to it."""
+    cluster = SimulatedCluster(seed)
+    try:
+        for _ in range(steps):
+            cluster.step()
+        cluster.trace.append("heal")
+        cluster.heal()
+    except Violation as violation:
+        raise Violation(f"seed {seed}: {violation}; after {', '.join(cluster.trace[-25:])}") from None
+
+
+def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
+    for seed in range(1000):
+        simulate(seed)
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -4381,6 +4974,34 @@ def status_by_hand(clients: int, id_: str = "{:02x}:22:33:44:55:66") -> dict[str
     }  # fmt: skip
 
 
+CLUSTER_BY_HAND: dict[str, Any] = {
+    "store": {"address": "postgresql://db/tun6", "down": None, "seconds": 90, "owed": 3, "unsettled": 1},
+    "servers": [
+        {"name": "a", "address": "192.0.2.1", "here": True, "heard": 0.4, "sessions": 2},
+        {"name": "b", "address": "192.0.2.2", "here": False, "heard": 75.2, "sessions": 1},
+    ],
+}
+
+
+def test_the_status_of_a_cluster_shows_its_store_its_servers_and_who_has_whom() -> None:
+    status = {**status_by_hand(2), **CLUSTER_BY_HAND}
+    assert [status["clients"][0].setdefault("server", "a"), status["clients"][1].setdefault("server", "b")] == ["a", "b"]
+    del status["clients"][1]["session"]
+    status["clients"][1]["since"] = time.time() - 7201
+    lines = tun6.format_status(status, 100)
+    assert lines[2:5] == [
+        "store    postgresql://db/tun6, up for 1m30s; owed: 3 changes, 1 sessions",
+        "         a: 192.0.2.1, 2 connected, this one",
+        "         b: 192.0.2.2, 1 connected, heard 1m15s ago",
+    ]
+    table = [line.split() for line in lines[lines.index("") + 1 :]]
+    assert table[0][:5] == ["id", "prefix", "server", "since", "rcvd/s"]
+    assert table[2][:5] == ["01:22:33:44:55:66", str(subnet(1)), "b", "2h00m", "-"]
+    status["store"] = {**CLUSTER_BY_HAND["store"], "down": "no answer within 2 s"}
+    assert "down for 1m30s: no answer within 2 s; owed" in tun6.format_status(status, 100)[2]
+    assert "down for 1m30s" in tun6.render_page(status, [])
+
+
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_a_status_of_many_clients_fits_the_terminal_a_line_each(width: int) -> None:
     status = status_by_hand(1000, "{:x} has an Id as long as one may be, which is 64 characters, or")
@@ -4602,7 +5223,7 @@ def dashboard_queries() -> list[str]:
 
 def test_the_dashboard_asks_only_for_metrics_that_there_are_and_for_each_of_them() -> None:
     texts = [answer_of(web_of(status), "/metrics")[2] for status in (
-        {**status_by_hand(3), "certificate": {"begins": 1, "expires": 2}}, client_status_by_hand()
+        {**status_by_hand(3), "certificate": {"begins": 1, "expires": 2}, **CLUSTER_BY_HAND}, client_status_by_hand()
     )]  # fmt: skip
     names = {name for text in texts for name, _ in scraped(text)}
     asked = set(re.findall(r"\b(?:tun6|process)_\w+", " ".join(dashboard_queries())))
@@ -4740,6 +5361,25 @@ def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_s
     assert "removed /opt/tun6" not in machine.install("server", "--remove")
     assert "removed /opt/tun6" in machine.install("client", "--remove")
     assert sorted(machine.files()) == ["etc/tun6/config.ini", "var/lib/tun6/server.pem"]
+
+
+def test_install_puts_a_server_of_a_cluster_in_place_without_files_of_assignments(machine: FileRoot) -> None:
+    shutil.copy(Path(tun6.__file__).with_name("config.ini"), machine.here)
+    store = ["--set", "store=postgresql://tun6:secret@db/tun6"]
+    machine.install("server", "--prefix", "2001:db8:7::/48", *store, *EXAMPLE)
+    state = {"cert": "/var/lib/tun6/server.pem", "store_cache": "/var/lib/tun6/store-cache.json"}
+    config = machine.config("server")
+    assert {key: config.get(key) for key in (*state, "assignments", "keys")} == {**state, "assignments": None, "keys": None}
+    files = machine.files()
+    assert files["etc/tun6/config.ini"] == 0o640  # it has the password
+    assert files["var/lib/tun6/server.pem"] == 0o600
+    assert machine.install("server") == []
+    (machine.root / "etc/tun6/old.json").write_text("{}")
+    (complaint,) = machine.install("server", "--set", "assignments=old.json", status=2)
+    assert re.search(
+        "has a store, and beside it assignments = .*old.json; take them into the store with `tun6.py cluster import`", complaint
+    )
+    assert machine.files() == {**files, "etc/tun6/old.json": mock.ANY}
 
 
 def test_install_uses_the_program_and_the_unit_of_debians_package(machine: FileRoot) -> None:
@@ -4925,7 +5565,8 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
         "client_to_client": True, "documentation_addresses": True, "address": None, "fingerprint": (), "hook": None, "ndp": None,
-        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35, "file": path,
+        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35, "store": None, "store_cache": "store-cache.json", "name": "",
+        "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
         "remotehost": (("tun6.example", None),), "remoteport": 10000,
@@ -5516,6 +6157,41 @@ def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel:
         expect_answer(lab, tunnel.pool[1], "Time exceeded")  # without the server, it loops
 
 
+@pytest.mark.parametrize("length", [56, 64])
+@pytest.mark.parametrize("devices", [("newer", "older"), ("older", "newer")])
+def test_of_the_routes_of_two_sessions_the_kernel_takes_the_newer_ones_before_the_pools(
+    lab: Lab, tunnel: Tunnel, devices: tuple[str, str], length: int
+) -> None:
+    def way() -> str:
+        try:
+            return str(re.findall(r"dev (\S+)", lab.ip("server", f"-6 route get {prefix[9]}"))[0])
+        except tun6.KernelError as error:
+            return "rejected" if "No route to host" in str(error) else str(error)
+
+    prefix, epochs = IPv6Network(f"{tunnel.pool[0]}/64"), {"newer": 2, "older": 1}
+    (reject,) = tun6.pool_plan(IPv6Network(f"{tunnel.pool[0]}/{length}"), 1 << 22)  # the largest process id, proc(5)
+    with changed(lab, "server", f"-6 {reject.do}"), ExitStack() as undo:
+        for device in devices:
+            lab.ip("server", f"tuntap add {device} mode tun")
+            undo.callback(lab.ip, "server", f"link del {device}")
+            for step in tun6.server_plan(device, 1500, prefix, tun6.Lease(prefix, epochs[device]).metric):
+                lab.ip("server", f"-6 {step.do}")
+        assert way() == "newer"
+        lab.ip("server", "link set newer down")
+        assert way() == "older"
+        lab.ip("server", "link set older down")
+        assert way() == "rejected"
+
+
+def test_a_client_says_the_last_epoch_that_it_was_told_to_each_server(lab: Lab, tunnel: Tunnel) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        tunnel.client()
+        told: list[tuple[dict[str, object], object]] = [({"Epoch": 7}, None), ({}, 7), ({"Epoch": "x"}, 7), ({"Epoch": 5}, 7), ({}, 5)]
+        for answer, said in told:  # one in no cluster answers none; whoever answers a smaller one knows it better
+            with server.accept([], **answer):
+                assert server.hello.get("Epoch") == said
+
+
 def test_an_address_in_no_lan_of_the_client_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     expect_answer(lab, tunnel.client().prefix()[0xDEAD], "Destination unreachable")
 
@@ -5798,7 +6474,7 @@ def test_a_server_removes_the_route_that_a_killed_one_left_and_not_that_of_one_t
 def test_a_client_started_after_a_killed_one_has_its_prefix_and_removes_its_route(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     def unreachable() -> set[tuple[str, int]]:
         found = json.loads(lab.ip("client", f"-6 -j route show type unreachable proto {tun6.ROUTE_PROTOCOL}"))
-        return {(route["dst"], route["metric"] - tun6.OWNER_BASE) for route in found}
+        return {(route["dst"], route["metric"] - tun6.REJECT_BASE) for route in found}
 
     clients = [tunnel.client()]
     prefix = clients[0].prefix()
@@ -8274,6 +8950,165 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(sit
     site.serve(keys=None)
     client.wait_for("no connection to .* another fingerprint")
     assert "WARNING no connection" in next(line for line in client.log().splitlines() if "another fingerprint" in line)
+
+
+# ---- end to end: several servers -------------------------------------------------------------------------------------
+
+
+def routes_to(lab: Lab, prefix: IPv6Network) -> dict[int, str]:
+    """The devices of the server's routes to this /64, by metric."""
+    return {route["metric"]: route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {prefix} type unicast"))}
+
+
+class StoreByHand:
+    """Stands for tun6.Database: says of the database what the test wants, or raises it."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer, self.closed = answer, False
+
+    def __call__(self, *_: str) -> StoreByHand:
+        return self
+
+    def connect(self) -> None:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+
+    def examine(self) -> object:
+        return self._answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+POOL_ROW = tun6.PoolRow(uuid.UUID(int=1), tun6.SCHEMA_VERSION, POOL, "required", 0, "1", "1")
+
+
+@pytest.mark.parametrize(
+    "answer, finding",
+    [
+        ((POOL_ROW, [], []), "ok postgresql://db/tun6 has the pool .*, and commits wait for a synchronous standby; it answered in"),
+        (tun6.StoreDown("postgresql://db/tun6: refused"), "FAIL postgresql://db/tun6: refused; known Ids are served as each server knows"),
+        ((POOL_ROW._replace(prefix=HOME), [], []), f"FAIL postgresql://db/tun6 has the pool {HOME}, and prefixrange is {POOL}; all"),
+        ((POOL_ROW._replace(keys="optional"), [], []), "FAIL .*the pool's clients have keys, and keys_required is yes here and not there"),
+        ((POOL_ROW._replace(version=0), [], []), "FAIL .*its tables are of version 0, and not 1; `tun6.py cluster upgrade` brings it up"),
+        ((POOL_ROW._replace(keys="none"), [], []), "warn open: .*claim any Id; a pool made without `cluster init --open` closes it"),
+        ((POOL_ROW._replace(current="2"), ["b", "c"], []), "FAIL the store may have lost changes, .* until b, c wrote back theirs; start"),
+        ((POOL_ROW, [], ["disk is slow"]), "warn the database's disk is slow"),
+    ],
+)
+def test_the_doctor_says_how_the_store_of_a_cluster_is(answer: object, finding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StoreByHand(answer)
+    monkeypatch.setattr(tun6, "Database", store)
+    config = tun6.ServerConfig("127.0.0.1", 1, POOL, store="postgresql://tun6:secret@db/tun6", cert="server.pem")
+    doctor = tun6.ServerDoctor(config)
+    found = [f"{each.result} {each.text}" for each in doctor._make("store", doctor._check_store)]
+    tun6.standing_warnings.pop("open", None)
+    assert len(found) == 1 and re.match(finding, found[0]), found
+    assert store.closed and "secret" not in found[0]
+
+
+def test_a_client_that_goes_to_another_server_keeps_its_prefix_and_the_newest_session_wins(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    def only_route(epoch: int) -> bool:
+        return list(routes_to(lab, prefix_of_pool(tunnel, 0))) == [tun6.METRIC_MAX - epoch]
+
+    servers, peers = [shared.server(), shared.server()], [shared.peer(0)]
+    assert peers[0].answer()["Epoch"] == 1
+    for epoch in range(2, 6):
+        old, new = epoch % 2, 1 - epoch % 2
+        peers.append(shared.peer(new))
+        assert peers[-1].answer() == {"Prefix": str(prefix_of_pool(tunnel, 0)), "Offload": mock.ANY, "Dry": True, "Epoch": epoch}
+        peers[-1].echo()
+        assert peers[-2].ended() == "closed"
+        servers[old].wait_for(f"'a' from .*: gone, server {tunnel.port + new} has it now", epoch // 2)
+        wait_until("the route of the older session is gone", functools.partial(only_route, epoch))
+
+
+def test_whom_another_server_has_served_meanwhile_is_not_answered(lab: Lab, tunnel: Tunnel, shared: SharedPool) -> None:
+    slow = "make = tun6.Tun.set_offload; tun6.Tun.set_offload = lambda self, kinds: (tun6.gevent.sleep(1), make(self, kinds))[1]"
+    servers = [shared.server(slow), shared.server()]
+    old = shared.peer(0)
+    wait_until("the first has begun", lambda: shared.row()[1] == 1)
+    new = shared.peer(1).connected()
+    assert old.answer() == {"Error": "busy", "Text": "a newer connection has this Id"}
+    servers[0].wait_for(f"refused, busy: server {tunnel.port + 1} has it now")
+    new.echo()
+    assert list(routes_to(lab, new.prefix)) == [tun6.METRIC_MAX - 2]
+
+
+@pytest.mark.parametrize(
+    "said, took_over, server, times",
+    [
+        (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
+        (6, False, "other", (1.0, 9.0)),  # one that had an older session
+        (7, False, "other", (1.0,)),
+        (7, True, "here", (1.0,)),
+        (6, True, "here", (1.0, 9.0)),
+        (6, False, "here", (1.0,)),  # nobody had it
+    ],
+)
+def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(said: int, took_over: bool, server: str, times: object) -> None:
+    row = tun6.Row("a", subnet(0), epoch=7, server=server, live=True, takeovers=(1.0,))
+    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, took_over=took_over))
+    assert begin.decide(row, 9.0).takeovers == times
+
+
+def test_a_legacy_client_of_a_cluster_is_told_nothing_new(shared: SharedPool) -> None:
+    shared.server()
+    peer = shared.peer(0, Offload=None, Epoch=7)
+    assert list(peer.answer()) == ["Prefix"]
+    peer.echo()
+    assert shared.row()[1] == 1
+
+
+def test_a_clients_epoch_counts_only_when_it_proved_its_key(site: Site, shared: SharedPool, tunnel: Tunnel) -> None:
+    key = site.issue("a")
+    shared.server(cert=site.cert, keys=site.keys, keys_required="no")
+    for id_, epoch in (("a", 801), ("b", 1)):
+        with site.connect() as peer:
+            peer.sock.sendall(json.dumps({"Id": id_, "Offload": [], "Epoch": 800, "Key": key}).encode())
+            assert peer.answer()["Epoch"] == epoch
+
+
+def test_while_the_store_is_down_sessions_go_on_known_clients_are_served_and_new_ones_refused(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    server = shared.server()
+    stays = shared.peer(0, "stays").connected()
+    shared.peer(0).connected().close()
+    with shared.down():
+        peer = shared.peer(0)
+        assert peer.answer()["Epoch"] == 2
+        peer.echo()
+        assert shared.peer(0, "new").answer() == {"Error": "server-error", "Text": "the server can't serve a new client at the moment"}
+        stays.echo()
+    wait_until("the store knows of it", lambda: shared.row()[1] == 2)
+    for each in (stays, peer, shared.peer(0, "new").connected()):
+        each.echo()
+    assert not re.search("stays.*gone", server.log())
+
+
+def test_a_session_whose_epoch_is_raised_has_the_new_metric_without_a_gap_and_without_a_warning(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    server = shared.server()
+    peer = shared.peer(0).connected()
+    peer.echo()
+    with lab.inside("server"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as news:
+        news.bind((0, tun6.DeviceMonitor.GROUPS))
+        shared.change("a", 40, 0)
+        wait_until("the route has its new metric", lambda: list(routes_to(lab, peer.prefix)) == [tun6.METRIC_MAX - 40])
+        kinds = [kind for kind, _ in tun6.split_netlink(news.recv(1 << 16) + news.recv(1 << 16), tun6.DeviceMonitor.MESSAGE_HEADER)]
+    assert kinds == [tun6.DeviceMonitor.NEWROUTE, tun6.DeviceMonitor.DELROUTE]
+    peer.echo()
+    for each, epoch in ((shared.peer(0, "b").connected(), 1), (peer, 40)):
+        device = routes_to(lab, each.prefix)[tun6.METRIC_MAX - epoch]
+        assert f"{device}: somebody" not in server.log()
+        lab.ip("server", f"-6 route del {each.prefix} dev {device}")
+        server.wait_for(f"WARNING TUN device {device}: somebody removed its route; it is back")
+        assert list(routes_to(lab, each.prefix)) == [tun6.METRIC_MAX - epoch]
+        each.echo()
 
 
 # ---- end to end: administration --------------------------------------------------------------------------------------
@@ -11829,7 +12664,7 @@ class Fuzz:
         b'{"Id": "',
         b"",
     )
-    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text")
+    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Epoch")
     VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
     TEXTS = ("", "\0", "\ud800", "x" * 4000, "fe80::/64", "2001:db8::%a\nb/64")
     TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
@@ -11926,8 +12761,9 @@ class Fuzz:
         if self.random.random() < 0.5:
             message[self.random.choice(self.FIELDS)] = self.random.choice(self.VALUES + self.TEXTS)
         try:
-            id_, kinds, key, dry, moved = tun6.parse_hello(message)
+            id_, kinds, key, dry, epoch, moved = tun6.parse_hello(message)
             assert isinstance(dry, bool) and isinstance(moved, bool)
+            assert 0 <= epoch <= tun6.EPOCH_MAX
             assert tun6.is_valid_id(id_)
             assert isinstance(key, str)
             assert kinds is None or all(isinstance(kind, str) for kind in kinds)
@@ -13119,6 +13955,8 @@ def observe(lab: Lab, folder: Path, screenshot: Path) -> list[str]:
         undo.enter_context(repeated(lambda: transfer(lab, "internet", "client", own, down.randint(10**6, 4 * 10**6), 10**6), 1))
         time.sleep(OBSERVED_S)
         for query in dashboard_queries():
+            if "tun6_store" in query or "tun6_server_silent" in query:  # of a cluster
+                continue
             found: list[float] = []
             with suppress(tun6.KernelError, OSError):
                 found = wait_until(query, lambda query=query: figures_of(lab, query))  # type: ignore[misc]
@@ -13729,6 +14567,1131 @@ def packages_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+# ---- cluster ---------------------------------------------------------------------------------------------------------
+
+CLUSTER_PACKAGES = {"bird2": ["bird"], "postgresql": ["postgresql"], "keepalived": ["keepalived"]}  # and their units
+CLUSTER_SERVERS = ("s1", "s2", "s3")
+CLUSTER_RANGE = IPv6Network("2001:db8:1::/48")  # that of contrib/bird.conf
+CLUSTER_UPSTREAMS = ("ibgp", "ebgp", "range")  # our own router; a provider's that takes each prefix; that takes only the range
+CLUSTER_DEAD_AFTER_S = 6  # `dead_after` on both sides, the least
+CLUSTER_PORT = 10_000  # of the servers, and of the echo service on the Internet host
+SETTLED_S = 5.0  # after the last fault is healed and `dead_after` ran out, the least that must be true is true
+TICK_S = 0.02  # between two blocks of a stream: a stall is known to within this
+PG_BIN = "/usr/lib/postgresql"
+UNREACHABLE = "RTNETLINK answers: No route to host"  # what `ip route get` says of a route that rejects
+
+
+def install_cluster_packages() -> None:
+    """Installs with apt-get what the cluster's tests need and is not there. None of it is started, then or at the next boot."""
+    present = subprocess.run(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"], capture_output=True, text=True).stdout
+    missing = [package for package in CLUSTER_PACKAGES if f"{package} installed\n" not in present]
+    if not missing:
+        return
+    print(f"installing {' '.join(missing)}", flush=True)
+    policy, kept = Path("/usr/sbin/policy-rc.d"), Path("/usr/sbin/policy-rc.d.tun6")  # which Debian asks before it starts a service
+    with ExitStack() as undo:
+        if policy.exists() or policy.is_symlink():
+            policy.rename(kept)
+            undo.callback(kept.rename, policy)
+        else:
+            undo.callback(policy.unlink)
+        policy.write_text("#!/bin/sh\nexit 101\n")  # "action forbidden by policy"
+        policy.chmod(0o755)
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in ("apt-get update -q", f"apt-get install -qy --no-install-recommends {' '.join(missing)}"):
+            subprocess.run(command.split(), check=True, env=environment, stdout=subprocess.DEVNULL)
+        if os.path.isdir("/run/systemd/system"):
+            subprocess.run(["systemctl", "disable", "-q", *(unit for package in missing for unit in CLUSTER_PACKAGES[package])], check=True)
+
+
+class ClusterLab(Lab):
+    """A Lab with three servers. All networks but that of internet and router are bridges in the host `switch`, where a cable can be cut.
+
+    internet ----- router ==== wan ==== s1, s2, s3                2001:db8:fffe::/64, where BGP tells the router where a prefix is
+                                        |   |   |
+                         peers =========+===+===+                 fd00:116::/64, the servers' own
+                         store =========+===+===+==== db1, db2    10.5.0.0/24
+                        access =========+===+===+==== nat, hand   10.9.0.0/24
+                                                      |
+                                                      c0, c1 ...  10.8.0.0/16
+    """
+
+    HOSTS = ("internet", "router", *CLUSTER_SERVERS, "switch", "db1", "db2", "nat", "hand")
+    ADDRESSES: ClassVar = {  # by network: those of its hosts
+        "wan": {"router": "2001:db8:fffe::1/64", "s1": "2001:db8:fffe::11/64", "s2": "2001:db8:fffe::12/64", "s3": "2001:db8:fffe::13/64"},
+        "peers": {"s1": "fd00:116::1/64", "s2": "fd00:116::2/64", "s3": "fd00:116::3/64"},
+        "store": {"s1": "10.5.0.1/24", "s2": "10.5.0.2/24", "s3": "10.5.0.3/24", "db1": "10.5.0.11/24", "db2": "10.5.0.12/24"},
+        "access": {"s1": "10.9.0.1/24", "s2": "10.9.0.2/24", "s3": "10.9.0.3/24", "nat": "10.9.0.254/24", "hand": "10.9.0.250/24"},
+    }
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.client_hosts = [f"c{number}" for number in range(size)]
+        self._names.update({host: f"tun6-{os.getpid()}-{host}" for host in self.client_hosts})
+        self._cut: set[tuple[str, str]] = set()  # hosts, and their networks whose cables are cut
+
+    @classmethod
+    def address(cls, network: str, host: str) -> str:
+        return cls.ADDRESSES[network][host].partition("/")[0]
+
+    def batch(self, host: str, *lines: str) -> None:
+        """Runs these commands of `ip`. Raises KernelError."""
+        done = self.run(host, "ip", "-batch", "-", input="\n".join(lines))
+        if done.returncode:
+            raise tun6.KernelError(f"{lines}: {done.stderr.strip()}")
+
+    def cut(self, host: str, *networks: str) -> None:
+        """Takes the other end of its cables off the switch: what it sends is lost, and nothing tells it so."""
+        self.batch("switch", *(f"link set {host}-{network} nomaster" for network in networks))
+        self._cut |= {(host, network) for network in networks}
+
+    def heal(self, host: str, *networks: str) -> None:
+        self.batch("switch", *(f"link set {host}-{network} master {network}" for network in networks))
+        self._cut -= {(host, network) for network in networks}
+
+    def _build(self) -> None:
+        for host in self._names:
+            self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
+            self.ip(host, "link set lo up")
+        for network, ends in self.ADDRESSES.items():
+            self.batch("switch", f"link add {network} address 02:00:00:00:00:01 type bridge mcast_snooping 0", f"link set {network} up")
+            for host, address in ends.items():
+                port = f"{host}-{network}"
+                self.batch(
+                    "switch",
+                    f"link add {port} type veth peer name {network} netns {self._names[host]}",
+                    f"link set {port} master {network} up",
+                )
+                self.batch(host, f"link set {network} up", f"addr add {address} dev {network}{' nodad' if ':' in address else ''}")
+        self.ip("internet", f"link add eth0 type veth peer name world netns {self._names['router']}")
+        self.batch("internet", "link set eth0 up", f"addr add {self.INTERNET}/64 dev eth0 nodad", "route add default via 2001:db8:ffff::1")
+        self.batch("router", "link set world up", "addr add 2001:db8:ffff::1/64 dev world nodad")
+        self.batch("nat", "link add br0 type bridge", "addr add 10.8.0.1/16 dev br0", "link set br0 up")
+        for number, host in enumerate(self.client_hosts):
+            self.batch("nat", f"link add {host} type veth peer name eth0 netns {self._names[host]}", f"link set {host} master br0 up")
+            self.batch(host, "link set eth0 up", f"addr add 10.8.1.{number}/16 dev eth0", "route add default via 10.8.0.1")
+        for host in ("router", *CLUSTER_SERVERS):
+            self.set_sysctl(host, "net.ipv6.conf.all.forwarding", "1")
+        self.set_sysctl("nat", "net.ipv4.ip_forward", "1")
+        nat = "table ip nat { chain out { type nat hook postrouting priority 100; oifname access masquerade; }; }"
+        self._check(["ip", "netns", "exec", self._names["nat"], "nft", nat])
+        wait_until("the router reaches the Internet", lambda: self.pings("router"))
+
+    def session_routes(self, host: str) -> dict[IPv6Network, str]:
+        """The sessions' prefixes in the kernel of a server, and their devices."""
+        routes = json.loads(self.ip(host, f"-6 -j route show type unicast proto {tun6.ROUTE_PROTOCOL}") or "[]")
+        return {IPv6Network(route["dst"]): route["dev"] for route in routes}
+
+    def path(self, host: str, address: IPv6Address) -> list[str]:
+        """The hosts that a packet from this one passes on its way there, and at last a device, or why it ends."""
+        hosts = {address.partition("/")[0]: host for network in ("wan", "peers") for host, address in self.ADDRESSES[network].items()}
+        path = [host]
+        while len(path) < 8:
+            done = self.run(path[-1], "ip", "-6", "-j", "route", "get", str(address))
+            if done.returncode:
+                return [*path, done.stderr.strip()]
+            route = json.loads(done.stdout)[0]
+            if route.get("gateway") not in hosts:
+                return [*path, str(route["dev"])]
+            path.append(hosts[route["gateway"]])
+            if self._cut & {(end, route["dev"]) for end in path[-2:]}:
+                return [*path, f"the cut network {route['dev']}"]
+        return [*path, "a loop"]
+
+
+class Service:
+    """A program on a host of the lab, which is no tun6."""
+
+    def __init__(self, lab: Lab, host: str, log: Path, *command: str) -> None:
+        self.lab, self.host, self._log, self._command = lab, host, log, command
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        with open(self._log, "a") as log:
+            self.process = self.lab.popen(self.host, *self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.process:
+            self.process.send_signal(number)
+            self.process.wait(30)
+            self.process = None
+
+
+class Bird(Service):
+    """BIRD on the router or a server, with the configuration that contrib/ has for it."""
+
+    def __init__(self, lab: ClusterLab, host: str, folder: Path, upstream: str = "ibgp") -> None:
+        self._control = folder / f"{host}.ctl"
+        config, log = folder / f"{host}-bird.conf", folder / f"{host}-bird.log"
+        config.write_text(self.configuration(host, upstream).replace("log syslog all", f'log "{log}" all'))
+        super().__init__(lab, host, log, "bird", "-f", "-c", str(config), "-s", str(self._control))
+
+    @staticmethod
+    def configuration(host: str, upstream: str) -> str:
+        """As contrib/ has it, with this host's addresses; `upstream` is one of CLUSTER_UPSTREAMS."""
+        own = (CLUSTER_SERVERS.index(host) if host != "router" else 0) + 1
+        others = sorted({1, 2, 3} - {own})
+        if host == "router":
+            text = (CHECKOUT / "contrib/bird-router.conf").read_text()
+            provider = {
+                "local ADDRESS as OUR_AS": "local ADDRESS as 65000",
+                "rr client;": "",
+                " || (net ~ RANGE && net.len > RANGE.len)": "",
+            }
+            only_range = {"import where net ~ RANGE": "import where net = RANGE"}
+            changes = {**(provider if upstream != "ibgp" else {}), **(only_range if upstream == "range" else {})}
+        else:
+            text = (CHECKOUT / "contrib/bird.conf").read_text()
+            changes = {"192.0.2.1;": f"192.0.2.{own};", "fffe::11;": f"fffe::1{own};", "INNER = fd00:116::1;": f"INNER = fd00:116::{own};"}
+            for sample, other in zip((2, 3), others):
+                changes[f"server{sample} from server {{ neighbor fd00:116::{sample}"] = (
+                    f"server{other} from server {{ neighbor fd00:116::{other}"
+                )
+            ways = [f"via fd00:116::{other} bfd" for other in others]
+            if upstream != "ibgp":
+                changes["GATEWAY_AS = 65001"] = "GATEWAY_AS = 65000"
+                sample_line = re.findall("(?m)^# (protocol bgp server2b .*)", text)[0]
+                for other in others:
+                    text += sample_line.replace("server2b", f"server{other}b").replace("::12 ", f"::1{other} ") + "\n"
+                    ways.append(f"via 2001:db8:fffe::1{other} bfd")
+            changes["via fd00:116::2 bfd via fd00:116::3 bfd"] = " ".join(ways)
+        for old, new in changes.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        return text
+
+    def ask(self, *words: str) -> str:
+        """What birdc answers; "" when there is no BIRD."""
+        done = self.lab.run(self.host, "birdc", "-r", "-s", str(self._control), *words)
+        return str(done.stdout) if done.returncode == 0 else ""
+
+    def talks(self) -> bool:
+        """Whether it does with all its neighbours."""
+        states = [line.split()[-1] for line in self.ask("show", "protocols").splitlines() if " BGP " in line]
+        return bool(states) and set(states) == {"Established"}
+
+
+class Postgres(Service):
+    """A PostgreSQL in a folder of its own, as the user postgres, which initdb asks for."""
+
+    USER: ClassVar = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
+    SETTINGS = """
+        listen_addresses = '*'
+        max_connections = 200
+        wal_sender_timeout = 5s
+        wal_receiver_timeout = 5s
+        hot_standby = on
+    """
+
+    def __init__(self, lab: ClusterLab, host: str, folder: Path) -> None:
+        self.address, self._data = lab.address("store", host), folder / f"{host}-data"
+        self._sockets = folder / f"{host}-sockets"
+        self._sockets.mkdir()
+        shutil.chown(self._sockets, "postgres", "postgres")
+        self._bin = max(Path(PG_BIN).glob("*/bin"), key=lambda path: int(path.parent.name))
+        super().__init__(
+            lab, host, folder / f"{host}.log", *self.USER, str(self._bin / "postgres"), "-D", str(self._data), "-k", str(self._sockets)
+        )
+
+    def _run(self, program: str, *words: str) -> None:
+        done = self.lab.run(self.host, *self.USER, str(self._bin / program), *words)
+        assert done.returncode == 0, f"{program} {words}: {done.stdout}{done.stderr}"
+
+    def make(self) -> None:
+        """A new one, empty."""
+        self._run("initdb", "-D", str(self._data), "-A", "trust", "-U", "tun6", "--no-sync", "--locale=C.UTF-8")
+        with open(self._data / "postgresql.conf", "a") as config:
+            config.write(self.SETTINGS)
+        with open(self._data / "pg_hba.conf", "a") as access:
+            access.write("host all all 10.5.0.0/24 trust\nhost replication all 10.5.0.0/24 trust\n")
+
+    def follow(self, primary: Postgres) -> None:
+        """Becomes its standby, with all that it has now."""
+        shutil.rmtree(self._data, ignore_errors=True)
+        source = f"host={primary.address} user=tun6 application_name={self.host}"
+        self._run("pg_basebackup", "-D", str(self._data), "-d", source, "-R", "-c", "fast", "--no-sync")
+        self.configure("synchronous_standby_names = ''")  # when it is promoted, it has no standby of its own
+
+    def configure(self, *lines: str) -> None:
+        """Sets what is to be other than in SETTINGS; takes effect at the next start, or `reload`."""
+        with open(self._data / "postgresql.auto.conf", "a") as config:
+            config.write("\n".join(["", *lines, ""]))
+
+    def synchronous_with(self, standby: str) -> None:
+        """Each COMMIT waits from now on for the standby of this name, or with "" for none."""
+        self.query(f"ALTER SYSTEM SET synchronous_standby_names = '{standby}'")
+        self.query("SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        self._run("pg_ctl", "promote", "-D", str(self._data))
+
+    def start(self) -> None:
+        super().start()
+        wait_until(f"PostgreSQL on {self.host} answers", lambda: self.query("SELECT 1") == "1", 30)
+
+    def signal_all(self, number: int) -> None:
+        """To it and all its children."""
+        assert self.process
+        for pid in [self.process.pid, *map(int, processes_of(self.process.pid))]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill_all(self) -> None:
+        """Like a host that loses its power, but for what the kernel has still in memory."""
+        self.signal_all(signal.SIGSTOP)  # so that no child is born meanwhile
+        self.signal_all(signal.SIGKILL)
+        self.kill()
+
+    def query(self, text: str, database: str = "postgres") -> str:
+        """What psql says to this, "" when there is no answer."""
+        words = ("psql", "-h", str(self._sockets), "-U", "tun6", "-d", database, "-Atqc", text)
+        done = self.lab.run(self.host, *self.USER, *words, timeout=20)
+        return str(done.stdout).strip()
+
+    def followed(self) -> bool:
+        """Whether its standby is at work, synchronously."""
+        return self.query("SELECT sync_state FROM pg_stat_replication") == "sync"
+
+
+class ClusterClient:
+    """A tun6 on a host of its own, and its traffic: a TCP stream to the Internet host and back, and packets from there."""
+
+    def __init__(self, lab: ClusterLab, number: int, program: SoakProgram) -> None:
+        self.lab, self.number, self.host, self.program = lab, number, program.host, program
+        self.id = Cluster.client_id(number)
+        self.prefix = program.prefix(seconds=30)
+        self.stream = socket_on(lab, self.host, kind=socket.SOCK_STREAM)
+        self.stream.bind((str(self.prefix[1]), 0))
+        self.stream.settimeout(10)
+        self.stream.connect((Lab.INTERNET, CLUSTER_PORT))
+        self.stream.setblocking(False)
+        with lab.inside(self.host):
+            self.sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(tun6.ETH_P_IPV6))
+        self.sniffer.setblocking(False)
+        self.unanswered = bytearray()  # what was sent and has not come back
+        self.sent = self.answered = 0  # bytes
+        self.last = time.monotonic()  # when something came back
+        self.stall = 0.0  # the longest since `mark`, s
+        self.packets = 0  # that came for its prefix
+
+    def mark(self) -> None:
+        """From now on stalls count."""
+        self.stall, self.last = 0.0, time.monotonic()
+
+    def send(self) -> None:
+        """Sends the next block, unless so many are on their way that TCP has stopped taking them."""
+        if len(self.unanswered) > 1 << 16:
+            return
+        block = os.urandom(64)
+        with suppress(BlockingIOError):
+            sent = self.stream.send(block)
+            self.unanswered += block[:sent]
+            self.sent += sent
+
+    def receive(self) -> None:
+        """Raises AssertionError for a byte that is not what was sent, OSError when the connection has broken."""
+        data = self.stream.recv(1 << 16)
+        assert data, "the stream was ended"
+        assert self.unanswered.startswith(data), f"the stream has other bytes than were sent, after {self.answered}"
+        del self.unanswered[: len(data)]
+        self.answered += len(data)
+        self.stall, self.last = max(self.stall, time.monotonic() - self.last), time.monotonic()
+
+    def sniff(self) -> None:
+        """Raises AssertionError for a packet that is for another's prefix."""
+        packet, (_, _, kind, *_) = self.sniffer.recvfrom(2048)
+        target = IPv6Address(packet[24:40])
+        if kind != socket.PACKET_OUTGOING and target in CLUSTER_RANGE:
+            assert target in self.prefix, f"a packet for {target} came to {self.prefix}"
+            self.packets += 1
+
+    def close(self) -> None:
+        self.stream.close()
+        self.sniffer.close()
+
+
+class ClusterTraffic(SocketOwner):
+    """A thread that moves the traffic of all clients, at both ends, and notes what must not be."""
+
+    def __init__(self, lab: ClusterLab) -> None:
+        with lab.inside("internet"):
+            self.sock = socket.create_server(("::", CLUSTER_PORT), family=socket.AF_INET6)
+            self._probes = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        self.violations: list[str] = []
+        self.late = 0.0  # seconds that this thread was late at most: a stall is known to within this
+        self._poll, self._callbacks = select.epoll(), dict[int, Callable[[], None]]()
+        self._clients: list[ClusterClient] = []
+        self._echoes: list[socket.socket] = []
+        self._watch(self.sock, self._accept)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, client: ClusterClient) -> None:
+        self._watch(client.stream, client.receive)
+        self._watch(client.sniffer, client.sniff)
+        client.mark()
+        self._clients = [*self._clients, client]
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+        for sock in (self.sock, self._probes, *self._echoes):
+            sock.close()
+        for client in self._clients:
+            client.close()
+        self._poll.close()
+
+    def _watch(self, sock: socket.socket, callback: Callable[[], None]) -> None:
+        self._callbacks[sock.fileno()] = callback
+        self._poll.register(sock.fileno(), select.EPOLLIN)
+
+    def _accept(self) -> None:
+        sock, _ = self.sock.accept()
+        self._echoes.append(sock)
+
+        def echo() -> None:
+            data = sock.recv(1 << 16)
+            assert data, "the stream was ended on its way to the Internet"
+            sock.sendall(data)
+
+        self._watch(sock, echo)
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stop.is_set():
+            for number, _ in self._poll.poll(max(0.0, due - time.monotonic())):
+                self._do(number)
+            now = time.monotonic()
+            if now < due:
+                continue
+            self.late, due = max(self.late, now - due), now + TICK_S
+            for client in self._clients:
+                self._send(client)
+
+    def _do(self, number: int) -> None:
+        try:
+            self._callbacks[number]()
+        except (AssertionError, OSError) as error:
+            self.violations.append(f"{error!r}")
+            self._poll.unregister(number)
+
+    def _send(self, client: ClusterClient) -> None:
+        with suppress(OSError):  # the connection has broken, which its receiver says, or there is no route
+            client.send()
+        with suppress(OSError):
+            self._probes.sendto(client.prefix.network_address.packed, (str(client.prefix[1]), 9))
+
+
+class Cluster:
+    """Three servers on one store, the routers, and clients with their traffic; and what must be true of them."""
+
+    EXTRA = 99  # number of a client that is there only sometimes, on the host `hand`
+
+    def __init__(self, folder: Path, size: int, upstream: str = "ibgp") -> None:
+        self.folder, self.lab, self._upstream = folder, ClusterLab(size), upstream
+        self.servers: dict[str, SoakProgram] = {}
+        self.clients: list[ClusterClient] = []
+        self.told: dict[str, IPv6Network] = {}  # the prefix that each Id was told last
+        self.violations: list[str] = []
+        self.notes = defaultdict[str, list[float]](list)
+        self._keys: dict[int, dict[str, object]] = {}  # settings of clients, by number
+        self._dead_after = {"dead_after": CLUSTER_DEAD_AFTER_S} if "dead_after" in tun6.ServerConfig.__dataclass_fields__ else {}
+        self._began, self._undo, self._numbers = time.monotonic(), ExitStack(), itertools.count()
+
+    def __enter__(self) -> Cluster:
+        with ExitStack() as undo:
+            undo.enter_context(self.lab)
+            os.chmod(self.folder, 0o755)  # so that the user postgres gets to its own
+            (self.folder / "pg").mkdir()
+            shutil.chown(self.folder / "pg", "postgres", "postgres")
+            self.birds = {host: Bird(self.lab, host, self.folder, self._upstream) for host in ("router", *CLUSTER_SERVERS)}
+            self.primary, self.standby = (Postgres(self.lab, host, self.folder / "pg") for host in ("db1", "db2"))
+            for service in (*self.birds.values(), self.primary, self.standby):
+                undo.callback(service.kill, signal.SIGQUIT if isinstance(service, Postgres) else signal.SIGKILL)
+            for bird in self.birds.values():
+                bird.start()
+            self.primary.make()
+            self.primary.start()
+            self.primary.query("CREATE DATABASE tun6")
+            self.add_standby()
+            wait_until("the routers talk with each other", self.routers_talk, 30)
+            undo.callback(self._kill)
+            self.traffic = undo.enter_context(ClusterTraffic(self.lab))
+            self._start()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _kill(self) -> None:
+        for program in (*(client.program for client in self.clients), *self.servers.values()):
+            program.kill()
+
+    def _start(self) -> None:
+        fingerprint = make_certificate(self.folder / "server.pem")
+        for host in CLUSTER_SERVERS:
+            settings: dict[str, object] = {
+                "localhost": self.lab.address("access", host),
+                "listenport": CLUSTER_PORT,
+                "prefixrange": CLUSTER_RANGE,
+                "documentation_addresses": "yes",
+                "control": self.folder / f"{host}.sock",
+                "max_clients": 2000,
+                "store": f"postgresql://tun6@{self.primary.address},{self.standby.address}/tun6",
+                "store_cache": f"{host}-cache.json",
+                "name": host,
+                "cert": self.folder / "server.pem",
+                "keys_required": "no",
+                **self._dead_after,
+            }
+            if not self.servers:  # the first makes the pool
+                config = write_ini(self.folder / f"{host}.ini", server=settings)
+                done = self.lab.run(host, sys.executable, TUN6, "cluster", "init", "-c", str(config))
+                assert done.returncode == 0, done.stderr
+            self.servers[host] = SoakProgram(self.lab, host, "server", self.folder, settings)
+        for server in self.servers.values():
+            server.wait_for("serving ")
+        for number in (*range(len(self.lab.client_hosts)), self.EXTRA):
+            added = asked(self.servers["s1"].config, "clients", "add", self.client_id(number))
+            self._keys[number] = {"fingerprint": fingerprint, "key": added["key"]}
+        programs = [self.client(number, host) for number, host in enumerate(self.lab.client_hosts)]
+        for number, program in enumerate(programs):
+            self.clients.append(ClusterClient(self.lab, number, program))
+            self.traffic.add(self.clients[-1])
+
+    @staticmethod
+    def client_id(number: int) -> str:
+        return f"02:00:00:00:00:{number:02x}"
+
+    def start_server(self, host: str) -> None:
+        """Starts one that has ended, and waits until it serves."""
+        server, before = self.servers[host], self.servers[host].log().count("serving ")
+        server.start()
+        server.wait_for("serving ", before + 1, 20)
+
+    @contextmanager
+    def extra_client(self, servers: Sequence[str], number: int = EXTRA) -> Iterator[SoakProgram]:
+        """Meanwhile there is one more client, by its number one with an Id of its own or of another one."""
+        client = self.client(number, "hand", servers)
+        try:
+            yield client
+        finally:
+            client.kill()
+
+    def new_id(self) -> str:
+        return f"new {next(self._numbers)}"
+
+    def note(self, what: str, seconds: float) -> None:
+        """Keeps a time for the report."""
+        self.notes[what].append(seconds)
+        self.say(f"    {what}: {seconds:.1f} s")
+
+    def client(self, number: int, host: str, servers: Sequence[str] = CLUSTER_SERVERS) -> SoakProgram:
+        """A tun6 that has the Id and the key of this number, and knows these servers."""
+        settings: dict[str, object] = {
+            "remotehost": ", ".join(self.lab.address("access", server) for server in servers),
+            "remoteport": CLUSTER_PORT,
+            "id": self.client_id(number),
+            "control": self.folder / f"{host}.sock",
+            **self._keys[number],
+            **self._dead_after,
+        }
+        return SoakProgram(self.lab, host, "client", self.folder, settings)
+
+    def add_standby(self) -> None:
+        """Makes the standby anew from the primary, for which each COMMIT waits from then on."""
+        self.standby.follow(self.primary)
+        self.standby.start()
+        self.primary.synchronous_with(self.standby.host)
+        wait_until("the standby is synchronous", self.primary.followed, 20)
+
+    def routers_talk(self) -> bool:
+        return all(bird.talks() for bird in self.birds.values())
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began:7.1f} s  {text}", flush=True)
+
+    # what must be true
+
+    def violated(self, what: str) -> None:
+        self.violations.append(what)
+        self.say(f"VIOLATION {what}")
+
+    def tell(self, id_: str, prefix: IPv6Network) -> None:
+        """An Id was told its prefix: the same as ever, and nobody else's."""
+        if self.told.setdefault(id_, prefix) != prefix:
+            self.violated(f"{id_} was told {prefix}, and {self.told[id_]} before")
+        if others := [other for other, its in self.told.items() if its == prefix and other != id_]:
+            self.violated(f"{id_} was told {prefix}, as {others}")
+
+    def routes(self) -> dict[IPv6Network, dict[str, str]]:
+        """The servers whose kernels have a route of a session to each prefix, and its device there."""
+        found = defaultdict[IPv6Network, dict[str, str]](dict)
+        for host in CLUSTER_SERVERS:
+            for prefix, device in self.lab.session_routes(host).items():
+                found[prefix][host] = device
+        return found
+
+    def server_of(self, client: ClusterClient) -> str:
+        """The one that has its session; "" for none, or several."""
+        hosts = [*self.routes()[client.prefix]]
+        return hosts[0] if len(hosts) == 1 else ""
+
+    def misroutes(self, prefixes: Iterable[IPv6Network] = ()) -> list[str]:
+        """What is not as it must be of these, or all clients' prefixes: one kernel has a session's route, and every path ends there."""
+        routes, wrong = self.routes(), []
+        for prefix in prefixes or [client.prefix for client in self.clients]:
+            ends = [[host, device] for host, device in routes[prefix].items()]
+            paths = [self.lab.path(host, prefix[1]) for host in ("router", *CLUSTER_SERVERS)] if len(ends) == 1 else []
+            if len(ends) != 1 or any(path[-2:] != ends[0] for path in paths):
+                wrong.append(f"{prefix} has the routes {ends} and the paths {paths}")
+        return wrong
+
+    def settle(self) -> float:
+        """The last fault is healed: gives the seconds until all is as it must be. What is not within the time for it is a violation."""
+        began, answered = time.monotonic(), [client.answered for client in self.clients]
+        late = began + CLUSTER_DEAD_AFTER_S + SETTLED_S
+
+        def wrong() -> list[str]:
+            stopped = [client.host for client, before in zip(self.clients, answered) if client.answered == before]
+            return [*self.misroutes(), *(f"the stream of {host} does not go on" for host in stopped)]
+
+        while (found := wrong()) and time.monotonic() < late:
+            time.sleep(0.2)
+        took = time.monotonic() - began
+        for what in found:
+            self.violated(what)
+        for client in self.clients:
+            for prefix in re.findall(r": has (\S+) on", client.program.log()):
+                self.tell(client.id, IPv6Network(prefix))
+        for program in (*self.servers.values(), *(client.program for client in self.clients)):
+            for line in re.findall(".*(?:Traceback|internal error).*", program.new_lines()):
+                self.violated(f"in the log of {program.host}: {line}")
+        while self.traffic.violations:
+            self.violated(self.traffic.violations.pop())
+        return took
+
+
+class Hand:
+    """A client by hand, which is many: it says its Id to one server after the other, and holds the session that it gets."""
+
+    def __init__(self, cluster: Cluster, id_: str, servers: Sequence[str]) -> None:
+        self.id, self._cluster, self.servers = id_, cluster, list(servers)
+        self.prefix: IPv6Network | None = None
+        self.answer: dict[str, Any] = {}
+        self.answers = 0  # that gave it its prefix
+        self.reached = 0.0  # when the last packet for its prefix came, by time.monotonic()
+        self._greenlet = gevent.spawn(self._run)
+
+    def _run(self) -> None:
+        while True:
+            with self._cluster.lab.inside("hand"):
+                sock = gevent.socket.socket()
+            with sock, suppress(OSError, EOFError):
+                self._live(sock)
+            self.servers.append(self.servers.pop(0))
+            gevent.sleep(random.uniform(0, 0.3))
+
+    def _live(self, sock: Any) -> None:
+        with gevent.Timeout(15, EOFError):
+            sock.connect((self._cluster.lab.address("access", self.servers[0]), CLUSTER_PORT))
+            sock.sendall(json.dumps({"Id": self.id, "Offload": []}).encode())
+            data = b""
+            while b"}" not in data:
+                data += self._more(sock)
+        text, _, data = data.partition(b"}")
+        self.answer = json.loads(text + b"}")
+        if "Prefix" not in self.answer:
+            raise EOFError
+        self.prefix = IPv6Network(self.answer["Prefix"])
+        self._cluster.tell(self.id, self.prefix)
+        self.answers += 1
+        while True:
+            while frame := first_frame(data, 10):
+                data = data[len(frame) :]
+                target = IPv6Address(frame[34:50])
+                if target not in self.prefix:
+                    self._cluster.violated(f"a packet for {target} came to {self.id}, which has {self.prefix}")
+                self.reached = time.monotonic()
+            data += self._more(sock)
+
+    @staticmethod
+    def _more(sock: Any) -> bytes:
+        data = sock.recv(4096)
+        if not data:
+            raise EOFError
+        return cast(bytes, data)
+
+    def close(self) -> None:
+        self._greenlet.kill()
+
+
+@contextmanager
+def hands(cluster: Cluster, wanted: Mapping[str, Sequence[str]]) -> Iterator[list[Hand]]:
+    """Meanwhile these Ids connect, each to the first of its servers that takes it."""
+    crowd = [Hand(cluster, id_, servers) for id_, servers in wanted.items()]
+    try:
+        yield crowd
+    finally:
+        for hand in crowd:
+            hand.close()
+
+
+Outage = Callable[[Cluster], AbstractContextManager[None]]
+
+
+def restart_killed(cluster: Cluster, victim: str) -> None:
+    """Its clients go to the others; some seconds later it is back."""
+    cluster.servers[victim].end(signal.SIGKILL)
+    gevent.sleep(3)
+    cluster.start_server(victim)
+
+
+def end_and_start(cluster: Cluster, victim: str) -> None:
+    cluster.servers[victim].end(signal.SIGTERM)
+    gevent.sleep(1)
+    cluster.start_server(victim)
+
+
+def pause_server(cluster: Cluster, victim: str, seconds: float) -> None:
+    """Its kernel acknowledges what clients send, and its routes stay, until it wakes up as the loser."""
+    with paused(cluster.servers[victim]):
+        gevent.sleep(seconds)
+
+
+def drain_server(cluster: Cluster, victim: str) -> None:
+    config = cluster.servers[victim].config
+    assert run_tun6("drain", "-c", str(config), "--minutes", "0.1").returncode == 0
+    assert becomes_true(lambda: not cluster.lab.session_routes(victim), 12), "sessions are left on a server that drains"
+    assert run_tun6("drain", "-c", str(config), "--stop").returncode == 0
+
+
+def cut_server(cluster: Cluster, victim: str, *networks: str) -> None:
+    """These networks of a server, without a word to anybody, for twice as long as it takes to notice."""
+    cluster.lab.cut(victim, *networks)
+    gevent.sleep(2 * CLUSTER_DEAD_AFTER_S)
+    cluster.lab.heal(victim, *networks)
+
+
+def restart_bird(cluster: Cluster, victim: str, seconds: float) -> None:
+    """It is killed, and started again so many seconds later."""
+    cluster.birds[victim].kill()
+    gevent.sleep(seconds)
+    cluster.birds[victim].start()
+    wait_until("the routers talk with each other again", cluster.routers_talk, 30)
+
+
+@contextmanager
+def store_stopped(cluster: Cluster) -> Iterator[None]:
+    cluster.primary.kill(signal.SIGINT)  # "fast": ends all sessions
+    yield
+    cluster.primary.start()
+
+
+@contextmanager
+def store_killed(cluster: Cluster) -> Iterator[None]:
+    cluster.primary.kill_all()
+    yield
+    cluster.primary.start()
+
+
+@contextmanager
+def store_hung(cluster: Cluster) -> Iterator[None]:
+    """Its kernel takes what is sent, and nothing answers."""
+    cluster.primary.signal_all(signal.SIGSTOP)
+    yield
+    cluster.primary.signal_all(signal.SIGCONT)
+
+
+@contextmanager
+def store_slow(cluster: Cluster) -> Iterator[None]:
+    """Each statement that writes to the table of clients takes 2 s."""
+    cluster.primary.query(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(2); RETURN NULL; END'", "tun6"
+    )
+    cluster.primary.query("CREATE TRIGGER slow BEFORE INSERT OR UPDATE ON client FOR EACH STATEMENT EXECUTE FUNCTION slow()", "tun6")
+    assert cluster.primary.query("SELECT count(*) FROM pg_trigger WHERE tgname = 'slow'", "tun6") == "1"
+    yield
+    cluster.primary.query("DROP FUNCTION slow CASCADE", "tun6")
+    assert cluster.primary.query("SELECT count(*) FROM pg_trigger WHERE tgname = 'slow'", "tun6") == "0"
+
+
+@contextmanager
+def standby_stopped(cluster: Cluster) -> Iterator[None]:
+    """No COMMIT ends: each waits for the standby."""
+    cluster.standby.kill(signal.SIGINT)
+    yield
+    cluster.standby.start()
+    wait_until("the standby is synchronous again", cluster.primary.followed, 30)
+
+
+@contextmanager
+def store_failed_over(cluster: Cluster) -> Iterator[None]:
+    """The primary is killed and the standby promoted, which gets a standby later."""
+    cluster.primary.kill_all()
+    cluster.lab.heal(cluster.standby.host, "store")
+    cluster.standby.promote()
+    cluster.primary, cluster.standby = cluster.standby, cluster.primary
+    yield
+    cluster.add_standby()
+
+
+def disturb_store(cluster: Cluster, _: str, outage: Outage) -> None:
+    with outage(cluster):
+        gevent.sleep(8)
+
+
+def move_meanwhile(cluster: Cluster, victim: str, outage: Outage) -> None:
+    """The store does not answer as it should when the server is killed."""
+    with outage(cluster):
+        gevent.sleep(1)
+        restart_killed(cluster, victim)
+        gevent.sleep(4)
+
+
+def lose_commits(cluster: Cluster, victim: str) -> None:
+    """The standby that is promoted was cut off before Ids were new. No Id is new until all have written back what they know."""
+    cluster.primary.synchronous_with("")
+    cluster.lab.cut(cluster.standby.host, "store")
+    with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS for _ in range(5)}) as crowd:
+        assert becomes_true(lambda: all(hand.answers for hand in crowd), 15), "new Ids are not served"
+        with store_failed_over(cluster):
+            with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS for _ in range(5)}) as newcomers:
+                served = becomes_true(lambda: all(hand.answers for hand in newcomers), 40)
+                assert served, f"new Ids are not served after commits were lost: {newcomers[0].answer}"
+            restart_killed(cluster, victim)
+            served = becomes_true(lambda: all(hand.answers > (hand.servers[0] == victim) for hand in crowd), 15)
+            assert served, "Ids whose commits were lost are not served"
+
+
+def revoke_in_an_outage(cluster: Cluster, victim: str) -> None:
+    """A server cut off from the store serves a revoked Id until it is healed, and then within a second no longer."""
+    other = cluster.servers[next(host for host in CLUSTER_SERVERS if host != victim)]
+    with cluster.extra_client([victim, other.host]) as client:
+        held = client.prefix()
+        cluster.lab.cut(victim, "store")
+        gevent.sleep(1)
+        asked(other.config, "clients", "revoke", cluster.client_id(cluster.EXTRA))
+        gevent.sleep(3)
+        assert [*cluster.routes()[held]] == [victim], "a server cut off from the store does not go on as before"
+        cluster.lab.heal(victim, "store")
+        assert becomes_true(lambda: not cluster.routes()[held], 15), "a revoked Id is served"
+        gevent.sleep(3)
+        assert not cluster.routes()[held], "a revoked Id is served again"
+        asked(other.config, "clients", "restore", cluster.client_id(cluster.EXTRA))
+        assert becomes_true(lambda: len(cluster.routes()[held]) == 1, 60), "a restored Id is not served"
+
+
+def move_on_both_sides(cluster: Cluster, victim: str) -> None:
+    """A server is cut off from the others and the store, and a client comes to it and to another one in turn."""
+    other = next(host for host in CLUSTER_SERVERS if host != victim)
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+    cluster.lab.cut(victim, "store", "peers")
+    for server in (other, victim) * 3:
+        with cluster.extra_client([server]) as client:
+            assert client.prefix(seconds=15) == held, "another prefix on the other side of a cut"
+    with cluster.extra_client([victim]) as client:
+        client.prefix(seconds=15)
+        cluster.lab.heal(victim, "store", "peers")
+        wait_until("the routers talk with each other again", cluster.routers_talk, 30)
+        alone = becomes_true(lambda: not cluster.misroutes([held]), CLUSTER_DEAD_AFTER_S + SETTLED_S)
+        assert alone, f"after both sides of a cut had it: {cluster.misroutes([held])}"
+
+
+def use_an_id_twice(cluster: Cluster, victim: str) -> None:
+    """Two machines with one Id, and one key: they take it from each other, and are slowed down wherever they connect."""
+    client = next(client for client in cluster.clients if cluster.server_of(client) == victim)
+    seconds, before = 30, client.program.log().count(": has ")
+    with cluster.extra_client(CLUSTER_SERVERS, client.number) as second:
+        gevent.sleep(seconds)
+        takeovers = client.program.log().count(": has ") - before + second.log().count(": has ")
+    most = tun6.CONTENTION_TAKEOVERS + seconds / tun6.CONTENTION_PAUSE_S + 3
+    assert takeovers <= most, f"two machines with one Id took it from each other {takeovers} times in {seconds} s"
+
+
+def pin_a_freed_prefix(cluster: Cluster, victim: str) -> None:
+    """Only `pin` gives it again, when all servers know that it is free; so not while one is stopped that may still have its route."""
+    other = next(host for host in CLUSTER_SERVERS if host != victim)
+    config = str(cluster.servers[other].config)
+    first, second, newcomer = (cluster.new_id() for _ in range(3))
+    with hands(cluster, {first: [victim], second: [other]}) as crowd:
+        assert becomes_true(lambda: all(hand.answers for hand in crowd), 15), "new Ids are not served"
+        freed, spare = cluster.told.pop(first), CLUSTER_RANGE[0xF000 << 64]
+        with paused(cluster.servers[victim]):
+            asked(Path(config), "clients", "pin", first, f"{spare}/64")
+            with hands(cluster, {newcomer: [other]}) as new:
+                assert becomes_true(lambda: bool(new[0].answers), 15), "a new Id is not served"
+            done = run_tun6("clients", "-c", config, "pin", second, str(freed))
+            assert done.returncode == 2 and freed in map(IPv6Network, re.findall(r"[0-9a-f:]+/64", done.stderr)), done.stderr
+        cluster.told.pop(second)
+        pinned = becomes_true(lambda: run_tun6("clients", "-c", config, "pin", second, str(freed)).returncode == 0, 40)
+        assert pinned, run_tun6("clients", "-c", config, "pin", second, str(freed)).stderr
+        assert becomes_true(lambda: crowd[1].prefix == freed, 15), "a pinned prefix is not told"
+        assert becomes_true(lambda: not cluster.misroutes([freed]), 15), cluster.misroutes([freed])
+
+
+def connect_new_ids(cluster: Cluster, _: str) -> None:
+    """500 at once on each of two servers."""
+    began = time.monotonic()
+    with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS[:2] for _ in range(500)}) as crowd:
+        served = becomes_true(lambda: all(hand.answers for hand in crowd), 60)
+        unserved = [hand.answer for hand in crowd if not hand.answers]
+        assert served, f"{len(unserved)} of 1,000 new Ids are not served: {unserved[:1]}"
+        cluster.note("1,000 new Ids served", time.monotonic() - began)
+
+
+def move_a_thousand(cluster: Cluster, victim: str) -> None:
+    """1,000 clients of a server that is killed: each has packets from the Internet again."""
+    others = [host for host in CLUSTER_SERVERS if host != victim]
+    wanted = {f"many {number}": [victim, *random.sample(others, 2)] for number in range(1000)}
+
+    def reached(since: float) -> bool:
+        with socket_on(cluster.lab, "internet") as probes:
+            for hand in crowd:
+                if hand.prefix and hand.reached < since:
+                    probes.sendto(b"", (str(hand.prefix[1]), 9))
+        gevent.sleep(0.3)
+        return all(hand.reached >= since for hand in crowd)
+
+    with hands(cluster, wanted) as crowd:
+        assert becomes_true(lambda: reached(1), 90), "not all of 1,000 clients are served"
+        began = time.monotonic()
+        cluster.servers[victim].end(signal.SIGKILL)
+        moved = becomes_true(lambda: reached(began), 60)
+        cluster.note("1,000 clients moved", max(hand.reached for hand in crowd) - began)
+        assert moved, f"{sum(hand.reached < began for hand in crowd)} of 1,000 clients are not served by another server"
+    cluster.start_server(victim)
+
+
+def set_clock(cluster: Cluster, victim: str) -> None:
+    """The clock of one server, as Python has it, jumps by an hour; clients come to it and leave it."""
+    jump = cluster.folder / "clock"
+    lines = ("now = time.time", f"time.time = lambda: now() + 3600 * os.path.exists({str(jump)!r})")
+    cluster.servers[victim].end(signal.SIGTERM)
+    with tun6_with(cluster.folder, *lines):
+        cluster.start_server(victim)
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+        jump.touch()
+        gevent.sleep(5)
+        for host in CLUSTER_SERVERS:
+            if host != victim:
+                restart_killed(cluster, host)
+        alone = becomes_true(lambda: not cluster.misroutes([held]), 10)
+        assert alone, f"one server's clock is an hour ahead: {cluster.misroutes([held])}"
+    cluster.servers[victim].end(signal.SIGTERM)
+    jump.unlink()
+    cluster.start_server(victim)
+
+
+def check_routes(upstream: str) -> None:
+    """contrib/bird.conf with routes made by hand: the newest epoch wins, and no server is a black hole whatever link is cut."""
+    prefix = next(CLUSTER_RANGE.subnets(new_prefix=64))
+    told = upstream != "range"  # whether the router hears of each prefix
+    lab = ClusterLab(0)
+    with tempfile.TemporaryDirectory() as name, lab, ExitStack() as undo:
+
+        def route(host: str, epoch: int) -> str:
+            return f"-6 route add {prefix} dev session proto {tun6.ROUTE_PROTOCOL} metric {tun6.METRIC_MAX - epoch}"
+
+        def leads(to: str, *hosts: str) -> bool:
+            return all(lab.path(host, prefix[1])[-2:] == [to, "session"] for host in hosts)
+
+        def expect(what: str, condition: Callable[[], bool]) -> None:
+            began = time.monotonic()
+            wait_until(what, condition, 15)
+            print(f"    {time.monotonic() - began:4.1f} s  {upstream}: {what}", flush=True)
+
+        birds = [Bird(lab, host, Path(name), upstream) for host in ("router", *CLUSTER_SERVERS)]
+        for bird in birds:
+            undo.callback(bird.kill)
+            bird.start()
+        wait_until("the routers talk with each other", lambda: all(bird.talks() for bird in birds), 30)
+        for host in CLUSTER_SERVERS:
+            lab.ip(host, "tuntap add session mode tun")
+            lab.ip(host, "link set session up")
+        every = ("router", *CLUSTER_SERVERS)
+        lab.ip("s1", route("s1", 5))
+        expect("the route of epoch 5 on s1 is known everywhere", lambda: leads("s1", *every))
+        lab.ip("s2", route("s2", 6))
+        if told:
+            expect("that of epoch 6 on s2 wins at the router and at s3, while s1 still has its own", lambda: leads("s2", "router", "s3"))
+        lab.ip("s1", route("s1", 5).replace("add", "del"))
+        expect("s1, which has none any more, finds that of s2", lambda: leads("s2", *every))
+        lab.cut("s2", "wan")
+        expect(
+            "the link from s2 to the router is cut: all lead there through another server",
+            lambda: leads("s2", *every) and "s2" not in lab.path("router", prefix[1])[1:2],
+        )
+        expect("and so does the way from s2 to the Internet", lambda: lab.path("s2", IPv6Address(Lab.INTERNET))[-2:] == ["router", "world"])
+        lab.heal("s2", "wan")
+        wait_until("all is as before", lambda: all(bird.talks() for bird in birds), 30)
+        lab.cut("s2", "peers")
+        expect("the link from s2 to the other servers is cut", lambda: leads("s2", *every))
+        lab.heal("s2", "peers")
+        wait_until("all is as before", lambda: all(bird.talks() for bird in birds), 30)
+        birds[2].kill()
+        lab.ip("s2", route("s2", 6).replace("add", "del"))
+        lab.ip("s3", route("s3", 7))
+        expect("BIRD on s2 is killed, and the prefix is at s3", lambda: leads("s3", "router", "s1", "s3"))
+        lab.cut("s1", "wan", "peers")
+        expect("s1 is cut off, too: the router finds s3, which is alone", lambda: leads("s3", "router"))
+        expect(
+            "and packets for no session's prefix end there",
+            lambda: lab.path("router", CLUSTER_RANGE[1 << 70]) == ["router", "s3", UNREACHABLE],
+        )
+
+
+def administer_anywhere(cluster: Cluster, victim: str) -> None:
+    """What the operator does on one server holds on all; and on the store itself, while the server does not run."""
+    other, third = (cluster.servers[host].config for host in ("s2", "s3"))
+    id_ = cluster.client_id(cluster.EXTRA)
+
+    with cluster.extra_client(["s1"]) as client:
+        held = client.prefix()
+        found = next(each for each in asked(other, "clients", "list") if each["id"] == id_)
+        assert (found["server"], found["connected"], found["prefix"]) == ("s1", True, str(held)), found
+        status = asked(third, "status")
+        assert [(each["name"], each["here"]) for each in status["servers"]] == [("s1", False), ("s2", False), ("s3", True)], status
+        assert status["store"]["down"] is None
+        here = {host: asked(cluster.servers[host].config, "status", "--here")["clients"] for host in CLUSTER_SERVERS}
+        assert [host for host, clients in here.items() if any(each["id"] == id_ for each in clients)] == ["s1"]
+        assert any(each["id"] == id_ and each["server"] == "s1" for each in status["clients"])
+        before = cluster.servers["s1"].log().count("gone, it was revoked")
+        asked(third, "clients", "revoke", id_)
+        began = time.monotonic()
+        cluster.servers["s1"].wait_for("gone, it was revoked", before + 1, 5)
+        cluster.note("a session ended after its Id was revoked on another server", time.monotonic() - began)
+        client.wait_for("no connection to .*: revoked")
+        asked(other, "clients", "restore", id_)
+    with cluster.extra_client(["s2"]) as client:
+        assert client.prefix() == held
+
+    def on_victim(*words: str) -> Any:
+        done = cluster.lab.run(victim, sys.executable, TUN6, *words, "-c", str(cluster.servers[victim].config), "--json")
+        assert done.returncode == 0 or words[0] == "doctor", done.stderr
+        return json.loads(done.stdout)
+
+    (store,) = (each for each in on_victim("doctor", "server")["server"] if each["check"] == "store")
+    assert re.match("ok .* commits wait for a synchronous standby", f"{store['result']} {store['text']}"), store
+    cluster.servers[victim].end(signal.SIGTERM)
+    new = cluster.new_id()
+    added = on_victim("clients", "add", new)
+    assert {each["id"]: each["prefix"] for each in on_victim("clients", "list")}[new] == added["prefix"]
+    cluster.start_server(victim)
+    for host in CLUSTER_SERVERS:
+        known = {each["id"]: each["prefix"] for each in asked(cluster.servers[host].config, "clients", "list")}
+        assert known[new] == added["prefix"], host
+
+
+class ClusterFault(NamedTuple):
+    name: str
+    inject: Callable[..., None]
+    arguments: tuple[object, ...] = ()
+    whom: str = "the server's"  # clients whose traffic it may stall; or "all", "none" where it is not to be judged
+    quick: bool = False  # is among those of --quick
+
+
+CLUSTER_FAULTS = (
+    ClusterFault("server killed (kill -9)", restart_killed, quick=True),
+    ClusterFault("server ended (SIGTERM)", end_and_start),
+    ClusterFault("server drained", drain_server, quick=True),
+    ClusterFault("server stopped (SIGSTOP) for 3 s", pause_server, (3,)),
+    ClusterFault("server stopped (SIGSTOP) for 15 s", pause_server, (15,), quick=True),
+    ClusterFault("host dead: all its links cut", cut_server, ("wan", "peers", "store", "access"), quick=True),
+    ClusterFault("link to the clients cut", cut_server, ("access",)),
+    ClusterFault("link to the router cut", cut_server, ("wan",), quick=True),
+    ClusterFault("link to the other servers cut", cut_server, ("peers",)),
+    ClusterFault("link to the store cut", cut_server, ("store",)),
+    ClusterFault("BIRD killed, back after 0.2 s", restart_bird, (0.2,)),
+    ClusterFault("BIRD killed, back after 10 s", restart_bird, (10,)),
+    ClusterFault("PostgreSQL stopped", disturb_store, (store_stopped,)),
+    ClusterFault("PostgreSQL killed", disturb_store, (store_killed,)),
+    ClusterFault("PostgreSQL killed, then a server", move_meanwhile, (store_killed,), quick=True),
+    ClusterFault("PostgreSQL hangs, then a server is killed", move_meanwhile, (store_hung,)),
+    ClusterFault("PostgreSQL takes 2 s a statement, then a server is killed", move_meanwhile, (store_slow,)),
+    ClusterFault("its standby stopped, then a server killed", move_meanwhile, (standby_stopped,)),
+    ClusterFault("PostgreSQL failed over", disturb_store, (store_failed_over,)),
+    ClusterFault("PostgreSQL failed over, then a server killed", move_meanwhile, (store_failed_over,), quick=True),
+    ClusterFault("PostgreSQL failed over, commits lost, then a server killed", lose_commits),
+    ClusterFault("an Id revoked while its server can't reach the store", revoke_in_an_outage),
+    ClusterFault("a client on both sides of a cut in turn", move_on_both_sides),
+    ClusterFault("an Id on two machines", use_an_id_twice, whom="none"),
+    ClusterFault("a freed /64 pinned to another Id", pin_a_freed_prefix),
+    ClusterFault("500 new Ids at once on each of two servers", connect_new_ids, whom="all"),
+    ClusterFault("1,000 clients moved at once", move_a_thousand, whom="all"),
+    ClusterFault("clock of a server set one hour ahead", set_clock, whom="all"),
+    ClusterFault("administered on any server", administer_anywhere, quick=True),
+)
+
+
+def run_fault(cluster: Cluster, fault: ClusterFault) -> list[float]:
+    """Makes one and waits until all is as it must be. Gives the longest stall of each stream that it may have stalled, s."""
+    client = random.choice(cluster.clients)
+    assert becomes_true(lambda: cluster.server_of(client), 30), f"{client.host} has no server"
+    victim = cluster.server_of(client)
+    affected = [each for each in cluster.clients if fault.whom == "all" or (fault.whom != "none" and cluster.server_of(each) == victim)]
+    cluster.say(f"{fault.name}: {victim} with {len(affected)} of {len(cluster.clients)} clients")
+    for each in cluster.clients:
+        each.mark()
+    try:
+        fault.inject(cluster, victim, *fault.arguments)
+    except (AssertionError, tun6.KernelError) as error:
+        cluster.violated(f"{fault.name}: {error}")
+    took = cluster.settle()
+    stalls = [each.stall for each in affected]
+    cluster.say(f"    stalls {' '.join(f'{stall:.2f}' for stall in stalls)} s; all as it must be {took:.1f} s after the end")
+    return stalls
+
+
+def cluster_command(arguments: list[str]) -> int:
+    """`python test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults; prints a table of their stalls for docs/cluster.md."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py cluster", description=cluster_command.__doc__)
+    parser.add_argument("--quick", action="store_true", help="only the most important faults, each once")
+    parser.add_argument("--fault", action="append", metavar="WORDS", help="only faults with these words in their names, or `routes`")
+    parser.add_argument("--times", type=int, default=3, help="each fault so often")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--upstream", choices=CLUSTER_UPSTREAMS, default="ibgp", help="what the upstream router is")
+    options = parser.parse_args(arguments)
+    install_cluster_packages()
+    tun6.raise_descriptor_limit()
+    wanted = [
+        fault
+        for fault in CLUSTER_FAULTS
+        if any(words in fault.name for words in options.fault or [""]) and (fault.quick or not options.quick)
+    ]
+    if not options.fault or "routes" in options.fault:
+        for upstream in CLUSTER_UPSTREAMS:
+            check_routes(upstream)
+    if not wanted:
+        return 0
+    stalls = defaultdict[str, list[float]](list)
+    with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, Cluster(Path(name), options.clients, options.upstream) as cluster:
+        try:
+            for fault in wanted:
+                for _ in range(1 if options.quick else options.times):
+                    stalls[fault.name] += run_fault(cluster, fault)
+        finally:
+            if cluster.violations:
+                kept = tempfile.mkdtemp(prefix="tun6-cluster-failed-")
+                shutil.copytree(name, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*-data", "*-sockets", "*.sock", "*.ctl"))
+                cluster.say(f"the logs are in {kept}")
+    print("\n| fault | streams | median stall | longest |\n| --- | --- | --- | --- |")
+    for what, found in stalls.items():
+        if found:
+            print(f"| {what} | {len(found)} | {statistics.median(found):.2f} s | {max(found):.2f} s |")
+    for what, seconds in cluster.notes.items():
+        print(f"{what}: {', '.join(f'{each:.1f}' for each in seconds)} s")
+    print(f"measured to within {cluster.traffic.late + TICK_S:.2f} s; {len(cluster.violations)} violations")
+    return int(bool(cluster.violations))
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -13762,7 +15725,7 @@ def run_tests(*options: str, share: str = "1/1") -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `cluster`, `waits`: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -13776,6 +15739,8 @@ def main() -> int:
         return systemd_command(sys.argv[2:])
     if sys.argv[1:2] == ["packages"]:
         return packages_command(sys.argv[2:])
+    if sys.argv[1:2] == ["cluster"]:
+        return cluster_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits", share=(sys.argv[2:] or ["1/1"])[0])
     os.chdir(Path(__file__).parent)
