@@ -2628,15 +2628,18 @@ class TokenBucket:
         self._size, self._seconds, self._clock = size, seconds, clock
         self._tokens, self._updated = float(size), clock()
 
-    def take(self) -> bool:
-        """Takes a token. Returns False when there is none."""
+    def has_token(self) -> bool:
+        """Returns whether `take` would return True now."""
         now = self._clock()
         self._tokens = min(self._tokens + (now - self._updated) * self._size / self._seconds, self._size)
         self._updated = now
-        if self._size and self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+        return not self._size or self._tokens >= 1
+
+    def take(self) -> bool:
+        """Takes a token. Returns False when there is none."""
+        there = self.has_token()
+        self._tokens -= there
+        return there
 
 
 class Rates(NamedTuple):
@@ -3550,6 +3553,7 @@ SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit an
 CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
+DRY_HELLOS_MAX, DRY_HELLOS_S = 60, 60  # in which so many dry hellos of those who need no key are answered, as each tells what Ids there are
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
 
@@ -3774,6 +3778,7 @@ class Server:
         self._own: tuple[IPv6Network, list[Step]] | None = None  # the prefix of the server itself, by whose address lo has one
         self._mtus = MtuMonitor()
         self._new_ids = TokenBucket(config.new_ids_per_hour, 3600)
+        self._dry_hellos = TokenBucket(DRY_HELLOS_MAX, DRY_HELLOS_S)
         self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
         self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
@@ -3973,6 +3978,8 @@ class Server:
                         stream = self._open_stream(sock)
                         message, trailing = receive_message(stream)
                     hello = parse_hello(message)
+                    if hello.dry and not (self.keys and self._config.keys_required) and not self._dry_hellos.take():
+                        raise Refusal("busy", f"more than {DRY_HELLOS_MAX} have asked within {DRY_HELLOS_S} s whether they would be served")
                     self._check_key(hello, stream)
                     (self._answer_dry if hello.dry else self._serve_client)(stream, peer, hello, trailing)
             except Refusal as refusal:
@@ -4028,14 +4035,23 @@ class Server:
         if not self._admission.release(gevent.getcurrent()):  # admission control has just ended it, and the kill may come at any switch
             raise Refusal("busy", "too many say who they are at the moment")
 
+    def _require_room(self, id_: str) -> bool:
+        """Returns whether the Id is one of those that `new_ids_per_hour` counts. Raises Refusal when there is no room for it."""
+        if len(self.sessions) >= self._config.max_clients and id_ not in self.sessions:
+            raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
+        is_known = self.store.pool.find(id_) is not None
+        if not is_known and not self.store.pool.free:
+            raise Refusal("pool-exhausted", f"no free /64 in {self._config.prefixrange}")
+        is_new = not is_known and not (self.keys and self.keys.find(id_))
+        if is_new and not self._new_ids.has_token():
+            raise Refusal("busy", f"more than {self._config.new_ids_per_hour} new Ids in an hour")
+        return is_new
+
     def _answer_dry(self, stream: Stream, peer: str, hello: Hello, _: bytes) -> None:
         """Tells a client whether it would be served, and changes nothing. Raises Refusal, OSError."""
         self._leave_admission()
         prefix = self.store.find(hello.id)
-        if len(self.sessions) >= self._config.max_clients and hello.id not in self.sessions:
-            raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        if prefix is None and not self.store.pool.free:
-            raise Refusal("pool-exhausted", f"no free /64 in {self._config.prefixrange}")
+        self._require_room(hello.id)
         log.info("%s from %s: asks whether it would be served", quote_id(hello.id), peer)
         stream.send(encode_message({"Dry": True, **({"Prefix": str(prefix)} if prefix else {})}))
 
@@ -4045,11 +4061,8 @@ class Server:
         self._leave_admission()
         self._take_over(id_, peer)
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
-        if len(self.sessions) >= self._config.max_clients:
-            raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        has_key = self.keys is not None and self.keys.find(id_) is not None
-        if not has_key and self.store.pool.find(id_) is None and not self._new_ids.take():
-            raise Refusal("busy", f"more than {self._config.new_ids_per_hour} new Ids in an hour")
+        if self._require_room(id_):
+            self._new_ids.take()
         session = self.sessions[id_] = Session(peer)
         try:
             with ExitStack() as undo:
@@ -4853,12 +4866,14 @@ class ClientConfig:
     file: str = "config.ini"
 
 
-def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
-    """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
-    (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
-    """
-    folder, name = os.path.split(file)
-    path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
+def last_id_file(config: str) -> Path:
+    """Returns where a client remembers its Id: beside config.ini or, as a service (systemd.exec(5)), in its folder for state."""
+    folder, name = os.path.split(config)
+    return Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
+
+
+def warn_of_another_id(path: Path, id_: str, remember: bool) -> None:
+    """Compares the Id, which nobody has set, with that of the last start, which this file is for."""
     try:
         last = path.read_text("utf-8").strip() if path.exists() else id_
         if last != id_:
@@ -5030,7 +5045,7 @@ class Client:
             raise self._tun_error
         if self._id is None:
             self._id = default_id()
-            warn_of_another_id(self._config.file, self._id, remember=True)
+            warn_of_another_id(last_id_file(self._config.file), self._id, remember=True)
         with self.connect() as sock, self._watch_mtu(sock):
             set_tcp_options(sock)
             with gevent.Timeout(HANDSHAKE_S):
@@ -6040,6 +6055,7 @@ class Installer:
             self._add_user()
             self._copy_program()
             self._configure(settings, old)
+            self._warn_of_interfaces()
             self._set_sysctls()
             self._place_unit()
             self._start()
@@ -6229,6 +6245,14 @@ class Installer:
             self._give(file, stat.S_IMODE(file.stat().st_mode), SERVICE_USER, SERVICE_USER)
         return {key: str(STATE_FOLDER / there[key].name) for key, name in names.items() if name or key == "assignments"}
 
+    def _warn_of_interfaces(self) -> None:
+        """Says which interface that config.ini names is not there, on a machine that runs: it may come later, or be misspelt."""
+        interfaces = self._at(Path("/sys/class/net"))
+        for key, then in (("lan", "the LAN is served as soon as there is one"), ("ndp", "the server does not start without it")):
+            name = getattr(self._config, key, None)
+            if name and interfaces.is_dir() and not (interfaces / name).exists():
+                self._say(f"warning: {key} = {name}: there is no such interface now, see `ip link`; {then}")
+
     def _set_sysctls(self) -> None:
         """Lets a server forward, and keep its own default route where that is from router advertisements."""
         if self._role == "client":
@@ -6322,6 +6346,8 @@ def require_privilege() -> None:
 
 def require_ipv6() -> None:
     """Raises KernelError where a new device gets no IPv6."""
+    if not (IPV6_CONF / "default").exists():
+        raise KernelError("this kernel has no IPv6; boot it without `ipv6.disable=1`, or with one that has")
     if read_sysctl("net.ipv6.conf.default.disable_ipv6") != "0":
         where = " for this container, from outside" if not os.access("/proc/sys/net/ipv6/conf/all/disable_ipv6", os.W_OK) else ""
         raise KernelError(f"IPv6 is off in this kernel; turn it on{where} with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`")
@@ -6478,7 +6504,8 @@ class Doctor:
         except PermissionError:
             end = [Finding(name, "skipped", "only root can see this; run it with sudo")]
         except (Tun6Error, gevent.Timeout, EOFError, OSError, ValueError, subprocess.TimeoutExpired) as error:
-            end = [Finding(name, "FAIL", describe_end(error))]
+            lacks_ip = isinstance(error, FileNotFoundError) and error.filename == "ip"  # one fault, named once
+            end = [Finding(name, *(("skipped", "not possible, see machine") if lacks_ip else ("FAIL", describe_end(error))))]
         finally:
             log.removeHandler(logged)
             log.propagate = True
@@ -6727,7 +6754,10 @@ class ClientDoctor(Doctor):
     def _check_Id(self) -> str:
         id_ = self._config.id or default_id()
         if not self._config.id:
-            warn_of_another_id(self._config.file, id_, remember=False)
+            file = last_id_file(self._config.file)
+            of_service = STATE_FOLDER / file.name  # the doctor is run by hand, also where the client is a service
+            is_service = Path(os.path.realpath(file.parent)) == CONFIG_FOLDER and of_service.exists()
+            warn_of_another_id(of_service if is_service else file, id_, remember=False)
         return f"this machine is {quote_id(id_)}"
 
     def _check_IPv4_route(self) -> str:
