@@ -10977,7 +10977,9 @@ def test_the_doctor_names_a_program_a_kernels_part_and_a_firewall_that_are_in_th
     without_ip = "env", f"PATH={programs}"
     missing = "FAIL the program `ip` is missing; install it with `apt-get install iproute2`"
     for patient in (server, me):
-        found = {check: texts for check, texts in patient.findings(*without_ip).items() if any(re.match("FAIL|warn", text) for text in texts)}
+        found = {
+            check: texts for check, texts in patient.findings(*without_ip).items() if any(re.match("FAIL|warn", text) for text in texts)
+        }
         assert found == {"machine": [missing]}
     server.shows(faults=WITHOUT_BBR, BBR="warn this kernel has no BBR .`modprobe tcp_bbr`., which makes the tunnel fast")
     for table, chains, words in CASES:
@@ -11299,6 +11301,32 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
     assert after["memory"] - before["memory"] < many(4, 6) << 20
     assert not server_routes(lab)
     tunnel.visit("by-hand")
+
+
+# Says each full collection of garbage, and makes objects, as many as a thousand clients do, when the file is there.
+GROWING = """
+import gc, gevent
+kept = []
+def told(phase, info):
+    if phase == "start" and info["generation"] == 2:
+        tun6.log.info("a full collection")
+def grow():
+    while not os.path.exists({flag!r}):
+        gevent.sleep(0.05)
+    tun6.log.info("begins to grow")
+    kept.extend([number] for number in range(200_000))
+    tun6.log.info("has grown")
+gc.callbacks.append(told)
+gevent.spawn(grow)
+"""
+
+
+def test_the_event_loop_does_not_wait_for_full_collections_of_garbage(tunnel: Tunnel, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, GROWING.format(flag=str(tmp_path / "grow"))):
+        server = tunnel.server()
+    (tmp_path / "grow").touch()
+    server.wait_for("has grown")
+    assert "a full collection" not in server.log().partition("begins to grow")[2]
 
 
 # Python does not look for cycles of references, and the log says how many objects of sessions there are.
