@@ -10753,7 +10753,7 @@ def good_server(site: Site, beyond: None) -> Program:
     site.issue("somebody")
     for path in (site.cert, site.keys):
         path.chmod(0o600)
-    server = site.serve()
+    server = site.serve(metrics="127.0.0.1:10116")
     site.clients("add", "other")
     return server
 
@@ -10981,6 +10981,10 @@ def test_the_doctor_names_a_program_a_kernels_part_and_a_firewall_that_are_in_th
             check: texts for check, texts in patient.findings(*without_ip).items() if any(re.match("FAIL|warn", text) for text in texts)
         }
         assert found == {"machine": [missing]}
+    with stranger(lab) as port:
+        taken = "warn metrics = 10.9.0.1 port .*: they don't answer: another program has the port"
+        server.edit(metrics=f"{Lab.SERVER}:{port}").shows(hook_and_ndp=taken)
+    me.edit(metrics="127.0.0.1:1").shows(programs="warn metrics = 127.0.0.1 port 1: they don't answer")
     server.shows(faults=WITHOUT_BBR, BBR="warn this kernel has no BBR .`modprobe tcp_bbr`., which makes the tunnel fast")
     for table, chains, words in CASES:
         if "firewalld's" in words or "ufw's" in words:

@@ -6529,6 +6529,20 @@ class Doctor:
             return f"Linux {platform.release()} hands UDP to a TUN packet by packet: no fault, but slower than 6.2 and newer"
         return f"Linux {platform.release()} takes large packets of TCP and UDP"
 
+    def examine_metrics(self, where: tuple[str, int] | None) -> None:
+        """Whether the metrics of the program, if it runs, are what answers there. Raises ConfigError."""
+        if not where:
+            return
+        require_prometheus_client()
+        answer = b""
+        with suppress(OSError), socket.create_connection(where, LOOKUP_S) as sock:
+            sock.sendall(b"GET /metrics HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+            while len(answer) < MESSAGE_MAX and (more := sock.recv(MESSAGE_MAX)):
+                answer += more
+        if b"tun6_" not in answer and self.is_running():
+            how = "another program has the port, or the address is none of this machine; see `ss -tlnp` and the log"
+            log.warning("metrics = %s port %d: they don't answer: %s", *where, how)
+
 
 class ServerDoctor(Doctor):
     """The checks of a server's machine."""
@@ -6672,6 +6686,7 @@ class ServerDoctor(Doctor):
 
     def _check_hook_and_ndp(self) -> str:
         Hooks(self._config.hook)
+        self.examine_metrics(self._config.metrics)
         if self._config.ndp:
             NeighbourProxy(self._config.ndp, self._pool)
             if not is_up(self._config.ndp):
@@ -6749,6 +6764,7 @@ class ClientDoctor(Doctor):
 
     def _check_programs(self) -> str:
         self._client = Client(self._config)
+        self.examine_metrics(self._config.metrics)
         return "what config.ini needs is there"
 
     def _check_Id(self) -> str:
