@@ -4923,6 +4923,33 @@ def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert 1.9 < statistics.mean(pauses) < 2.1
 
 
+def test_the_doctor_knows_the_last_id_of_a_client_that_is_a_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("etc", "var"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(tun6, "CONFIG_FOLDER", tmp_path / "etc")
+    monkeypatch.setattr(tun6, "STATE_FOLDER", tmp_path / "var")
+    monkeypatch.setattr(tun6, "default_id", lambda: MAC)
+
+    def warned(config: Path) -> list[str]:
+        caplog.clear()
+        assert (
+            tun6.ClientDoctor(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1, file=str(config)))._check_Id()
+            == f"this machine is {MAC!r}"
+        )
+        return re.findall("was (.*) at the last start", caplog.text)
+
+    config, by_hand = tmp_path / "etc/config.ini", tmp_path / "config.ini"
+    Path(f"{config}.last-id").write_text("by hand\n")
+    assert warned(config) == ["by hand"]
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "var"))
+    tun6.warn_of_another_id(tun6.path_of_last("id", str(config)), "of the service", remember=True)
+    monkeypatch.delenv("STATE_DIRECTORY")
+    assert warned(config) == ["of the service"]
+    assert warned(by_hand) == []
+
+
 def test_what_the_servers_end_undoes_while_ip_runs_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     server, route, address = cast(Any, tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL))), [tun6.Step("a")], [tun6.Step("b")]
     server._own = POOL, address
@@ -5490,6 +5517,18 @@ def test_install_takes_over_a_config_ini_but_for_the_other_sides_example(machine
             assert (f"\n[{role}]\n" in made, f"\n[{other}]\n" in made, "\n#mtu = 1500\n" in made) == (True, kept, True)
 
 
+def test_install_says_which_interface_is_not_there(machine: FileRoot) -> None:
+    client = ("client", "--remote", "tun6.example", "--set")
+    assert not [line for line in machine.install(*client, "lan=eth7") if "warning" in line]  # it is no machine that runs
+    (machine.root / "sys/class/net/eth0").mkdir(parents=True)
+    assert not [line for line in machine.install(*client, "lan=eth0") if "warning" in line]
+    what = "there is no such interface now, see `ip link`"
+    later = f"warning: lan = eth7: {what}; the LAN is served as soon as there is one"
+    assert later in machine.install(*client, "lan=eth7")
+    needed = f"warning: ndp = eth7: {what}; the server does not start without it"
+    assert needed in machine.install("server", "--prefix", "2001:db8:7::/48", "--set", "ndp=eth7", *EXAMPLE)
+
+
 class AnotherServer(SocketOwner):
     """One that has these assignments open."""
 
@@ -5565,7 +5604,8 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
         "client_to_client": True, "documentation_addresses": True, "address": None, "fingerprint": (), "hook": None, "ndp": None,
-        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35, "store": None, "store_cache": "store-cache.json", "name": "",
+        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35,
+        "store": None, "store_cache": "store-cache.json", "name": "",
         "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
@@ -11905,6 +11945,16 @@ def test_an_nft_that_hangs_or_fails_keeps_nobody_waiting(lab: Lab, tunnel: Tunne
 QUICK_DOCTOR = ("tun6.POOL_S = 0.5", "tun6.LISTEN_S = 0.5", "tun6.PROVE_AGAIN_S = 0.3", "tun6.CONNECT_S = 1.0", "tun6.HANDSHAKE_S = 3.0")
 
 
+WITHOUT_BBR = [
+    "class Socket(tun6.socket.socket):",
+    "    def setsockopt(self, *option):",
+    "        if option[-1] == b'bbr':",
+    "            raise FileNotFoundError(errno.ENOENT, 'No such file or directory')",
+    "        super().setsockopt(*option)",
+    "tun6.socket.socket = Socket",
+]
+
+
 class Patient:
     """A machine of the lab, examined by a config.ini."""
 
@@ -12028,7 +12078,7 @@ def good_server(site: Site, beyond: None) -> Program:
     site.issue("somebody")
     for path in (site.cert, site.keys):
         path.chmod(0o600)
-    server = site.serve()
+    server = site.serve(metrics="127.0.0.1:10116")
     site.clients("add", "other")
     return server
 
@@ -12226,15 +12276,54 @@ def test_the_doctor_names_what_is_wrong_with_a_server(lab: Lab, tunnel: Tunnel, 
     server.shows(*proc, faults=["tun6.RELEASED *= 2"], machine="warn /proc/sys is read-only")
     server.shows(faults=["tun6.RELEASED *= 2"], machine="warn the clock says 20.*, which is wrong")
     server.shows(*mounting("-t tmpfs none /dev/net"), machine="FAIL there is no /dev/net/tun")
+    lacking: dict[str, Any] = {
+        "server": "FAIL no server listens on 0.0.0.0 port",
+        "forwarding": "FAIL IPv6 forwarding is off",
+        "uplink": "FAIL this machine has no IPv6 default route",
+        "own_address": "warn no IPv6 address here is routed",
+    }
+    second = Patient(lab, tmp_path, good_server.config, "second").edit(control="none.sock")
     with sysctl(lab, "second", "net.ipv6.conf.default.disable_ipv6", "1"):
-        Patient(lab, tmp_path, good_server.config, "second").edit(control="none.sock").shows(
-            machine="FAIL IPv6 is off in this kernel; turn it on",
-            server="FAIL no server listens on 0.0.0.0 port",
-            forwarding="FAIL IPv6 forwarding is off",
-            uplink="FAIL this machine has no IPv6 default route",
-            own_address="warn no IPv6 address here is routed",
-        )
+        second.shows(machine="FAIL IPv6 is off in this kernel; turn it on with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`", **lacking)
+        of_container = "FAIL IPv6 is off in this kernel; turn it on for this container, from outside with `sysctl"
+        second.shows(*proc, faults=["tun6.RELEASED *= 2"], machine=of_container, **lacking)
+    second.shows(*mounting("-t tmpfs none /proc/sys/net/ipv6"), machine="FAIL this kernel has no IPv6; boot it without", **lacking)
     server.edit(control="none.sock").shows(server="FAIL another program listens on 0.0.0.0 port .*none.sock")
+
+
+@pytest.mark.waits
+def test_the_doctor_names_a_program_a_kernels_part_and_a_firewall_that_are_in_the_way(
+    lab: Lab, lan: Lan, good_server: Program, good_client: Program, tmp_path: Path
+) -> None:
+    server, me = Patient(lab, tmp_path, good_server.config), Patient(lab, tmp_path, good_client.config)
+    (programs := tmp_path / "programs").mkdir()
+    for name in ("nft", "radvd"):
+        (programs / name).symlink_to(str(shutil.which(name, path=tun6.HOOK_PATH)))
+    without_ip = "env", f"PATH={programs}"
+    missing = "FAIL the program `ip` is missing; install it with `apt-get install iproute2`"
+    for patient in (server, me):
+        found = {
+            check: texts for check, texts in patient.findings(*without_ip).items() if any(re.match("FAIL|warn", text) for text in texts)
+        }
+        assert found == {"machine": [missing]}
+    with stranger(lab) as port:
+        taken = "warn metrics = 10.9.0.1 port .*: they don't answer: another program has the port"
+        server.edit(metrics=f"{Lab.SERVER}:{port}").shows(hook_and_ndp=taken)
+    me.edit(metrics="127.0.0.1:1").shows(programs="warn metrics = 127.0.0.1 port 1: they don't answer")
+    server.shows(faults=WITHOUT_BBR, BBR="warn this kernel has no BBR .`modprobe tcp_bbr`., which makes the tunnel fast")
+    for table, chains, words in CASES:
+        if "firewalld's" in words or "ufw's" in words:
+            with firewall(lab, table, chains):
+                server.shows(firewall=f"FAIL the firewall's chain .*{words}")
+
+
+def dry_answer(peer: Peer, id_: str, key: str | None = None) -> dict[str, Any]:
+    """What the server says to this peer's question whether it would serve the Id."""
+    with peer:
+        peer.sock.sendall(json.dumps({**json.loads(hello(id_, key)), "Dry": True}).encode())
+        answer = peer.answer()
+        assert peer.ended() == "closed"
+        return answer
 
 
 @pytest.mark.waits
@@ -12242,11 +12331,7 @@ def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab:
     server = tunnel.server(prefixrange=f"{tunnel.pool[0]}/63", max_clients=1)
 
     def asked(id_: str) -> dict[str, Any]:
-        with tunnel.connect() as peer:
-            peer.sock.sendall(json.dumps({"Id": id_, "Dry": True}).encode())
-            answer = peer.answer()
-            assert peer.ended() == "closed"
-            return answer
+        return dry_answer(tunnel.connect(), id_)
 
     assert asked("first") == {"Dry": True}
     assert not assignments_in(tunnel._folder / "assignments.json")
@@ -12261,6 +12346,36 @@ def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab:
     wait_until_no_sessions(lab)
     wait_until("there is room, but no prefix", lambda: asked("third")["Error"] == "pool-exhausted")
     server.wait_for("'first' from .*: asks whether it would be served", 2)
+
+
+@pytest.mark.waits
+def test_a_dry_hello_is_no_new_id_and_hears_when_there_are_too_many(tunnel: Tunnel) -> None:
+    tunnel.server(new_ids_per_hour=1)
+    assert [dry_answer(tunnel.connect(), id_) for id_ in ("first", "second")] == 2 * [{"Dry": True}]
+    prefix = tunnel.visit("first")
+    assert dry_answer(tunnel.connect(), "second") == tunnel.refusal("second")
+    assert dry_answer(tunnel.connect(), "first") == {"Dry": True, "Prefix": str(prefix)}
+
+
+@pytest.mark.waits
+def test_a_dry_hello_tells_who_has_no_right_key_only_what_a_real_one_tells_and_only_so_often(site: Site, tmp_path: Path) -> None:
+    key = site.issue("mine")
+
+    def asked(id_: str, of: str | None) -> dict[str, Any]:
+        return dry_answer(site.connect(), id_, of)
+
+    with tun6_with(tmp_path, "tun6.DRY_HELLOS_MAX, tun6.DRY_HELLOS_S = 3, 3600"):
+        server = site.serve()
+        assert [asked(id_, "k" * 43) for id_ in ("mine", "nobody's")] == 2 * [site.answer("mine", "k" * 43)]
+        assert [asked("mine", key) for _ in range(4)] == 4 * [{"Dry": True}]  # who has the key may ask
+        assert dry_answer(site.tunnel.connect(), "mine") == site.tunnel.refusal("mine")
+        server.stop()
+        server = site.serve(keys_required="no")
+        assert dry_answer(site.tunnel.connect(), "mine")["Error"] == "tls-required"
+        assert [asked("mine", key), asked("has none", None)] == 2 * [{"Dry": True}]
+        for id_, of in (("mine", key), ("mine", None), ("has none", None)):
+            assert asked(id_, of)["Text"] == "more than 3 have asked within 3600 s whether they would be served"
+        assert "Prefix" in site.answer("mine", key)  # who really comes is served
 
 
 @pytest.mark.waits
@@ -12544,6 +12659,32 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
     assert after["memory"] - before["memory"] < many(4, 6) << 20
     assert not server_routes(lab)
     tunnel.visit("by-hand")
+
+
+# Says each full collection of garbage, and makes objects, as many as a thousand clients do, when the file is there.
+GROWING = """
+import gc, gevent
+kept = []
+def told(phase, info):
+    if phase == "start" and info["generation"] == 2:
+        tun6.log.info("a full collection")
+def grow():
+    while not os.path.exists({flag!r}):
+        gevent.sleep(0.05)
+    tun6.log.info("begins to grow")
+    kept.extend([number] for number in range(200_000))
+    tun6.log.info("has grown")
+gc.callbacks.append(told)
+gevent.spawn(grow)
+"""
+
+
+def test_the_event_loop_does_not_wait_for_full_collections_of_garbage(tunnel: Tunnel, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, GROWING.format(flag=str(tmp_path / "grow"))):
+        server = tunnel.server()
+    (tmp_path / "grow").touch()
+    server.wait_for("has grown")
+    assert "a full collection" not in server.log().partition("begins to grow")[2]
 
 
 # Python does not look for cycles of references, and the log says how many objects of sessions there are.
