@@ -2345,6 +2345,25 @@ def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, 9000), (1510, LARGEST)])
+class RoundByRound(tun6.FqCodelQueue):
+    """Does each round by itself, as in RFC 8290."""
+
+    def _skip_rounds(self) -> None:
+        pass
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([SMALLEST, 100, 1510, 5000, LARGEST]), st.booleans()), max_size=100))
+def test_rounds_that_are_done_at_once_change_no_order(frames: list[tuple[int, int, bool]]) -> None:
+    queue, reference = tun6.FqCodelQueue(target=NEVER), RoundByRound(target=NEVER)
+    for number, (flow, size, pops) in enumerate(frames):
+        for each in queue, reference:
+            push(each, 0.0, frame(flow, number, size))
+        if pops:
+            assert queue.pop(0.0) == reference.pop(0.0)
+    while queue.frames:
+        assert queue.pop(0.0) == reference.pop(0.0)
+
+
 def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, int]) -> None:
     link = Link(tun6.FqCodelQueue(), 4 * RATE)
     for flow, size in enumerate(sizes):
@@ -2499,18 +2518,6 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     assert shared.free == shared.size == bound
 
 
-class OutputBuffer:
-    """Holds bytes for a caller until the next call, which overwrites them, as TlsStream.encrypt does."""
-
-    def __init__(self) -> None:
-        self._last = bytearray()
-
-    def hold(self, data: bytes) -> memoryview:
-        self._last[:] = b"\xff" * len(self._last)
-        self._last = bytearray(data)
-        return memoryview(self._last)
-
-
 class Connection:
     """A connection that takes at each write as many bytes as `takes` says, and then everything; at 0 it is full.
 
@@ -2524,7 +2531,6 @@ class Connection:
         self.pieces: list[Bytes] = []  # what was to be encrypted, or to be written if nothing is encrypted
         self._records = bytearray()
         self._rest = b""
-        self._buffer = OutputBuffer()
 
     def send_queue(self, clock: Callable[[], float] = lambda: 0.0, whole_batches: bool = True) -> tun6.SendQueue:
         """The queue before this connection."""
@@ -2541,12 +2547,12 @@ class Connection:
         assert sum(map(len, out)) == len(stream) + self._bare * len(out) * len(PLAIN)  # no part of a frame is left
         return out
 
-    def _encrypt(self, data: Bytes) -> memoryview:
+    def _encrypt(self, data: Bytes) -> bytes:
         assert len(data)
         record = bytes([len(self.pieces) % 256]) + bytes(data)[::-1]
         self.pieces.append(bytes(data))
         self._records += record
-        return self._buffer.hold(record)
+        return record
 
     def _write(self, data: memoryview) -> int | None:
         assert len(data)
@@ -2693,11 +2699,11 @@ def test_real_tls_records_of_large_batches_arrive_whole(whole_batches: bool, ver
     context = tun6.client_tls_context(pinned=True)
     context.minimum_version = context.maximum_version = version
     sender, receiver, to_server = tls_pair(context, cert)
-    buffer, rng, link = OutputBuffer(), random.Random(1), bytearray()
+    rng, link = random.Random(1), bytearray()
 
-    def encrypt(data: Bytes) -> memoryview:
+    def encrypt(data: Bytes) -> bytes:
         sender.write(data)
-        return buffer.hold(to_server.read())
+        return to_server.read()
 
     def write(data: memoryview) -> int | None:
         took = rng.choice([0, 1, 5, 1000, 20_000, 1 << 20])
@@ -3983,10 +3989,19 @@ def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(cert: Path) -> N
         for _ in range(200):
             peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX, ask=True) + peer.encrypt(b"x"))
             assert next_read(stream) == b"x"
-            assert stream._outgoing.pending > most
-            most = stream._outgoing.pending
+            assert len(stream._outgoing) > most
+            most = len(stream._outgoing)
             assert most < tun6.RECORD_MAX + 1000
     assert most > tun6.RECORD_MAX - 1000
+
+
+def test_what_tls_itself_has_to_say_goes_to_its_own_peer_alone(cert: Path) -> None:
+    with tls_stream(cert) as (one, its_peer), tls_stream(cert) as (other, other_peer):
+        its_peer.raw.sendall(its_peer.new_keys(2, ask=True) + its_peer.encrypt(b"x"))
+        assert next_read(one) == b"x"
+        for stream, peer in ((other, other_peer), (one, its_peer)):
+            stream.send(b"what it has to say")
+            assert peer.recv(100) == b"what it has to say"
 
 
 def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(cert: Path) -> None:
@@ -4065,6 +4080,57 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
             f"this kernel refuses its {kind} frames, so it is not offered {kind} again; `offload = {setting}` in config.ini does so"
             " from the start"
         )
+
+
+def test_the_more_have_something_to_move_the_less_each_moves_in_a_round() -> None:
+    shares: list[tuple[int, int]] = []
+    running: list[Any] = []
+
+    def shares_with(count: int) -> tuple[int, int]:
+        """What each is to move when so many have something to move."""
+        with ExitStack() as undo:
+            for _ in range(count):
+                near, far = map(undo.enter_context, socket.socketpair())
+                far.send(b"there is something to read as long as nobody does")
+                callbacks = tun6.ReadinessCallbacks(near.fileno())
+                running.append(spawn(callbacks.run, lambda: shares.append(tun6.ReadinessCallbacks.share)))
+                undo.callback(running[-1].kill)
+            gevent.sleep(0.01)
+            shares.clear()
+            with gevent.Timeout(10):
+                while len(shares) < 3 * count:
+                    gevent.sleep(0.001)
+            return min(shares)
+
+    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
+    assert shares_with(100) == (tun6.ROUND_BYTES // 100, tun6.BATCH_FRAMES_MIN)
+    assert shares_with(500) == (tun6.BATCH_BYTES_MIN, tun6.BATCH_FRAMES_MIN)
+    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
+
+
+def test_what_waits_is_sent_although_packets_come_without_end() -> None:
+    full, one = True, frame(1, size=LARGEST)
+
+    def read(view: memoryview) -> int:
+        view[: len(one)] = one
+        return len(one)
+
+    send_queue = tun6.SendQueue(lambda data: None if full else len(data), False)
+    near, far = socket.socketpair()
+    with near, far:
+        far.send(b"packets wait in the TUN")
+        tun = mock.Mock(fd=near.fileno())
+        tun.file.readinto = read
+        pump = spawn(tun6.pump_tun_to_tcp, tun, far.fileno(), send_queue, BOTH, PERMIT_ALL, tun6.TrafficCounters())
+        try:
+            with gevent.Timeout(10):
+                while send_queue._queue.frames < 50:
+                    gevent.sleep(0.001)
+                full = False
+                while send_queue.blocked:
+                    gevent.sleep(0.001)
+        finally:
+            pump.kill()
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------------------

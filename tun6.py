@@ -735,10 +735,12 @@ class PrefixPool:
 
 # ---- send queue ------------------------------------------------------------------------------------------------------
 
-Encrypt = Callable[[Union[bytes, bytearray, memoryview]], memoryview]  # plain text to TLS records, valid until the next call
+Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text to TLS records
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
 BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
+ROUND_BYTES = 4 << 20  # bytes that all sessions together move in a round of the event loop, about 4 ms; BATCH_FRAMES likewise
+BATCH_BYTES_MIN, BATCH_FRAMES_MIN = 32 << 10, 32  # but each of them moves so much: below, the calls cost more than the copies
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
@@ -826,12 +828,17 @@ class FqCodelQueue:
 
     def pop(self, now: float) -> bytearray | None:
         """Removes and returns the frame to be sent next, None when there is none."""
+        passed_over = 0
         while self._new or self._old:
             queue = self._new or self._old
             flow = queue[0]
             if flow.deficit <= 0:
                 flow.deficit += QUANTUM
                 self._old.append(queue.popleft())
+                passed_over += 1
+                if passed_over >= len(self._old) and not self._new:
+                    self._skip_rounds()
+                    passed_over = 0
                 continue
             frame = self._codel(flow, now)
             if frame is None:
@@ -853,6 +860,13 @@ class FqCodelQueue:
         self.bytes = self.frames = self._longest = 0
         for each in (self._flows, self._new, self._old, self._long):
             each.clear()
+
+    def _skip_rounds(self) -> None:
+        """Does at once the rounds in which each flow is passed over: over 40 of them behind a frame of 64 KiB, which took 7 us."""
+        rounds = 1 + min(-flow.deficit // QUANTUM for flow in self._old)
+        if rounds > 0:
+            for flow in self._old:
+                flow.deficit += rounds * QUANTUM
 
     def _find_long_flow(self, flow: FlowQueue) -> FlowQueue:
         """Returns this flow or another, with at least half of the bytes of the longest one.
@@ -979,7 +993,7 @@ class SendQueue:
             elif self._encrypt:
                 taken = len(ends)
                 data = self._encrypt(frames[: ends[-1]])
-                self._partial = memoryview(bytes(data[self._write(data) or 0 :]))
+                self._partial = memoryview(data[self._write(memoryview(data)) or 0 :])
             else:
                 sent = self._write(frames[: ends[-1]]) or 0
                 taken = len(ends) if sent == ends[-1] else self._count_taken(frames, ends, sent)
@@ -1013,8 +1027,10 @@ class SendQueue:
             if self._bare:
                 break
         if frames:
-            data = frames[0][OFFLOAD_HEADER.size :] if self._bare else b"".join(frames)
-            self._partial = memoryview(bytes(self._encrypt(data)) if self._encrypt else data)
+            data = memoryview(b"".join(frames) if len(frames) > 1 else frames[0])  # large ones are not copied
+            if self._bare:
+                data = data[OFFLOAD_HEADER.size :]
+            self._partial = memoryview(self._encrypt(data)) if self._encrypt else data
         return bool(frames)
 
     def _count_taken(self, frames: memoryview, ends: list[int], sent: int) -> int:
@@ -1029,7 +1045,7 @@ class SendQueue:
         begin = 0
         for number, end in enumerate(ends):
             packet = frames[begin + OFFLOAD_HEADER.size : end]
-            data = self._encrypt(packet) if self._encrypt else packet
+            data = memoryview(self._encrypt(packet)) if self._encrypt else packet
             sent = self._write(data) or 0
             if sent < len(data):
                 begun = bool(sent or self._encrypt)  # what is encrypted must be sent, as the peer counts records
@@ -2633,9 +2649,11 @@ class Stream:
         self.sock.sendall(data)
 
 
-# Buffers of the process: a read or a batch is never larger. To allocate that much memory each time would cost more than to encrypt.
-_ciphertext_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))
-_record_buffer = memoryview(bytearray(len(_ciphertext_buffer) + 3 * RECORD_MAX))
+_ciphertext_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))  # of the process: no read is larger
+# What TLS writes, of all connections: each takes what is its own before another one runs. A MemoryBIO never gives memory back, and
+# this one gets whole batches, as OpenSSL makes many records in one call.
+_outgoing_bio = ssl.MemoryBIO()
+_unpack_record_length = struct.Struct(">xxxH").unpack_from
 
 
 class TlsStream(Stream):
@@ -2653,13 +2671,14 @@ class TlsStream(Stream):
         Raises ProtocolError, EOFError, OSError.
         """
         super().__init__(sock)
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._incoming = ssl.MemoryBIO()
         self._header = b""  # the beginning of a record's header, which is not in `_incoming` yet
         self._missing = 0  # bytes that a record in `_incoming` lacks
+        self._outgoing = b""  # records that are to be sent
         self._handshake_bytes = 0  # that came before the pumps began
         self._read_divisor = 1  # a read takes the free bytes of the buffer divided by this
         server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, None if server_side else server_name)
+        self._tls = context.wrap_bio(self._incoming, _outgoing_bio, server_side, None if server_side else server_name)
         self._wait_for(self._tls.do_handshake)
 
     @property
@@ -2675,55 +2694,71 @@ class TlsStream(Stream):
         data = self._wait_for(self._tls.read, MESSAGE_MAX)
         if not data:
             raise EOFError
-        with _tls_errors(), suppress(ssl.SSLWantReadError):
+        with self._using_tls(), suppress(ssl.SSLWantReadError):
             while more := self._tls.read(RECORD_MAX):
                 data += more
         return data
 
     def send(self, data: bytes) -> None:
-        self.sock.sendall(bytes(self.encrypt(data)))
+        self.sock.sendall(self.encrypt(data))
 
-    def encrypt(self, data: bytes | bytearray | memoryview) -> memoryview:
-        """Returns the records of this data, behind those that TLS itself has to send; valid until the next call. Raises ProtocolError."""
-        filled = 0
-        with _tls_errors():
-            for at in range(0, len(data), RECORD_DATA_MAX):
-                self._tls.write(data[at : at + RECORD_DATA_MAX])
-                record = self._outgoing.read()
-                _record_buffer[filled : filled + len(record)] = record
-                filled += len(record)
-        return _record_buffer[:filled]
+    def encrypt(self, data: bytes | bytearray | memoryview) -> bytes:
+        """Returns the records of this data, behind those that TLS itself has to send. Raises ProtocolError."""
+        with self._using_tls():
+            self._tls.write(data)
+        return self._take_outgoing()
+
+    @contextmanager
+    def _using_tls(self) -> Iterator[None]:
+        """Turns what `ssl` raises meanwhile into errors of ours, and takes what is to be sent out of the buffer of all connections."""
+        try:
+            yield
+        except ssl.SSLWantReadError:
+            raise
+        except ssl.SSLZeroReturnError:
+            raise EOFError from None
+        except ssl.SSLCertVerificationError as error:
+            raise ProtocolError(f"the server's certificate is not to be trusted: {error.verify_message}") from None
+        except ssl.SSLError as error:
+            reason = "the other side does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else error.reason or str(error)
+            raise ProtocolError(f"TLS failed: {reason.replace('_', ' ').lower() if reason.isupper() else reason}") from None
+        finally:
+            self._outgoing += _outgoing_bio.read()
+
+    def _take_outgoing(self) -> bytes:
+        records, self._outgoing = self._outgoing, b""
+        return records
 
     def _wait_for(self, step: Callable[..., R], *args: Any) -> R:
         """Repeats a step of TLS until the peer has sent all that it needs, and sends what the step produces. Returns its result."""
-        with _tls_errors():
-            while True:
-                try:
+        while True:
+            try:
+                with self._using_tls():
                     return step(*args)
-                except ssl.SSLWantReadError:
-                    pass
-                finally:
-                    if self._outgoing.pending:
-                        self.sock.sendall(self._outgoing.read())
-                data = super().receive()
-                self._handshake_bytes += len(data)
-                if self._handshake_bytes > TLS_HANDSHAKE_BYTES_MAX:
-                    raise ProtocolError(f"more than {TLS_HANDSHAKE_BYTES_MAX} bytes of TLS, and the handshake is not over")
-                gevent.sleep()  # recv returns at once from a peer that floods, and nobody else would run
-                for piece in self._split_records(memoryview(self._header + data)):
-                    self._incoming.write(piece)
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                if self._outgoing:
+                    self.sock.sendall(self._take_outgoing())
+            data = super().receive()
+            self._handshake_bytes += len(data)
+            if self._handshake_bytes > TLS_HANDSHAKE_BYTES_MAX:
+                raise ProtocolError(f"more than {TLS_HANDSHAKE_BYTES_MAX} bytes of TLS, and the handshake is not over")
+            gevent.sleep()  # recv returns at once from a peer that floods, and nobody else would run
+            for piece in self._split_records(memoryview(self._header + data)):
+                self._incoming.write(piece)
 
     def _split_records(self, data: memoryview) -> Iterator[memoryview]:
         """Cuts data, which begins with `_header`, at the end of each record, where `_missing` is 0."""
-        at = 0
-        while at < len(data):
-            if not self._missing:
-                if len(data) - at < RECORD_HEADER:
+        at, end, missing = 0, len(data), self._missing
+        while at < end:
+            if not missing:
+                if end - at < RECORD_HEADER:
                     break
-                self._missing = RECORD_HEADER + int.from_bytes(data[at + RECORD_HEADER - 2 : at + RECORD_HEADER], "big")
-            piece = data[at : at + self._missing]
+                missing = RECORD_HEADER + _unpack_record_length(data, at)[0]
+            piece = data[at : at + missing]
             at += len(piece)
-            self._missing -= len(piece)
+            self._missing = missing = missing - len(piece)
             yield piece
         self._header = bytes(data[at:])
 
@@ -2734,38 +2769,23 @@ class TlsStream(Stream):
         got = self._read_socket(_ciphertext_buffer[begin : begin + (len(view) - RECORD_MAX - begin) // self._read_divisor])
         if not got:
             return got
-        if self._outgoing.pending > RECORD_MAX:
+        if len(self._outgoing) > RECORD_MAX:
             raise ProtocolError("the other side asks for more new keys than it takes")
         filled = records = post_handshake_records = 0
-        with _tls_errors():
+        room, feed, decrypt = len(view), self._incoming.write, cast(Callable[[int, memoryview], int], self._tls.read)
+        with self._using_tls():
             for piece in self._split_records(_ciphertext_buffer[: begin + got]):
-                self._incoming.write(piece)
+                feed(piece)
                 if not self._missing:
                     records += 1
                     try:
-                        filled += cast(int, self._tls.read(len(view) - filled, cast(bytearray, view[filled:])))
+                        filled += decrypt(room - filled, view[filled:])
                     except ssl.SSLWantReadError:  # a record without data
                         post_handshake_records += 1
                         if post_handshake_records > POST_HANDSHAKE_RECORDS_MAX:
                             raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
         self._read_divisor = 8 if records > BATCH_FRAMES // self._read_divisor else 1
         return filled or None
-
-
-@contextmanager
-def _tls_errors() -> Iterator[None]:
-    """Turns what `ssl` raises into errors of ours."""
-    try:
-        yield
-    except ssl.SSLWantReadError:
-        raise
-    except ssl.SSLZeroReturnError:
-        raise EOFError from None
-    except ssl.SSLCertVerificationError as error:
-        raise ProtocolError(f"the server's certificate is not to be trusted: {error.verify_message}") from None
-    except ssl.SSLError as error:
-        reason = "the other side does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else error.reason or str(error)
-        raise ProtocolError(f"TLS failed: {reason.replace('_', ' ').lower() if reason.isupper() else reason}") from None
 
 
 def certificate_fingerprint(certificate: bytes) -> str:
@@ -3201,7 +3221,14 @@ class ReadinessCallbacks:
     The function is called in the hub, so it must not wait for anything. To switch to the greenlet and back for each call would
     cost 0.03 of 0.35 ms of an idle round trip. The watchers stay started; `hub.wait` would start and stop them each time, which
     costs another 0.1 ms.
+
+    `share` is how much the function should move in one call, bytes and frames. The more calls a round of the event loop has, the less
+    it is, so that whoever has little to move waits for a few milliseconds only, however many move much.
     """
+
+    share: ClassVar[tuple[int, int]] = BATCH_BYTES, BATCH_FRAMES
+    _round_began: ClassVar[float] = 0.0
+    _calls: ClassVar[int] = 1  # in this round, of all that are running
 
     def __init__(self, source: int, sink: int | None = None) -> None:
         self._hub = gevent.get_hub()
@@ -3217,6 +3244,7 @@ class ReadinessCallbacks:
         failed: list[BaseException] = []
 
         def guarded() -> None:
+            self._count_call()
             try:
                 callback()
             except BaseException as error:  # the greenlet raises it
@@ -3234,6 +3262,18 @@ class ReadinessCallbacks:
             self._source.close()
             self._sink.close()
             del self._callback, self._greenlet  # no cycle of references, see Session
+
+    def _count_call(self) -> None:
+        began = self._hub.loop.now()
+        if began == ReadinessCallbacks._round_began:
+            ReadinessCallbacks._calls += 1
+            return
+        calls = ReadinessCallbacks._calls  # of the round before
+        ReadinessCallbacks._round_began, ReadinessCallbacks._calls = began, 1
+        ReadinessCallbacks.share = (
+            min(max(ROUND_BYTES // calls, BATCH_BYTES_MIN), BATCH_BYTES),
+            max(BATCH_FRAMES // calls, BATCH_FRAMES_MIN),
+        )
 
     def want_write(self, wanted: bool) -> None:
         """Sets whether the function is called when `sink` is writable, too."""
@@ -3259,7 +3299,7 @@ def pump_tun_to_tcp(
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
     coalesces = gso_kinds is not None and "uso6" in gso_kinds
     callbacks = ReadinessCallbacks(tun.fd, fd)
-    most = 1  # reads of the TUN
+    single = True  # whether the TUN is read once only
     errors = TokenBucket(ICMP_ERRORS_MAX, 1)
 
     def reject(packet: memoryview) -> None:
@@ -3272,11 +3312,14 @@ def pump_tun_to_tcp(
                     os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, error])
 
     def on_ready() -> None:
-        nonlocal most
+        nonlocal single
         have, room = 0, view
         ends: list[int] = []
+        enough, reads = callbacks.share
+        if send_queue.blocked:  # less comes than one flush writes, or what waits would stay, though the connection takes all
+            enough, reads = enough // 2, reads // 2
         try:
-            for _ in range(most):
+            for _ in range(1 if single else reads):
                 got = read(room)
                 if got is None:
                     break
@@ -3287,7 +3330,7 @@ def pump_tun_to_tcp(
                 else:
                     have += got
                     ends.append(have)
-                    if have >= BATCH_BYTES:
+                    if have >= enough:
                         break
                 room = view[have : have + frame_max]
         except OSError as error:
@@ -3302,7 +3345,7 @@ def pump_tun_to_tcp(
             send_queue.flush()
             traffic.queue_dropped = send_queue.dropped
         # Behind a single small packet mostly nothing waits: the next one is sent before the TUN is read again.
-        most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
+        single = found <= 1 and not single and have < QUANTUM
         if send_queue.blocked != callbacks.wants_write:
             callbacks.want_write(send_queue.blocked)
 
@@ -3321,7 +3364,8 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
         return os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, packet])
 
     write: Write = write_bare if bare else tun.file.write
-    size = BATCH_BYTES  # bytes of one read: fewer from a peer whose frames are small
+    callbacks = ReadinessCallbacks(fd)
+    small = False  # whether its frames are small
 
     def write_all(frames: list[memoryview]) -> None:
         traffic.received_packets += len(frames)
@@ -3341,13 +3385,16 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                         raise OffloadRefused(kind) from None
 
     def on_ready() -> None:
-        nonlocal size
+        nonlocal small
+        size, most = callbacks.share
+        if small:
+            size, most = max(size // 8, BATCH_BYTES_MIN), most // 8
         frames = deframer.pull(read, size)
         write_all(frames)
-        size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
+        small = len(frames) >= most
 
     write_all(deframer.push(trailing))
-    ReadinessCallbacks(fd).run(on_ready)
+    callbacks.run(on_ready)
 
 
 # ---- session ---------------------------------------------------------------------------------------------------------
