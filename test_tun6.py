@@ -11852,7 +11852,7 @@ class Fuzz:
         b'{"Id": "',
         b"",
     )
-    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text")
+    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Dry", "Moved")
     VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
     TEXTS = ("", "\0", "\ud800", "x" * 4000, "fe80::/64", "2001:db8::%a\nb/64")
     TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
