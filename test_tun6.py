@@ -3858,19 +3858,22 @@ def test_what_a_client_says_of_its_epoch_counts_within_a_bound_and_only_with_its
 
 
 @pytest.mark.parametrize(
-    "said, took_over, server, times",
+    "said, proved, took_over, server, times",
     [
-        (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
-        (6, False, "other", (1.0, 9.0)),  # one that had an older session
-        (7, False, "other", (1.0,)),
-        (7, True, "here", (1.0,)),
-        (6, True, "here", (1.0, 9.0)),
-        (6, False, "here", (1.0,)),  # nobody had it
+        (0, True, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
+        (6, True, False, "other", (1.0, 9.0)),  # one that had an older session
+        (7, True, False, "other", (1.0,)),
+        (7, False, False, "other", (1.0, 9.0)),  # anybody could say so
+        (7, True, True, "here", (1.0,)),
+        (6, True, True, "here", (1.0, 9.0)),
+        (6, True, False, "here", (1.0,)),  # nobody had it
     ],
 )
-def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(said: int, took_over: bool, server: str, times: object) -> None:
+def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(
+    said: int, proved: bool, took_over: bool, server: str, times: object
+) -> None:
     row = tun6.Row("a", subnet(0), epoch=7, server=server, live=True, takeovers=(1.0,))
-    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, took_over=took_over))
+    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, proved, took_over=took_over))
     assert begin.decide(row, 9.0).takeovers == times
 
 
@@ -4769,6 +4772,20 @@ def test_who_was_sent_away_at_the_last_moment_is_not_served(admission: Admission
     with pytest.raises(tun6.Refusal, match="busy"):  # this greenlet has no place in the server's admission control
         server._serve_client(cast(tun6.Stream, None), "peer", tun6.Hello("a", None, ""), b"")
     assert (server.sessions, server.store.pool.owners()) == ({}, [])
+
+
+@pytest.mark.parametrize("said, has_key, slowed", [(7, True, False), (6, True, True), (8, True, True), (0, True, True), (7, False, True)])
+def test_of_a_contended_id_only_the_client_of_the_newest_session_is_not_slowed(
+    said: int, has_key: bool, slowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = cast(Any, tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL)))
+    monkeypatch.setattr(server, "store", store := mock.Mock())
+    monkeypatch.setattr(server, "keys", mock.Mock(find=lambda _: has_key or None))
+    monkeypatch.setattr(tun6, "CONTENTION_PAUSE_S", 0)
+    store.holder.return_value, store.whereabouts.return_value = "other", {"epoch": 7}
+    store.takeovers.return_value = [time.monotonic()] * tun6.CONTENTION_TAKEOVERS
+    assert server._take_over(tun6.Hello("a", None, "", epoch=said), "peer") is False
+    assert ("a" in server._contended) == slowed
 
 
 @pytest.mark.parametrize("about", ["disk", "store"])

@@ -1346,6 +1346,10 @@ class Claim:
     end: Callable[[str], None] = lambda reason: None  # ends its session, for this reason
     on_epoch: Callable[[int], None] = lambda epoch: None  # its session has a higher epoch from now on: its route needs another metric
 
+    def is_of(self, epoch: int | None) -> bool:
+        """Returns whether the client proved that it is the one of the session of this epoch, which moves and takes nothing from another."""
+        return self.proved and 0 < self.epoch == epoch
+
 
 class Lease:
     """What a client was given at the beginning of its session, until its end."""
@@ -1851,7 +1855,7 @@ class SessionBegin(Assignment):
         epoch = max(row.epoch, self.floor) + 1
         if epoch >= METRIC_MAX:
             raise Refusal("server-error", "this Id has begun too often", f"{quote_id(self.id)}, its epochs are used up")
-        takeovers, is_same = row.takeovers, 0 < self.claim.epoch == row.epoch  # the client that has the session itself says that it moves
+        takeovers, is_same = row.takeovers, self.claim.is_of(row.epoch)
         if not is_same and (self.claim.took_over or (row.live and row.server != self.server)):
             takeovers = (*takeovers, now)[-CONTENTION_TAKEOVERS:]
         return row._replace(epoch=epoch, server=self.server, live=True, since=now, last=now, takeovers=takeovers)
@@ -5783,11 +5787,15 @@ class Server:
                 "moved" if hello.moved else "busy", "this server is being drained", f"{quote_id(hello.id)}, as this server drains"
             )
 
+    def _has_key(self, id_: str) -> bool:
+        """Returns whether the Id has a key: a client that `_check_key` let pass has proved it."""
+        return self.keys is not None and self.keys.find(id_) is not None
+
     def _require_room(self, id_: str) -> None:
         """Raises Refusal when there is no room for this Id, which may be a new one."""
         if len(self.sessions) >= self._config.max_clients and id_ not in self.sessions:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        self.store.require_room(id_, counted=not (self.keys and self.keys.find(id_)))
+        self.store.require_room(id_, counted=not self._has_key(id_))
 
     def _answer_dry(self, stream: Stream, peer: str, hello: Hello, _: bytes) -> None:
         """Tells a client whether it would be served, and changes nothing. Raises Refusal, OSError."""
@@ -5808,7 +5816,7 @@ class Server:
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
         self._send_elsewhere(hello)  # only now, as its old session is over anyway
         self._require_room(id_)
-        has_key = self.keys is not None and self.keys.find(id_) is not None  # which was the right one, then
+        has_key = self._has_key(id_)
         session, device = Session(peer), cast(Optional[ClientDevice], None)
         self.sessions[id_] = session
 
@@ -5891,7 +5899,8 @@ class Server:
             return False
         superseded = self._superseded[id_] = gevent.event.Event()  # set when a newer connection waits
         live = id_ in self.sessions and not self.sessions[id_].ending
-        if (live or holder) and self._is_contended(id_):
+        moves = Claim(id_, hello.epoch, self._has_key(id_)).is_of(self.store.whereabouts(id_).get("epoch"))
+        if (live or holder) and not moves and self._is_contended(id_):
             if id_ not in self._contended:
                 self._contended.add(id_)
                 other = self.sessions[id_].peer if live else f"the server {holder}"
