@@ -1850,7 +1850,7 @@ class SessionBegin(Assignment):
         if row.key != self.key:
             raise Refusal("busy", "the key of this Id has just been changed", f"{quote_id(self.id)}, its key was changed just now")
         epoch = max(row.epoch, self.floor) + 1
-        if epoch >= METRIC_MAX:
+        if epoch > EPOCH_MAX:
             raise Refusal("server-error", "this Id has begun too often", f"{quote_id(self.id)}, its epochs are used up")
         takeovers, is_same = row.takeovers, 0 < self.claim.epoch == row.epoch  # the client that has the session itself says that it moves
         if not is_same and (self.claim.took_over or (row.live and row.server != self.server)):
