@@ -44,8 +44,8 @@ The file, top to bottom. A section uses only names defined above it; those marke
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
-    client                       ClientConfig, RemoteServer, Client
-    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
+    client                       ClientConfig, Failover (pure), RemoteServer, Client
+    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients`, `drain`, `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
     doctor                       ServerDoctor, ClientDoctor: what is checked by `tun6.py doctor`, and some of it at the start
@@ -6818,6 +6818,7 @@ class Client:
         self.remotes = [RemoteServer(each, config, tls, self._mtus) for each in config.remotehost]
         last = self._recall_last()
         self._remembered = None if last is None else self.remotes[last]  # that which the next start begins with
+        self._remembering: gevent.Greenlet | None = None  # as the disk may hang
         self._failover = Failover(len(self.remotes), last)
         self._id = config.id
         self._hooks = Hooks(config.hook)
@@ -6860,9 +6861,9 @@ class Client:
 
     def _remember_last(self, remote: RemoteServer) -> None:
         """Remembers which of several servers serves, for the next start. Does not wait for the disk."""
-        if len(self.remotes) > 1 and remote is not self._remembered:
+        if len(self.remotes) > 1 and remote is not self._remembered and (self._remembering is None or self._remembering.dead):
             self._remembered = remote
-            gevent.spawn(run_in_thread, self._write_last, remote.name)
+            self._remembering = gevent.spawn(run_in_thread, self._write_last, remote.name)
 
     def _write_last(self, name: str) -> None:
         path = path_of_last("server", self._config.file)
