@@ -3357,6 +3357,7 @@ class Violation(AssertionError):
 class LateCommit(NamedTuple):
     """A transaction whose COMMIT has no answer yet: it keeps its rows locked, and is done or undone later."""
 
+    server: str
     rows: list[tun6.Row]
 
 
@@ -3375,23 +3376,23 @@ class SimulatedDatabase:
         self._lost: Any = None  # what a failover goes back to
         self.now = 0.0
 
-    def changes(self, changes: Sequence[tun6.Change], fate: str = "committed") -> list[tun6.Row | Exception] | None:
-        """Makes changes as Database does. None: they are locked. The fate is "committed", or "late": it is decided later."""
+    def changes(self, changes: Sequence[tun6.Change], late: str = "") -> list[tun6.Row | Exception] | None:
+        """Makes changes as Database does. None: they are locked. `late` is the server whose COMMIT is not answered; or it is at once."""
         self.now += 1
-        if any(row.id == change.id for late in self.late for row in late.rows for change in changes):
+        if any(row.id == change.id for each in self.late for row in each.rows for change in changes):
             return None
         rows, results = dict(self.rows), list[Union[tun6.Row, Exception]]()
         for change in changes:
             found = rows.get(change.id)
             try:
-                results.append(change.decide(found or change.create(self._free()), self.now))
+                results.append(change.decide(found or change.create(self._free(), self.now), self.now))
             except (tun6.Tun6Error, EOFError, KeyError) as error:
                 results.append(error)
                 continue
             rows[change.id] = cast(tun6.Row, results[-1])
         changed = [row for row in rows.values() if self.rows.get(row.id) != row]
-        if fate == "late":
-            self.late.append(LateCommit(changed))
+        if late:
+            self.late.append(LateCommit(late, changed))
         else:
             self._write(changed)
         return results
@@ -3412,11 +3413,12 @@ class SimulatedDatabase:
             for server in self.listeners:
                 server.notified.append(row.id)
 
-    def end_late(self) -> None:
-        """What was late is done, or undone."""
-        late = self.late.pop(self._rng.randrange(len(self.late)))
-        if self._rng.random() < 0.7:
-            self._write(late.rows)
+    def end_late(self, server: str | None = None) -> None:
+        """What was late is done, or undone: one, or all of this server."""
+        for late in [each for each in self.late if each.server == server] if server else [self._rng.choice(self.late)]:
+            self.late.remove(late)
+            if self._rng.random() < 0.7:
+                self._write(late.rows)
 
     def remember(self) -> None:
         """What the standby has."""
@@ -3450,7 +3452,7 @@ class SimulatedClient:
 
     def __init__(self, id_: str, has_key: bool) -> None:
         self.id, self.has_key = id_, has_key
-        self.at: tuple[SimulatedServer, int] | None = None  # where it has a session, and its epoch
+        self.at: SimulatedServer | None = None  # where it has a session
         self.asks: Asked | None = None  # at whom it waits for an answer
         self.epoch = 0
         self.unanswered = 0  # beginnings that are in the store, or may be, since the last answer after a COMMIT
@@ -3462,7 +3464,11 @@ class Asked:
 
     client: SimulatedClient
     begin: tun6.SessionBegin
-    row: tun6.Row  # as the transaction left it
+    row: tun6.Row | None = None  # as the transaction left it; None: that is still to be made
+
+    @property
+    def is_alive(self) -> bool:
+        return self.client.asks is self
 
 
 class SimulatedServer:
@@ -3477,7 +3483,7 @@ class SimulatedServer:
         self.is_cut = False
         self.connected = False
         self.timeline = 0
-        self.holds: dict[str, tuple[SimulatedClient, int]] = {}  # sessions, with their epochs
+        self.holds: dict[str, SimulatedClient] = {}  # its sessions
         self._saved: list[tun6.Row] = []  # in the cache
 
     def disconnect(self) -> None:
@@ -3489,10 +3495,12 @@ class SimulatedServer:
             self._cluster.database.listeners.remove(self)
         asked, self.asked = self.asked, []
         for each in asked:
-            self.view.give_up(each.begin, each.row)
-            if each.client.asks is each:
+            row = self.view.begin_alone(each.begin)
+            if each.is_alive and row and not row.revoked:
+                self._hold(each, row, False)
+            elif each.is_alive:
                 each.client.asks = None
-                self._hold_from_cache(each.client, each.begin)
+            self.view.conclude(each.begin)
 
     def connect(self) -> None:
         database = self._cluster.database
@@ -3518,85 +3526,83 @@ class SimulatedServer:
         if is_new:
             self.save()
         if reason:
-            self._end(row.id, "newest" if before and "newer" in reason else None)
+            self._end(row.id, "newest" if before and row.live and "newer" in reason else None)  # a pin ends it, too
 
     def _end(self, id_: str, why: str | None) -> None:
         """Ends a session. A client that is still there must not lose it to an older one."""
-        if id_ in self.holds:
-            client, _ = self.holds.pop(id_)
-            self.view.release(id_)
-            if client.at and client.at[0] is self:
-                client.at = None
-                strict = client.has_key and not client.asks and (why == "newest" or (why == "settlement" and client.unanswered <= 1))
-                if strict and not self._cluster.lost_commits:
-                    raise Violation(f"{id_} lost its newest session at {self.name}, {why}")
+        if id_ not in self.holds:
+            return
+        client = self.holds[id_]
+        self.leave(id_)
+        if client.at is self:
+            client.at = None
+            strict = client.has_key and (why == "newest" or (why == "settlement" and client.unanswered <= 1))
+            if strict and not self._cluster.lost_commits:
+                raise Violation(f"{id_} lost its newest session at {self.name}, {why}")
 
     def leave(self, id_: str) -> None:
         """The connection of a session has ended."""
         if id_ in self.holds:
-            self.holds.pop(id_)
+            del self.holds[id_]
             self.view.release(id_)
 
-    def ask(self, client: SimulatedClient, fate: str, stays: bool) -> None:
-        """A client says hello. It leaves before the transaction if it does not stay."""
+    def is_asked(self, client: SimulatedClient) -> None:
+        """A client says hello."""
         self.leave(client.id)
-        for asked in [asked for asked in self.asked if asked.client is client]:
-            self.asked.remove(asked)
-            self.view.give_up(asked.begin, asked.row)
-        claim = tun6.Claim(client.id, client.epoch, proved=client.has_key, is_alive=lambda: stays)
-        begin = self.view.begin_change(claim)
-        if self.connected:
-            results = self._cluster.database.changes([begin], fate)
-            result = results[0] if results else None
-            if isinstance(result, tun6.Row) and fate == "committed":
-                client.unanswered += 1
-                asked = Asked(client, begin, result)
-                self.asked.append(asked)
-                client.asks = asked
-                return
-            if isinstance(result, Exception):
-                return  # refused, or it has left
-            if isinstance(result, tun6.Row):
-                client.unanswered += 1
-                self.view.give_up(begin, result)
+        for older in [each for each in self.asked if each.client is client]:  # a kill of who waits
+            self.asked.remove(older)
+            self.view.conclude(older.begin)
+        claim = tun6.Claim(client.id, client.epoch, proved=client.has_key, is_alive=lambda: asked_now.is_alive)
+        asked_now = client.asks = Asked(client, self.view.begin_change(claim))
+        self.asked.append(asked_now)
+        if not self.connected:
             self.disconnect()
-        if stays:
-            self._hold_from_cache(client, begin)
 
-    def _hold_from_cache(self, client: SimulatedClient, begin: tun6.SessionBegin) -> None:
-        row = self.view.begin_alone(begin)
-        if row and not row.revoked:
-            self._hold(client, begin, row, False)
+    def transact(self, asked: Asked, fate: str) -> None:
+        """The database makes the beginning."""
+        results = self._cluster.database.changes([asked.begin], self.name if fate == "late" else "")
+        result = results[0] if results else None
+        if isinstance(result, Exception):
+            self.asked.remove(asked)
+            self.view.conclude(asked.begin)
+            asked.client.asks = None if asked.is_alive else asked.client.asks
+            return
+        if result:
+            asked.row = result
+            asked.client.unanswered += 1
+            if result.revoked:
+                raise Violation(f"{asked.client.id} was revoked, and begins")
+        if fate == "late" or not result:
+            self.disconnect()
 
     def finish(self, asked: Asked) -> None:
-        """COMMIT is answered; the client may have left."""
+        """COMMIT is answered; the client may have left, without a word."""
         self.asked.remove(asked)
+        assert asked.row
         self.hear(asked.row)
-        self._hold(asked.client, asked.begin, asked.row, True, asked.client.asks is asked)
+        self._hold(asked, asked.row, True)
+        self.view.conclude(asked.begin)
 
-    def _hold(self, client: SimulatedClient, begin: tun6.SessionBegin, row: tun6.Row, settled: bool, stays: bool = True) -> None:
-        epoch = row.epoch
-        if not self.view.hold(begin, row, settled):
-            client.asks = None if stays else client.asks
+    def _hold(self, asked: Asked, row: tun6.Row, settled: bool) -> None:
+        client, is_alive = asked.client, asked.is_alive
+        if is_alive:
+            client.asks = None
+        if not self.view.hold(asked.begin, row, settled):
             return
-        self.holds[client.id] = client, epoch
-        if not stays:
-            self.leave(client.id)
+        self.holds[client.id] = client
+        if not is_alive:
             return
-        if self.view.epoch_of(client.id) > epoch:
-            raise Violation(f"{client.id} is answered at {self.name} with {epoch}, and {self.view.epoch_of(client.id)} was heard")
-        client.at, client.asks = (self, epoch), None
-        if begin.claim.proved and client.epoch >= epoch:
-            raise Violation(f"{client.id} had {client.epoch}, and gets {epoch}")
-        client.epoch = epoch
+        if asked.begin.claim.proved and client.epoch >= row.epoch:
+            raise Violation(f"{client.id} had {client.epoch}, and gets {row.epoch}")
+        client.at, client.epoch = self, row.epoch
         client.unanswered = 0 if settled else client.unanswered
-        self._cluster.answered(client, row.prefix, epoch)
+        self._cluster.answered(client, row.prefix, row.epoch)
 
     def pay(self, fate: str) -> None:
         if not self.connected:
             return
         for debt in self.view.debts():
-            results = self._cluster.database.changes([debt], fate)
+            results = self._cluster.database.changes([debt], self.name if fate == "late" else "")
             if results is None or fate == "late":
                 self.disconnect()
                 return
@@ -3604,49 +3610,67 @@ class SimulatedServer:
             if row:
                 self.hear(row)
             reason = self.view.pay(debt, row)
-            if debt.id in self.holds:
-                self.holds[debt.id] = self.holds[debt.id][0], self.view.held[debt.id].epoch
             if reason:
                 self._end(debt.id, "settlement" if "newer" in reason else None)
 
     def restart(self) -> None:
         """It is killed, and starts from its cache."""
+        for client in self.holds.values():
+            client.at = None if client.at is self else client.at
         for asked in self.asked:
-            asked.client.asks = None if asked.client.asks is asked else asked.client.asks
-        self.asked.clear()
-        self.disconnect()
-        for client, _ in self.holds.values():
-            if client.at and client.at[0] is self:
-                client.at = None
+            asked.client.asks = None if asked.is_alive else asked.client.asks
         self.holds.clear()
+        self.asked.clear()
+        self._cluster.database.end_late(self.name)
+        self.disconnect()
         self.view = tun6.ClusterView(self.name)
         for row in self._saved:
             self.view.hear(row)
-        self.view.end_left()
 
     def save(self) -> None:
         self._saved = list(self.view.rows.values())
 
 
 class SimulatedCluster:
-    """Servers, a database and clients, whose steps come in an order that a seed decides."""
+    """Servers, a database and clients, whose steps come in an order that a seed decides; it also decides which are frequent."""
 
     def __init__(self, seed: int) -> None:
         self._rng = rng = random.Random(seed)
         self.database = SimulatedDatabase(rng)
         self.servers = [SimulatedServer(name, self) for name in "ABC"]
-        self.clients = [SimulatedClient(f"c{number}", rng.random() < 0.7) for number in range(4)]
+        self.clients = [SimulatedClient(f"c{number}", rng.random() < 0.7) for number in range(3)]
         self.lost_commits = False
+        self._accepted = False  # whether the operator gave up what was lost
         self._owner: dict[IPv6Network, str] = {}  # who was last told of it
         self._epochs: dict[IPv6Network, int] = {}  # the highest that routers have heard
         self._pinned: set[tuple[str, IPv6Network]] = set()
         self.trace: list[str] = []
+        often = {"ask": 25, "transact": 35, "finish": 30, "notify": 15, "take": 15, "pay": 15, "connect": 15}
+        seldom = {
+            "leave": 4,
+            "cut": 4,
+            "outage": 2,
+            "late": 6,
+            "pin": 3,
+            "revoke": 2,
+            "restart": 2,
+            "save": 2,
+            "remember": 3,
+            "fail over": 1,
+        }
+        self._weights = {
+            **often,
+            **{what: weight * rng.choice((0, 1, 3)) for what, weight in seldom.items()},
+            "accept": rng.choice((0, 0, 1)),
+        }
+        self._late = rng.choice((0.0, 0.1, 0.4))  # how many COMMITs hang
         for server in self.servers:
             server.connect()
 
     def answered(self, client: SimulatedClient, prefix: IPv6Network, epoch: int) -> None:
+        """A client is told of its prefix."""
         owner = self._owner.get(prefix, client.id)
-        if owner != client.id:
+        if owner != client.id and not self._accepted:
             if (client.id, prefix) not in self._pinned:
                 raise Violation(f"{prefix} of {owner} is told to {client.id}")
             if any(server.view.held[id_].prefix == prefix for server in self.servers for id_ in server.holds if id_ != client.id):
@@ -3659,24 +3683,28 @@ class SimulatedCluster:
     def step(self) -> None:
         """One thing happens."""
         rng, database = self._rng, self.database
+        what = rng.choices(list(self._weights), list(self._weights.values()))[0]
         server, client = rng.choice(self.servers), rng.choice(self.clients)
-        what = rng.choices(
-            ["ask", "finish", "notify", "take", "pay", "connect", "leave", "cut", "outage", "late", "pin", "revoke", "restart", "save",
-             "remember", "fail over"],
-            [30, 25, 15, 15, 15, 12, 6, 5, 3, 8, 2, 2, 2, 3, 2, 1],
-        )[0]  # fmt: skip
+        fate = "late" if rng.random() < self._late else "committed"
+        made = [asked for asked in server.asked if asked.row]
+        unmade = [asked for asked in server.asked if not asked.row]
         self.trace.append(f"{what} {server.name} {client.id}")
         if what == "ask":
-            self._move(client, server)
-        elif what == "finish" and server.asked:
-            server.finish(rng.choice(server.asked))
+            if client.at and rng.random() < 0.5:  # else it leaves without a word, and its session stays until somebody notices
+                client.at.leave(client.id)
+            client.at = None
+            server.is_asked(client)
+        elif what == "transact" and unmade and server.connected:
+            server.transact(rng.choice(unmade), fate)
+        elif what == "finish" and made:
+            server.finish(rng.choice(made))
         elif what == "notify" and server.connected:
             ids, server.notified = set(server.notified) | (set(server.holds) if rng.random() < 0.3 else set()), []
             server.read += [database.rows[id_] for id_ in sorted(ids) if id_ in database.rows]
         elif what == "take" and server.read:
             server.hear(server.read.pop(rng.randrange(len(server.read))))
         elif what == "pay":
-            server.pay("late" if rng.random() < 0.1 else "committed")
+            server.pay(fate)
         elif what == "connect":
             server.connect()
         elif what == "leave" and server.holds:
@@ -3705,53 +3733,60 @@ class SimulatedCluster:
         elif what == "fail over":
             self.lost_commits = True
             database.fail_over()
-
-    def _move(self, client: SimulatedClient, server: SimulatedServer) -> None:
-        """A client that leaves without a word leaves its session behind, which lives until somebody notices."""
-        rng = self._rng
-        if client.at and rng.random() < 0.5:
-            client.at[0].leave(client.id)
-        client.at = client.asks = None
-        server.ask(client, "late" if rng.random() < 0.15 else "committed", rng.random() < 0.8)
+        elif what == "accept" and database.accepted != database.timeline:
+            self._accepted, database.accepted = True, database.timeline
+        for each in self.servers:
+            for id_, held in each.view.held.items():
+                if held.settled and each.view.epoch_of(id_) > held.epoch:
+                    raise Violation(f"{each.name} holds {held.epoch} of {id_}, and has heard {each.view.epoch_of(id_)}")
 
     def _notice(self, server: SimulatedServer, id_: str) -> None:
         """The connection of a session ends, or turns out to be dead."""
-        client, _ = server.holds[id_]
+        client = server.holds[id_]
         server.leave(id_)
-        if client.at and client.at[0] is server:
-            client.at = None
+        client.at = None if client.at is server else client.at
 
     def _pin(self, client: SimulatedClient) -> None:
+        """The operator gives a client another /64; one that another had only when all have heard that it is free."""
         database = self.database
         if not database.reachable or database.late:
             return
-        taken = {row.prefix for row in database.rows.values()}
-        freed = sorted({prefix for row in database.rows.values() for prefix in row.former if row.id != client.id} - taken)
+        rows = list(database.rows.values())
+        prefix = subnet(self._rng.randrange(8))
+        epochs = [row.epoch for row in rows if row.id != client.id and prefix in row.former]
         heard = all(server.connected and not (server.notified or server.read or server.asked) for server in self.servers)
-        prefix = self._rng.choice(freed) if freed and heard else subnet(100 + len(self._pinned))
-        if prefix not in taken:
-            epochs = [row.epoch for row in database.rows.values() if row.id != client.id and prefix in row.former]
-            floor = max(epochs) + tun6.FREED_LEAD if epochs else 0
-            self._pinned.add((client.id, prefix))
-            database.changes([tun6.Pin(client.id, prefix, floor)])
+        if any(row.prefix == prefix for row in rows) or (epochs and not heard):
+            return
+        self._pinned.add((client.id, prefix))
+        database.changes([tun6.Pin(client.id, prefix, max(epochs) + tun6.FREED_LEAD if epochs else 0)])
 
     def heal(self) -> None:
-        """All faults end; then there must be one session for each client that is not revoked: the one that it has."""
-        database = self.database
+        """All faults end; then each client that is still there has one session, and it is the newest."""
+        database, rng = self.database, self._rng
+        gone = [client for client in self.clients if rng.random() < 0.3]
         database.reachable = True
         while database.late:
             database.end_late()
         for server in self.servers:
             server.is_cut = False
+            for id_ in [id_ for id_, client in server.holds.items() if client in gone]:
+                self._notice(server, id_)
+        for client in gone:
+            client.asks = None
         for _ in range(4):
             for server in self.servers:
                 server.connect()
             for server in self.servers:
-                while server.asked:
-                    server.finish(server.asked[0])
+                for asked in list(server.asked):
+                    if not asked.row:
+                        server.transact(asked, "committed")
+                    if asked.row:
+                        server.finish(asked)
+                for id_ in [id_ for id_, client in server.holds.items() if client in gone]:
+                    self._notice(server, id_)
                 server.pay("committed")
             for server in self.servers:
-                self._rng.shuffle(server.read)
+                rng.shuffle(server.read)
                 ids = {*server.notified, *server.holds}
                 server.notified.clear()
                 for row in [*server.read, *(database.rows[id_] for id_ in sorted(ids) if id_ in database.rows)]:
@@ -3759,29 +3794,32 @@ class SimulatedCluster:
                 server.read.clear()
             for client in self.clients:
                 found = database.rows.get(client.id)
-                if not client.at and not (found and found.revoked):
-                    self._rng.choice(self.servers).ask(client, "committed", True)
+                if not client.at and not client.asks and client not in gone and not (found and found.revoked):
+                    rng.choice(self.servers).is_asked(client)
         for client in self.clients:
-            self._check(client)
+            self._check(client, client in gone)
+        prefixes = [server.view.held[id_].prefix for server in self.servers for id_ in server.holds]
+        if len(set(prefixes)) < len(prefixes):
+            raise Violation("two Ids have one /64")
 
-    def _check(self, client: SimulatedClient) -> None:
+    def _check(self, client: SimulatedClient, is_gone: bool) -> None:
         row = self.database.rows.get(client.id)
-        held = [(server, server.holds[client.id][1]) for server in self.servers if client.id in server.holds]
-        if row is None or row.revoked:
-            if held:
-                raise Violation(f"{client.id} may not be served, and is")
+        holders = [server for server in self.servers if client.id in server.holds]
+        if row is None or row.revoked or is_gone:
+            if holders or (row and row.live):
+                raise Violation(f"{client.id} has no connection, and yet a session at {[each.name for each in holders]}: {row}")
             return
-        if not client.at or [server for server, _ in held] != [client.at[0]]:
-            raise Violation(f"{client.id} is at {client.at and client.at[0].name}, its sessions are at {[each.name for each, _ in held]}")
-        server, epoch = held[0]
-        if (row.server, row.epoch, row.live) != (server.name, epoch, True) or not server.view.held[client.id].settled:
-            raise Violation(f"{client.id} has {epoch} at {server.name}, and the store says {row}")
+        if not client.at or holders != [client.at]:
+            raise Violation(f"{client.id} is at {client.at and client.at.name}, its sessions are at {[each.name for each in holders]}")
+        held = client.at.view.held[client.id]
+        if (row.server, row.epoch, row.live) != (client.at.name, held.epoch, True) or not held.settled:
+            raise Violation(f"{client.id} has {held.epoch} at {client.at.name}, and the store says {row}")
         for each in self.servers:
             if each.view.rows[client.id] != row:
                 raise Violation(f"{each.name} knows {each.view.rows[client.id]}, and the store has {row}")
 
 
-def simulate(seed: int, steps: int = 80) -> None:
+def simulate(seed: int, steps: int = 100) -> None:
     """One interleaving. Raises Violation, with the steps that led to it."""
     cluster = SimulatedCluster(seed)
     try:

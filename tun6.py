@@ -1181,8 +1181,9 @@ class GroupCommit(Generic[T, R]):
     `work` gets the items in order and returns as many results. An exception that it raises goes to all callers of that call.
     """
 
-    def __init__(self, work: Callable[[list[T]], list[R]]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[list[T]], list[R]], most: int | None = None) -> None:
+        """`most`: so many items at most in one call."""
+        self._work, self._most = work, most
         self._waiting: list[tuple[T, gevent.event.AsyncResult]] = []
         self._worker: gevent.Greenlet | None = None
 
@@ -1191,7 +1192,7 @@ class GroupCommit(Generic[T, R]):
         return self.submit_all([item])[0]
 
     def submit_all(self, items: Iterable[T]) -> list[R]:
-        """As `submit`, for several items that are handled in one call."""
+        """As `submit`, for several items, which are handled together."""
         outcomes = [(item, gevent.event.AsyncResult()) for item in items]
         self._waiting += outcomes
         if self._worker is None:
@@ -1200,7 +1201,8 @@ class GroupCommit(Generic[T, R]):
 
     def _handle_waiting(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting, []
+            batch = self._waiting[: self._most]
+            del self._waiting[: self._most]
             try:
                 results = self._work([item for item, _ in batch])
             except Exception as error:  # the callers get it
@@ -1767,7 +1769,7 @@ class Row(NamedTuple):
     prefix: IPv6Network
     key: str | None = None  # its digest
     revoked: bool = False
-    version: int = 1  # of all up to `moved`: when it was changed, in milliseconds, or more
+    version: int = 0  # of all up to `moved`: when it was changed, in milliseconds, or more
     former: tuple[IPv6Network, ...] = ()  # /64s that it had before
     moved: float | None = None  # when it got the one that it has in place of another
     epoch: int = 0  # counts the beginnings of its sessions; it grows by more where numbers may have been used that nobody knows of
@@ -1796,13 +1798,18 @@ def next_version(row: Row, now: float) -> int:
     return max(row.version + 1, int(now * 1000))
 
 
+def first_row(id_: str, prefix: IPv6Network, now: float) -> Row:
+    """Returns the row of a new Id."""
+    return Row(id_, prefix, version=int(now * 1000))
+
+
 @dataclass(frozen=True)
 class Change:
     """A change of an Id's row, which the store makes in a transaction that has locked the row."""
 
     id: str
 
-    def create(self, free: Iterator[IPv6Network]) -> Row:
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
         """Returns the first row of an Id that has none; `free` yields /64s for it, or raises. Raises KeyError if it shall get none."""
         raise KeyError(self.id)
 
@@ -1815,9 +1822,9 @@ class Change:
 class Assignment(Change):
     """The Id gets a /64 if it has none."""
 
-    def create(self, free: Iterator[IPv6Network]) -> Row:
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
         """As Change has it."""
-        return Row(self.id, next(free))
+        return first_row(self.id, next(free), now)
 
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
@@ -1856,31 +1863,24 @@ class SessionSettlement(Change):
 
     server: str
     epoch: int
-    prefix: IPv6Network
 
     def decide(self, row: Row, now: float) -> Row:
-        """As Change has it. The session has lost if the row is not its own afterwards, see `has_won`.
+        """As Change has it. The session has lost if the row is not its own afterwards.
 
         It loses against a higher epoch, if that session lives. If that one has ended, or has the same epoch, which of the two is newer
         is not known, so the one that is known to live goes on, above the other.
         """
-        if row.revoked or row.prefix != self.prefix or (row.epoch > self.epoch and row.live and row.server != self.server):
+        if (row.epoch, row.server, row.live) == (self.epoch, self.server, True):
+            return row  # COMMIT was not answered, but done
+        if row.epoch > self.epoch and row.live and row.server != self.server:
             return row
-        began = row.since if self._is_known(row) and row.live else now
-        epoch = self.epoch if row.epoch < self.epoch or self._is_known(row) else row.epoch + 1
-        return row._replace(epoch=epoch, server=self.server, live=True, since=began, last=began)
-
-    def has_won(self, row: Row) -> bool:
-        """Returns whether this is the row of a session that goes on, with the row's epoch."""
-        return row.live and row.server == self.server and row.epoch >= self.epoch and row.prefix == self.prefix and not row.revoked
-
-    def _is_known(self, row: Row) -> bool:
-        return row.epoch == self.epoch and row.server == self.server
+        epoch = self.epoch if row.epoch < self.epoch else row.epoch + 1
+        return row._replace(epoch=epoch, server=self.server, live=True, since=now, last=now)
 
 
 @dataclass(frozen=True)
 class SessionEnd(Change):
-    """A session has ended; nothing changes if another has begun since."""
+    """A session has ended, and those that its server had before; nothing changes if another has begun since."""
 
     server: str
     epoch: int
@@ -1889,9 +1889,10 @@ class SessionEnd(Change):
 
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
-        if not (row.live and row.server == self.server and row.epoch == self.epoch):
+        if not (row.live and row.server == self.server and row.epoch <= self.epoch):
             return row
-        return row._replace(live=False, last=now, received=row.received + self.received, sent=row.sent + self.sent)
+        received, sent = row.received + self.received, row.sent + self.sent
+        return row._replace(epoch=self.epoch, live=False, last=now, received=received, sent=sent)
 
 
 @dataclass(frozen=True)
@@ -1913,17 +1914,17 @@ class Pin(Change):
     prefix: IPv6Network
     floor: int = 0  # above which its sessions begin, as routers have heard of those of former owners of this /64
 
-    def create(self, free: Iterator[IPv6Network]) -> Row:
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
         """As Change has it."""
-        return Row(self.id, self.prefix, epoch=self.floor)
+        return first_row(self.id, self.prefix, now)._replace(epoch=self.floor)
 
     def decide(self, row: Row, now: float) -> Row:
-        """As Change has it."""
+        """As Change has it. A session with the old /64 is not the newest any more."""
         if row.prefix == self.prefix:
             return row
         former = tuple(prefix for prefix in (*row.former, row.prefix) if prefix != self.prefix)
         row = row._replace(prefix=self.prefix, version=next_version(row, now), former=former, moved=now)
-        return row._replace(epoch=max(row.epoch, self.floor), live=False)
+        return row._replace(epoch=max(row.epoch + 1, self.floor), live=False)
 
 
 @dataclass
@@ -1944,6 +1945,7 @@ class ClusterView:
         self.rows: dict[str, Row] = {}
         self.held: dict[str, HeldSession] = {}
         self._heard: dict[str, int] = {}  # by Id: the highest epoch, where the row's may be lower
+        self._beginning: Counter[str] = Counter()  # sessions that are being begun, by Id
         self._ends: dict[str, SessionEnd] = {}  # to be told to the store
 
     def epoch_of(self, id_: str) -> int:
@@ -1960,15 +1962,17 @@ class ClusterView:
         return max(known, claim.epoch) if claim.proved and claim.epoch <= known + EPOCH_LEAD_MAX else known
 
     def begin_change(self, claim: Claim) -> SessionBegin:
-        """Returns what the store is asked for when a client connects."""
+        """Returns what the store is asked for when a client connects; `conclude` follows, however that ends."""
         row = self.rows.get(claim.id)
+        self._beginning[claim.id] += 1
         return SessionBegin(claim.id, self.server, self.floor(claim), row.key if row else None, claim)
 
-    def give_up(self, change: Change, row: Row) -> None:
-        """Remembers that the store may have made this change of the row, or may still make it."""
-        if isinstance(change, SessionBegin):
-            self._heard[change.id] = max(self.epoch_of(change.id), row.epoch)
-            self._ends[change.id] = SessionEnd(change.id, self.server, row.epoch)  # unless a session is held with it
+    def conclude(self, begin: SessionBegin) -> None:
+        """Notes that nobody waits for this beginning any more: unless the session is held, it has ended."""
+        self._beginning[begin.id] -= 1
+        if not self._beginning[begin.id]:
+            del self._beginning[begin.id]
+        self._end_left(self.rows.get(begin.id))
 
     def begin_alone(self, begin: SessionBegin) -> Row | None:
         """Returns the row with which a session begins while the store is down, or None for an Id that has none."""
@@ -1981,8 +1985,7 @@ class ClusterView:
         That may well be: a notification can overtake the answer to our own COMMIT.
         """
         session = HeldSession(row.epoch, row.prefix, begin.key, settled)
-        if self.epoch_of(begin.id) > row.epoch or self._fault(session, self.rows[begin.id]):
-            self._ends[begin.id] = SessionEnd(begin.id, self.server, row.epoch)
+        if self._fault(session, self.rows[begin.id]):
             return False
         self._heard[begin.id] = row.epoch
         self._ends.pop(begin.id, None)
@@ -1997,6 +2000,7 @@ class ClusterView:
         """Takes in a row that was read. Returns why the session of its Id that is held here must end, or None."""
         old = self.rows.get(row.id)
         row = self.rows[row.id] = merge_rows(old, row) if old else row
+        self._end_left(row)
         held = self.held.get(row.id)
         return self._fault(held, row) if held else None
 
@@ -2011,20 +2015,26 @@ class ClusterView:
             return f"a newer session of its Id began at {row.server}"
         return None
 
-    def end_left(self) -> None:
-        """Notes that the sessions have ended which a process of this name left when it was killed. Called before others begin."""
-        for row in self.rows.values():
-            if row.live and row.server == self.server and row.id not in self.held:
-                self._ends.setdefault(row.id, SessionEnd(row.id, self.server, row.epoch))
+    def _end_left(self, row: Row | None) -> None:
+        """Notes that the session has ended which the store has here, and which is none: nobody waited for its beginning any more."""
+        if row and row.live and row.server == self.server and row.id not in self.held and not self._beginning[row.id]:
+            owed = self._ends.get(row.id)
+            if not owed or owed.epoch < row.epoch:
+                self._ends[row.id] = SessionEnd(row.id, self.server, row.epoch)
 
     def unsettle(self) -> None:
         """Notes that the store may have lost the beginning of every session."""
         for held in self.held.values():
             held.settled = False
 
+    @property
+    def owes_ends(self) -> bool:
+        """Whether the store has to be told of sessions that ended."""
+        return bool(self._ends)
+
     def debts(self) -> list[SessionSettlement | SessionEnd]:
         """Returns what the store has to be told: sessions that began without it and live, and those that ended."""
-        unsettled = [SessionSettlement(id_, self.server, held.epoch, held.prefix) for id_, held in self.held.items() if not held.settled]
+        unsettled = [SessionSettlement(id_, self.server, held.epoch) for id_, held in self.held.items() if not held.settled]
         return [*unsettled, *self._ends.values()]
 
     def pay(self, debt: Change, row: Row | None) -> str | None:
@@ -2035,7 +2045,7 @@ class ClusterView:
             del self._ends[debt.id]
         elif isinstance(debt, SessionSettlement) and held and held.epoch == debt.epoch:
             held.settled = True
-            if row is None or not debt.has_won(row):
+            if row is None or row.server != self.server:
                 return fault or f"a newer session of its Id began at {row.server if row else 'another server'}"
             held.epoch = row.epoch
             return self._fault(held, self.rows[debt.id])
@@ -4180,7 +4190,7 @@ create index on client using gin (former) where former <> '{}';
 UPGRADES: dict[int, str] = {}  # by version: what makes the next one of it
 COMMIT_S = 2.0  # for a transaction with its COMMIT; without it by then, the store counts as down
 CONNECT_S = 10.0  # for connections to one of the hosts, and for reading all
-BATCH_MAX = 500  # changes of sessions that began or ended without the store, in one transaction
+BATCH_MAX = 100  # changes in one transaction
 THREADS_MAX = 8  # one listens, one works; the others connect, or close what hangs
 POLL_S = 2.0  # between two looks at the rows of the sessions here, beside what is notified
 RETRY_S = 0.5  # between two attempts to reach a store that is down
@@ -4485,7 +4495,7 @@ class Database:
                         raise self._psycopg.Rollback
                 break
             except errors.IntegrityError as error:  # no rule allows it, so there is a defect
-                batch.results = [StorageError(f"the store refuses it: {' '.join(str(error).split())}")] * len(batch.changes)
+                batch.results = [StorageError(f"the store refuses it: {' '.join(str(error).split())}") for _ in batch.changes]
                 break
             except (errors.DeadlockDetected, errors.SerializationFailure):
                 if attempt == ATTEMPTS_MAX - 1:
@@ -4514,7 +4524,7 @@ class Database:
                 if isinstance(change, Pin):
                     change = self._check_pin(change, pool)
                 if row is None:
-                    row = change.create(free)
+                    row = change.create(free, now)
                     if isinstance(change, SessionBegin) and change.claim.counted:
                         self._count_new(len(counted), new_ids_per_hour)
                         counted.add(change.id)
@@ -4646,7 +4656,7 @@ class Database:
                 raise RequestError("the pool is open to everybody, and there are keys; make it without --open")
             stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
             owners = {row.prefix: row.id for row in stored.values()}
-            free = self._free_prefixes(pool)
+            now, free = self._clock(self._worker), self._free_prefixes(pool)
             changed: list[Row] = []
             for id_ in {**prefixes, **keys}:
                 old, prefix, key = stored.get(id_), prefixes.get(id_), keys.get(id_)
@@ -4660,9 +4670,9 @@ class Database:
                     )
                 if old and old.key and key and key != KeyEntry(old.key, old.revoked):
                     raise RequestError(f"{quote_id(id_)} has another key in the store, or is revoked in one of both; nothing was taken")
-                row = old or Row(id_, prefix)
+                row = old or first_row(id_, prefix, now)
                 if key and not row.key:
-                    row = KeyChange(id_, key.digest, key.revoked).decide(row, self._clock(self._worker))
+                    row = KeyChange(id_, key.digest, key.revoked).decide(row, now)
                 if row != old:
                     changed.append(row)
             self._write(changed)
@@ -4799,7 +4809,7 @@ class ClusterStore(Store):
         self._database: Database | None = None  # None: the store is down
         self._down = ""  # why
         self._since = time.monotonic()  # when it came or went
-        self._changes: GroupCommit[Change, Row | Exception] = GroupCommit(self._change_all)
+        self._changes: GroupCommit[Change, Row | Exception] = GroupCommit(self._change_all, BATCH_MAX)
         self._owing = gevent.event.Event()  # set when there are debts
         self._greenlets = gevent.pool.Group()
         self._cache, self._is_cached = CacheFile(cache), True
@@ -4832,7 +4842,6 @@ class ClusterStore(Store):
     def start(self) -> None:
         """As Store has it: enters this server among the others, and from then on hears of what they do."""
         self._serving = True
-        self._view.end_left()
         if self._database:
             try:
                 self._enter(self._database)
@@ -4879,20 +4888,25 @@ class ClusterStore(Store):
     def _begin(self, claim: Claim) -> Lease:
         begin = self._view.begin_change(claim)
         try:
-            row, settled = self._change(begin), True
-        except StoreDown as down:
-            alone = self._view.begin_alone(begin)
-            if alone is None:
-                raise StorageError(f"{down}; {quote_id(claim.id)} is not known here") from None
-            row, settled = alone, False
-        if not self._view.hold(begin, row, settled):
+            row, settled = self._ask(begin)
+            if not self._view.hold(begin, row, settled):
+                raise Refusal("busy", "a newer connection has this Id")
+        finally:
+            self._view.conclude(begin)
             self._owing.set()
-            raise Refusal("busy", "a newer connection has this Id")
         lease = Lease(row.prefix, row.epoch)
         self._leases[claim.id] = claim, lease
-        if self._database and not settled:
-            self._owing.set()
         return lease
+
+    def _ask(self, begin: SessionBegin) -> tuple[Row, bool]:
+        """Returns the row of a session that begins, and whether the store is known to have it. Raises as `begin` does."""
+        try:
+            return self._change(begin), True
+        except StoreDown:
+            row = self._view.begin_alone(begin)
+            if row is None:
+                raise
+            return row, False
 
     def _release(self, id_: str, lease: Lease) -> None:
         del self._leases[id_]
@@ -5055,6 +5069,8 @@ class ClusterStore(Store):
         if row.id not in self._view.rows:
             self._has_new.set()
         reason = self._view.hear(row)
+        if self._view.owes_ends:
+            self._owing.set()
         self._is_cached = False
         if reason:
             self._end(row.id, reason)
@@ -5088,12 +5104,8 @@ class ClusterStore(Store):
         except StoreDown as down:
             if database is self._database:
                 self._go_down(down)
-            if not batch.give_up():
-                return [down] * len(changes)
-            for change, row in zip(changes, batch.results):
-                if isinstance(row, Row):
-                    self._view.give_up(change, row)
-            return [StoreDown(f"{down}; whether it was done is not known")] * len(changes)
+            unknown = "; whether it was done is not known" if batch.give_up() else ""
+            return [StoreDown(f"{down}{unknown}") for _ in changes]  # one each, as each that raises it adds to its traceback
         for row in batch.results:
             if isinstance(row, Row):
                 self._hear(row)
