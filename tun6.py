@@ -4950,7 +4950,7 @@ class ClusterStore(Store):
     def figures(self) -> dict[str, Any]:
         """As Store has it."""
         now, held = time.monotonic(), self._view.held.values()
-        sessions = Counter(row.server for row in self._view.rows.values() if row.live)
+        sessions = Counter(row.server for row in in_slices(list(self._view.rows.values())) if row.live)
         servers = [
             {
                 "name": name,
@@ -5166,6 +5166,7 @@ SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit an
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
 DRY_HELLOS_MAX, DRY_HELLOS_S = 60, 60  # in which so many dry hellos of those who need no key are answered, as each tells what Ids there are
+NOTHING_NEW = "the server can't serve a new client at the moment"
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
 
@@ -5785,6 +5786,8 @@ class Server:
         self._send_elsewhere(hello)
         prefix = self.store.find(hello.id)
         self._require_room(hello.id)
+        if prefix is None and {"disk", "store"} & standing_warnings.keys():  # where nothing new can be kept
+            raise Refusal("server-error", NOTHING_NEW)
         log.info("%s from %s: asks whether it would be served", quote_id(hello.id), peer)
         stream.send(encode_message({"Dry": True, **({"Prefix": str(prefix)} if prefix else {})}))
 
@@ -5855,7 +5858,7 @@ class Server:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store has logged its error, once
             failure = event("not-served", id=id_, peer=peer, prefix=session.prefix, device=session.device, reason=error)
             log.log(level, "%s from %s: can't be served: %s", quote_id(id_), peer, error, extra=failure)
-            raise Refusal("server-error", "the server can't serve a new client at the moment") from None
+            raise Refusal("server-error", NOTHING_NEW) from None
         finally:
             del self.sessions[id_]
             session.released.set()
