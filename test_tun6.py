@@ -13191,6 +13191,7 @@ DIGEST = 16  # bytes of BLAKE2b behind both
 LONG_MINUTES = 10  # a run at least so long has outages longer than TCP_USER_TIMEOUT, too
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15
 SESSION_GREENLETS = 3  # of a session: the connection's and two pumps
+CLUSTER_SIZE = 4  # clients of a cluster
 
 
 def with_digest(data: bytes) -> bytes:
@@ -14177,14 +14178,18 @@ def soak_command(arguments: list[str]) -> int:
     """`python test_tun6.py soak`: faults for some minutes, and a report; 0 when nothing was violated."""
     parser = argparse.ArgumentParser(prog="test_tun6.py soak")
     parser.add_argument("--minutes", type=float, default=2)
-    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--clients", type=int, help=f"by default 100, or {CLUSTER_SIZE}")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 48), help="of the faults, whose times depend on the machine too")
+    parser.add_argument("--cluster", action="store_true", help="three servers on one store, and the faults of `test_tun6.py cluster`")
     known = {kind.name: [kind] for kind in FAULT_KINDS} | {"server-faults": [kind for kind in FAULT_KINDS if kind.whom == "all"]}
     parser.add_argument("--faults", nargs="+", choices=known, default=known, metavar="KIND", help=f"only these, of {', '.join(known)}")
     parser.add_argument("--without", nargs="+", choices=known, default=(), metavar="KIND", help="not these")
     options = parser.parse_args(arguments)
+    options.clients = options.clients or (CLUSTER_SIZE if options.cluster else 100)
     print(f"{options.clients} clients, {options.minutes:g} minutes, seed {options.seed}", flush=True)
     tun6.raise_descriptor_limit()
+    if options.cluster:
+        return soak_cluster(options.minutes, options.clients, options.seed)
     wanted, unwanted = ([kind for name in names for kind in known[name]] for names in (options.faults, options.without))
     if options.faults is known and options.minutes < LONG_MINUTES:
         unwanted += [kind for kind in FAULT_KINDS if kind.long]
@@ -14932,6 +14937,10 @@ class ClusterLab(Lab):
         self.batch("switch", *(f"link set {host}-{network} master {network}" for network in networks))
         self._cut -= {(host, network) for network in networks}
 
+    def heal_all(self) -> None:
+        for host, network in [*self._cut]:
+            self.heal(host, network)
+
     def _build(self) -> None:
         for host in self._names:
             self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
@@ -15003,9 +15012,13 @@ class Service:
     def log(self) -> str:
         return self._log.read_text()
 
+    def send_signal(self, number: int) -> None:
+        assert self.process
+        self.process.send_signal(number)
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         if self.process:
-            self.process.send_signal(number)
+            self.send_signal(number)
             self.process.wait(30)
             self.process = None
 
@@ -15433,6 +15446,17 @@ class Cluster:
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:7.1f} s  {text}", flush=True)
+
+    def repair(self) -> None:
+        """Ends what a fault that failed has left."""
+        self.lab.heal_all()
+        for service in (*self.birds.values(), self.primary, self.standby):
+            if not service.process:
+                service.start()
+        for host, server in self.servers.items():
+            server.process.send_signal(signal.SIGCONT)
+            if server.process.poll() is not None:
+                self.start_server(host)
 
     # what must be true
 
@@ -15864,7 +15888,7 @@ def set_clock(cluster: Cluster, victim: str) -> None:
 
 def check_routes(upstream: str) -> None:
     """contrib/bird.conf with routes made by hand: the newest epoch wins, and no server is a black hole whatever link is cut."""
-    prefix = next(CLUSTER_RANGE.subnets(new_prefix=64))
+    prefix, other = itertools.islice(CLUSTER_RANGE.subnets(new_prefix=64), 2)
     told = upstream != "range"  # whether the router hears of each prefix
     lab = ClusterLab(0)
     with tempfile.TemporaryDirectory() as name, lab, ExitStack() as undo:
@@ -15875,9 +15899,9 @@ def check_routes(upstream: str) -> None:
         def leads(to: str, *hosts: str) -> bool:
             return all(lab.path(host, prefix[1])[-2:] == [to, "session"] for host in hosts)
 
-        def expect(what: str, condition: Callable[[], bool]) -> None:
+        def expect(what: str, condition: Callable[[], bool], seconds: float = 15) -> None:
             began = time.monotonic()
-            wait_until(what, condition, 15)
+            wait_until(what, condition, seconds)
             print(f"    {time.monotonic() - began:4.1f} s  {upstream}: {what}", flush=True)
 
         birds = [Bird(lab, host, Path(name), upstream) for host in ("router", *CLUSTER_SERVERS)]
@@ -15896,6 +15920,15 @@ def check_routes(upstream: str) -> None:
             expect("that of epoch 6 on s2 wins at the router and at s3, while s1 still has its own", lambda: leads("s2", "router", "s3"))
         lab.ip("s1", route("s1", 5).replace("add", "del"))
         expect("s1, which has none any more, finds that of s2", lambda: leads("s2", *every))
+        birds[1].send_signal(signal.SIGSTOP)
+        lab.ip("s1", route("s1", 7))
+        expect("a new route of s1 is before that of BIRD there, which has not heard of it yet", lambda: leads("s1", "s1"), 0)
+        lab.ip("s1", route("s1", 7).replace("add", "del"))
+        birds[1].send_signal(signal.SIGCONT)
+        lab.ip("s1", f"-6 route add unreachable {CLUSTER_RANGE} proto {tun6.ROUTE_PROTOCOL} metric {tun6.OWNER_BASE}")
+        lab.ip("s1", f"-6 route add {other} dev session proto {tun6.ROUTE_PROTOCOL} metric 1")
+        expect("BIRD has heard of a later route of s1", lambda: str(other) in birds[1].ask("show", "route", "protocol", "kernel1"))
+        assert str(CLUSTER_RANGE) not in birds[1].ask("show", "route", "protocol", "kernel1"), "BIRD learns tun6's unreachable route"
         lab.cut("s2", "wan")
         expect(
             "the link from s2 to the router is cut: all lead there through another server",
@@ -16040,56 +16073,93 @@ def run_fault(cluster: Cluster, fault: ClusterFault) -> list[float]:
         fault.inject(cluster, victim, *fault.arguments)
     except (AssertionError, tun6.KernelError) as error:
         cluster.violated(f"{fault.name}: {error}")
+        cluster.repair()
     took = cluster.settle()
     stalls = [each.stall for each in affected]
     cluster.say(f"    stalls {' '.join(f'{stall:.2f}' for stall in stalls)} s; all as it must be {took:.1f} s after the end")
     return stalls
 
 
+def run_faults(cluster: Cluster, faults: Iterable[ClusterFault]) -> int:
+    """Makes them, one after the other, and reports. Gives the exit status."""
+    stalls = defaultdict[str, list[float]](list)
+    try:
+        for fault in faults:
+            stalls[fault.name] += run_fault(cluster, fault)
+    finally:
+        if cluster.violations:
+            kept = tempfile.mkdtemp(prefix="tun6-cluster-failed-")
+            unwanted = shutil.ignore_patterns("*-data", "*-sockets", "*.sock", "*.ctl")
+            shutil.copytree(cluster.folder, kept, dirs_exist_ok=True, ignore=unwanted)
+            cluster.say(f"the logs are in {kept}")
+    print("\n| fault | streams | median stall | longest |\n| --- | --- | --- | --- |")
+    for fault in CLUSTER_FAULTS:
+        if found := stalls[fault.name]:
+            print(f"| {fault.name} | {len(found)} | {statistics.median(found):.2f} s | {max(found):.2f} s |")
+    for what, seconds in cluster.notes.items():
+        print(f"{what}: median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s, of {len(seconds)}")
+    print(f"measured to within {cluster.traffic.late + TICK_S:.2f} s; {len(cluster.violations)} violations", flush=True)
+    return int(bool(cluster.violations))
+
+
 def cluster_command(arguments: list[str]) -> int:
     """`python test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults; prints a table of their stalls for docs/cluster.md."""
     parser = argparse.ArgumentParser(prog="test_tun6.py cluster", description=cluster_command.__doc__)
     parser.add_argument("--quick", action="store_true", help="only the most important faults, each once")
-    parser.add_argument(
-        "--fault", action="append", metavar="WORDS", help="only faults with these words in their names; or `routes`, or `keepalived`"
-    )
+    what = "only faults with these words in their names; or `routes`, or `keepalived`"
+    parser.add_argument("--fault", action="append", metavar="WORDS", help=what)
     parser.add_argument("--times", type=int, default=3, help="each fault so often")
-    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--clients", type=int, default=CLUSTER_SIZE)
     parser.add_argument("--upstream", choices=CLUSTER_UPSTREAMS, default="ibgp", help="what the upstream router is")
     options = parser.parse_args(arguments)
     install_cluster_packages()
     tun6.raise_descriptor_limit()
-    wanted = [
-        fault
-        for fault in CLUSTER_FAULTS
-        if any(words in fault.name for words in options.fault or [""]) and (fault.quick or not options.quick)
-    ]
-    if not options.fault or "keepalived" in options.fault:
-        check_keepalived()
+    every = [fault for fault in CLUSTER_FAULTS if fault.quick or not options.quick]
+    wanted = [fault for fault in every if any(words in fault.name for words in options.fault or [""])]
     if not options.fault or "routes" in options.fault:
         for upstream in CLUSTER_UPSTREAMS:
             check_routes(upstream)
+    if not options.fault or "keepalived" in options.fault:
+        check_keepalived()
     if not wanted:
         return 0
-    stalls = defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, Cluster(Path(name), options.clients, options.upstream) as cluster:
+        return run_faults(cluster, (fault for fault in wanted for _ in range(1 if options.quick else options.times)))
+
+
+def soak_cluster(minutes: float, size: int, seed: int) -> int:
+    """Faults in random order for some minutes, while new and known Ids come and go at all servers. Gives the exit status."""
+    install_cluster_packages()
+    random.seed(seed)
+
+    def visit() -> None:
+        known: list[str] = []
+        while True:
+            id_ = random.choice(known) if known and random.random() < 0.5 else cluster.new_id()
+            visitor = Hand(cluster, id_, random.sample(CLUSTER_SERVERS, 3))
+            gevent.sleep(random.uniform(0, 4))
+            visitor.close()
+            if visitor.answers:
+                known.append(id_)
+                visits.append(id_)
+
+    def faults() -> Iterator[ClusterFault]:
+        deadline = time.monotonic() + 60 * minutes
+        while True:
+            for fault in random.sample(CLUSTER_FAULTS, len(CLUSTER_FAULTS)):
+                if time.monotonic() > deadline:
+                    return
+                yield fault
+
+    visits: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, Cluster(Path(name), size) as cluster:
+        visitors = [gevent.spawn(visit) for _ in range(5)]
         try:
-            for fault in wanted:
-                for _ in range(1 if options.quick else options.times):
-                    stalls[fault.name] += run_fault(cluster, fault)
+            status = run_faults(cluster, faults())
         finally:
-            if cluster.violations:
-                kept = tempfile.mkdtemp(prefix="tun6-cluster-failed-")
-                shutil.copytree(name, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*-data", "*-sockets", "*.sock", "*.ctl"))
-                cluster.say(f"the logs are in {kept}")
-    print("\n| fault | streams | median stall | longest |\n| --- | --- | --- | --- |")
-    for what, found in stalls.items():
-        if found:
-            print(f"| {what} | {len(found)} | {statistics.median(found):.2f} s | {max(found):.2f} s |")
-    for what, seconds in cluster.notes.items():
-        print(f"{what}: {', '.join(f'{each:.1f}' for each in seconds)} s")
-    print(f"measured to within {cluster.traffic.late + TICK_S:.2f} s; {len(cluster.violations)} violations")
-    return int(bool(cluster.violations))
+            gevent.killall(visitors)
+        print(f"{len(visits)} visits of {len(set(visits))} other Ids")
+    return status
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
