@@ -10091,6 +10091,30 @@ def test_a_new_prefix_is_announced_beside_the_end_of_the_old_one(
 
 
 @pytest.mark.waits
+def test_a_lan_follows_its_client_to_a_server_with_another_prefix_and_back(
+    lab: Lab, lan: Lan, tunnel: Tunnel, pair: Pair, beyond: None, tmp_path: Path
+) -> None:
+    prefixes = [prefix_of_pool(tunnel, 0), prefix_of_pool(tunnel, 7)]
+    pair.servers[1].stop()
+    pair.known["c"] = str(prefixes[1])
+    servers = [pair.servers[0], pair.start(1)]
+    with tun6_with(tmp_path, LISTEN_SHORTLY):
+        client = pair.client(lan="eth1")
+    wait_until("the host has a route", lan.routed)
+    for times in (2, 3):
+        at = pair.serving(client, times - 1)
+        wait_until("the LAN works", lambda: lab.pings("lan"))
+        servers[at].stop()
+        assert pair.serving(client, times) == 1 - at
+        new, old = prefixes[1 - at], prefixes[at]
+        heard = lan.hears("the new prefix", lambda each: each.prefixes.get(str(new), (0, 0))[1] == 2700)  # noqa: B023
+        assert (heard.lifetime, heard.prefixes[str(old)][1]) == (1800, 0)
+        servers[at].start()
+        servers[at].wait_for(" serving ", 2)
+    wait_until("the LAN works", lambda: lab.pings("lan"))
+
+
+@pytest.mark.waits
 @pytest.mark.parametrize(("preference", "expected"), [("auto", "low"), ("high", "high")])
 def test_another_router_is_said_and_preferred(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, preference: str, expected: str
@@ -12947,7 +12971,7 @@ class Fuzz:
         b'{"Id": "',
         b"",
     )
-    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Epoch")
+    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Dry", "Moved", "Epoch")
     VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
     TEXTS = ("", "\0", "\ud800", "x" * 4000, "fe80::/64", "2001:db8::%a\nb/64")
     TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
