@@ -6176,6 +6176,21 @@ def faults_of_documents(root: Path) -> list[str]:
     return faults + [f"no link leads from README to {each.name}" for each in sorted(folder.iterdir()) if each.resolve() not in reached]
 
 
+def test_each_fault_of_the_cluster_is_in_the_document_with_its_figures() -> None:
+    rows = re.findall(r"(?m)^\| (.*?) \| \d+ \| [\d.]+ s \| [\d.]+ s \|$", (CHECKOUT / "docs/cluster.md").read_text())
+    assert set(rows) == {fault.name for fault in CLUSTER_FAULTS if fault.whom != "none"}
+
+
+def test_the_configurations_of_bird_know_the_figures_of_our_routes() -> None:
+    text = (CHECKOUT / "contrib/bird.conf").read_text()
+    assert f"krt_source != {tun6.ROUTE_PROTOCOL} " in text
+    assert re.findall(r"(\d+) - krt_metric", text) == re.findall(r"(\d+) - bgp_local_pref", text) == [str(tun6.METRIC_MAX)]
+    assert int(re.findall(r"(?m)^    metric (\d+);", text)[0]) > tun6.METRIC_MAX
+    assert {f"define RANGE = {CLUSTER_RANGE};"} == set(
+        re.findall("define RANGE.*?;", text + (CHECKOUT / "contrib/bird-router.conf").read_text())
+    )
+
+
 def test_links_between_the_documents_lead_somewhere_and_readme_is_short() -> None:
     assert faults_of_documents(Path(__file__).parent) == []
 
@@ -15405,10 +15420,13 @@ class Cluster:
         assert done.returncode == 0, done.stderr
 
     def _start_servers(self, undo: ExitStack) -> None:
-        for host in CLUSTER_SERVERS:
+        self._start_servers_of(*CLUSTER_SERVERS)
+
+    def _start_servers_of(self, *hosts: str) -> None:
+        for host in hosts:
             self.servers[host] = SoakProgram(self.lab, host, "server", self.folder, self._settings(host))
-        for server in self.servers.values():
-            server.wait_for("serving ", seconds=30)
+        for host in hosts:
+            self.servers[host].wait_for("serving ", seconds=30)
 
     def _start_clients(self) -> None:
         for number in (*range(len(self.lab.client_hosts)), self.EXTRA):
@@ -15589,6 +15607,33 @@ class SmallCluster(Cluster):
                     server.start()
                 else:
                     server.end(signal.SIGTERM)
+
+
+class GrowingCluster(Cluster):
+    """A server with files and its clients, which becomes a cluster as docs/cluster.md says."""
+
+    def _make_pool(self) -> None:
+        self._fingerprint = make_certificate(self.folder / "server.pem")
+
+    def _start_servers(self, undo: ExitStack) -> None:
+        settings = {name: value for name, value in self._settings("s1").items() if name not in ("store", "store_cache", "name")}
+        settings.update(assignments="assignments.json", keys="keys.json")
+        self.servers["s1"] = SoakProgram(self.lab, "s1", "server", self.folder, settings)
+        self.servers["s1"].wait_for("serving ", seconds=30)
+
+    def grow(self) -> None:
+        """Server one moves into the store, by the commands of the document; then there are two more."""
+        self.servers["s1"].end(signal.SIGTERM)
+        config = self.servers["s1"].config
+        new = {name: self._settings("s1")[name] for name in ("store", "store_cache", "name")}
+        config.write_text(config.read_text() + "".join(f"{name} = {value}\n" for name, value in new.items()))
+        commands = re.findall("<!-- import -->\n```sh\n(.*?)```", (CHECKOUT / "docs/cluster.md").read_text(), re.DOTALL)[0]
+        commands = re.sub(r"\.venv/bin/python tun6.py cluster (\w+)", rf"{sys.executable} {TUN6} cluster \1 -c {config}", commands)
+        commands = commands.replace("/etc/tun6/config.ini", str(config)).replace(".venv/bin/python tun6.py install server", "")
+        done = self.lab.run("s1", "sh", "-euc", commands)
+        assert done.returncode == 0, done.stderr
+        self.start_server("s1")
+        super()._start_servers_of("s2", "s3")
 
 
 class Hand:
@@ -16019,6 +16064,18 @@ def administer_anywhere(cluster: Cluster, victim: str) -> None:
         assert known[new] == added["prefix"], host
 
 
+def check_growth() -> None:
+    """From one server to three: clients keep prefix and key, and go on when the first server dies."""
+    with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, GrowingCluster(Path(name), 2) as cluster:
+        cluster.grow()
+        cluster.settle()
+        assert {cluster.server_of(client) for client in cluster.clients} == {"s1"}
+        restart_killed(cluster, "s1")
+        cluster.settle()
+        assert not cluster.violations
+        print("    from one server to three: the clients have their prefixes and keys, and have left the first when it died", flush=True)
+
+
 def check_keepalived() -> None:
     """contrib/keepalived.conf on two servers: one is active, whatever happens to it, and the clients are there."""
     with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, SmallCluster(Path(name), 2) as cluster:
@@ -16076,11 +16133,11 @@ CLUSTER_FAULTS = (
     ClusterFault("an Id revoked while its server can't reach the store", revoke_in_an_outage),
     ClusterFault("a client on both sides of a cut in turn", move_on_both_sides),
     ClusterFault("an Id on two machines", use_an_id_twice, whom="none"),
-    ClusterFault("a freed /64 pinned to another Id", pin_a_freed_prefix),
+    ClusterFault("a freed /64 pinned to another Id", pin_a_freed_prefix, whom="none"),
     ClusterFault("500 new Ids at once on each of two servers", connect_new_ids, whom="all"),
     ClusterFault("1,000 clients moved at once", move_a_thousand, whom="all"),
     ClusterFault("clock of a server set one hour ahead", set_clock, whom="all"),
-    ClusterFault("administered on any server", administer_anywhere, quick=True),
+    ClusterFault("administered on any server", administer_anywhere, whom="none", quick=True),
 )
 
 
@@ -16130,7 +16187,7 @@ def cluster_command(arguments: list[str]) -> int:
     """`python test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults; prints a table of their stalls for docs/cluster.md."""
     parser = argparse.ArgumentParser(prog="test_tun6.py cluster", description=cluster_command.__doc__)
     parser.add_argument("--quick", action="store_true", help="only the most important faults, each once")
-    what = "only faults with these words in their names; or `routes`, or `keepalived`"
+    what = "only faults with these words in their names; or `routes`, `growth`, `keepalived`"
     parser.add_argument("--fault", action="append", metavar="WORDS", help=what)
     parser.add_argument("--times", type=int, default=3, help="each fault so often")
     parser.add_argument("--clients", type=int, default=CLUSTER_SIZE)
@@ -16143,6 +16200,8 @@ def cluster_command(arguments: list[str]) -> int:
     if not options.fault or "routes" in options.fault:
         for upstream in CLUSTER_UPSTREAMS:
             check_routes(upstream)
+    if not options.fault or "growth" in options.fault:
+        check_growth()
     if not options.fault or "keepalived" in options.fault:
         check_keepalived()
     if not wanted:
