@@ -4137,32 +4137,6 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
         )
 
 
-def test_the_more_have_something_to_move_the_less_each_moves_in_a_round() -> None:
-    shares: list[tuple[int, int]] = []
-    running: list[Any] = []
-
-    def shares_with(count: int) -> tuple[int, int]:
-        """What each is to move when so many have something to move."""
-        with ExitStack() as undo:
-            for _ in range(count):
-                near, far = map(undo.enter_context, socket.socketpair())
-                far.send(b"there is something to read as long as nobody does")
-                callbacks = tun6.ReadinessCallbacks(near.fileno())
-                running.append(spawn(callbacks.run, lambda: shares.append(tun6.ReadinessCallbacks.share)))
-                undo.callback(running[-1].kill)
-            gevent.sleep(0.01)
-            shares.clear()
-            with gevent.Timeout(10):
-                while len(shares) < 3 * count:
-                    gevent.sleep(0.001)
-            return min(shares)
-
-    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
-    assert shares_with(100) == (tun6.ROUND_BYTES // 100, tun6.BATCH_FRAMES_MIN)
-    assert shares_with(500) == (tun6.BATCH_BYTES_MIN, tun6.BATCH_FRAMES_MIN)
-    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
-
-
 def test_what_waits_is_sent_although_packets_come_without_end() -> None:
     full, one = True, frame(1, size=LARGEST)
 

@@ -739,8 +739,6 @@ Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text t
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
 BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
-ROUND_BYTES = 4 << 20  # bytes that all sessions together move in a round of the event loop, about 4 ms; BATCH_FRAMES likewise
-BATCH_BYTES_MIN, BATCH_FRAMES_MIN = 32 << 10, 32  # but each of them moves so much: below, the calls cost more than the copies
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
@@ -3231,14 +3229,7 @@ class ReadinessCallbacks:
     The function is called in the hub, so it must not wait for anything. To switch to the greenlet and back for each call would
     cost 0.03 of 0.35 ms of an idle round trip. The watchers stay started; `hub.wait` would start and stop them each time, which
     costs another 0.1 ms.
-
-    `share` is how much the function should move in one call, bytes and frames. The more calls a round of the event loop has, the less
-    it is, so that whoever has little to move waits for a few milliseconds only, however many move much.
     """
-
-    share: ClassVar[tuple[int, int]] = BATCH_BYTES, BATCH_FRAMES
-    _round_began: ClassVar[float] = 0.0
-    _calls: ClassVar[int] = 1  # in this round, of all that are running
 
     def __init__(self, source: int, sink: int | None = None) -> None:
         self._hub = gevent.get_hub()
@@ -3254,7 +3245,6 @@ class ReadinessCallbacks:
         failed: list[BaseException] = []
 
         def guarded() -> None:
-            self._count_call()
             try:
                 callback()
             except BaseException as error:  # the greenlet raises it
@@ -3272,18 +3262,6 @@ class ReadinessCallbacks:
             self._source.close()
             self._sink.close()
             del self._callback, self._greenlet  # no cycle of references, see Session
-
-    def _count_call(self) -> None:
-        began = self._hub.loop.now()
-        if began == ReadinessCallbacks._round_began:
-            ReadinessCallbacks._calls += 1
-            return
-        calls = ReadinessCallbacks._calls  # of the round before
-        ReadinessCallbacks._round_began, ReadinessCallbacks._calls = began, 1
-        ReadinessCallbacks.share = (
-            min(max(ROUND_BYTES // calls, BATCH_BYTES_MIN), BATCH_BYTES),
-            max(BATCH_FRAMES // calls, BATCH_FRAMES_MIN),
-        )
 
     def want_write(self, wanted: bool) -> None:
         """Sets whether the function is called when `sink` is writable, too."""
@@ -3309,7 +3287,7 @@ def pump_tun_to_tcp(
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
     coalesces = gso_kinds is not None and "uso6" in gso_kinds
     callbacks = ReadinessCallbacks(tun.fd, fd)
-    single = True  # whether the TUN is read once only
+    most = 1  # reads of the TUN
     errors = TokenBucket(ICMP_ERRORS_MAX, 1)
 
     def reject(packet: memoryview) -> None:
@@ -3322,14 +3300,13 @@ def pump_tun_to_tcp(
                     os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, error])
 
     def on_ready() -> None:
-        nonlocal single
+        nonlocal most
         have, room = 0, view
         ends: list[int] = []
-        enough, reads = callbacks.share
-        if send_queue.blocked:  # less comes than one flush writes, or what waits would stay, though the connection takes all
-            enough, reads = enough // 2, reads // 2
+        # While something waits, less comes than one flush writes. Otherwise what waits would stay, though the connection takes all.
+        enough, reads = (BATCH_BYTES // 2, min(most, BATCH_FRAMES // 2)) if send_queue.blocked else (BATCH_BYTES, most)
         try:
-            for _ in range(1 if single else reads):
+            for _ in range(reads):
                 got = read(room)
                 if got is None:
                     break
@@ -3355,7 +3332,7 @@ def pump_tun_to_tcp(
             send_queue.flush()
             traffic.queue_dropped = send_queue.dropped
         # Behind a single small packet mostly nothing waits: the next one is sent before the TUN is read again.
-        single = found <= 1 and not single and have < QUANTUM
+        most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
         if send_queue.blocked != callbacks.wants_write:
             callbacks.want_write(send_queue.blocked)
 
@@ -3374,8 +3351,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
         return os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, packet])
 
     write: Write = write_bare if bare else tun.file.write
-    callbacks = ReadinessCallbacks(fd)
-    small = False  # whether its frames are small
+    size = BATCH_BYTES  # bytes of one read: fewer from a peer whose frames are small
 
     def write_all(frames: list[memoryview]) -> None:
         traffic.received_packets += len(frames)
@@ -3395,16 +3371,13 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                         raise OffloadRefused(kind) from None
 
     def on_ready() -> None:
-        nonlocal small
-        size, most = callbacks.share
-        if small:
-            size, most = max(size // 8, BATCH_BYTES_MIN), most // 8
+        nonlocal size
         frames = deframer.pull(read, size)
         write_all(frames)
-        small = len(frames) >= most
+        size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
 
     write_all(deframer.push(trailing))
-    callbacks.run(on_ready)
+    ReadinessCallbacks(fd).run(on_ready)
 
 
 # ---- session ---------------------------------------------------------------------------------------------------------
