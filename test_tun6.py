@@ -62,6 +62,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     systemd                      `test_tun6.py systemd`
     debian                       `test_tun6.py packages`: the .deb, and what the Dockerfile does
     cluster                      `test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults
+    cluster store                `test_tun6.py store`: against a real PostgreSQL
     main
 """
 
@@ -85,6 +86,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -104,6 +106,7 @@ import tempfile
 import termios
 import threading
 import time
+import traceback
 import tracemalloc
 import uuid
 import warnings
@@ -3364,9 +3367,9 @@ class SimulatedDatabase:
             return None
         rows, results = dict(self.rows), list[Union[tun6.Row, Exception]]()
         for change in changes:
-            found = rows.get(change.id)
             try:
-                results.append(change.decide(found or change.create(self._free(), self.now), self.now))
+                row = change.decide(rows.get(change.id) or change.create(self.now), self.now)
+                results.append(row._replace(prefix=next(self._free())) if row.prefix == tun6.UNASSIGNED else row)
             except (tun6.Tun6Error, EOFError, KeyError) as error:
                 results.append(error)
                 continue
@@ -3539,8 +3542,8 @@ class SimulatedServer:
         if not self.connected:
             self.disconnect()
 
-    def transact(self, asked: Asked, fate: str) -> None:
-        """The database makes the beginning."""
+    def transact(self, asked: Asked, fate: str, leaves: bool = False) -> None:
+        """The database makes the beginning. The client may leave while it waits in vain."""
         results = self._cluster.database.changes([asked.begin], self.name if fate == "late" else "")
         result = results[0] if results else None
         if isinstance(result, Exception):
@@ -3554,6 +3557,7 @@ class SimulatedServer:
             if result.revoked:
                 raise Violation(f"{asked.client.id} was revoked, and begins")
         if fate == "late" or not result:
+            asked.client.asks = None if asked.is_alive and leaves else asked.client.asks
             self.disconnect()
 
     def finish(self, asked: Asked) -> None:
@@ -3627,24 +3631,14 @@ class SimulatedCluster:
         self._pinned: set[tuple[str, IPv6Network]] = set()
         self.trace: list[str] = []
         often = {"ask": 25, "transact": 35, "finish": 30, "notify": 15, "take": 15, "pay": 15, "connect": 15}
-        seldom = {
-            "leave": 4,
-            "cut": 4,
-            "outage": 2,
-            "late": 6,
-            "pin": 3,
-            "revoke": 2,
-            "restart": 2,
-            "save": 2,
-            "remember": 3,
-            "fail over": 1,
-        }
+        seldom = {"leave": 4, "cut": 4, "outage": 2, "late": 6, "pin": 3, "revoke": 2, "restart": 2, "save": 2, "remember": 4}
+        seldom["fail over"] = 2
         self._weights = {
             **often,
-            **{what: weight * rng.choice((0, 1, 3)) for what, weight in seldom.items()},
+            **{what: weight * rng.choice((0, 1, 4)) for what, weight in seldom.items()},
             "accept": rng.choice((0, 0, 1)),
         }
-        self._late = rng.choice((0.0, 0.1, 0.4))  # how many COMMITs hang
+        self._late = rng.choice((0.0, 0.2, 0.5))  # how many COMMITs hang
         for server in self.servers:
             server.connect()
 
@@ -3676,7 +3670,7 @@ class SimulatedCluster:
             client.at = None
             server.is_asked(client)
         elif what == "transact" and unmade and server.connected:
-            server.transact(rng.choice(unmade), fate)
+            server.transact(rng.choice(unmade), fate, rng.random() < 0.5)
         elif what == "finish" and made:
             server.finish(rng.choice(made))
         elif what == "notify" and server.connected:
@@ -3786,6 +3780,9 @@ class SimulatedCluster:
     def _check(self, client: SimulatedClient, is_gone: bool) -> None:
         row = self.database.rows.get(client.id)
         holders = [server for server in self.servers if client.id in server.holds]
+        for each in self.servers:
+            if each.view.rows.get(client.id) != row:
+                raise Violation(f"{each.name} knows {each.view.rows.get(client.id)}, and the store has {row}")
         if row is None or row.revoked or is_gone:
             if holders or (row and row.live):
                 raise Violation(f"{client.id} has no connection, and yet a session at {[each.name for each in holders]}: {row}")
@@ -3795,9 +3792,6 @@ class SimulatedCluster:
         held = client.at.view.held[client.id]
         if (row.server, row.epoch, row.live) != (client.at.name, held.epoch, True) or not held.settled:
             raise Violation(f"{client.id} has {held.epoch} at {client.at.name}, and the store says {row}")
-        for each in self.servers:
-            if each.view.rows[client.id] != row:
-                raise Violation(f"{each.name} knows {each.view.rows[client.id]}, and the store has {row}")
 
 
 def simulate(seed: int, steps: int = 100) -> None:
@@ -16200,6 +16194,456 @@ def soak_cluster(minutes: float, size: int, seed: int) -> int:
     return status
 
 
+# ---- cluster store ---------------------------------------------------------------------------------------------------
+
+STORE_KEY = "0" * 64  # a digest of a key
+
+
+class StoreBench:
+    """A PostgreSQL, and the stores of several servers that share it, all in this process."""
+
+    def __init__(self, lab: ClusterLab, folder: Path) -> None:
+        self.folder, self._undo, self._numbers = folder, ExitStack(), itertools.count()
+        os.chmod(folder, 0o755)
+        (folder / "pg").mkdir()
+        shutil.chown(folder / "pg", "postgres", "postgres")
+        self.postgres = Postgres(lab, "db1", folder / "pg")
+        self.url = f"postgresql://tun6@/tun6?host={folder / 'pg/db1-sockets'}"
+
+    def __enter__(self) -> StoreBench:
+        self.postgres.make()
+        self.postgres.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_all()
+        self.postgres.kill(signal.SIGQUIT)
+
+    def fresh(self, keys: str = "none", network: IPv6Network = POOL) -> None:
+        """All stores are closed, and the database is a new one."""
+        self.close_all()
+        self.postgres.query("DROP DATABASE IF EXISTS tun6 WITH (FORCE)")
+        self.postgres.query("CREATE DATABASE tun6")
+        for cache in self.folder.glob("*.json"):
+            cache.unlink()
+        with self.database() as database:
+            database.create(network, keys)
+
+    @contextmanager
+    def database(self) -> Iterator[tun6.Database]:
+        database = tun6.Database(self.url, "test")
+        try:
+            database.connect()
+            yield database
+        finally:
+            database.close()
+
+    def store(self, name: str, **settings: Any) -> tun6.ClusterStore:
+        """That of the server of this name."""
+        given = {"network": POOL, "keys": "none", "cache": str(self.folder / f"{name}.json"), "address": "192.0.2.1", **settings}
+        store = tun6.ClusterStore(self.url, name=name, **given)
+        self._undo.callback(store.close)
+        store.start()
+        return store
+
+    def close_all(self) -> None:
+        self._undo.close()
+
+    @contextmanager
+    def session(self, store: tun6.ClusterStore, id_: str, **claim: Any) -> Iterator[tuple[tun6.Lease, list[str]]]:
+        """A session of this Id, and why it was to end."""
+        reasons: list[str] = []
+        with store.begin(tun6.Claim(id_, end=reasons.append, **claim)) as lease:
+            yield lease, reasons
+
+    def visit(self, store: tun6.ClusterStore, id_: str, **claim: Any) -> tun6.Lease:
+        """A session that ends at once."""
+        with self.session(store, id_, **claim) as (lease, _):
+            return lease
+
+    def sql(self, text: str) -> str:
+        return self.postgres.query(text, "tun6")
+
+    @contextmanager
+    def locked(self, id_: str) -> Iterator[None]:
+        """Somebody has locked the row of this Id, in a transaction that does not end."""
+        with self.database() as other:
+            other._worker.execute("begin")
+            other._worker.execute("select 1 from client where id = %s for update", (id_,))
+            yield
+            other._worker.execute("rollback")
+
+    def row(self, id_: str) -> list[str]:
+        """Its epoch, server and whether it lives, as the database has them."""
+        return self.sql(f"SELECT epoch, server, live FROM client WHERE id = '{id_}'").split("|")
+
+
+def wait_for_store(what: str, condition: Callable[[], object], seconds: float = 10) -> None:
+    """As wait_until does, while the greenlets of the stores go on."""
+    assert becomes_true(condition, seconds), what
+
+
+def is_down(store: tun6.ClusterStore) -> bool:
+    return bool(store.figures()["store"]["down"])
+
+
+def is_settled(store: tun6.ClusterStore) -> bool:
+    return not is_down(store) and not store.figures()["store"]["owed"]
+
+
+def check_the_newest_session_wins_wherever_it_is(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    with bench.session(a, "x") as (first, first_ends), bench.session(b, "x") as (second, second_ends):
+        assert (first.prefix, first.epoch, second.prefix, second.epoch) == (subnet(0), 1, subnet(0), 2)
+        wait_for_store("the older one is told to end", lambda: first_ends, 1)
+        assert "b" in first_ends[0] and not second_ends
+        with pytest.raises(tun6.Refusal):
+            first.require_newest()
+        second.require_newest()
+        assert a.holder("x") == "b" and b.holder("x") is None
+        assert len(a.takeovers("x")) == len(b.takeovers("x")) == 1
+    wait_for_store("its end is known everywhere", lambda: not a.whereabouts("x")["connected"], 1)
+    assert bench.row("x") == ["2", "b", "f"]
+
+
+def check_new_ids_at_once_on_two_servers_get_each_its_own(bench: StoreBench) -> None:
+    bench.fresh(network=CLUSTER_RANGE)
+    servers = [bench.store(name, network=CLUSTER_RANGE) for name in "ab"]
+    ids = [f"new {number}" for number in range(500)]
+    visits = [
+        gevent.spawn(bench.visit, server, f"{id_} {number}")
+        for number, server in enumerate(servers)
+        for id_ in random.sample(ids, len(ids))
+    ]
+    gevent.joinall(visits)
+    assert [visit.exception for visit in visits if visit.exception] == []
+    assert len({visit.value.prefix for visit in visits}) == 1000
+
+
+def check_batches_in_any_order_do_not_deadlock(bench: StoreBench) -> None:
+    with bench.database() as one, bench.database() as other:
+        ids = [f"id {number}" for number in range(100)]
+        one.change(tun6.Batch([tun6.Assignment(id_) for id_ in ids], {}))
+        known = {id_: tun6.Row(id_, subnet(0)) for id_ in ids}
+
+        def work(database: tun6.Database, name: str) -> None:
+            for _ in range(20):
+                changes = [tun6.SessionBegin(id_, name, 0, None, tun6.Claim(id_)) for id_ in random.sample(ids, len(ids))]
+                database.change(tun6.Batch(changes, known))
+
+        with ThreadPoolExecutor(2) as threads:
+            for done in [threads.submit(work, one, "one"), threads.submit(work, other, "other")]:
+                done.result()
+    assert bench.sql("SELECT deadlocks FROM pg_stat_database WHERE datname = 'tun6'") == "0"
+    assert bench.sql("SELECT min(epoch), max(epoch) FROM client") == "40|40"
+
+
+def check_a_refused_id_fails_alone(bench: StoreBench) -> None:
+    with bench.database() as database:
+        database.change(tun6.Batch([tun6.Assignment("a"), tun6.Assignment("b")], {}))
+        database.change(tun6.Batch([tun6.KeyChange("b", STORE_KEY, True)], {}))
+        changes = [
+            tun6.SessionBegin(id_, "s", 0, None, tun6.Claim(id_, is_alive=functools.partial(operator.ne, id_, "c"))) for id_ in "abcd"
+        ]
+        batch = tun6.Batch([*changes, tun6.KeyChange("nobody", STORE_KEY, False)], {})
+        database.change(batch)
+    assert [type(result) for result in batch.results] == [tun6.Row, tun6.Refusal, EOFError, tun6.Row, KeyError]
+    assert bench.sql("SELECT string_agg(id || epoch, ' ' ORDER BY id) FROM client") == "a1 b0 d1"
+
+
+def check_a_client_that_left_before_commit_begins_nothing(bench: StoreBench) -> None:
+    a, alive = bench.store("a"), [True]
+    bench.visit(a, "x")
+    with bench.locked("x"):
+        asks = gevent.spawn(bench.visit, a, "x", is_alive=lambda: alive[0])
+        gevent.sleep(0.3)
+        alive[0] = False
+    asks.join(3)
+    assert isinstance(asks.exception, EOFError)
+    assert bench.row("x")[0] == "1"
+
+
+def check_a_kill_of_who_waits_leaves_no_session(bench: StoreBench) -> None:
+    a = bench.store("a")
+    bench.visit(a, "x")
+    with bench.locked("x"):
+        asks = gevent.spawn(bench.visit, a, "x")
+        gevent.sleep(0.3)
+        asks.kill()
+    wait_for_store("nothing is owed", lambda: is_settled(a), 3)
+    assert bench.row("x") in (["1", "a", "f"], ["2", "a", "f"])
+
+
+def check_a_slow_store_is_a_store_that_is_down(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    bench.visit(a, "x")
+    wait_for_store("b knows it, too", lambda: b.find("x"))
+    with ExitStack() as undo:
+        with bench.locked("x"):
+            began = time.monotonic()
+            lease, ends = undo.enter_context(bench.session(b, "x", epoch=1, proved=True))
+            waited = time.monotonic() - began
+            assert lease.epoch == 2 and waited < 2 * tun6.COMMIT_S, waited
+        wait_for_store("it is told to the store", lambda: bench.row("x")[1:] == ["b", "t"], 10)
+        assert not ends and lease.epoch == int(bench.row("x")[0])
+
+
+def check_a_commit_that_hangs_and_lands_late_ends_no_newer_session(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    bench.visit(a, "x")
+    with ExitStack() as undo:
+        bench.postgres.synchronous_with("nobody")
+        older, older_ends = undo.enter_context(bench.session(a, "x", epoch=1, proved=True))
+        newer, newer_ends = undo.enter_context(bench.session(b, "x", epoch=older.epoch or 0, proved=True))
+        assert cast(int, newer.epoch) > cast(int, older.epoch) > 1
+        with pytest.raises(tun6.StorageError):
+            bench.visit(b, "new")
+        gevent.sleep(6)  # attempts to reach it again
+        backends = int(bench.sql("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'tun6 %'"))
+        assert backends <= 8, f"{backends} connections are left"
+        bench.postgres.synchronous_with("")
+        wait_for_store("the newer one is told to the store", lambda: is_settled(a) and is_settled(b), 15)
+        assert bench.row("x") == [str(newer.epoch), "b", "t"]
+        assert older_ends and not newer_ends
+
+
+def check_an_outage_ends_no_session_and_afterwards_the_newest_stays(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    with ExitStack() as undo:
+        moved, moved_ends = undo.enter_context(bench.session(a, "moves"))
+        _, stays_ends = undo.enter_context(bench.session(a, "stays"))
+        wait_for_store("b knows both", lambda: b.find("moves") and b.find("stays"))
+        bench.postgres.kill_all()
+        here, here_ends = undo.enter_context(bench.session(b, "moves", epoch=moved.epoch, proved=True))
+        assert here.epoch == 2
+        for refused in (lambda: bench.visit(b, "new"), lambda: a.assign("new"), lambda: a.pin("moves", subnet(9))):
+            with pytest.raises(tun6.StorageError, match=r"store|postgresql"):
+                refused()
+        gevent.sleep(1)
+        assert not (moved_ends or stays_ends or here_ends)
+        bench.postgres.start()
+        began = time.monotonic()
+        wait_for_store("all is told to the store", lambda: is_settled(a) and is_settled(b) and bench.row("moves") == ["2", "b", "t"], 15)
+        print(f"    settled {time.monotonic() - began:.1f} s after PostgreSQL answered", flush=True)
+        wait_for_store("the older session is told to end", lambda: moved_ends, 3)
+        assert not stays_ends and not here_ends
+        assert bench.row("stays") == ["1", "a", "t"]
+
+
+def check_what_an_operator_changes_is_heard_everywhere(bench: StoreBench) -> None:
+    bench.fresh("required")
+    a, b = (bench.store(name, keys="required") for name in "ab")
+    assert a.keys and b.keys
+    for id_ in ("revoked", "pinned", "keyed"):
+        a.assign(id_)
+        key = a.keys.issue(id_)
+        wait_for_store("b knows the key", functools.partial(b.keys.find, id_))
+        b.keys.check(id_, key)
+    with ExitStack() as undo:
+        ends = {id_: undo.enter_context(bench.session(b, id_))[1] for id_ in ("revoked", "pinned", "keyed")}
+        a.keys.set_revoked("revoked", True)
+        a.pin("pinned", subnet(40))
+        a.keys.issue("keyed")
+        wait_for_store("all three are told to end", lambda: all(ends.values()), 1)
+    wait_for_store("b knows that it is revoked", lambda: b.keys and b.keys.find("revoked").revoked)  # type: ignore[union-attr]
+
+
+def check_what_is_not_notified_is_found_by_looking(bench: StoreBench) -> None:
+    a = bench.store("a")
+    with bench.session(a, "x") as (_, ends):
+        bench.sql("UPDATE client SET epoch = 7, server = 'elsewhere'")
+        wait_for_store("it is told to end", lambda: ends, tun6.POLL_S + 3)
+
+
+def check_a_64_that_was_anothers_is_given_only_by_pin_and_above_its_epochs(bench: StoreBench) -> None:
+    a = bench.store("a")
+    bench.visit(a, "x")
+    a.pin("x", subnet(1))
+    assert [a.assign(id_) for id_ in "yz"] == [subnet(2), subnet(3)]
+    with pytest.raises(ValueError, match="may not have heard"):
+        a.pin("y", subnet(0))
+    bench.sql("UPDATE client SET moved = moved - interval '20 s'")
+    a.pin("y", subnet(0))
+    assert cast(int, bench.visit(a, "y").epoch) > tun6.FREED_LEAD
+    for prefix, complaint in (
+        (subnet(1), "already the prefix of 'x'"),
+        (subnet(255), "kept for the servers"),
+        (IPv6Network("2001:db8:2::/64"), "outside"),
+        (POOL, "not a /64"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            a.pin("y", prefix)
+    assert bench.sql("INSERT INTO client (id, prefix) VALUES ('overlaps', '2001:db8:1::/60') RETURNING 1") == ""
+
+
+def check_new_ids_count_in_the_whole_cluster_and_the_pool_has_an_end(bench: StoreBench) -> None:
+    network = IPv6Network("2001:db8:1::/61")  # eight /64s, two of which are the servers'
+    bench.fresh(network=network)
+    a, b = (bench.store(name, network=network, new_ids_per_hour=3) for name in "ab")
+    for server, id_ in ((a, "1"), (b, "2"), (a, "3")):
+        bench.visit(server, id_, counted=True)
+    for server in (a, b):
+        with pytest.raises(tun6.Refusal, match="more than 3 new Ids"):
+            bench.visit(server, "4", counted=True)
+    assert [a.assign(id_) for id_ in "456"] == [IPv6Network(f"2001:db8:1:{number}::/64") for number in (3, 4, 5)]
+    with pytest.raises(tun6.Refusal, match="no free /64"):
+        b.assign("7")
+    assert {a.keep(), b.keep()} == {IPv6Network(f"2001:db8:1:{number}::/64") for number in (6, 7)}
+
+
+def check_a_server_starts_from_its_cache(bench: StoreBench) -> None:
+    bench.fresh("required")
+    a = bench.store("a", keys="required")
+    assert a.keys
+    a.assign("x")
+    key = a.keys.issue("x")
+    own = a.keep()
+    bench.close_all()
+    assert stat.S_IMODE(os.stat(bench.folder / "a.json").st_mode) == 0o600
+    bench.postgres.kill(signal.SIGQUIT)
+    with pytest.raises(tun6.StorageError):  # no cache
+        bench.store("b", keys="required")
+    a = bench.store("a", keys="required")
+    assert a.keys and (a.find("x"), a.keep()) == (subnet(0), own)
+    a.keys.check("x", key)
+    with bench.session(a, "x") as (lease, ends):
+        assert (lease.prefix, lease.epoch) == (subnet(0), 1)
+        bench.postgres.start()
+        wait_for_store("it is told to the store", lambda: bench.row("x") == ["1", "a", "t"], 10)
+        assert not ends
+    bench.close_all()
+    cache = (bench.folder / "a.json").read_text()
+    bench.fresh("required")
+    (bench.folder / "a.json").write_text(cache)
+    bench.postgres.kill(signal.SIGQUIT)
+    a = bench.store("a", keys="required")
+    bench.postgres.start()
+    wait_for_store("it says that this is another pool", lambda: "of another pool" in str(a.figures()["store"]["down"]), 10)
+    assert bench.sql("SELECT count(*) FROM client") == "0"
+
+
+def check_who_does_not_fit_does_not_start(bench: StoreBench) -> None:
+    for wrong, complaint in (
+        ({"network": CLUSTER_RANGE}, "prefixrange is"),
+        ({"keys": "none"}, "there is no `cert`"),
+        ({"keys": "optional"}, "keys_required is no here and not there"),
+    ):
+        bench.fresh("required")
+        with pytest.raises(tun6.ConfigError, match=complaint):
+            bench.store("a", **{"keys": "required", **wrong})
+    bench.sql("UPDATE pool SET version = 99")
+    with pytest.raises(tun6.ConfigError, match="too old"):
+        bench.store("a", keys="required")
+    bench.sql("DROP TABLE pool")
+    with pytest.raises(tun6.ConfigError, match="cluster init"):
+        bench.store("a", keys="required")
+    bench.fresh()
+    a = bench.store("a")
+    twin = tun6.ClusterStore(bench.url, POOL, "none", str(bench.folder / "twin.json"), "a")
+    bench._undo.callback(twin.close)
+    twin.start()
+    assert "another server is named a" in str(twin.figures()["store"]["down"])
+    assert not is_down(a)
+
+
+def check_lost_commits_are_written_back_before_anybody_is_new(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    bench.visit(a, "old")
+    bench.postgres.kill(signal.SIGINT)
+    copy = bench.folder / "pg/copy"
+    shutil.copytree(bench.postgres._data, copy)
+    bench.postgres.start()
+    wait_for_store("both are back", lambda: is_settled(a) and is_settled(b), 15)
+    with bench.session(a, "lost") as (lease, ends):
+        wait_for_store("b knows it, too", lambda: b.find("lost"))
+        bench.postgres.kill(signal.SIGQUIT)
+        shutil.rmtree(bench.postgres._data)
+        shutil.move(copy, bench.postgres._data)
+        for path in (bench.postgres._data, *bench.postgres._data.rglob("*")):
+            shutil.chown(path, "postgres", "postgres")
+        (bench.postgres._data / "standby.signal").touch()
+        b.close()  # it does not come back
+        bench.postgres.start()
+        bench.postgres.promote()
+        wait_for_store("a has written back", lambda: bench.row("lost") == ["1", "a", "t"], 20)
+        assert not ends and lease.prefix == subnet(1)
+        wait_for_store("a is back", lambda: is_settled(a))
+        with pytest.raises(tun6.StorageError, match="cluster accept"):
+            bench.visit(a, "new")
+        with bench.database() as database:
+            assert database.accept() and not database.accept()
+        assert bench.visit(a, "new").prefix == subnet(2)
+
+
+def check_import_and_export(bench: StoreBench) -> None:
+    bench.sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    files = {name: bench.folder / name for name in ("assignments.json", "keys.json", "a.json", "k.json")}
+    make_certificate(bench.folder / "server.pem")
+    names = {"assignments": "assignments.json", "keys": "keys.json", "cert": "server.pem"}
+    config = str(write_ini(bench.folder / "config.ini", server={**SERVER, **names, "store": bench.url}))
+    before = {"é": str(subnet(3)), "y": str(subnet(0)), "z": str(subnet(254))}
+    files["assignments.json"].write_text(json.dumps(before))
+    keys = tun6.KeyStore(str(files["keys.json"]))
+    for id_ in ("é", "z"):
+        keys.issue(id_)
+    keys.set_revoked("z", True)
+
+    def cluster(*words: str) -> subprocess.CompletedProcess[str]:
+        return run_tun6("cluster", *words, "-c", config)
+
+    assert "cluster init" in only_line(cluster("import"), 2)
+    assert "made the pool" in cluster("init").stdout
+    assert "has a pool already" in only_line(cluster("init"), 2)
+    assert "took in 3 Ids" in cluster("import").stdout
+    assert "took in 0 Ids" in cluster("import").stdout
+    assert "import" in only_line(run_tun6("clients", "list", "-c", config), 2)
+    assert "3 assignments and 2 keys" in cluster("export", str(files["a.json"]), str(files["k.json"])).stdout
+    assert json.loads(files["a.json"].read_text()) == before
+    assert json.loads(files["k.json"].read_text()) == json.loads(files["keys.json"].read_text())
+    assert stat.S_IMODE(files["k.json"].stat().st_mode) == 0o600
+    assert "is there already" in only_line(cluster("export", str(files["a.json"])), 2)
+    for wrong, complaint in (({**before, "new": str(subnet(9)), "y": str(subnet(1))}, "'y' has"), ({"w": str(subnet(0))}, "'w'")):
+        files["assignments.json"].write_text(json.dumps(wrong))
+        assert complaint in only_line(cluster("import"), 2)
+        assert bench.sql("SELECT count(*) FROM client") == "3"
+    assert "version 1 already" in cluster("upgrade").stdout
+    assert "nothing to accept" in cluster("accept").stdout
+    write_ini(Path(config), server={**SERVER, "cert": "server.pem", "store": bench.url})
+    added = asked(Path(config), "clients", "add", "w")
+    assert added["prefix"] == str(subnet(1))
+    listed = {entry["id"]: entry["revoked"] for entry in asked(Path(config), "clients", "list")}
+    assert listed == {"é": False, "y": False, "z": True, "w": False}
+
+
+STORE_CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_") and "bench" in check.__annotations__]
+
+
+def store_command(arguments: list[str]) -> int:
+    """`test_tun6.py store`: the store of a cluster against a real PostgreSQL; takes root, installs it if need be. Gives the exit status."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py store", description=store_command.__doc__)
+    parser.add_argument("words", nargs="*", help="only the checks with one of these words in their names")
+    options = parser.parse_args(arguments)
+    install_cluster_packages()
+    gevent.get_hub().NOT_ERROR += (Exception,)
+    wanted = [check for check in STORE_CHECKS if any(word in check.__name__ for word in options.words or [""])]
+    failed: list[str] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="tun6-store-") as folder,
+        ClusterLab(0) as lab,
+        StoreBench(cast(ClusterLab, lab), Path(folder)) as bench,
+    ):
+        for check in wanted:
+            bench.fresh()
+            began = time.monotonic()
+            try:
+                check(bench)
+            except Exception:
+                failed.append(check.__name__)
+                traceback.print_exc()
+            print(f"{'FAIL' if check.__name__ in failed else '  ok'}  {check.__name__}, {time.monotonic() - began:.1f} s", flush=True)
+    return int(bool(failed))
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -16233,7 +16677,7 @@ def run_tests(*options: str, share: str = "1/1") -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `cluster`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. A word such as `fuzz` or `soak`, see the map above: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -16249,6 +16693,8 @@ def main() -> int:
         return packages_command(sys.argv[2:])
     if sys.argv[1:2] == ["cluster"]:
         return cluster_command(sys.argv[2:])
+    if sys.argv[1:2] == ["store"]:
+        return store_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits", share=(sys.argv[2:] or ["1/1"])[0])
     os.chdir(Path(__file__).parent)
