@@ -3812,6 +3812,24 @@ def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of
 
 
 @pytest.mark.parametrize(
+    "said, proved, floor",
+    [
+        (6, True, 7),
+        (8, True, 8),
+        (7 + tun6.EPOCH_LEAD_MAX, True, 7 + tun6.EPOCH_LEAD_MAX),
+        (8 + tun6.EPOCH_LEAD_MAX, True, 7),
+        (tun6.EPOCH_MAX, True, 7),
+        (8, False, 7),
+    ],
+)
+def test_what_a_client_says_of_its_epoch_counts_within_a_bound_and_only_with_its_key(said: int, proved: bool, floor: int) -> None:
+    view = tun6.ClusterView("here")
+    view.hear(tun6.Row("a", subnet(0), epoch=7))
+    assert view.floor(tun6.Claim("a", said, proved)) == floor
+    assert view.floor(tun6.Claim("unknown", said, proved)) == (said if proved and said <= tun6.EPOCH_LEAD_MAX else 0)
+
+
+@pytest.mark.parametrize(
     "said, took_over, server, times",
     [
         (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
@@ -5010,6 +5028,27 @@ def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert 1.9 < statistics.mean(pauses) < 2.1
 
 
+def test_what_a_drain_has_begun_is_over_when_it_is_stopped_or_another_one_begins() -> None:
+    server = cast(Any, tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL)))
+
+    def ended() -> int:
+        return sum(session.ending for session in server.sessions.values())
+
+    for begins in (None, 3600):
+        server.sessions.update({f"client {number}": tun6.Session("a peer") for number in range(4)})
+        server.drain(0.2)
+        assert server.state() == f"draining, {POOL} on 127.0.0.1 port 1: 4 clients"
+        gevent.sleep(0.01)
+        assert ended() >= 1  # the first one goes at once
+        server.drain(begins)
+        left = ended()
+        gevent.sleep(0.3)
+        assert ended() <= left + (begins is not None)
+    assert "drain" in tun6.standing_warnings
+    server.drain(None)
+    assert "drain" not in tun6.standing_warnings and not server.state().startswith("draining")
+
+
 def test_the_doctor_knows_the_last_id_of_a_client_that_is_a_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -5035,27 +5074,6 @@ def test_the_doctor_knows_the_last_id_of_a_client_that_is_a_service(
     monkeypatch.delenv("STATE_DIRECTORY")
     assert warned(config) == ["of the service"]
     assert warned(by_hand) == []
-
-
-def test_what_a_drain_has_begun_is_over_when_it_is_stopped_or_another_one_begins() -> None:
-    server = cast(Any, tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL)))
-
-    def ended() -> int:
-        return sum(session.ending for session in server.sessions.values())
-
-    for begins in (None, 3600):
-        server.sessions.update({f"client {number}": tun6.Session("a peer") for number in range(4)})
-        server.drain(0.2)
-        assert server.state() == f"draining, {POOL} on 127.0.0.1 port 1: 4 clients"
-        gevent.sleep(0.01)
-        assert ended() >= 1  # the first one goes at once
-        server.drain(begins)
-        left = ended()
-        gevent.sleep(0.3)
-        assert ended() <= left + (begins is not None)
-    assert "drain" in tun6.standing_warnings
-    server.drain(None)
-    assert "drain" not in tun6.standing_warnings and not server.state().startswith("draining")
 
 
 def test_what_the_servers_end_undoes_while_ip_runs_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -12537,6 +12555,26 @@ def test_the_doctor_says_what_only_root_can_see_and_names_the_sides_it_has_exami
         assert run_tun6("doctor", *wrong).returncode == 2
 
 
+LIBPQ = 'connection failed: connection to server at "10.5.0.12", port 5432 failed: session is read-only'
+
+
+@pytest.mark.parametrize(
+    "text, short",
+    [
+        ("the connection is lost\n\tafter 3 s\n", "the connection is lost after 3 s"),
+        (LIBPQ, "10.5.0.12: session is read-only"),
+        (
+            f"{LIBPQ}\nMultiple connection attempts failed. All failures were:\n- host: 'db1', port: '', hostaddr: '10.5.0.11': connection"
+            ' failed: connection to server at "db1" (10.5.0.11), port 5432 failed: Connection refused\n\tIs the server running on that host'
+            f" and accepting TCP/IP connections?\n- host: '10.5.0.12', port: '', hostaddr: '10.5.0.12': {LIBPQ}",
+            "10.5.0.12: session is read-only, db1: Connection refused",
+        ),
+    ],
+)
+def test_why_the_database_can_not_be_reached_is_said_once_for_each_host(text: str, short: str) -> None:
+    assert tun6.shorten_failure(text) == short
+
+
 class StoreByHand:
     """Stands for tun6.Database: says of the database what the test wants, or raises it."""
 
@@ -15822,7 +15860,10 @@ def use_an_id_twice(cluster: Cluster, victim: str) -> None:
     """Two machines with one Id, and one key: they take it from each other, and are slowed down wherever they connect."""
     client = next(client for client in cluster.clients if cluster.server_of(client) == victim)
     seconds, before = 30, client.program.log().count(": has ")
-    with cluster.extra_client(CLUSTER_SERVERS, client.number) as second:
+    quiet = (
+        f"chain out {{ {HOOK.replace('forward', 'output')} tcp flags rst drop; }}"  # the second knows nothing of the first's connections
+    )
+    with firewall(cluster.lab, "ip6 quiet", quiet, "hand"), cluster.extra_client(CLUSTER_SERVERS, client.number) as second:
         gevent.sleep(seconds)
         takeovers = client.program.log().count(": has ") - before + second.log().count(": has ")
     most = tun6.CONTENTION_TAKEOVERS + seconds / tun6.CONTENTION_PAUSE_S + 3
@@ -16049,6 +16090,28 @@ def check_keepalived() -> None:
         assert not cluster.violations
 
 
+def start_without_store(cluster: Cluster, victim: str) -> None:
+    """A server that starts while PostgreSQL is down says that once, serves whom it knows, and refuses what would be new."""
+    server = cluster.servers[victim]
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+    with store_stopped(cluster):
+        server.end(signal.SIGTERM)
+        before = len(server.log())
+        cluster.start_server(victim)
+        with cluster.extra_client([victim]) as client:
+            assert client.prefix() == held
+        store = asked(server.config, "status")["store"]
+        assert store["down"] and store["unsettled"] <= 1 + len(cluster.clients), store
+        done = run_tun6("clients", "add", "-c", str(server.config), cluster.new_id())
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "the store is down" in done.stderr, done
+        with hands(cluster, {cluster.new_id(): [victim]}) as crowd:
+            assert becomes_true(lambda: crowd[0].answer, 10) and "server-error" in str(crowd[0].answer), crowd[0].answer
+    server.wait_for(f"(?s)^.{{{before}}}.*/tun6 is back", seconds=15)
+    said = server.log()[before:]
+    assert [said.count(text) for text in ("known Ids are served as they are known here", "/tun6 is back")] == [1, 1], said
+
+
 class ClusterFault(NamedTuple):
     name: str
     inject: Callable[..., None]
@@ -16087,6 +16150,7 @@ CLUSTER_FAULTS = (
     ClusterFault("1,000 clients moved at once", move_a_thousand, whom="all"),
     ClusterFault("clock of a server set one hour ahead", set_clock, whom="all"),
     ClusterFault("administered on any server", administer_anywhere, whom="none", quick=True),
+    ClusterFault("server started while PostgreSQL is stopped", start_without_store),
 )
 
 

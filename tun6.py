@@ -4234,13 +4234,22 @@ class StoreDown(StorageError):
     """The cluster's store can't be reached, or does not answer in time."""
 
 
+def shorten_failure(text: str) -> str:
+    """Returns in one line what libpq says, of a connection to several hosts once for each, without its advice."""
+    line = " ".join(text.split())
+    advice, end = r"(?: Is the server running[^?]*\?)?", r"(?= Multiple connection| - host:|$)"
+    failed = rf'to server at "([^"]+)"(?: \([^)]*\))?, port \d+ failed: (.+?){advice}{end}'
+    hosts = dict(re.findall(failed, line))
+    return ", ".join(f"{host}: {reason}" for host, reason in hosts.items()) or line
+
+
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
     """Makes one sentence of what psycopg raises: StoreDown."""
     try:
         yield
     except require_psycopg().Error as error:
-        raise StoreDown(f"{public_url(url)}: {' '.join(str(error).split())}") from None
+        raise StoreDown(f"{public_url(url)}: {shorten_failure(str(error))}") from None
 
 
 class PoolRow(NamedTuple):
@@ -5138,8 +5147,8 @@ HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all,
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
-DRY_HELLOS_MAX, DRY_HELLOS_S = 60, 60  # in which so many dry hellos of those who need no key are answered, as each tells what Ids there are
 NOTHING_NEW = "the server can't serve a new client at the moment"
+DRY_HELLOS_MAX, DRY_HELLOS_S = 60, 60  # in which so many dry hellos of those who need no key are answered, as each tells what Ids there are
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
 
