@@ -62,6 +62,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     systemd                      `test_tun6.py systemd`
     debian                       `test_tun6.py packages`: the .deb, and what the Dockerfile does
     cluster                      `test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults
+    cluster store                `test_tun6.py store`: against a real PostgreSQL
     main
 """
 
@@ -85,6 +86,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -104,6 +106,7 @@ import tempfile
 import termios
 import threading
 import time
+import traceback
 import tracemalloc
 import uuid
 import warnings
@@ -1225,6 +1228,11 @@ class Peer(SocketOwner):
         while not is_reply(self.frame()[1], number):
             assert time.monotonic() < deadline, "no reply to the ping"
 
+    def expect_probe(self) -> None:
+        """Waits for a question of the server whether this end is alive, and does not answer it."""
+        while (packet := self.frame()[1])[6] != socket.IPPROTO_ICMPV6 or packet[40] != tun6.ECHO_REQUEST:
+            pass
+
     def ended(self) -> str:
         """How the server ended the connection, whatever it sent before."""
         try:
@@ -2340,6 +2348,25 @@ def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, 9000), (1510, LARGEST)])
+class RoundByRound(tun6.FqCodelQueue):
+    """Does each round by itself, as in RFC 8290."""
+
+    def _skip_rounds(self) -> None:
+        pass
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([SMALLEST, 100, 1510, 5000, LARGEST]), st.booleans()), max_size=100))
+def test_rounds_that_are_done_at_once_change_no_order(frames: list[tuple[int, int, bool]]) -> None:
+    queue, reference = tun6.FqCodelQueue(target=NEVER), RoundByRound(target=NEVER)
+    for number, (flow, size, pops) in enumerate(frames):
+        for each in queue, reference:
+            push(each, 0.0, frame(flow, number, size))
+        if pops:
+            assert queue.pop(0.0) == reference.pop(0.0)
+    while queue.frames:
+        assert queue.pop(0.0) == reference.pop(0.0)
+
+
 def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, int]) -> None:
     link = Link(tun6.FqCodelQueue(), 4 * RATE)
     for flow, size in enumerate(sizes):
@@ -2494,18 +2521,6 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     assert shared.free == shared.size == bound
 
 
-class OutputBuffer:
-    """Holds bytes for a caller until the next call, which overwrites them, as TlsStream.encrypt does."""
-
-    def __init__(self) -> None:
-        self._last = bytearray()
-
-    def hold(self, data: bytes) -> memoryview:
-        self._last[:] = b"\xff" * len(self._last)
-        self._last = bytearray(data)
-        return memoryview(self._last)
-
-
 class Connection:
     """A connection that takes at each write as many bytes as `takes` says, and then everything; at 0 it is full.
 
@@ -2519,7 +2534,6 @@ class Connection:
         self.pieces: list[Bytes] = []  # what was to be encrypted, or to be written if nothing is encrypted
         self._records = bytearray()
         self._rest = b""
-        self._buffer = OutputBuffer()
 
     def send_queue(self, clock: Callable[[], float] = lambda: 0.0, whole_batches: bool = True) -> tun6.SendQueue:
         """The queue before this connection."""
@@ -2536,12 +2550,12 @@ class Connection:
         assert sum(map(len, out)) == len(stream) + self._bare * len(out) * len(PLAIN)  # no part of a frame is left
         return out
 
-    def _encrypt(self, data: Bytes) -> memoryview:
+    def _encrypt(self, data: Bytes) -> bytes:
         assert len(data)
         record = bytes([len(self.pieces) % 256]) + bytes(data)[::-1]
         self.pieces.append(bytes(data))
         self._records += record
-        return self._buffer.hold(record)
+        return record
 
     def _write(self, data: memoryview) -> int | None:
         assert len(data)
@@ -2688,11 +2702,11 @@ def test_real_tls_records_of_large_batches_arrive_whole(whole_batches: bool, ver
     context = tun6.client_tls_context(pinned=True)
     context.minimum_version = context.maximum_version = version
     sender, receiver, to_server = tls_pair(context, cert)
-    buffer, rng, link = OutputBuffer(), random.Random(1), bytearray()
+    rng, link = random.Random(1), bytearray()
 
-    def encrypt(data: Bytes) -> memoryview:
+    def encrypt(data: Bytes) -> bytes:
         sender.write(data)
-        return buffer.hold(to_server.read())
+        return to_server.read()
 
     def write(data: memoryview) -> int | None:
         took = rng.choice([0, 1, 5, 1000, 20_000, 1 << 20])
@@ -3826,6 +3840,24 @@ def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of
 
 
 @pytest.mark.parametrize(
+    "said, proved, floor",
+    [
+        (6, True, 7),
+        (8, True, 8),
+        (7 + tun6.EPOCH_LEAD_MAX, True, 7 + tun6.EPOCH_LEAD_MAX),
+        (8 + tun6.EPOCH_LEAD_MAX, True, 7),
+        (tun6.EPOCH_MAX, True, 7),
+        (8, False, 7),
+    ],
+)
+def test_what_a_client_says_of_its_epoch_counts_within_a_bound_and_only_with_its_key(said: int, proved: bool, floor: int) -> None:
+    view = tun6.ClusterView("here")
+    view.hear(tun6.Row("a", subnet(0), epoch=7))
+    assert view.floor(tun6.Claim("a", said, proved)) == floor
+    assert view.floor(tun6.Claim("unknown", said, proved)) == (said if proved and said <= tun6.EPOCH_LEAD_MAX else 0)
+
+
+@pytest.mark.parametrize(
     "said, took_over, server, times",
     [
         (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
@@ -4033,10 +4065,19 @@ def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(cert: Path) -> N
         for _ in range(200):
             peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX, ask=True) + peer.encrypt(b"x"))
             assert next_read(stream) == b"x"
-            assert stream._outgoing.pending > most
-            most = stream._outgoing.pending
+            assert len(stream._outgoing) > most
+            most = len(stream._outgoing)
             assert most < tun6.RECORD_MAX + 1000
     assert most > tun6.RECORD_MAX - 1000
+
+
+def test_what_tls_itself_has_to_say_goes_to_its_own_peer_alone(cert: Path) -> None:
+    with tls_stream(cert) as (one, its_peer), tls_stream(cert) as (other, other_peer):
+        its_peer.raw.sendall(its_peer.new_keys(2, ask=True) + its_peer.encrypt(b"x"))
+        assert next_read(one) == b"x"
+        for stream, peer in ((other, other_peer), (one, its_peer)):
+            stream.send(b"what it has to say")
+            assert peer.recv(100) == b"what it has to say"
 
 
 def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(cert: Path) -> None:
@@ -4115,6 +4156,57 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
             f"this kernel refuses its {kind} frames, so it is not offered {kind} again; `offload = {setting}` in config.ini does so"
             " from the start"
         )
+
+
+def test_the_more_have_something_to_move_the_less_each_moves_in_a_round() -> None:
+    shares: list[tuple[int, int]] = []
+    running: list[Any] = []
+
+    def shares_with(count: int) -> tuple[int, int]:
+        """What each is to move when so many have something to move."""
+        with ExitStack() as undo:
+            for _ in range(count):
+                near, far = map(undo.enter_context, socket.socketpair())
+                far.send(b"there is something to read as long as nobody does")
+                callbacks = tun6.ReadinessCallbacks(near.fileno())
+                running.append(spawn(callbacks.run, lambda: shares.append(tun6.ReadinessCallbacks.share)))
+                undo.callback(running[-1].kill)
+            gevent.sleep(0.01)
+            shares.clear()
+            with gevent.Timeout(10):
+                while len(shares) < 3 * count:
+                    gevent.sleep(0.001)
+            return min(shares)
+
+    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
+    assert shares_with(100) == (tun6.ROUND_BYTES // 100, tun6.BATCH_FRAMES_MIN)
+    assert shares_with(500) == (tun6.BATCH_BYTES_MIN, tun6.BATCH_FRAMES_MIN)
+    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
+
+
+def test_what_waits_is_sent_although_packets_come_without_end() -> None:
+    full, one = True, frame(1, size=LARGEST)
+
+    def read(view: memoryview) -> int:
+        view[: len(one)] = one
+        return len(one)
+
+    send_queue = tun6.SendQueue(lambda data: None if full else len(data), False)
+    near, far = socket.socketpair()
+    with near, far:
+        far.send(b"packets wait in the TUN")
+        tun = mock.Mock(fd=near.fileno())
+        tun.file.readinto = read
+        pump = spawn(tun6.pump_tun_to_tcp, tun, far.fileno(), send_queue, BOTH, PERMIT_ALL, tun6.TrafficCounters())
+        try:
+            with gevent.Timeout(10):
+                while send_queue._queue.frames < 50:
+                    gevent.sleep(0.001)
+                full = False
+                while send_queue.blocked:
+                    gevent.sleep(0.001)
+        finally:
+            pump.kill()
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------------------
@@ -5011,6 +5103,33 @@ def test_what_a_drain_has_begun_is_over_when_it_is_stopped_or_another_one_begins
     assert "drain" not in tun6.standing_warnings and not server.state().startswith("draining")
 
 
+def test_the_doctor_knows_the_last_id_of_a_client_that_is_a_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("etc", "var"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(tun6, "CONFIG_FOLDER", tmp_path / "etc")
+    monkeypatch.setattr(tun6, "STATE_FOLDER", tmp_path / "var")
+    monkeypatch.setattr(tun6, "default_id", lambda: MAC)
+
+    def warned(config: Path) -> list[str]:
+        caplog.clear()
+        assert (
+            tun6.ClientDoctor(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1, file=str(config)))._check_Id()
+            == f"this machine is {MAC!r}"
+        )
+        return re.findall("was (.*) at the last start", caplog.text)
+
+    config, by_hand = tmp_path / "etc/config.ini", tmp_path / "config.ini"
+    Path(f"{config}.last-id").write_text("by hand\n")
+    assert warned(config) == ["by hand"]
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "var"))
+    tun6.warn_of_another_id(tun6.path_of_last("id", str(config)), "of the service", remember=True)
+    monkeypatch.delenv("STATE_DIRECTORY")
+    assert warned(config) == ["of the service"]
+    assert warned(by_hand) == []
+
+
 def test_what_the_servers_end_undoes_while_ip_runs_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     server, route, address = cast(Any, tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL))), [tun6.Step("a")], [tun6.Step("b")]
     server._own = POOL, address
@@ -5578,6 +5697,18 @@ def test_install_takes_over_a_config_ini_but_for_the_other_sides_example(machine
             assert (f"\n[{role}]\n" in made, f"\n[{other}]\n" in made, "\n#mtu = 1500\n" in made) == (True, kept, True)
 
 
+def test_install_says_which_interface_is_not_there(machine: FileRoot) -> None:
+    client = ("client", "--remote", "tun6.example", "--set")
+    assert not [line for line in machine.install(*client, "lan=eth7") if "warning" in line]  # it is no machine that runs
+    (machine.root / "sys/class/net/eth0").mkdir(parents=True)
+    assert not [line for line in machine.install(*client, "lan=eth0") if "warning" in line]
+    what = "there is no such interface now, see `ip link`"
+    later = f"warning: lan = eth7: {what}; the LAN is served as soon as there is one"
+    assert later in machine.install(*client, "lan=eth7")
+    needed = f"warning: ndp = eth7: {what}; the server does not start without it"
+    assert needed in machine.install("server", "--prefix", "2001:db8:7::/48", "--set", "ndp=eth7", *EXAMPLE)
+
+
 class AnotherServer(SocketOwner):
     """One that has these assignments open."""
 
@@ -5653,7 +5784,8 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
         "client_to_client": True, "documentation_addresses": True, "address": None, "fingerprint": (), "hook": None, "ndp": None,
-        "log": "text", "metrics": None, "metrics_clients": False, "store": None, "store_cache": "store-cache.json", "name": "",
+        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35,
+        "store": None, "store_cache": "store-cache.json", "name": "",
         "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
@@ -5661,7 +5793,7 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
         "fingerprint": (), "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
-        "documentation_addresses": False, "file": path,
+        "documentation_addresses": False, "dead_after": 35, "file": path,
     }  # fmt: skip
 
 
@@ -9995,6 +10127,30 @@ def test_a_new_prefix_is_announced_beside_the_end_of_the_old_one(
 
 
 @pytest.mark.waits
+def test_a_lan_follows_its_client_to_a_server_with_another_prefix_and_back(
+    lab: Lab, lan: Lan, tunnel: Tunnel, pair: Pair, beyond: None, tmp_path: Path
+) -> None:
+    prefixes = [prefix_of_pool(tunnel, 0), prefix_of_pool(tunnel, 7)]
+    pair.servers[1].stop()
+    pair.known["c"] = str(prefixes[1])
+    servers = [pair.servers[0], pair.start(1)]
+    with tun6_with(tmp_path, LISTEN_SHORTLY):
+        client = pair.client(lan="eth1")
+    wait_until("the host has a route", lan.routed)
+    for times in (2, 3):
+        at = pair.serving(client, times - 1)
+        wait_until("the LAN works", lambda: lab.pings("lan"))
+        servers[at].stop()
+        assert pair.serving(client, times) == 1 - at
+        new, old = prefixes[1 - at], prefixes[at]
+        heard = lan.hears("the new prefix", lambda each: each.prefixes.get(str(new), (0, 0))[1] == 2700)  # noqa: B023
+        assert (heard.lifetime, heard.prefixes[str(old)][1]) == (1800, 0)
+        servers[at].start()
+        servers[at].wait_for(" serving ", 2)
+    wait_until("the LAN works", lambda: lab.pings("lan"))
+
+
+@pytest.mark.waits
 @pytest.mark.parametrize(("preference", "expected"), [("auto", "low"), ("high", "high")])
 def test_another_router_is_said_and_preferred(
     lab: Lab, lan: Lan, tunnel: Tunnel, server: Program, beyond: None, preference: str, expected: str
@@ -10772,8 +10928,11 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
         undo.enter_context(running(lab, "second", "ping", "-6", "-i", "0.2", Lab.INTERNET))
         for prefix in (prefixes["NAT forgets, busy"], prefixes["address changes, busy"], peers["gone, busy"].prefix):
             undo.enter_context(running(lab, "internet", "ping", "-6", "-i", "0.2", str(prefix[1])))
-        for peer in peers.values():
+        for peer in peers.values():  # so that the next probe goes to those that are idle when 10 s of their silence are over
+            peer.expect_probe()
             peer.echo()
+            sockets = ("ss", "-Htn", f"dport = :{peer.sock.getsockname()[1]}")  # the NAT keeps the port
+            wait_until("all is acknowledged", lambda: lab.run("server", *sockets).stdout.split()[2] == "0")  # noqa: B023
         route = "default via 10.8.1.1"
         readdress = (f"route del {route}", "addr del 10.8.1.2/24 dev eth0", "addr add 10.8.1.3/24 dev eth0", f"route add {route}")
         undo.enter_context(changed(lab, "second", *readdress))
@@ -10786,7 +10945,8 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
             assert time.monotonic() - began["same"] < 5
         server.said(": gone,", 1)  # that one
 
-        silence = "(Connection timed out|No route to host|Network is unreachable|Invalid argument);"  # the last that TCP heard from IP
+        # what TCP heard last from IP, or what found that nothing came
+        silence = "(Connection timed out|No route to host|Network is unreachable|Invalid argument|no sign of life for 30 s);"
         signs = {name: (client, f"WARNING no connection to .*: {silence}") for name, client in clients.items()}
         signs.update({name: (server, f"'{name}' from .*: gone, {silence}") for name in ("gone, idle", "gone, busy")})
         signs["late"] = (late, r"WARNING no connection to .*: no answer within 10 s;")
@@ -10810,6 +10970,24 @@ def test_whoever_falls_silent_is_noticed_within_35_seconds_and_the_clients_come_
         outage.close()
         assert clients["server vanishes"].prefix(times=2, seconds=15) == prefixes["server vanishes"]
         late.prefix(seconds=15)
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_dead_after_says_how_soon_a_dead_path_is_noticed(lab: Lab, tunnel: Tunnel, busy: bool) -> None:
+    server, client = tunnel.server(dead_after=6), tunnel.client(dead_after=6)
+    prefix = client.prefix()
+    ping(lab, "client")
+    with ExitStack() as undo:
+        if busy:
+            undo.enter_context(running(lab, "client", "ping", "-6", "-i", "0.2", Lab.INTERNET))
+            undo.enter_context(running(lab, "internet", "ping", "-6", "-i", "0.2", str(prefix[1])))
+        began = time.monotonic()
+        undo.enter_context(cut(lab, "nat", f"tcp dport {tunnel.port}", f"tcp sport {tunnel.port}"))
+        for program, sign in ((client, "WARNING no connection to "), (server, ": gone, ")):
+            program.wait_for(sign + ".*(Connection timed out|no sign of life for 5 s)", seconds=40)
+        assert time.monotonic() - began < 20  # by default no less than 30
+    assert client.prefix(2) == prefix
 
 
 def sent_into(lab: Lab, host: str, device: str = "tun6") -> int:
@@ -11922,6 +12100,16 @@ def test_an_nft_that_hangs_or_fails_keeps_nobody_waiting(lab: Lab, tunnel: Tunne
 QUICK_DOCTOR = ("tun6.POOL_S = 0.5", "tun6.LISTEN_S = 0.5", "tun6.PROVE_AGAIN_S = 0.3", "tun6.CONNECT_S = 1.0", "tun6.HANDSHAKE_S = 3.0")
 
 
+WITHOUT_BBR = [
+    "class Socket(tun6.socket.socket):",
+    "    def setsockopt(self, *option):",
+    "        if option[-1] == b'bbr':",
+    "            raise FileNotFoundError(errno.ENOENT, 'No such file or directory')",
+    "        super().setsockopt(*option)",
+    "tun6.socket.socket = Socket",
+]
+
+
 class Patient:
     """A machine of the lab, examined by a config.ini."""
 
@@ -12045,7 +12233,7 @@ def good_server(site: Site, beyond: None) -> Program:
     site.issue("somebody")
     for path in (site.cert, site.keys):
         path.chmod(0o600)
-    server = site.serve()
+    server = site.serve(metrics="127.0.0.1:10116")
     site.clients("add", "other")
     return server
 
@@ -12243,15 +12431,54 @@ def test_the_doctor_names_what_is_wrong_with_a_server(lab: Lab, tunnel: Tunnel, 
     server.shows(*proc, faults=["tun6.RELEASED *= 2"], machine="warn /proc/sys is read-only")
     server.shows(faults=["tun6.RELEASED *= 2"], machine="warn the clock says 20.*, which is wrong")
     server.shows(*mounting("-t tmpfs none /dev/net"), machine="FAIL there is no /dev/net/tun")
+    lacking: dict[str, Any] = {
+        "server": "FAIL no server listens on 0.0.0.0 port",
+        "forwarding": "FAIL IPv6 forwarding is off",
+        "uplink": "FAIL this machine has no IPv6 default route",
+        "own_address": "warn no IPv6 address here is routed",
+    }
+    second = Patient(lab, tmp_path, good_server.config, "second").edit(control="none.sock")
     with sysctl(lab, "second", "net.ipv6.conf.default.disable_ipv6", "1"):
-        Patient(lab, tmp_path, good_server.config, "second").edit(control="none.sock").shows(
-            machine="FAIL IPv6 is off in this kernel; turn it on",
-            server="FAIL no server listens on 0.0.0.0 port",
-            forwarding="FAIL IPv6 forwarding is off",
-            uplink="FAIL this machine has no IPv6 default route",
-            own_address="warn no IPv6 address here is routed",
-        )
+        second.shows(machine="FAIL IPv6 is off in this kernel; turn it on with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`", **lacking)
+        of_container = "FAIL IPv6 is off in this kernel; turn it on for this container, from outside with `sysctl"
+        second.shows(*proc, faults=["tun6.RELEASED *= 2"], machine=of_container, **lacking)
+    second.shows(*mounting("-t tmpfs none /proc/sys/net/ipv6"), machine="FAIL this kernel has no IPv6; boot it without", **lacking)
     server.edit(control="none.sock").shows(server="FAIL another program listens on 0.0.0.0 port .*none.sock")
+
+
+@pytest.mark.waits
+def test_the_doctor_names_a_program_a_kernels_part_and_a_firewall_that_are_in_the_way(
+    lab: Lab, lan: Lan, good_server: Program, good_client: Program, tmp_path: Path
+) -> None:
+    server, me = Patient(lab, tmp_path, good_server.config), Patient(lab, tmp_path, good_client.config)
+    (programs := tmp_path / "programs").mkdir()
+    for name in ("nft", "radvd"):
+        (programs / name).symlink_to(str(shutil.which(name, path=tun6.HOOK_PATH)))
+    without_ip = "env", f"PATH={programs}"
+    missing = "FAIL the program `ip` is missing; install it with `apt-get install iproute2`"
+    for patient in (server, me):
+        found = {
+            check: texts for check, texts in patient.findings(*without_ip).items() if any(re.match("FAIL|warn", text) for text in texts)
+        }
+        assert found == {"machine": [missing]}
+    with stranger(lab) as port:
+        taken = "warn metrics = 10.9.0.1 port .*: they don't answer: another program has the port"
+        server.edit(metrics=f"{Lab.SERVER}:{port}").shows(hook_and_ndp=taken)
+    me.edit(metrics="127.0.0.1:1").shows(programs="warn metrics = 127.0.0.1 port 1: they don't answer")
+    server.shows(faults=WITHOUT_BBR, BBR="warn this kernel has no BBR .`modprobe tcp_bbr`., which makes the tunnel fast")
+    for table, chains, words in CASES:
+        if "firewalld's" in words or "ufw's" in words:
+            with firewall(lab, table, chains):
+                server.shows(firewall=f"FAIL the firewall's chain .*{words}")
+
+
+def dry_answer(peer: Peer, id_: str, key: str | None = None) -> dict[str, Any]:
+    """What the server says to this peer's question whether it would serve the Id."""
+    with peer:
+        peer.sock.sendall(json.dumps({**json.loads(hello(id_, key)), "Dry": True}).encode())
+        answer = peer.answer()
+        assert peer.ended() == "closed"
+        return answer
 
 
 @pytest.mark.waits
@@ -12259,11 +12486,7 @@ def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab:
     server = tunnel.server(prefixrange=f"{tunnel.pool[0]}/63", max_clients=1)
 
     def asked(id_: str) -> dict[str, Any]:
-        with tunnel.connect() as peer:
-            peer.sock.sendall(json.dumps({"Id": id_, "Dry": True}).encode())
-            answer = peer.answer()
-            assert peer.ended() == "closed"
-            return answer
+        return dry_answer(tunnel.connect(), id_)
 
     assert asked("first") == {"Dry": True}
     assert not assignments_in(tunnel._folder / "assignments.json")
@@ -12278,6 +12501,36 @@ def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab:
     wait_until_no_sessions(lab)
     wait_until("there is room, but no prefix", lambda: asked("third")["Error"] == "pool-exhausted")
     server.wait_for("'first' from .*: asks whether it would be served", 2)
+
+
+@pytest.mark.waits
+def test_a_dry_hello_is_no_new_id_and_hears_when_there_are_too_many(tunnel: Tunnel) -> None:
+    tunnel.server(new_ids_per_hour=1)
+    assert [dry_answer(tunnel.connect(), id_) for id_ in ("first", "second")] == 2 * [{"Dry": True}]
+    prefix = tunnel.visit("first")
+    assert dry_answer(tunnel.connect(), "second") == tunnel.refusal("second")
+    assert dry_answer(tunnel.connect(), "first") == {"Dry": True, "Prefix": str(prefix)}
+
+
+@pytest.mark.waits
+def test_a_dry_hello_tells_who_has_no_right_key_only_what_a_real_one_tells_and_only_so_often(site: Site, tmp_path: Path) -> None:
+    key = site.issue("mine")
+
+    def asked(id_: str, of: str | None) -> dict[str, Any]:
+        return dry_answer(site.connect(), id_, of)
+
+    with tun6_with(tmp_path, "tun6.DRY_HELLOS_MAX, tun6.DRY_HELLOS_S = 3, 3600"):
+        server = site.serve()
+        assert [asked(id_, "k" * 43) for id_ in ("mine", "nobody's")] == 2 * [site.answer("mine", "k" * 43)]
+        assert [asked("mine", key) for _ in range(4)] == 4 * [{"Dry": True}]  # who has the key may ask
+        assert dry_answer(site.tunnel.connect(), "mine") == site.tunnel.refusal("mine")
+        server.stop()
+        server = site.serve(keys_required="no")
+        assert dry_answer(site.tunnel.connect(), "mine")["Error"] == "tls-required"
+        assert [asked("mine", key), asked("has none", None)] == 2 * [{"Dry": True}]
+        for id_, of in (("mine", key), ("mine", None), ("has none", None)):
+            assert asked(id_, of)["Text"] == "more than 3 have asked within 3600 s whether they would be served"
+        assert "Prefix" in site.answer("mine", key)  # who really comes is served
 
 
 @pytest.mark.waits
@@ -12354,6 +12607,26 @@ def test_the_doctor_says_what_only_root_can_see_and_names_the_sides_it_has_exami
     assert found["client"]["TCP"]["text"].startswith("127.0.0.1 port 1: Connection refused")
     for wrong in (("-c", str(tmp_path / "missing")), ("client", "-c", str(write_ini(path, server={}))), ("nobody",)):
         assert run_tun6("doctor", *wrong).returncode == 2
+
+
+LIBPQ = 'connection failed: connection to server at "10.5.0.12", port 5432 failed: session is read-only'
+
+
+@pytest.mark.parametrize(
+    "text, short",
+    [
+        ("the connection is lost\n\tafter 3 s\n", "the connection is lost after 3 s"),
+        (LIBPQ, "10.5.0.12: session is read-only"),
+        (
+            f"{LIBPQ}\nMultiple connection attempts failed. All failures were:\n- host: 'db1', port: '', hostaddr: '10.5.0.11': connection"
+            ' failed: connection to server at "db1" (10.5.0.11), port 5432 failed: Connection refused\n\tIs the server running on that host'
+            f" and accepting TCP/IP connections?\n- host: '10.5.0.12', port: '', hostaddr: '10.5.0.12': {LIBPQ}",
+            "10.5.0.12: session is read-only, db1: Connection refused",
+        ),
+    ],
+)
+def test_why_the_database_can_not_be_reached_is_said_once_for_each_host(text: str, short: str) -> None:
+    assert tun6.shorten_failure(text) == short
 
 
 class StoreByHand:
@@ -12610,6 +12883,32 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
     tunnel.visit("by-hand")
 
 
+# Says each full collection of garbage, and makes objects, as many as a thousand clients do, when the file is there.
+GROWING = """
+import gc, gevent
+kept = []
+def told(phase, info):
+    if phase == "start" and info["generation"] == 2:
+        tun6.log.info("a full collection")
+def grow():
+    while not os.path.exists({flag!r}):
+        gevent.sleep(0.05)
+    tun6.log.info("begins to grow")
+    kept.extend([number] for number in range(200_000))
+    tun6.log.info("has grown")
+gc.callbacks.append(told)
+gevent.spawn(grow)
+"""
+
+
+def test_the_event_loop_does_not_wait_for_full_collections_of_garbage(tunnel: Tunnel, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, GROWING.format(flag=str(tmp_path / "grow"))):
+        server = tunnel.server()
+    (tmp_path / "grow").touch()
+    server.wait_for("has grown")
+    assert "a full collection" not in server.log().partition("begins to grow")[2]
+
+
 # Python does not look for cycles of references, and the log says how many objects of sessions there are.
 COUNTED = """
 import gc, gevent
@@ -12728,7 +13027,7 @@ class Fuzz:
         b'{"Id": "',
         b"",
     )
-    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Epoch")
+    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Dry", "Moved", "Epoch")
     VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
     TEXTS = ("", "\0", "\ud800", "x" * 4000, "fe80::/64", "2001:db8::%a\nb/64")
     TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
@@ -15615,7 +15914,10 @@ def use_an_id_twice(cluster: Cluster, victim: str) -> None:
     """Two machines with one Id, and one key: they take it from each other, and are slowed down wherever they connect."""
     client = next(client for client in cluster.clients if cluster.server_of(client) == victim)
     seconds, before = 30, client.program.log().count(": has ")
-    with cluster.extra_client(CLUSTER_SERVERS, client.number) as second:
+    quiet = (
+        f"chain out {{ {HOOK.replace('forward', 'output')} tcp flags rst drop; }}"  # the second knows nothing of the first's connections
+    )
+    with firewall(cluster.lab, "ip6 quiet", quiet, "hand"), cluster.extra_client(CLUSTER_SERVERS, client.number) as second:
         gevent.sleep(seconds)
         takeovers = client.program.log().count(": has ") - before + second.log().count(": has ")
     most = tun6.CONTENTION_TAKEOVERS + seconds / tun6.CONTENTION_PAUSE_S + 3
@@ -15842,6 +16144,28 @@ def check_keepalived() -> None:
         assert not cluster.violations
 
 
+def start_without_store(cluster: Cluster, victim: str) -> None:
+    """A server that starts while PostgreSQL is down says that once, serves whom it knows, and refuses what would be new."""
+    server = cluster.servers[victim]
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+    with store_stopped(cluster):
+        server.end(signal.SIGTERM)
+        before = len(server.log())
+        cluster.start_server(victim)
+        with cluster.extra_client([victim]) as client:
+            assert client.prefix() == held
+        store = asked(server.config, "status")["store"]
+        assert store["down"] and store["unsettled"] <= 1 + len(cluster.clients), store
+        done = run_tun6("clients", "add", "-c", str(server.config), cluster.new_id())
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "the store is down" in done.stderr, done
+        with hands(cluster, {cluster.new_id(): [victim]}) as crowd:
+            assert becomes_true(lambda: crowd[0].answer, 10) and "server-error" in str(crowd[0].answer), crowd[0].answer
+    server.wait_for(f"(?s)^.{{{before}}}.*/tun6 is back", seconds=15)
+    said = server.log()[before:]
+    assert [said.count(text) for text in ("known Ids are served as they are known here", "/tun6 is back")] == [1, 1], said
+
+
 class ClusterFault(NamedTuple):
     name: str
     inject: Callable[..., None]
@@ -15880,6 +16204,7 @@ CLUSTER_FAULTS = (
     ClusterFault("1,000 clients moved at once", move_a_thousand, whom="all"),
     ClusterFault("clock of a server set one hour ahead", set_clock, whom="all"),
     ClusterFault("administered on any server", administer_anywhere, whom="none", quick=True),
+    ClusterFault("server started while PostgreSQL is stopped", start_without_store),
 )
 
 
@@ -15987,6 +16312,455 @@ def soak_cluster(minutes: float, size: int, seed: int) -> int:
     return status
 
 
+# ---- cluster store ---------------------------------------------------------------------------------------------------
+
+STORE_KEY = "0" * 64  # a digest of a key
+
+
+class StoreBench:
+    """A PostgreSQL, and the stores of several servers that share it, all in this process."""
+
+    def __init__(self, lab: ClusterLab, folder: Path) -> None:
+        self.folder, self._undo, self._numbers = folder, ExitStack(), itertools.count()
+        os.chmod(folder, 0o755)
+        (folder / "pg").mkdir()
+        shutil.chown(folder / "pg", "postgres", "postgres")
+        self.postgres = Postgres(lab, "db1", folder / "pg")
+        self.url = f"postgresql://tun6@/tun6?host={folder / 'pg/db1-sockets'}"
+
+    def __enter__(self) -> StoreBench:
+        self.postgres.make()
+        self.postgres.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_all()
+        self.postgres.kill(signal.SIGQUIT)
+
+    def fresh(self, keys: str = "none", network: IPv6Network = POOL) -> None:
+        """All stores are closed, and the database is a new one."""
+        self.close_all()
+        self.postgres.query("DROP DATABASE IF EXISTS tun6 WITH (FORCE)")
+        self.postgres.query("CREATE DATABASE tun6")
+        for cache in self.folder.glob("*.json"):
+            cache.unlink()
+        with self.database() as database:
+            database.create(network, keys)
+
+    @contextmanager
+    def database(self) -> Iterator[tun6.Database]:
+        database = tun6.Database(self.url, "test")
+        try:
+            database.connect()
+            yield database
+        finally:
+            database.close()
+
+    def store(self, name: str, **settings: Any) -> tun6.ClusterStore:
+        """That of the server of this name."""
+        given = {"network": POOL, "keys": "none", "cache": str(self.folder / f"{name}.json"), "address": "192.0.2.1", **settings}
+        store = tun6.ClusterStore(self.url, name=name, **given)
+        self._undo.callback(store.close)
+        store.start()
+        return store
+
+    def close_all(self) -> None:
+        self._undo.close()
+
+    @contextmanager
+    def session(self, store: tun6.ClusterStore, id_: str, **claim: Any) -> Iterator[tuple[tun6.Lease, list[str]]]:
+        """A session of this Id, and why it was to end."""
+        reasons: list[str] = []
+        with store.begin(tun6.Claim(id_, end=reasons.append, **claim)) as lease:
+            yield lease, reasons
+
+    def visit(self, store: tun6.ClusterStore, id_: str, **claim: Any) -> tun6.Lease:
+        """A session that ends at once."""
+        with self.session(store, id_, **claim) as (lease, _):
+            return lease
+
+    def sql(self, text: str) -> str:
+        return self.postgres.query(text, "tun6")
+
+    @contextmanager
+    def locked(self, id_: str) -> Iterator[None]:
+        """Somebody has locked the row of this Id, in a transaction that does not end."""
+        with self.database() as other:
+            other._worker.execute("begin")
+            other._worker.execute("select 1 from client where id = %s for update", (id_,))
+            yield
+            other._worker.execute("rollback")
+
+    def row(self, id_: str) -> list[str]:
+        """Its epoch, server and whether it lives, as the database has them."""
+        return self.sql(f"SELECT epoch, server, live FROM client WHERE id = '{id_}'").split("|")
+
+
+def wait_for_store(what: str, condition: Callable[[], object], seconds: float = 10) -> None:
+    """As wait_until does, while the greenlets of the stores go on."""
+    assert becomes_true(condition, seconds), what
+
+
+def is_down(store: tun6.ClusterStore) -> bool:
+    return bool(store.figures()["store"]["down"])
+
+
+def is_settled(store: tun6.ClusterStore) -> bool:
+    return not is_down(store) and not store.figures()["store"]["owed"]
+
+
+def check_the_newest_session_wins_wherever_it_is(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    with bench.session(a, "x") as (first, first_ends), bench.session(b, "x") as (second, second_ends):
+        assert (first.prefix, first.epoch, second.prefix, second.epoch) == (subnet(0), 1, subnet(0), 2)
+        wait_for_store("the older one is told to end", lambda: first_ends, 1)
+        assert "b" in first_ends[0] and not second_ends
+        with pytest.raises(tun6.Refusal):
+            first.require_newest()
+        second.require_newest()
+        assert a.holder("x") == "b" and b.holder("x") is None
+        assert len(a.takeovers("x")) == len(b.takeovers("x")) == 1
+    wait_for_store("its end is known everywhere", lambda: not a.whereabouts("x")["connected"], 1)
+    assert bench.row("x") == ["2", "b", "f"]
+
+
+def check_new_ids_at_once_on_two_servers_get_each_its_own(bench: StoreBench) -> None:
+    bench.fresh(network=CLUSTER_RANGE)
+    servers = [bench.store(name, network=CLUSTER_RANGE) for name in "ab"]
+    ids = [f"new {number}" for number in range(500)]
+    visits = [
+        gevent.spawn(bench.visit, server, f"{id_} {number}")
+        for number, server in enumerate(servers)
+        for id_ in random.sample(ids, len(ids))
+    ]
+    gevent.joinall(visits)
+    assert [visit.exception for visit in visits if visit.exception] == []
+    assert len({visit.value.prefix for visit in visits}) == 1000
+
+
+def check_batches_in_any_order_do_not_deadlock(bench: StoreBench) -> None:
+    with bench.database() as one, bench.database() as other:
+        ids = [f"id {number}" for number in range(100)]
+        one.change(tun6.Batch([tun6.Assignment(id_) for id_ in ids], {}))
+        known = {id_: tun6.Row(id_, subnet(0)) for id_ in ids}
+
+        def work(database: tun6.Database, name: str) -> None:
+            for _ in range(20):
+                changes = [tun6.SessionBegin(id_, name, 0, None, tun6.Claim(id_)) for id_ in random.sample(ids, len(ids))]
+                database.change(tun6.Batch(changes, known))
+
+        with ThreadPoolExecutor(2) as threads:
+            for done in [threads.submit(work, one, "one"), threads.submit(work, other, "other")]:
+                done.result()
+    assert bench.sql("SELECT deadlocks FROM pg_stat_database WHERE datname = 'tun6'") == "0"
+    assert bench.sql("SELECT min(epoch), max(epoch) FROM client") == "40|40"
+
+
+def check_a_refused_id_fails_alone(bench: StoreBench) -> None:
+    with bench.database() as database:
+        database.change(tun6.Batch([tun6.Assignment("a"), tun6.Assignment("b")], {}))
+        database.change(tun6.Batch([tun6.KeyChange("b", STORE_KEY, True)], {}))
+        changes = [
+            tun6.SessionBegin(id_, "s", 0, None, tun6.Claim(id_, is_alive=functools.partial(operator.ne, id_, "c"))) for id_ in "abcd"
+        ]
+        batch = tun6.Batch([*changes, tun6.KeyChange("nobody", STORE_KEY, False)], {})
+        database.change(batch)
+    assert [type(result) for result in batch.results] == [tun6.Row, tun6.Refusal, EOFError, tun6.Row, KeyError]
+    assert bench.sql("SELECT string_agg(id || epoch, ' ' ORDER BY id) FROM client") == "a1 b0 d1"
+
+
+def check_a_client_that_left_before_commit_begins_nothing(bench: StoreBench) -> None:
+    a, alive = bench.store("a"), [True]
+    bench.visit(a, "x")
+    with bench.locked("x"):
+        asks = gevent.spawn(bench.visit, a, "x", is_alive=lambda: alive[0])
+        gevent.sleep(0.3)
+        alive[0] = False
+    asks.join(3)
+    assert isinstance(asks.exception, EOFError)
+    assert bench.row("x")[0] == "1"
+
+
+def check_a_kill_of_who_waits_leaves_no_session(bench: StoreBench) -> None:
+    a = bench.store("a")
+    bench.visit(a, "x")
+    with bench.locked("x"):
+        asks = gevent.spawn(bench.visit, a, "x")
+        gevent.sleep(0.3)
+        asks.kill()
+    wait_for_store("nothing is owed", lambda: is_settled(a), 3)
+    assert bench.row("x") in (["1", "a", "f"], ["2", "a", "f"])
+
+
+def check_a_slow_store_is_a_store_that_is_down(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    bench.visit(a, "x")
+    wait_for_store("b knows it, too", lambda: b.find("x"))
+    with ExitStack() as undo:
+        with bench.locked("x"):
+            began = time.monotonic()
+            lease, ends = undo.enter_context(bench.session(b, "x", epoch=1, proved=True))
+            waited = time.monotonic() - began
+            assert lease.epoch == 2 and waited < 2 * tun6.COMMIT_S, waited
+        wait_for_store("it is told to the store", lambda: bench.row("x")[1:] == ["b", "t"], 10)
+        assert not ends and lease.epoch == int(bench.row("x")[0])
+
+
+def check_a_commit_that_hangs_and_lands_late_ends_no_newer_session(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    bench.visit(a, "x")
+    with ExitStack() as undo:
+        bench.postgres.synchronous_with("nobody")
+        older, older_ends = undo.enter_context(bench.session(a, "x", epoch=1, proved=True))
+        newer, newer_ends = undo.enter_context(bench.session(b, "x", epoch=older.epoch or 0, proved=True))
+        assert cast(int, newer.epoch) > cast(int, older.epoch) > 1
+        with pytest.raises(tun6.StorageError):
+            bench.visit(b, "new")
+        gevent.sleep(6)  # attempts to reach it again
+        backends = int(bench.sql("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'tun6 %'"))
+        assert backends <= 8, f"{backends} connections are left"
+        bench.postgres.synchronous_with("")
+        wait_for_store("the newer one is told to the store", lambda: is_settled(a) and is_settled(b), 15)
+        assert bench.row("x") == [str(newer.epoch), "b", "t"]
+        assert older_ends and not newer_ends
+
+
+def check_an_outage_ends_no_session_and_afterwards_the_newest_stays(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    with ExitStack() as undo:
+        moved, moved_ends = undo.enter_context(bench.session(a, "moves"))
+        _, stays_ends = undo.enter_context(bench.session(a, "stays"))
+        wait_for_store("b knows both", lambda: b.find("moves") and b.find("stays"))
+        bench.postgres.kill_all()
+        here, here_ends = undo.enter_context(bench.session(b, "moves", epoch=moved.epoch, proved=True))
+        assert here.epoch == 2
+        for refused in (lambda: bench.visit(b, "new"), lambda: a.assign("new"), lambda: a.pin("moves", subnet(9))):
+            with pytest.raises(tun6.StorageError, match=r"store|postgresql"):
+                refused()
+        gevent.sleep(1)
+        assert not (moved_ends or stays_ends or here_ends)
+        bench.postgres.start()
+        began = time.monotonic()
+        wait_for_store("all is told to the store", lambda: is_settled(a) and is_settled(b) and bench.row("moves") == ["2", "b", "t"], 15)
+        print(f"    settled {time.monotonic() - began:.1f} s after PostgreSQL answered", flush=True)
+        wait_for_store("the older session is told to end", lambda: moved_ends, 3)
+        assert not stays_ends and not here_ends
+        assert bench.row("stays") == ["1", "a", "t"]
+
+
+def check_what_an_operator_changes_is_heard_everywhere(bench: StoreBench) -> None:
+    bench.fresh("required")
+    a, b = (bench.store(name, keys="required") for name in "ab")
+    assert a.keys and b.keys
+    for id_ in ("revoked", "pinned", "keyed"):
+        a.assign(id_)
+        key = a.keys.issue(id_)
+        wait_for_store("b knows the key", functools.partial(b.keys.find, id_))
+        b.keys.check(id_, key)
+    with ExitStack() as undo:
+        ends = {id_: undo.enter_context(bench.session(b, id_))[1] for id_ in ("revoked", "pinned", "keyed")}
+        a.keys.set_revoked("revoked", True)
+        a.pin("pinned", subnet(40))
+        a.keys.issue("keyed")
+        wait_for_store("all three are told to end", lambda: all(ends.values()), 1)
+    wait_for_store("b knows that it is revoked", lambda: b.keys and b.keys.find("revoked").revoked)  # type: ignore[union-attr]
+
+
+def check_what_is_not_notified_is_found_by_looking(bench: StoreBench) -> None:
+    a = bench.store("a")
+    with bench.session(a, "x") as (_, ends):
+        bench.sql("UPDATE client SET epoch = 7, server = 'elsewhere'")
+        wait_for_store("it is told to end", lambda: ends, tun6.POLL_S + 3)
+
+
+def check_a_64_that_was_anothers_is_given_only_by_pin_and_above_its_epochs(bench: StoreBench) -> None:
+    a = bench.store("a")
+    bench.visit(a, "x")
+    a.pin("x", subnet(1))
+    assert [a.assign(id_) for id_ in "yz"] == [subnet(2), subnet(3)]
+    with pytest.raises(ValueError, match="may not have heard"):
+        a.pin("y", subnet(0))
+    bench.sql("UPDATE client SET moved = moved - interval '20 s'")
+    a.pin("y", subnet(0))
+    assert cast(int, bench.visit(a, "y").epoch) > tun6.FREED_LEAD
+    for prefix, complaint in (
+        (subnet(1), "already the prefix of 'x'"),
+        (subnet(255), "kept for the servers"),
+        (IPv6Network("2001:db8:2::/64"), "outside"),
+        (POOL, "not a /64"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            a.pin("y", prefix)
+    assert bench.sql("INSERT INTO client (id, prefix) VALUES ('overlaps', '2001:db8:1::/60') RETURNING 1") == ""
+
+
+def check_new_ids_count_in_the_whole_cluster_and_the_pool_has_an_end(bench: StoreBench) -> None:
+    network = IPv6Network("2001:db8:1::/61")  # eight /64s, two of which are the servers'
+    bench.fresh(network=network)
+    a, b = (bench.store(name, network=network, new_ids_per_hour=3) for name in "ab")
+    for server, id_ in ((a, "1"), (b, "2"), (a, "3")):
+        bench.visit(server, id_, counted=True)
+    for server in (a, b):
+        with pytest.raises(tun6.Refusal, match="more than 3 new Ids"):
+            bench.visit(server, "4", counted=True)
+    assert [a.assign(id_) for id_ in "456"] == [IPv6Network(f"2001:db8:1:{number}::/64") for number in (3, 4, 5)]
+    with pytest.raises(tun6.Refusal, match="no free /64"):
+        b.assign("7")
+    assert {a.keep(), b.keep()} == {IPv6Network(f"2001:db8:1:{number}::/64") for number in (6, 7)}
+
+
+def check_a_server_starts_from_its_cache(bench: StoreBench) -> None:
+    bench.fresh("required")
+    a = bench.store("a", keys="required")
+    assert a.keys
+    a.assign("x")
+    key = a.keys.issue("x")
+    own = a.keep()
+    bench.close_all()
+    assert stat.S_IMODE(os.stat(bench.folder / "a.json").st_mode) == 0o600
+    bench.postgres.kill(signal.SIGQUIT)
+    with pytest.raises(tun6.StorageError):  # no cache
+        bench.store("b", keys="required")
+    a = bench.store("a", keys="required")
+    assert a.keys and (a.find("x"), a.keep()) == (subnet(0), own)
+    a.keys.check("x", key)
+    with bench.session(a, "x") as (lease, ends):
+        assert (lease.prefix, lease.epoch) == (subnet(0), 1)
+        bench.postgres.start()
+        wait_for_store("it is told to the store", lambda: bench.row("x") == ["1", "a", "t"], 10)
+        assert not ends
+    bench.close_all()
+    cache = (bench.folder / "a.json").read_text()
+    bench.fresh("required")
+    (bench.folder / "a.json").write_text(cache)
+    bench.postgres.kill(signal.SIGQUIT)
+    a = bench.store("a", keys="required")
+    bench.postgres.start()
+    wait_for_store("it says that this is another pool", lambda: "of another pool" in str(a.figures()["store"]["down"]), 10)
+    assert bench.sql("SELECT count(*) FROM client") == "0"
+
+
+def check_who_does_not_fit_does_not_start(bench: StoreBench) -> None:
+    for wrong, complaint in (
+        ({"network": CLUSTER_RANGE}, "prefixrange is"),
+        ({"keys": "none"}, "there is no `cert`"),
+        ({"keys": "optional"}, "keys_required is no here and not there"),
+    ):
+        bench.fresh("required")
+        with pytest.raises(tun6.ConfigError, match=complaint):
+            bench.store("a", **{"keys": "required", **wrong})
+    bench.sql("UPDATE pool SET version = 99")
+    with pytest.raises(tun6.ConfigError, match="too old"):
+        bench.store("a", keys="required")
+    bench.sql("DROP TABLE pool")
+    with pytest.raises(tun6.ConfigError, match="cluster init"):
+        bench.store("a", keys="required")
+    bench.fresh()
+    a = bench.store("a")
+    twin = tun6.ClusterStore(bench.url, POOL, "none", str(bench.folder / "twin.json"), "a")
+    bench._undo.callback(twin.close)
+    twin.start()
+    assert "another server is named a" in str(twin.figures()["store"]["down"])
+    assert not is_down(a)
+
+
+def check_lost_commits_are_written_back_before_anybody_is_new(bench: StoreBench) -> None:
+    a, b = bench.store("a"), bench.store("b")
+    bench.visit(a, "old")
+    bench.postgres.kill(signal.SIGINT)
+    copy = bench.folder / "pg/copy"
+    shutil.copytree(bench.postgres._data, copy)
+    bench.postgres.start()
+    wait_for_store("both are back", lambda: is_settled(a) and is_settled(b), 15)
+    with bench.session(a, "lost") as (lease, ends):
+        wait_for_store("b knows it, too", lambda: b.find("lost"))
+        bench.postgres.kill(signal.SIGQUIT)
+        shutil.rmtree(bench.postgres._data)
+        shutil.move(copy, bench.postgres._data)
+        for path in (bench.postgres._data, *bench.postgres._data.rglob("*")):
+            shutil.chown(path, "postgres", "postgres")
+        (bench.postgres._data / "standby.signal").touch()
+        b.close()  # it does not come back
+        bench.postgres.start()
+        bench.postgres.promote()
+        wait_for_store("a has written back", lambda: bench.row("lost") == ["1", "a", "t"], 20)
+        assert not ends and lease.prefix == subnet(1)
+        with pytest.raises(tun6.StorageError, match="cluster accept"):
+            bench.visit(a, "new")
+        with bench.database() as database:
+            assert database.accept() and not database.accept()
+        assert bench.visit(a, "new").prefix == subnet(2)
+
+
+def check_import_and_export(bench: StoreBench) -> None:
+    bench.sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    files = {name: bench.folder / name for name in ("assignments.json", "keys.json", "a.json", "k.json")}
+    make_certificate(bench.folder / "server.pem")
+    names = {"assignments": "assignments.json", "keys": "keys.json", "cert": "server.pem"}
+    config = str(write_ini(bench.folder / "config.ini", server={**SERVER, **names, "store": bench.url}))
+    before = {"é": str(subnet(3)), "y": str(subnet(0)), "z": str(subnet(254))}
+    files["assignments.json"].write_text(json.dumps(before))
+    keys = tun6.KeyStore(str(files["keys.json"]))
+    for id_ in ("é", "z"):
+        keys.issue(id_)
+    keys.set_revoked("z", True)
+
+    def cluster(*words: str) -> subprocess.CompletedProcess[str]:
+        return run_tun6("cluster", *words, "-c", config)
+
+    assert "cluster init" in only_line(cluster("import"), 2)
+    assert "made the pool" in cluster("init").stdout
+    assert "has a pool already" in only_line(cluster("init"), 2)
+    assert "took in 3 Ids" in cluster("import").stdout
+    assert "took in 0 Ids" in cluster("import").stdout
+    assert "import" in only_line(run_tun6("clients", "list", "-c", config), 2)
+    assert "3 assignments and 2 keys" in cluster("export", str(files["a.json"]), str(files["k.json"])).stdout
+    assert json.loads(files["a.json"].read_text()) == before
+    assert json.loads(files["k.json"].read_text()) == json.loads(files["keys.json"].read_text())
+    assert stat.S_IMODE(files["k.json"].stat().st_mode) == 0o600
+    assert "is there already" in only_line(cluster("export", str(files["a.json"])), 2)
+    for wrong, complaint in (({**before, "new": str(subnet(9)), "y": str(subnet(1))}, "'y' has"), ({"w": str(subnet(0))}, "'w'")):
+        files["assignments.json"].write_text(json.dumps(wrong))
+        assert complaint in only_line(cluster("import"), 2)
+        assert bench.sql("SELECT count(*) FROM client") == "3"
+    assert "version 1 already" in cluster("upgrade").stdout
+    assert "nothing to accept" in cluster("accept").stdout
+    write_ini(Path(config), server={**SERVER, "cert": "server.pem", "store": bench.url})
+    added = asked(Path(config), "clients", "add", "w")
+    assert added["prefix"] == str(subnet(1))
+    listed = {entry["id"]: entry["revoked"] for entry in asked(Path(config), "clients", "list")}
+    assert listed == {"é": False, "y": False, "z": True, "w": False}
+
+
+STORE_CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_") and "bench" in check.__annotations__]
+
+
+def store_command(arguments: list[str]) -> int:
+    """`test_tun6.py store`: the store of a cluster against a real PostgreSQL; takes root, installs it if need be. Gives the exit status."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py store", description=store_command.__doc__)
+    parser.add_argument("words", nargs="*", help="only the checks with one of these words in their names")
+    options = parser.parse_args(arguments)
+    install_cluster_packages()
+    gevent.get_hub().NOT_ERROR += (Exception,)
+    wanted = [check for check in STORE_CHECKS if any(word in check.__name__ for word in options.words or [""])]
+    failed: list[str] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="tun6-store-") as folder,
+        ClusterLab(0) as lab,
+        StoreBench(cast(ClusterLab, lab), Path(folder)) as bench,
+    ):
+        for check in wanted:
+            bench.fresh()
+            began = time.monotonic()
+            try:
+                check(bench)
+            except Exception:
+                failed.append(check.__name__)
+                traceback.print_exc()
+            print(f"{'FAIL' if check.__name__ in failed else '  ok'}  {check.__name__}, {time.monotonic() - began:.1f} s", flush=True)
+    return int(bool(failed))
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -16020,7 +16794,7 @@ def run_tests(*options: str, share: str = "1/1") -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `cluster`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. A word such as `fuzz` or `soak`, see the map above: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -16036,6 +16810,8 @@ def main() -> int:
         return packages_command(sys.argv[2:])
     if sys.argv[1:2] == ["cluster"]:
         return cluster_command(sys.argv[2:])
+    if sys.argv[1:2] == ["store"]:
+        return store_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits", share=(sys.argv[2:] or ["1/1"])[0])
     os.chdir(Path(__file__).parent)
