@@ -44,8 +44,8 @@ The file, top to bottom. A section uses only names defined above it; those marke
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
-    client                       ClientConfig, RemoteServer, Client
-    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
+    client                       ClientConfig, Failover (pure), RemoteServer, Client
+    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients`, `drain`, `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
     doctor                       ServerDoctor, ClientDoctor: what is checked by `tun6.py doctor`, and some of it at the start
@@ -739,8 +739,6 @@ Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text t
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
 BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
-ROUND_BYTES = 4 << 20  # bytes that all sessions together move in a round of the event loop, about 4 ms; BATCH_FRAMES likewise
-BATCH_BYTES_MIN, BATCH_FRAMES_MIN = 32 << 10, 32  # but each of them moves so much: below, the calls cost more than the copies
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
@@ -828,17 +826,12 @@ class FqCodelQueue:
 
     def pop(self, now: float) -> bytearray | None:
         """Removes and returns the frame to be sent next, None when there is none."""
-        passed_over = 0
         while self._new or self._old:
             queue = self._new or self._old
             flow = queue[0]
             if flow.deficit <= 0:
                 flow.deficit += QUANTUM
                 self._old.append(queue.popleft())
-                passed_over += 1
-                if passed_over >= len(self._old) and not self._new:
-                    self._skip_rounds()
-                    passed_over = 0
                 continue
             frame = self._codel(flow, now)
             if frame is None:
@@ -860,13 +853,6 @@ class FqCodelQueue:
         self.bytes = self.frames = self._longest = 0
         for each in (self._flows, self._new, self._old, self._long):
             each.clear()
-
-    def _skip_rounds(self) -> None:
-        """Does at once the rounds in which each flow is passed over: over 40 of them behind a frame of 64 KiB, which took 7 us."""
-        rounds = 1 + min(-flow.deficit // QUANTUM for flow in self._old)
-        if rounds > 0:
-            for flow in self._old:
-                flow.deficit += rounds * QUANTUM
 
     def _find_long_flow(self, flow: FlowQueue) -> FlowQueue:
         """Returns this flow or another, with at least half of the bytes of the longest one.
@@ -3232,14 +3218,7 @@ class ReadinessCallbacks:
     The function is called in the hub, so it must not wait for anything. To switch to the greenlet and back for each call would
     cost 0.03 of 0.35 ms of an idle round trip. The watchers stay started; `hub.wait` would start and stop them each time, which
     costs another 0.1 ms.
-
-    `share` is how much the function should move in one call, bytes and frames. The more calls a round of the event loop has, the less
-    it is, so that whoever has little to move waits for a few milliseconds only, however many move much.
     """
-
-    share: ClassVar[tuple[int, int]] = BATCH_BYTES, BATCH_FRAMES
-    _round_began: ClassVar[float] = 0.0
-    _calls: ClassVar[int] = 1  # in this round, of all that are running
 
     def __init__(self, source: int, sink: int | None = None) -> None:
         self._hub = gevent.get_hub()
@@ -3255,7 +3234,6 @@ class ReadinessCallbacks:
         failed: list[BaseException] = []
 
         def guarded() -> None:
-            self._count_call()
             try:
                 callback()
             except BaseException as error:  # the greenlet raises it
@@ -3273,18 +3251,6 @@ class ReadinessCallbacks:
             self._source.close()
             self._sink.close()
             del self._callback, self._greenlet  # no cycle of references, see Session
-
-    def _count_call(self) -> None:
-        began = self._hub.loop.now()
-        if began == ReadinessCallbacks._round_began:
-            ReadinessCallbacks._calls += 1
-            return
-        calls = ReadinessCallbacks._calls  # of the round before
-        ReadinessCallbacks._round_began, ReadinessCallbacks._calls = began, 1
-        ReadinessCallbacks.share = (
-            min(max(ROUND_BYTES // calls, BATCH_BYTES_MIN), BATCH_BYTES),
-            max(BATCH_FRAMES // calls, BATCH_FRAMES_MIN),
-        )
 
     def want_write(self, wanted: bool) -> None:
         """Sets whether the function is called when `sink` is writable, too."""
@@ -3310,7 +3276,7 @@ def pump_tun_to_tcp(
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
     coalesces = gso_kinds is not None and "uso6" in gso_kinds
     callbacks = ReadinessCallbacks(tun.fd, fd)
-    single = True  # whether the TUN is read once only
+    most = 1  # reads of the TUN
     errors = TokenBucket(ICMP_ERRORS_MAX, 1)
 
     def reject(packet: memoryview) -> None:
@@ -3323,14 +3289,13 @@ def pump_tun_to_tcp(
                     os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, error])
 
     def on_ready() -> None:
-        nonlocal single
+        nonlocal most
         have, room = 0, view
         ends: list[int] = []
-        enough, reads = callbacks.share
-        if send_queue.blocked:  # less comes than one flush writes, or what waits would stay, though the connection takes all
-            enough, reads = enough // 2, reads // 2
+        # While something waits, less comes than one flush writes. Otherwise what waits would stay, though the connection takes all.
+        enough, reads = (BATCH_BYTES // 2, min(most, BATCH_FRAMES // 2)) if send_queue.blocked else (BATCH_BYTES, most)
         try:
-            for _ in range(1 if single else reads):
+            for _ in range(reads):
                 got = read(room)
                 if got is None:
                     break
@@ -3356,7 +3321,7 @@ def pump_tun_to_tcp(
             send_queue.flush()
             traffic.queue_dropped = send_queue.dropped
         # Behind a single small packet mostly nothing waits: the next one is sent before the TUN is read again.
-        single = found <= 1 and not single and have < QUANTUM
+        most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
         if send_queue.blocked != callbacks.wants_write:
             callbacks.want_write(send_queue.blocked)
 
@@ -3375,8 +3340,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
         return os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, packet])
 
     write: Write = write_bare if bare else tun.file.write
-    callbacks = ReadinessCallbacks(fd)
-    small = False  # whether its frames are small
+    size = BATCH_BYTES  # bytes of one read: fewer from a peer whose frames are small
 
     def write_all(frames: list[memoryview]) -> None:
         traffic.received_packets += len(frames)
@@ -3396,16 +3360,13 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                         raise OffloadRefused(kind) from None
 
     def on_ready() -> None:
-        nonlocal small
-        size, most = callbacks.share
-        if small:
-            size, most = max(size // 8, BATCH_BYTES_MIN), most // 8
+        nonlocal size
         frames = deframer.pull(read, size)
         write_all(frames)
-        small = len(frames) >= most
+        size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
 
     write_all(deframer.push(trailing))
-    callbacks.run(on_ready)
+    ReadinessCallbacks(fd).run(on_ready)
 
 
 # ---- session ---------------------------------------------------------------------------------------------------------
@@ -4273,13 +4234,22 @@ class StoreDown(StorageError):
     """The cluster's store can't be reached, or does not answer in time."""
 
 
+def shorten_failure(text: str) -> str:
+    """Returns in one line what libpq says, of a connection to several hosts once for each, without its advice."""
+    line = " ".join(text.split())
+    advice, end = r"(?: Is the server running[^?]*\?)?", r"(?= Multiple connection| - host:|$)"
+    failed = rf'to server at "([^"]+)"(?: \([^)]*\))?, port \d+ failed: (.+?){advice}{end}'
+    hosts = dict(re.findall(failed, line))
+    return ", ".join(f"{host}: {reason}" for host, reason in hosts.items()) or line
+
+
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
     """Makes one sentence of what psycopg raises: StoreDown."""
     try:
         yield
     except require_psycopg().Error as error:
-        raise StoreDown(f"{public_url(url)}: {' '.join(str(error).split())}") from None
+        raise StoreDown(f"{public_url(url)}: {shorten_failure(str(error))}") from None
 
 
 class PoolRow(NamedTuple):
@@ -4959,7 +4929,7 @@ class ClusterStore(Store):
     def figures(self) -> dict[str, Any]:
         """As Store has it."""
         now, held = time.monotonic(), self._view.held.values()
-        sessions = Counter(row.server for row in self._view.rows.values() if row.live)
+        sessions = Counter(row.server for row in in_slices(list(self._view.rows.values())) if row.live)
         servers = [
             {
                 "name": name,
@@ -5177,6 +5147,7 @@ HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all,
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
+NOTHING_NEW = "the server can't serve a new client at the moment"
 DRY_HELLOS_MAX, DRY_HELLOS_S = 60, 60  # in which so many dry hellos of those who need no key are answered, as each tells what Ids there are
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
@@ -5797,6 +5768,8 @@ class Server:
         self._send_elsewhere(hello)
         prefix = self.store.find(hello.id)
         self._require_room(hello.id)
+        if prefix is None and {"disk", "store"} & standing_warnings.keys():  # where nothing new can be kept
+            raise Refusal("server-error", NOTHING_NEW)
         log.info("%s from %s: asks whether it would be served", quote_id(hello.id), peer)
         stream.send(encode_message({"Dry": True, **({"Prefix": str(prefix)} if prefix else {})}))
 
@@ -5867,7 +5840,7 @@ class Server:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store has logged its error, once
             failure = event("not-served", id=id_, peer=peer, prefix=session.prefix, device=session.device, reason=error)
             log.log(level, "%s from %s: can't be served: %s", quote_id(id_), peer, error, extra=failure)
-            raise Refusal("server-error", "the server can't serve a new client at the moment") from None
+            raise Refusal("server-error", NOTHING_NEW) from None
         finally:
             del self.sessions[id_]
             session.released.set()
@@ -6842,6 +6815,7 @@ class Client:
         self.remotes = [RemoteServer(each, config, tls, self._mtus) for each in config.remotehost]
         last = self._recall_last()
         self._remembered = None if last is None else self.remotes[last]  # that which the next start begins with
+        self._remembering: gevent.Greenlet | None = None  # as the disk may hang
         self._failover = Failover(len(self.remotes), last)
         self._id = config.id
         self._hooks = Hooks(config.hook)
@@ -6884,9 +6858,9 @@ class Client:
 
     def _remember_last(self, remote: RemoteServer) -> None:
         """Remembers which of several servers serves, for the next start. Does not wait for the disk."""
-        if len(self.remotes) > 1 and remote is not self._remembered:
+        if len(self.remotes) > 1 and remote is not self._remembered and (self._remembering is None or self._remembering.dead):
             self._remembered = remote
-            gevent.spawn(run_in_thread, self._write_last, remote.name)
+            self._remembering = gevent.spawn(run_in_thread, self._write_last, remote.name)
 
     def _write_last(self, name: str) -> None:
         path = path_of_last("server", self._config.file)
