@@ -739,8 +739,6 @@ Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text t
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
 BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
-ROUND_BYTES = 4 << 20  # bytes that all sessions together move in a round of the event loop, about 4 ms; BATCH_FRAMES likewise
-BATCH_BYTES_MIN, BATCH_FRAMES_MIN = 32 << 10, 32  # but each of them moves so much: below, the calls cost more than the copies
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
@@ -828,17 +826,12 @@ class FqCodelQueue:
 
     def pop(self, now: float) -> bytearray | None:
         """Removes and returns the frame to be sent next, None when there is none."""
-        passed_over = 0
         while self._new or self._old:
             queue = self._new or self._old
             flow = queue[0]
             if flow.deficit <= 0:
                 flow.deficit += QUANTUM
                 self._old.append(queue.popleft())
-                passed_over += 1
-                if passed_over >= len(self._old) and not self._new:
-                    self._skip_rounds()
-                    passed_over = 0
                 continue
             frame = self._codel(flow, now)
             if frame is None:
@@ -860,13 +853,6 @@ class FqCodelQueue:
         self.bytes = self.frames = self._longest = 0
         for each in (self._flows, self._new, self._old, self._long):
             each.clear()
-
-    def _skip_rounds(self) -> None:
-        """Does at once the rounds in which each flow is passed over: over 40 of them behind a frame of 64 KiB, which took 7 us."""
-        rounds = 1 + min(-flow.deficit // QUANTUM for flow in self._old)
-        if rounds > 0:
-            for flow in self._old:
-                flow.deficit += rounds * QUANTUM
 
     def _find_long_flow(self, flow: FlowQueue) -> FlowQueue:
         """Returns this flow or another, with at least half of the bytes of the longest one.
@@ -1763,6 +1749,7 @@ class KeyStore(Keys):
 # ---- cluster rules ---------------------------------------------------------------------------------------------------
 
 EPOCH_LEAD_MAX = 1000  # so far may the epoch that a client says lie above what is known here; its session must not use all numbers up
+UNASSIGNED = IPv6Network("::/128")  # in a row that is to get a free /64
 FREED_LEAD = 1000  # epochs between the last owner of a /64 and the next: what a server that is cut off may have counted meanwhile
 
 
@@ -1813,8 +1800,8 @@ class Change:
 
     id: str
 
-    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
-        """Returns the first row of an Id that has none; `free` yields /64s for it, or raises. Raises KeyError if it shall get none."""
+    def create(self, now: float) -> Row:
+        """Returns the first row of an Id that has none, with UNASSIGNED if any free /64 will do. Raises KeyError if it shall get none."""
         raise KeyError(self.id)
 
     def decide(self, row: Row, now: float) -> Row:
@@ -1826,9 +1813,9 @@ class Change:
 class Assignment(Change):
     """The Id gets a /64 if it has none."""
 
-    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
+    def create(self, now: float) -> Row:
         """As Change has it."""
-        return first_row(self.id, next(free), now)
+        return first_row(self.id, UNASSIGNED, now)
 
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
@@ -1853,7 +1840,7 @@ class SessionBegin(Assignment):
         if row.key != self.key:
             raise Refusal("busy", "the key of this Id has just been changed", f"{quote_id(self.id)}, its key was changed just now")
         epoch = max(row.epoch, self.floor) + 1
-        if epoch >= METRIC_MAX:
+        if epoch > EPOCH_MAX:
             raise Refusal("server-error", "this Id has begun too often", f"{quote_id(self.id)}, its epochs are used up")
         takeovers, is_same = row.takeovers, self.claim.is_of(row.epoch)
         if not is_same and (self.claim.took_over or (row.live and row.server != self.server)):
@@ -1918,7 +1905,7 @@ class Pin(Change):
     prefix: IPv6Network
     floor: int = 0  # above which its sessions begin, as routers have heard of those of former owners of this /64
 
-    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
+    def create(self, now: float) -> Row:
         """As Change has it."""
         return first_row(self.id, self.prefix, now)._replace(epoch=self.floor)
 
@@ -3235,14 +3222,7 @@ class ReadinessCallbacks:
     The function is called in the hub, so it must not wait for anything. To switch to the greenlet and back for each call would
     cost 0.03 of 0.35 ms of an idle round trip. The watchers stay started; `hub.wait` would start and stop them each time, which
     costs another 0.1 ms.
-
-    `share` is how much the function should move in one call, bytes and frames. The more calls a round of the event loop has, the less
-    it is, so that whoever has little to move waits for a few milliseconds only, however many move much.
     """
-
-    share: ClassVar[tuple[int, int]] = BATCH_BYTES, BATCH_FRAMES
-    _round_began: ClassVar[float] = 0.0
-    _calls: ClassVar[int] = 1  # in this round, of all that are running
 
     def __init__(self, source: int, sink: int | None = None) -> None:
         self._hub = gevent.get_hub()
@@ -3258,7 +3238,6 @@ class ReadinessCallbacks:
         failed: list[BaseException] = []
 
         def guarded() -> None:
-            self._count_call()
             try:
                 callback()
             except BaseException as error:  # the greenlet raises it
@@ -3276,18 +3255,6 @@ class ReadinessCallbacks:
             self._source.close()
             self._sink.close()
             del self._callback, self._greenlet  # no cycle of references, see Session
-
-    def _count_call(self) -> None:
-        began = self._hub.loop.now()
-        if began == ReadinessCallbacks._round_began:
-            ReadinessCallbacks._calls += 1
-            return
-        calls = ReadinessCallbacks._calls  # of the round before
-        ReadinessCallbacks._round_began, ReadinessCallbacks._calls = began, 1
-        ReadinessCallbacks.share = (
-            min(max(ROUND_BYTES // calls, BATCH_BYTES_MIN), BATCH_BYTES),
-            max(BATCH_FRAMES // calls, BATCH_FRAMES_MIN),
-        )
 
     def want_write(self, wanted: bool) -> None:
         """Sets whether the function is called when `sink` is writable, too."""
@@ -3313,7 +3280,7 @@ def pump_tun_to_tcp(
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
     coalesces = gso_kinds is not None and "uso6" in gso_kinds
     callbacks = ReadinessCallbacks(tun.fd, fd)
-    single = True  # whether the TUN is read once only
+    most = 1  # reads of the TUN
     errors = TokenBucket(ICMP_ERRORS_MAX, 1)
 
     def reject(packet: memoryview) -> None:
@@ -3326,14 +3293,13 @@ def pump_tun_to_tcp(
                     os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, error])
 
     def on_ready() -> None:
-        nonlocal single
+        nonlocal most
         have, room = 0, view
         ends: list[int] = []
-        enough, reads = callbacks.share
-        if send_queue.blocked:  # less comes than one flush writes, or what waits would stay, though the connection takes all
-            enough, reads = enough // 2, reads // 2
+        # While something waits, less comes than one flush writes. Otherwise what waits would stay, though the connection takes all.
+        enough, reads = (BATCH_BYTES // 2, min(most, BATCH_FRAMES // 2)) if send_queue.blocked else (BATCH_BYTES, most)
         try:
-            for _ in range(1 if single else reads):
+            for _ in range(reads):
                 got = read(room)
                 if got is None:
                     break
@@ -3359,7 +3325,7 @@ def pump_tun_to_tcp(
             send_queue.flush()
             traffic.queue_dropped = send_queue.dropped
         # Behind a single small packet mostly nothing waits: the next one is sent before the TUN is read again.
-        single = found <= 1 and not single and have < QUANTUM
+        most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
         if send_queue.blocked != callbacks.wants_write:
             callbacks.want_write(send_queue.blocked)
 
@@ -3378,8 +3344,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
         return os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, packet])
 
     write: Write = write_bare if bare else tun.file.write
-    callbacks = ReadinessCallbacks(fd)
-    small = False  # whether its frames are small
+    size = BATCH_BYTES  # bytes of one read: fewer from a peer whose frames are small
 
     def write_all(frames: list[memoryview]) -> None:
         traffic.received_packets += len(frames)
@@ -3399,16 +3364,13 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                         raise OffloadRefused(kind) from None
 
     def on_ready() -> None:
-        nonlocal small
-        size, most = callbacks.share
-        if small:
-            size, most = max(size // 8, BATCH_BYTES_MIN), most // 8
+        nonlocal size
         frames = deframer.pull(read, size)
         write_all(frames)
-        small = len(frames) >= most
+        size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
 
     write_all(deframer.push(trailing))
-    callbacks.run(on_ready)
+    ReadinessCallbacks(fd).run(on_ready)
 
 
 # ---- session ---------------------------------------------------------------------------------------------------------
@@ -4536,12 +4498,12 @@ class Database:
             try:
                 if isinstance(change, Pin):
                     change = self._check_pin(change, pool)
-                if row is None:
-                    row = change.create(free, now)
-                    if isinstance(change, SessionBegin) and change.claim.counted:
-                        self._count_new(len(counted), new_ids_per_hour)
-                        counted.add(change.id)
-                decided = change.decide(row, now)
+                decided = change.decide(row or change.create(now), now)
+                if row is None and isinstance(change, SessionBegin) and change.claim.counted:
+                    self._count_new(len(counted), new_ids_per_hour)
+                    counted.add(change.id)
+                if decided.prefix == UNASSIGNED:  # only here, so that who is refused or leaves takes none
+                    decided = decided._replace(prefix=self._new_prefix(cast(PoolRow, pool), free))
             except (Tun6Error, EOFError, KeyError, ValueError) as error:
                 results.append(error)
                 continue
@@ -4565,14 +4527,9 @@ class Database:
             self._worker.execute(f"select pg_notify('{CHANNEL}', id) from unnest(%s::text[]) id", ([row.id for row in rows],))
 
     def _free_prefixes(self, pool: PoolRow | None) -> Iterator[IPv6Network]:
-        """Yields the /64s that nobody has or had, and counts the pool up. Raises Refusal, StorageError."""
+        """Yields the /64s that nobody has or had, and counts the pool up."""
         if pool is None:
             return
-        if pool.timeline != pool.current:
-            raise StorageError(
-                "the store may have lost changes, and not all servers have written back what they know; until then nobody new is served."
-                " `tun6.py cluster accept` goes on without those that are missing"
-            )
         base, end, width = int(pool.prefix.network_address) >> 64, pool_end(pool.prefix), 64
         at = pool.next
         while at < end:
@@ -4587,7 +4544,19 @@ class Database:
                     self._worker.execute("update pool set next = %s", (number + 1,))
                     yield IPv6Network((base + number << 64, 64))
             at, width = at + width, width * 2
-        raise Refusal("pool-exhausted", f"no free /64 in {pool.prefix}")
+
+    @staticmethod
+    def _new_prefix(pool: PoolRow, free: Iterator[IPv6Network]) -> IPv6Network:
+        """Returns the next one of `_free_prefixes`. Raises Refusal, StorageError."""
+        if pool.timeline != pool.current:
+            raise StorageError(
+                "the store may have lost changes, and not all servers have written back what they know; until then nobody new is served."
+                " `tun6.py cluster accept` goes on without those that are missing"
+            )
+        prefix = next(free, None)
+        if prefix is None:
+            raise Refusal("pool-exhausted", f"no free /64 in {pool.prefix}")
+        return prefix
 
     def _count_new(self, already: int, new_ids_per_hour: int) -> None:
         since = "select count(*) from client where counted and created > clock_timestamp() - interval '1 hour'"
@@ -4669,12 +4638,13 @@ class Database:
                 raise RequestError("the pool is open to everybody, and there are keys; make it without --open")
             stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
             owners = {row.prefix: row.id for row in stored.values()}
-            now, free = self._clock(self._worker), self._free_prefixes(pool)
+            wanted = set(prefixes.values())
+            now, free = self._clock(self._worker), (each for each in self._free_prefixes(pool) if each not in wanted)
             changed: list[Row] = []
             for id_ in {**prefixes, **keys}:
                 old, prefix, key = stored.get(id_), prefixes.get(id_), keys.get(id_)
                 if prefix is None:
-                    prefix = old.prefix if old else next(each for each in free if each not in set(prefixes.values()))
+                    prefix = old.prefix if old else self._new_prefix(pool, free)
                 if old and old.prefix != prefix:
                     raise RequestError(f"{quote_id(id_)} has {old.prefix} in the store, and {prefix} in the file; nothing was taken")
                 if owners.setdefault(prefix, id_) != id_:
@@ -5043,7 +5013,10 @@ class ClusterStore(Store):
             self._threads.spawn(self._database.close)
             self._database = None
         if not self._down:
-            self._down, self._since = str(reason), time.monotonic()
+            self._since = time.monotonic()
+        news = not self._down or (isinstance(reason, ConfigError) and str(reason) != self._down)
+        self._down = str(reason)
+        if news:
             warn_standing("store", "%s; known Ids are served as they are known here, new ones refused until it is back", reason)
 
     def _follow(self) -> NoReturn:
