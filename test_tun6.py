@@ -3386,9 +3386,9 @@ class SimulatedDatabase:
             return None
         rows, results = dict(self.rows), list[Union[tun6.Row, Exception]]()
         for change in changes:
-            found = rows.get(change.id)
             try:
-                results.append(change.decide(found or change.create(self._free(), self.now), self.now))
+                row = change.decide(rows.get(change.id) or change.create(self.now), self.now)
+                results.append(row._replace(prefix=next(self._free())) if row.prefix == tun6.UNASSIGNED else row)
             except (tun6.Tun6Error, EOFError, KeyError) as error:
                 results.append(error)
                 continue
@@ -3561,8 +3561,8 @@ class SimulatedServer:
         if not self.connected:
             self.disconnect()
 
-    def transact(self, asked: Asked, fate: str) -> None:
-        """The database makes the beginning."""
+    def transact(self, asked: Asked, fate: str, leaves: bool = False) -> None:
+        """The database makes the beginning. The client may leave while it waits in vain."""
         results = self._cluster.database.changes([asked.begin], self.name if fate == "late" else "")
         result = results[0] if results else None
         if isinstance(result, Exception):
@@ -3576,6 +3576,7 @@ class SimulatedServer:
             if result.revoked:
                 raise Violation(f"{asked.client.id} was revoked, and begins")
         if fate == "late" or not result:
+            asked.client.asks = None if asked.is_alive and leaves else asked.client.asks
             self.disconnect()
 
     def finish(self, asked: Asked) -> None:
@@ -3649,24 +3650,14 @@ class SimulatedCluster:
         self._pinned: set[tuple[str, IPv6Network]] = set()
         self.trace: list[str] = []
         often = {"ask": 25, "transact": 35, "finish": 30, "notify": 15, "take": 15, "pay": 15, "connect": 15}
-        seldom = {
-            "leave": 4,
-            "cut": 4,
-            "outage": 2,
-            "late": 6,
-            "pin": 3,
-            "revoke": 2,
-            "restart": 2,
-            "save": 2,
-            "remember": 3,
-            "fail over": 1,
-        }
+        seldom = {"leave": 4, "cut": 4, "outage": 2, "late": 6, "pin": 3, "revoke": 2, "restart": 2, "save": 2, "remember": 4}
+        seldom["fail over"] = 2
         self._weights = {
             **often,
-            **{what: weight * rng.choice((0, 1, 3)) for what, weight in seldom.items()},
+            **{what: weight * rng.choice((0, 1, 4)) for what, weight in seldom.items()},
             "accept": rng.choice((0, 0, 1)),
         }
-        self._late = rng.choice((0.0, 0.1, 0.4))  # how many COMMITs hang
+        self._late = rng.choice((0.0, 0.2, 0.5))  # how many COMMITs hang
         for server in self.servers:
             server.connect()
 
@@ -3698,7 +3689,7 @@ class SimulatedCluster:
             client.at = None
             server.is_asked(client)
         elif what == "transact" and unmade and server.connected:
-            server.transact(rng.choice(unmade), fate)
+            server.transact(rng.choice(unmade), fate, rng.random() < 0.5)
         elif what == "finish" and made:
             server.finish(rng.choice(made))
         elif what == "notify" and server.connected:
@@ -3808,6 +3799,9 @@ class SimulatedCluster:
     def _check(self, client: SimulatedClient, is_gone: bool) -> None:
         row = self.database.rows.get(client.id)
         holders = [server for server in self.servers if client.id in server.holds]
+        for each in self.servers:
+            if each.view.rows.get(client.id) != row:
+                raise Violation(f"{each.name} knows {each.view.rows.get(client.id)}, and the store has {row}")
         if row is None or row.revoked or is_gone:
             if holders or (row and row.live):
                 raise Violation(f"{client.id} has no connection, and yet a session at {[each.name for each in holders]}: {row}")
@@ -3817,9 +3811,6 @@ class SimulatedCluster:
         held = client.at.view.held[client.id]
         if (row.server, row.epoch, row.live) != (client.at.name, held.epoch, True) or not held.settled:
             raise Violation(f"{client.id} has {held.epoch} at {client.at.name}, and the store says {row}")
-        for each in self.servers:
-            if each.view.rows[client.id] != row:
-                raise Violation(f"{each.name} knows {each.view.rows[client.id]}, and the store has {row}")
 
 
 def simulate(seed: int, steps: int = 100) -> None:
@@ -16685,6 +16676,7 @@ def check_lost_commits_are_written_back_before_anybody_is_new(bench: StoreBench)
         bench.postgres.promote()
         wait_for_store("a has written back", lambda: bench.row("lost") == ["1", "a", "t"], 20)
         assert not ends and lease.prefix == subnet(1)
+        wait_for_store("a is back", lambda: is_settled(a))
         with pytest.raises(tun6.StorageError, match="cluster accept"):
             bench.visit(a, "new")
         with bench.database() as database:

@@ -1759,6 +1759,7 @@ class KeyStore(Keys):
 # ---- cluster rules ---------------------------------------------------------------------------------------------------
 
 EPOCH_LEAD_MAX = 1000  # so far may the epoch that a client says lie above what is known here; its session must not use all numbers up
+UNASSIGNED = IPv6Network("::/128")  # in a row that is to get a free /64
 FREED_LEAD = 1000  # epochs between the last owner of a /64 and the next: what a server that is cut off may have counted meanwhile
 
 
@@ -1809,8 +1810,8 @@ class Change:
 
     id: str
 
-    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
-        """Returns the first row of an Id that has none; `free` yields /64s for it, or raises. Raises KeyError if it shall get none."""
+    def create(self, now: float) -> Row:
+        """Returns the first row of an Id that has none, with UNASSIGNED if any free /64 will do. Raises KeyError if it shall get none."""
         raise KeyError(self.id)
 
     def decide(self, row: Row, now: float) -> Row:
@@ -1822,9 +1823,9 @@ class Change:
 class Assignment(Change):
     """The Id gets a /64 if it has none."""
 
-    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
+    def create(self, now: float) -> Row:
         """As Change has it."""
-        return first_row(self.id, next(free), now)
+        return first_row(self.id, UNASSIGNED, now)
 
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
@@ -1914,7 +1915,7 @@ class Pin(Change):
     prefix: IPv6Network
     floor: int = 0  # above which its sessions begin, as routers have heard of those of former owners of this /64
 
-    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
+    def create(self, now: float) -> Row:
         """As Change has it."""
         return first_row(self.id, self.prefix, now)._replace(epoch=self.floor)
 
@@ -4532,12 +4533,12 @@ class Database:
             try:
                 if isinstance(change, Pin):
                     change = self._check_pin(change, pool)
-                if row is None:
-                    row = change.create(free, now)
-                    if isinstance(change, SessionBegin) and change.claim.counted:
-                        self._count_new(len(counted), new_ids_per_hour)
-                        counted.add(change.id)
-                decided = change.decide(row, now)
+                decided = change.decide(row or change.create(now), now)
+                if row is None and isinstance(change, SessionBegin) and change.claim.counted:
+                    self._count_new(len(counted), new_ids_per_hour)
+                    counted.add(change.id)
+                if decided.prefix == UNASSIGNED:  # only here, so that who is refused or leaves takes none
+                    decided = decided._replace(prefix=self._new_prefix(cast(PoolRow, pool), free))
             except (Tun6Error, EOFError, KeyError, ValueError) as error:
                 results.append(error)
                 continue
@@ -4561,14 +4562,9 @@ class Database:
             self._worker.execute(f"select pg_notify('{CHANNEL}', id) from unnest(%s::text[]) id", ([row.id for row in rows],))
 
     def _free_prefixes(self, pool: PoolRow | None) -> Iterator[IPv6Network]:
-        """Yields the /64s that nobody has or had, and counts the pool up. Raises Refusal, StorageError."""
+        """Yields the /64s that nobody has or had, and counts the pool up."""
         if pool is None:
             return
-        if pool.timeline != pool.current:
-            raise StorageError(
-                "the store may have lost changes, and not all servers have written back what they know; until then nobody new is served."
-                " `tun6.py cluster accept` goes on without those that are missing"
-            )
         base, end, width = int(pool.prefix.network_address) >> 64, pool_end(pool.prefix), 64
         at = pool.next
         while at < end:
@@ -4583,7 +4579,19 @@ class Database:
                     self._worker.execute("update pool set next = %s", (number + 1,))
                     yield IPv6Network((base + number << 64, 64))
             at, width = at + width, width * 2
-        raise Refusal("pool-exhausted", f"no free /64 in {pool.prefix}")
+
+    @staticmethod
+    def _new_prefix(pool: PoolRow, free: Iterator[IPv6Network]) -> IPv6Network:
+        """Returns the next one of `_free_prefixes`. Raises Refusal, StorageError."""
+        if pool.timeline != pool.current:
+            raise StorageError(
+                "the store may have lost changes, and not all servers have written back what they know; until then nobody new is served."
+                " `tun6.py cluster accept` goes on without those that are missing"
+            )
+        prefix = next(free, None)
+        if prefix is None:
+            raise Refusal("pool-exhausted", f"no free /64 in {pool.prefix}")
+        return prefix
 
     def _count_new(self, already: int, new_ids_per_hour: int) -> None:
         since = "select count(*) from client where counted and created > clock_timestamp() - interval '1 hour'"
@@ -4665,12 +4673,13 @@ class Database:
                 raise RequestError("the pool is open to everybody, and there are keys; make it without --open")
             stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
             owners = {row.prefix: row.id for row in stored.values()}
-            now, free = self._clock(self._worker), self._free_prefixes(pool)
+            wanted = set(prefixes.values())
+            now, free = self._clock(self._worker), (each for each in self._free_prefixes(pool) if each not in wanted)
             changed: list[Row] = []
             for id_ in {**prefixes, **keys}:
                 old, prefix, key = stored.get(id_), prefixes.get(id_), keys.get(id_)
                 if prefix is None:
-                    prefix = old.prefix if old else next(each for each in free if each not in set(prefixes.values()))
+                    prefix = old.prefix if old else self._new_prefix(pool, free)
                 if old and old.prefix != prefix:
                     raise RequestError(f"{quote_id(id_)} has {old.prefix} in the store, and {prefix} in the file; nothing was taken")
                 if owners.setdefault(prefix, id_) != id_:
@@ -5039,7 +5048,10 @@ class ClusterStore(Store):
             self._threads.spawn(self._database.close)
             self._database = None
         if not self._down:
-            self._down, self._since = str(reason), time.monotonic()
+            self._since = time.monotonic()
+        news = not self._down or (isinstance(reason, ConfigError) and str(reason) != self._down)
+        self._down = str(reason)
+        if news:
             warn_standing("store", "%s; known Ids are served as they are known here, new ones refused until it is back", reason)
 
     def _follow(self) -> NoReturn:
