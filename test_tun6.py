@@ -15620,7 +15620,6 @@ class Cluster:
         self.violations: list[str] = []
         self.notes = defaultdict[str, list[float]](list)
         self._keys: dict[int, dict[str, object]] = {}  # settings of clients, by number
-        self._dead_after = {"dead_after": CLUSTER_DEAD_AFTER_S} if "dead_after" in tun6.ServerConfig.__dataclass_fields__ else {}
         self._began, self._undo, self._numbers = time.monotonic(), ExitStack(), itertools.count()
 
     def __enter__(self: ClusterT) -> ClusterT:
@@ -15673,7 +15672,7 @@ class Cluster:
             "name": host,
             "cert": self.folder / "server.pem",
             "keys_required": "no",
-            **self._dead_after,
+            "dead_after": CLUSTER_DEAD_AFTER_S,
         }
 
     def _make_pool(self) -> None:
@@ -15735,7 +15734,7 @@ class Cluster:
             "id": self.client_id(number),
             "control": self.folder / f"{host}.sock",
             **self._keys[number],
-            **self._dead_after,
+            "dead_after": CLUSTER_DEAD_AFTER_S,
         }
         return SoakProgram(self.lab, host, "client", self.folder, settings)
 
