@@ -117,7 +117,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from html.parser import HTMLParser
 from ipaddress import IPv6Address, IPv6Network
-from itertools import accumulate, chain, count, takewhile
+from itertools import accumulate, chain, count, groupby, takewhile
 from pathlib import Path
 from typing import Any, Callable, ClassVar, NamedTuple, Optional, TypeVar, Union, cast
 from unittest import mock
@@ -2349,6 +2349,25 @@ def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, 9000), (1510, LARGEST)])
+class RoundByRound(tun6.FqCodelQueue):
+    """Does each round by itself, as in RFC 8290."""
+
+    def _skip_rounds(self) -> None:
+        pass
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([SMALLEST, 100, 1510, 5000, LARGEST]), st.booleans()), max_size=100))
+def test_rounds_that_are_done_at_once_change_no_order(frames: list[tuple[int, int, bool]]) -> None:
+    queue, reference = tun6.FqCodelQueue(target=NEVER), RoundByRound(target=NEVER)
+    for number, (flow, size, pops) in enumerate(frames):
+        for each in queue, reference:
+            push(each, 0.0, frame(flow, number, size))
+        if pops:
+            assert queue.pop(0.0) == reference.pop(0.0)
+    while queue.frames:
+        assert queue.pop(0.0) == reference.pop(0.0)
+
+
 def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, int]) -> None:
     link = Link(tun6.FqCodelQueue(), 4 * RATE)
     for flow, size in enumerate(sizes):
@@ -4190,6 +4209,31 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
             f"this kernel refuses its {kind} frames, so it is not offered {kind} again; `offload = {setting}` in config.ini does so"
             " from the start"
         )
+
+
+def test_those_that_move_much_take_turns_and_the_others_do_not_wait_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tun6, "BUSY_S", 1e-6)  # one is called in each round
+    calls: list[int] = []
+
+    def call(number: int) -> bool:
+        calls.append(number)
+        return number > 0  # all but this one move much
+
+    with ExitStack() as undo:
+        for number in range(50):
+            near, far = map(undo.enter_context, socket.socketpair())
+            far.send(b"something is ready until it is read")
+            undo.callback(spawn(tun6.ReadinessCallbacks(near.fileno()).run, functools.partial(call, number)).kill)
+        with gevent.Timeout(10):
+            while len(calls) < 1100:
+                gevent.sleep(0.001)
+    calls = calls[100:]  # at first nobody is known to move much
+    between = [len(list(group)) for busy, group in groupby(calls, bool) if busy]
+    assert max(between) <= 2, "who moves little waited for many others"  # 2: a timer of the test can split a round
+    turns = Counter(filter(None, calls))
+    assert len(turns) == 49
+    assert max(turns.values()) - min(turns.values()) <= 1
+    assert not tun6.ReadinessCallbacks._busy
 
 
 def test_what_waits_is_sent_although_packets_come_without_end() -> None:
