@@ -21,6 +21,7 @@ setup(
     install_requires=["gevent", "netifaces", "python-pytun"],
     extras_require={
         "bench": ["matplotlib"],
+        "cluster": ["psycopg[binary]>=3.2"],
         "metrics": ["prometheus_client"],
         "test": ["build", "hypothesis", "mypy", "prometheus_client", "pytest", "ruff==0.17.6", "setuptools>=70.1"],
     },

@@ -22,6 +22,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     send queue                   with a simulated link
     network plans
     storage                      with a crash at every system call
+    cluster rules                a simulated cluster, whose steps come in any order
     kernel
     connections
     session
@@ -40,6 +41,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     sources and documents        maps, order of definitions, links
     packages                     what is in sdist and wheel, man page, completion
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
+    end to end: several servers  a client with a list, drain
     end to end: hooks
     end to end: neighbour proxy  and a tunnel of Hurricane Electric's to the server
     end to end: legacy peers
@@ -47,6 +49,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     end to end: ingress filter
     end to end: firewall
     end to end: TLS and keys
+    end to end: one pool         of several servers
     end to end: administration
     end to end: LAN              router advertisements, forwarding, other routers
     end to end: metrics
@@ -58,6 +61,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     observers                    `test_tun6.py observers`: a real Prometheus and a real browser
     systemd                      `test_tun6.py systemd`
     debian                       `test_tun6.py packages`: the .deb, and what the Dockerfile does
+    cluster                      `test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults
     main
 """
 
@@ -101,11 +105,12 @@ import termios
 import threading
 import time
 import tracemalloc
+import uuid
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from html.parser import HTMLParser
 from ipaddress import IPv6Address, IPv6Network
 from itertools import accumulate, chain, count, takewhile
@@ -1009,6 +1014,132 @@ def processes_of(pid: int) -> list[str]:
     return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[dict[str, list[Any]]]:
+    """The object in a JSON file, which is written back if it was changed; nobody else has it meanwhile."""
+    with open(path, "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = file.read()
+        content = json.loads(before)
+        yield content
+        if json.dumps(content) != before:
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps(content))
+
+
+class SharedStore(tun6.Store):
+    """A cluster's store without PostgreSQL, for servers on one machine: a file that each looks at every 20 ms.
+
+    It has {Id: [prefix, epoch, server]}, and can't be reached while it is renamed. What a server does is as true as with the real one;
+    what the real one does is not shown by it.
+    """
+
+    def __init__(self, path: str, config: tun6.ServerConfig) -> None:
+        self.pool, self.keys = tun6.PrefixPool(config.prefixrange), tun6.open_keys(config)
+        self._path, self._name = Path(path), f"server {config.listenport}"
+        self._rows: dict[str, list[Any]] = {}
+        self._held: dict[str, tuple[tun6.Claim, tun6.Lease]] = {}
+
+    @property
+    def path(self) -> object:
+        return None
+
+    def start(self) -> None:
+        gevent.spawn(self._watch)
+
+    def find(self, id_: str) -> IPv6Network | None:
+        return self.pool.find(id_)
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        return ()
+
+    @contextmanager
+    def begin(self, claim: tun6.Claim) -> Iterator[tun6.Lease]:
+        said = claim.epoch if claim.proved else 0
+        try:
+            with self._locked() as rows:
+                prefix, epoch, _ = rows.get(claim.id) or (str(self.pool.assign(claim.id)), 0, "")
+                rows[claim.id] = [prefix, max(epoch, said) + 1, self._name]
+        except FileNotFoundError:
+            if claim.id not in self._rows:
+                raise tun6.StorageError("the store can't be reached") from None
+            prefix, epoch, _ = self._rows[claim.id]
+            self._rows[claim.id] = [prefix, max(epoch, said) + 1, self._name]
+        lease = tun6.Lease(IPv6Network(prefix), max(epoch, said) + 1)
+        self._held[claim.id] = claim, lease
+        yield lease
+        if self._held[claim.id][1] is lease:
+            del self._held[claim.id]
+
+    @contextmanager
+    def _locked(self) -> Iterator[dict[str, list[Any]]]:
+        with locked(self._path) as self._rows:
+            for id_, (prefix, *_) in self._rows.items():
+                self.pool.pin(id_, IPv6Network(prefix))
+            yield self._rows
+
+    def _watch(self) -> None:
+        while True:
+            gevent.sleep(0.02)
+            with suppress(FileNotFoundError), self._locked() as rows:
+                for id_, (claim, lease) in self._held.items():
+                    _, epoch, server = rows[id_]
+                    if epoch > (lease.epoch or 0) and server == self._name:
+                        lease.epoch = epoch
+                        claim.on_epoch(epoch)
+                    elif epoch > (lease.epoch or 0) and not lease.superseded:
+                        lease.superseded = f"{server} has it now"
+                        claim.end(lease.superseded)
+                    elif epoch < (lease.epoch or 0):
+                        rows[id_][1:] = lease.epoch, self._name
+
+
+class SharedPool:
+    """Servers of one pool on one host, each at a port of its own, with a SharedStore that the test sees, too."""
+
+    def __init__(self, tunnel: Tunnel, folder: Path) -> None:
+        self._tunnel, self._folder, self.path = tunnel, folder, folder / "shared.json"
+        self.path.write_text("{}")
+        self._ports = itertools.count(tunnel.port)
+
+    def server(self, *faults: str, **settings: object) -> Program:
+        """The next one. The faults are as those of tun6_with."""
+        lines = [*faults, "import functools, test_tun6", f"tun6.open_store = functools.partial(test_tun6.SharedStore, {str(self.path)!r})"]
+        with tun6_with(self._folder, *lines):
+            return self._tunnel.server("server", listenport=next(self._ports), assignments=None, **settings)
+
+    def peer(self, number: int, id_: str = "a", **hello: object) -> Peer:
+        """A client of the server of this number, whose hello has these fields more; it knows extensions, unless Offload is None."""
+        message = {"Id": id_, "Offload": [], **hello}
+        peer = Peer(self._tunnel.lab, self._tunnel.port + number)
+        self._tunnel._undo.callback(peer.sock.close)
+        peer._header = b"" if message["Offload"] is None else bytes(10)
+        peer.sock.sendall(json.dumps({name: value for name, value in message.items() if value is not None}).encode())
+        return peer
+
+    def row(self, id_: str = "a") -> list[Any]:
+        with locked(self.path) as rows:
+            return list(rows.get(id_, ["", 0, ""]))
+
+    def change(self, id_: str, epoch: int, server: int) -> None:
+        """As if this server had begun another session of the Id."""
+        with locked(self.path) as rows:
+            rows[id_][1:] = epoch, f"server {self._tunnel.port + server}"
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Nobody reaches the store meanwhile."""
+        away = self.path.rename(self._folder / "away.json")
+        yield
+        away.rename(self.path)
+
+
+@pytest.fixture
+def shared(tunnel: Tunnel, tmp_path: Path) -> SharedPool:
+    return SharedPool(tunnel, tmp_path)
+
+
 # ---- kit: peers spoken by hand ---------------------------------------------------------------------------------------
 
 
@@ -1146,12 +1277,13 @@ class ServerByHand(SocketOwner):
             self.sock = socket.create_server((Lab.SERVER, tunnel.port))
         self.sock.settimeout(10)
 
-    def accept(self, offload: list[str] | None) -> socket.socket:
-        """The client's next connection, its hello answered."""
+    def accept(self, offload: list[str] | None, **extensions: object) -> socket.socket:
+        """The client's next connection, its hello kept and answered."""
         sock, _ = self.sock.accept()
         sock.settimeout(10)
-        json.loads(sock.recv(4096))
-        sock.sendall(json.dumps({"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload})}).encode())
+        self.hello: dict[str, Any] = json.loads(sock.recv(4096))
+        answer = {"Prefix": str(self._prefix), **({} if offload is None else {"Offload": offload}), **extensions}
+        sock.sendall(json.dumps(answer).encode())
         return sock
 
 
@@ -1450,6 +1582,16 @@ def test_a_hello_without_id_is_refused_and_unknown_fields_are_ignored() -> None:
     with pytest.raises(tun6.ProtocolError, match="Id"):
         tun6.parse_hello({"id": "x"})
     assert tun6.parse_hello({"Id": "x", "Key": "k", "Error": "e"}) == tun6.Hello("x", None, "k")
+
+
+@pytest.mark.parametrize(
+    "value, epoch",
+    [(1, 1), (tun6.EPOCH_MAX, tun6.EPOCH_MAX), *((each, 0) for each in (0, -1, tun6.EPOCH_MAX + 1, 10**400, True, 7.0, "7", [7], None))],
+)
+def test_an_epoch_that_could_be_none_is_ignored_and_each_that_counts_makes_a_metric(value: object, epoch: int) -> None:
+    assert tun6.parse_hello({"Id": "x", "Epoch": value}).epoch == epoch
+    assert tun6.parse_epoch({"Prefix": "2001:db8::/64", "Epoch": value}) == epoch
+    assert 0 < tun6.METRIC_MAX - epoch < tun6.REJECT_BASE
 
 
 @pytest.mark.parametrize(("value", "kinds"), [(None, None), ([], frozenset()), (["tso6"], {"tso6"}), (["tso6", "new"], {"tso6", "new"})])
@@ -2203,6 +2345,25 @@ def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, 9000), (1510, LARGEST)])
+class RoundByRound(tun6.FqCodelQueue):
+    """Does each round by itself, as in RFC 8290."""
+
+    def _skip_rounds(self) -> None:
+        pass
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([SMALLEST, 100, 1510, 5000, LARGEST]), st.booleans()), max_size=100))
+def test_rounds_that_are_done_at_once_change_no_order(frames: list[tuple[int, int, bool]]) -> None:
+    queue, reference = tun6.FqCodelQueue(target=NEVER), RoundByRound(target=NEVER)
+    for number, (flow, size, pops) in enumerate(frames):
+        for each in queue, reference:
+            push(each, 0.0, frame(flow, number, size))
+        if pops:
+            assert queue.pop(0.0) == reference.pop(0.0)
+    while queue.frames:
+        assert queue.pop(0.0) == reference.pop(0.0)
+
+
 def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, int]) -> None:
     link = Link(tun6.FqCodelQueue(), 4 * RATE)
     for flow, size in enumerate(sizes):
@@ -2357,18 +2518,6 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     assert shared.free == shared.size == bound
 
 
-class OutputBuffer:
-    """Holds bytes for a caller until the next call, which overwrites them, as TlsStream.encrypt does."""
-
-    def __init__(self) -> None:
-        self._last = bytearray()
-
-    def hold(self, data: bytes) -> memoryview:
-        self._last[:] = b"\xff" * len(self._last)
-        self._last = bytearray(data)
-        return memoryview(self._last)
-
-
 class Connection:
     """A connection that takes at each write as many bytes as `takes` says, and then everything; at 0 it is full.
 
@@ -2382,7 +2531,6 @@ class Connection:
         self.pieces: list[Bytes] = []  # what was to be encrypted, or to be written if nothing is encrypted
         self._records = bytearray()
         self._rest = b""
-        self._buffer = OutputBuffer()
 
     def send_queue(self, clock: Callable[[], float] = lambda: 0.0, whole_batches: bool = True) -> tun6.SendQueue:
         """The queue before this connection."""
@@ -2399,12 +2547,12 @@ class Connection:
         assert sum(map(len, out)) == len(stream) + self._bare * len(out) * len(PLAIN)  # no part of a frame is left
         return out
 
-    def _encrypt(self, data: Bytes) -> memoryview:
+    def _encrypt(self, data: Bytes) -> bytes:
         assert len(data)
         record = bytes([len(self.pieces) % 256]) + bytes(data)[::-1]
         self.pieces.append(bytes(data))
         self._records += record
-        return self._buffer.hold(record)
+        return record
 
     def _write(self, data: memoryview) -> int | None:
         assert len(data)
@@ -2551,11 +2699,11 @@ def test_real_tls_records_of_large_batches_arrive_whole(whole_batches: bool, ver
     context = tun6.client_tls_context(pinned=True)
     context.minimum_version = context.maximum_version = version
     sender, receiver, to_server = tls_pair(context, cert)
-    buffer, rng, link = OutputBuffer(), random.Random(1), bytearray()
+    rng, link = random.Random(1), bytearray()
 
-    def encrypt(data: Bytes) -> memoryview:
+    def encrypt(data: Bytes) -> bytes:
         sender.write(data)
-        return buffer.hold(to_server.read())
+        return to_server.read()
 
     def write(data: memoryview) -> int | None:
         took = rng.choice([0, 1, 5, 1000, 20_000, 1 << 20])
@@ -2615,7 +2763,7 @@ def test_a_large_packet_counts_as_its_segments_do(datagrams: int, last: int) -> 
 
 
 @given(st.binary(min_size=50, max_size=120))
-@example(offload(1, tun6.GSO_TCPV6, 0, 1, 40, 16) + packet(bytes(18)))
+@example(offload(1, tun6.GSO_TCPV6, 0, 100, 40, 0) + packet(bytes(4)))
 def test_no_large_packet_that_was_let_in_upsets_the_count(data: bytes) -> None:
     made = bytearray(data)
     made[10], made[14:16] = 0x60, struct.pack(">H", len(made) - 50)
@@ -2787,6 +2935,7 @@ def test_who_does_not_slow_down_is_read_at_a_few_times_its_limit_and_a_sparse_fl
     assert read * 8 / 5 == pytest.approx(tun6.READ_GAIN * MBIT, rel=0.1)
     queue.set_limit(None)
     assert queue.active
+    assert queue.may_read(now)  # else nothing would be read any more: who does not wait for the limit does not ask again
     while queue.pop(now) is not None:
         passed += 1
     assert (queue.active, queue.pause(now + 1)) == (False, None)
@@ -2805,7 +2954,7 @@ def test_a_plan_undoes_what_removing_its_device_would_not() -> None:
     stays = [*tun6.pool_plan(POOL, 7), *tun6.address_plan("tun6", subnet(3), 7), *tun6.tunnel_plan("tun6", True, 7)]
     for step in stays:  # the address can change, and the routes go, while the device stays
         assert step.undo == inverse(step.do) != step.do or "flush" in step.do
-    for step in tun6.server_plan("tun6-0", 1500, subnet(3)):
+    for step in tun6.server_plan("tun6-0", 1500, subnet(3), 7):
         assert re.search(r" dev tun6-0( |$)", step.do)  # it goes with the device
 
 
@@ -2813,7 +2962,7 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     def said(plan: list[tun6.Step]) -> str:
         return "; ".join(step.do for step in plan)
 
-    pool, server = said(tun6.pool_plan(POOL, 7)), said(tun6.server_plan("tun6-0", 1400, subnet(3)))
+    pool, server = said(tun6.pool_plan(POOL, 7)), said(tun6.server_plan("tun6-0", 1400, subnet(3), None))
     assert f"unreachable {POOL} " in pool
     listing = pool.replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
     assert tun6.parse_rejects(listing) == [(str(POOL), 7)]
@@ -2821,7 +2970,8 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     assert tun6.parse_rejects(rejects) == [(str(subnet(3)), 7), ("default", 7)]
     rules = said(tun6.reject_plan(subnet(3), 7)).replace("rule add priority ", "").replace("; ", "\n").replace(" from", ": from")
     assert tun6.parse_sources(rules) == [(f"from {subnet(3)}", 7)]
-    assert re.search(r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route replace 2001:db8:1:3::/64 ", server)
+    assert re.search(r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route replace 2001:db8:1:3::/64 dev", server)
+    assert server.endswith(" dev tun6-0 proto 116")
     assert re.search(r"dev tun6 mtu 1280 .*; link set dev tun6 up; ", said(tun6.device_plan("tun6", 1280)))
     assert re.fullmatch(r"route add default dev tun6 table \d+ proto 116", said(tun6.tunnel_plan("tun6", False, 7)))
     assert "not from 2000::/3 lookup " in said(tun6.tunnel_plan("tun6", True, 7))
@@ -3437,6 +3587,512 @@ def test_the_backup_is_what_was_there_before_a_change_of_several_entries_and_a_d
     assert stat.S_IMODE(os.stat(f"{path}.bak").st_mode) == stat.S_IMODE(path.stat().st_mode)
 
 
+# ---- cluster rules ---------------------------------------------------------------------------------------------------
+
+
+class Violation(AssertionError):
+    """An invariant of the cluster does not hold."""
+
+
+class LateCommit(NamedTuple):
+    """A transaction whose COMMIT has no answer yet: it keeps its rows locked, and is done or undone later."""
+
+    server: str
+    rows: list[tun6.Row]
+
+
+class SimulatedDatabase:
+    """PostgreSQL as servers see it: rows, locks, notifications to who listens, and snapshots to which a failover goes back."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.rows: dict[str, tun6.Row] = {}
+        self.next = 0  # as the pool's
+        self.late: list[LateCommit] = []
+        self.reachable = True
+        self.timeline = self.accepted = 1
+        self.written_back: dict[str, int] = {}  # timeline, by server
+        self.listeners: list[SimulatedServer] = []
+        self._lost: Any = None  # what a failover goes back to
+        self.now = 0.0
+
+    def changes(self, changes: Sequence[tun6.Change], late: str = "") -> list[tun6.Row | Exception] | None:
+        """Makes changes as Database does. None: they are locked. `late` is the server whose COMMIT is not answered; or it is at once."""
+        self.now += 1
+        if any(row.id == change.id for each in self.late for row in each.rows for change in changes):
+            return None
+        rows, results = dict(self.rows), list[Union[tun6.Row, Exception]]()
+        for change in changes:
+            found = rows.get(change.id)
+            try:
+                results.append(change.decide(found or change.create(self._free(), self.now), self.now))
+            except (tun6.Tun6Error, EOFError, KeyError) as error:
+                results.append(error)
+                continue
+            rows[change.id] = cast(tun6.Row, results[-1])
+        changed = [row for row in rows.values() if self.rows.get(row.id) != row]
+        if late:
+            self.late.append(LateCommit(late, changed))
+        else:
+            self._write(changed)
+        return results
+
+    def _free(self) -> Iterator[IPv6Network]:
+        if self.accepted != self.timeline:
+            raise tun6.StorageError("commits may be lost")
+        rows = [*self.rows.values(), *(row for late in self.late for row in late.rows)]
+        taken = {prefix for row in rows for prefix in (row.prefix, *row.former)}
+        while subnet(self.next) in taken:
+            self.next += 1
+        self.next += 1
+        yield subnet(self.next - 1)
+
+    def _write(self, rows: Iterable[tun6.Row]) -> None:
+        for row in rows:
+            self.rows[row.id] = row
+            for server in self.listeners:
+                server.notified.append(row.id)
+
+    def end_late(self, server: str | None = None) -> None:
+        """What was late is done, or undone: one, or all of this server."""
+        for late in [each for each in self.late if each.server == server] if server else [self._rng.choice(self.late)]:
+            self.late.remove(late)
+            if self._rng.random() < 0.7:
+                self._write(late.rows)
+
+    def remember(self) -> None:
+        """What the standby has."""
+        self._lost = dict(self.rows), self.next, dict(self.written_back), self.accepted
+
+    def fail_over(self) -> None:
+        """The standby is promoted: what it does not have is lost."""
+        if self._lost:
+            rows, self.next, written_back, self.accepted = self._lost
+            self.rows, self.written_back = dict(rows), dict(written_back)
+        self.late.clear()
+        self.timeline += 1
+        for server in list(self.listeners):
+            server.disconnect()
+
+    def enter(self, server: SimulatedServer) -> list[tun6.Row]:
+        """As Database.enter: writes back what was lost."""
+        known = list(server.view.rows.values())
+        taken: list[tun6.Row] = []
+        if self.written_back.get(server.name) != self.timeline or any(tun6.lost_rows(known, self.rows)):
+            back, taken = tun6.lost_rows(known, self.rows)
+            self._write(back)
+        self.written_back[server.name] = self.timeline
+        if set(self.written_back.values()) == {self.timeline}:
+            self.accepted = self.timeline
+        return taken
+
+
+class SimulatedClient:
+    """A client with one Id: it has one connection at a time, and knows the epoch of its last answer."""
+
+    def __init__(self, id_: str, has_key: bool) -> None:
+        self.id, self.has_key = id_, has_key
+        self.at: SimulatedServer | None = None  # where it has a session
+        self.asks: Asked | None = None  # at whom it waits for an answer
+        self.epoch = 0
+        self.unanswered = 0  # beginnings that are in the store, or may be, since the last answer after a COMMIT
+
+
+@dataclasses.dataclass(eq=False)
+class Asked:
+    """A client's hello that is not answered yet."""
+
+    client: SimulatedClient
+    begin: tun6.SessionBegin
+    row: tun6.Row | None = None  # as the transaction left it; None: that is still to be made
+
+    @property
+    def is_alive(self) -> bool:
+        return self.client.asks is self
+
+
+class SimulatedServer:
+    """One server: a ClusterView, and the order in which things reach it."""
+
+    def __init__(self, name: str, cluster: SimulatedCluster) -> None:
+        self.name, self._cluster = name, cluster
+        self.view = tun6.ClusterView(name)
+        self.notified: list[str] = []  # Ids of which it will hear
+        self.read: list[tun6.Row] = []  # rows that it has read, and not taken in: in any order
+        self.asked: list[Asked] = []
+        self.is_cut = False
+        self.connected = False
+        self.timeline = 0
+        self.holds: dict[str, SimulatedClient] = {}  # its sessions
+        self._saved: list[tun6.Row] = []  # in the cache
+
+    def disconnect(self) -> None:
+        """The store is down: what it has not answered by now is not known, whatever it answers."""
+        self.connected = False
+        self.notified.clear()
+        self.read.clear()
+        if self in self._cluster.database.listeners:
+            self._cluster.database.listeners.remove(self)
+        asked, self.asked = self.asked, []
+        for each in asked:
+            row = self.view.begin_alone(each.begin)
+            if each.is_alive and row and not row.revoked:
+                self._hold(each, row, False)
+            elif each.is_alive:
+                each.client.asks = None
+            self.view.conclude(each.begin)
+
+    def connect(self) -> None:
+        database = self._cluster.database
+        if self.connected or self.is_cut or not database.reachable:
+            return
+        if database.late and database.written_back.get(self.name) != database.timeline:
+            return  # all rows are locked for it
+        database.listeners.append(self)
+        for row in list(database.rows.values()):
+            self.hear(row)
+        for row in database.enter(self):
+            self._end(row.id, None)
+            self.view.forget(row.id)
+        if self.timeline != database.timeline:
+            self.timeline = database.timeline
+            self.view.unsettle()
+        self.connected = True
+
+    def hear(self, row: tun6.Row) -> None:
+        held, is_new = self.view.held.get(row.id), row.id not in self.view.rows
+        before = held.settled if held else False
+        reason = self.view.hear(row)
+        if is_new:
+            self.save()
+        if reason:
+            self._end(row.id, "newest" if before and row.live and "newer" in reason else None)  # a pin ends it, too
+
+    def _end(self, id_: str, why: str | None) -> None:
+        """Ends a session. A client that is still there must not lose it to an older one."""
+        if id_ not in self.holds:
+            return
+        client = self.holds[id_]
+        self.leave(id_)
+        if client.at is self:
+            client.at = None
+            strict = client.has_key and (why == "newest" or (why == "settlement" and client.unanswered <= 1))
+            if strict and not self._cluster.lost_commits:
+                raise Violation(f"{id_} lost its newest session at {self.name}, {why}")
+
+    def leave(self, id_: str) -> None:
+        """The connection of a session has ended."""
+        if id_ in self.holds:
+            del self.holds[id_]
+            self.view.release(id_)
+
+    def is_asked(self, client: SimulatedClient) -> None:
+        """A client says hello."""
+        self.leave(client.id)
+        for older in [each for each in self.asked if each.client is client]:  # a kill of who waits
+            self.asked.remove(older)
+            self.view.conclude(older.begin)
+        claim = tun6.Claim(client.id, client.epoch, proved=client.has_key, is_alive=lambda: asked_now.is_alive)
+        asked_now = client.asks = Asked(client, self.view.begin_change(claim))
+        self.asked.append(asked_now)
+        if not self.connected:
+            self.disconnect()
+
+    def transact(self, asked: Asked, fate: str) -> None:
+        """The database makes the beginning."""
+        results = self._cluster.database.changes([asked.begin], self.name if fate == "late" else "")
+        result = results[0] if results else None
+        if isinstance(result, Exception):
+            self.asked.remove(asked)
+            self.view.conclude(asked.begin)
+            asked.client.asks = None if asked.is_alive else asked.client.asks
+            return
+        if result:
+            asked.row = result
+            asked.client.unanswered += 1
+            if result.revoked:
+                raise Violation(f"{asked.client.id} was revoked, and begins")
+        if fate == "late" or not result:
+            self.disconnect()
+
+    def finish(self, asked: Asked) -> None:
+        """COMMIT is answered; the client may have left, without a word."""
+        self.asked.remove(asked)
+        assert asked.row
+        self.hear(asked.row)
+        self._hold(asked, asked.row, True)
+        self.view.conclude(asked.begin)
+
+    def _hold(self, asked: Asked, row: tun6.Row, settled: bool) -> None:
+        client, is_alive = asked.client, asked.is_alive
+        if is_alive:
+            client.asks = None
+        if not self.view.hold(asked.begin, row, settled):
+            return
+        self.holds[client.id] = client
+        if not is_alive:
+            return
+        if asked.begin.claim.proved and client.epoch >= row.epoch:
+            raise Violation(f"{client.id} had {client.epoch}, and gets {row.epoch}")
+        client.at, client.epoch = self, row.epoch
+        client.unanswered = 0 if settled else client.unanswered
+        self._cluster.answered(client, row.prefix, row.epoch)
+
+    def pay(self, fate: str) -> None:
+        if not self.connected:
+            return
+        for debt in self.view.debts():
+            results = self._cluster.database.changes([debt], self.name if fate == "late" else "")
+            if results is None or fate == "late":
+                self.disconnect()
+                return
+            row = results[0] if isinstance(results[0], tun6.Row) else None
+            if row:
+                self.hear(row)
+            reason = self.view.pay(debt, row)
+            if reason:
+                self._end(debt.id, "settlement" if "newer" in reason else None)
+
+    def restart(self) -> None:
+        """It is killed, and starts from its cache."""
+        for client in self.holds.values():
+            client.at = None if client.at is self else client.at
+        for asked in self.asked:
+            asked.client.asks = None if asked.is_alive else asked.client.asks
+        self.holds.clear()
+        self.asked.clear()
+        self._cluster.database.end_late(self.name)
+        self.disconnect()
+        self.view = tun6.ClusterView(self.name)
+        for row in self._saved:
+            self.view.hear(row)
+
+    def save(self) -> None:
+        self._saved = list(self.view.rows.values())
+
+
+class SimulatedCluster:
+    """Servers, a database and clients, whose steps come in an order that a seed decides; it also decides which are frequent."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = rng = random.Random(seed)
+        self.database = SimulatedDatabase(rng)
+        self.servers = [SimulatedServer(name, self) for name in "ABC"]
+        self.clients = [SimulatedClient(f"c{number}", rng.random() < 0.7) for number in range(3)]
+        self.lost_commits = False
+        self._accepted = False  # whether the operator gave up what was lost
+        self._owner: dict[IPv6Network, str] = {}  # who was last told of it
+        self._epochs: dict[IPv6Network, int] = {}  # the highest that routers have heard
+        self._pinned: set[tuple[str, IPv6Network]] = set()
+        self.trace: list[str] = []
+        often = {"ask": 25, "transact": 35, "finish": 30, "notify": 15, "take": 15, "pay": 15, "connect": 15}
+        seldom = {
+            "leave": 4,
+            "cut": 4,
+            "outage": 2,
+            "late": 6,
+            "pin": 3,
+            "revoke": 2,
+            "restart": 2,
+            "save": 2,
+            "remember": 3,
+            "fail over": 1,
+        }
+        self._weights = {
+            **often,
+            **{what: weight * rng.choice((0, 1, 3)) for what, weight in seldom.items()},
+            "accept": rng.choice((0, 0, 1)),
+        }
+        self._late = rng.choice((0.0, 0.1, 0.4))  # how many COMMITs hang
+        for server in self.servers:
+            server.connect()
+
+    def answered(self, client: SimulatedClient, prefix: IPv6Network, epoch: int) -> None:
+        """A client is told of its prefix."""
+        owner = self._owner.get(prefix, client.id)
+        if owner != client.id and not self._accepted:
+            if (client.id, prefix) not in self._pinned:
+                raise Violation(f"{prefix} of {owner} is told to {client.id}")
+            if any(server.view.held[id_].prefix == prefix for server in self.servers for id_ in server.holds if id_ != client.id):
+                raise Violation(f"{prefix} is told to {client.id}, and another one has it still")
+            if epoch <= self._epochs.get(prefix, 0):
+                raise Violation(f"routers have heard {self._epochs[prefix]} of {prefix}, which {client.id} now has with {epoch}")
+        self._owner[prefix] = client.id
+        self._epochs[prefix] = max(self._epochs.get(prefix, 0), epoch)
+
+    def step(self) -> None:
+        """One thing happens."""
+        rng, database = self._rng, self.database
+        what = rng.choices(list(self._weights), list(self._weights.values()))[0]
+        server, client = rng.choice(self.servers), rng.choice(self.clients)
+        fate = "late" if rng.random() < self._late else "committed"
+        made = [asked for asked in server.asked if asked.row]
+        unmade = [asked for asked in server.asked if not asked.row]
+        self.trace.append(f"{what} {server.name} {client.id}")
+        if what == "ask":
+            if client.at and rng.random() < 0.5:  # else it leaves without a word, and its session stays until somebody notices
+                client.at.leave(client.id)
+            client.at = None
+            server.is_asked(client)
+        elif what == "transact" and unmade and server.connected:
+            server.transact(rng.choice(unmade), fate)
+        elif what == "finish" and made:
+            server.finish(rng.choice(made))
+        elif what == "notify" and server.connected:
+            ids, server.notified = set(server.notified) | (set(server.holds) if rng.random() < 0.3 else set()), []
+            server.read += [database.rows[id_] for id_ in sorted(ids) if id_ in database.rows]
+        elif what == "take" and server.read:
+            server.hear(server.read.pop(rng.randrange(len(server.read))))
+        elif what == "pay":
+            server.pay(fate)
+        elif what == "connect":
+            server.connect()
+        elif what == "leave" and server.holds:
+            self._notice(server, rng.choice(sorted(server.holds)))
+        elif what == "cut":
+            server.is_cut = not server.is_cut
+            if server.is_cut:
+                server.disconnect()
+        elif what == "outage":
+            database.reachable = not database.reachable
+            for each in self.servers if not database.reachable else ():
+                each.disconnect()
+        elif what == "late" and database.late:
+            database.end_late()
+        elif what == "pin" and client.id in database.rows:
+            self._pin(client)
+        elif what == "revoke" and client.id in database.rows and database.reachable:
+            row = database.rows[client.id]
+            database.changes([tun6.KeyChange(client.id, row.key or "", not row.revoked)])
+        elif what == "restart":
+            server.restart()
+        elif what == "save":
+            server.save()
+        elif what == "remember":
+            database.remember()
+        elif what == "fail over":
+            self.lost_commits = True
+            database.fail_over()
+        elif what == "accept" and database.accepted != database.timeline:
+            self._accepted, database.accepted = True, database.timeline
+        for each in self.servers:
+            for id_, held in each.view.held.items():
+                if held.settled and each.view.epoch_of(id_) > held.epoch:
+                    raise Violation(f"{each.name} holds {held.epoch} of {id_}, and has heard {each.view.epoch_of(id_)}")
+
+    def _notice(self, server: SimulatedServer, id_: str) -> None:
+        """The connection of a session ends, or turns out to be dead."""
+        client = server.holds[id_]
+        server.leave(id_)
+        client.at = None if client.at is server else client.at
+
+    def _pin(self, client: SimulatedClient) -> None:
+        """The operator gives a client another /64; one that another had only when all have heard that it is free."""
+        database = self.database
+        if not database.reachable or database.late:
+            return
+        rows = list(database.rows.values())
+        prefix = subnet(self._rng.randrange(8))
+        epochs = [row.epoch for row in rows if row.id != client.id and prefix in row.former]
+        heard = all(server.connected and not (server.notified or server.read or server.asked) for server in self.servers)
+        if any(row.prefix == prefix for row in rows) or (epochs and not heard):
+            return
+        self._pinned.add((client.id, prefix))
+        database.changes([tun6.Pin(client.id, prefix, max(epochs) + tun6.FREED_LEAD if epochs else 0)])
+
+    def heal(self) -> None:
+        """All faults end; then each client that is still there has one session, and it is the newest."""
+        database, rng = self.database, self._rng
+        gone = [client for client in self.clients if rng.random() < 0.3]
+        database.reachable = True
+        while database.late:
+            database.end_late()
+        for server in self.servers:
+            server.is_cut = False
+            for id_ in [id_ for id_, client in server.holds.items() if client in gone]:
+                self._notice(server, id_)
+        for client in gone:
+            client.asks = None
+        for _ in range(4):
+            for server in self.servers:
+                server.connect()
+            for server in self.servers:
+                for asked in list(server.asked):
+                    if not asked.row:
+                        server.transact(asked, "committed")
+                    if asked.row:
+                        server.finish(asked)
+                for id_ in [id_ for id_, client in server.holds.items() if client in gone]:
+                    self._notice(server, id_)
+                server.pay("committed")
+            for server in self.servers:
+                rng.shuffle(server.read)
+                ids = {*server.notified, *server.holds}
+                server.notified.clear()
+                for row in [*server.read, *(database.rows[id_] for id_ in sorted(ids) if id_ in database.rows)]:
+                    server.hear(row)
+                server.read.clear()
+            for client in self.clients:
+                found = database.rows.get(client.id)
+                if not client.at and not client.asks and client not in gone and not (found and found.revoked):
+                    rng.choice(self.servers).is_asked(client)
+        for client in self.clients:
+            self._check(client, client in gone)
+        prefixes = [server.view.held[id_].prefix for server in self.servers for id_ in server.holds]
+        if len(set(prefixes)) < len(prefixes):
+            raise Violation("two Ids have one /64")
+
+    def _check(self, client: SimulatedClient, is_gone: bool) -> None:
+        row = self.database.rows.get(client.id)
+        holders = [server for server in self.servers if client.id in server.holds]
+        if row is None or row.revoked or is_gone:
+            if holders or (row and row.live):
+                raise Violation(f"{client.id} has no connection, and yet a session at {[each.name for each in holders]}: {row}")
+            return
+        if not client.at or holders != [client.at]:
+            raise Violation(f"{client.id} is at {client.at and client.at.name}, its sessions are at {[each.name for each in holders]}")
+        held = client.at.view.held[client.id]
+        if (row.server, row.epoch, row.live) != (client.at.name, held.epoch, True) or not held.settled:
+            raise Violation(f"{client.id} has {held.epoch} at {client.at.name}, and the store says {row}")
+        for each in self.servers:
+            if each.view.rows[client.id] != row:
+                raise Violation(f"{each.name} knows {each.view.rows[client.id]}, and the store has {row}")
+
+
+def simulate(seed: int, steps: int = 100) -> None:
+    """One interleaving. Raises Violation, with the steps that led to it."""
+    cluster = SimulatedCluster(seed)
+    try:
+        for _ in range(steps):
+            cluster.step()
+        cluster.trace.append("heal")
+        cluster.heal()
+    except Violation as violation:
+        raise Violation(f"seed {seed}: {violation}; after {', '.join(cluster.trace[-25:])}") from None
+
+
+def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
+    for seed in range(1000):
+        simulate(seed)
+
+
+@pytest.mark.parametrize(
+    "said, took_over, server, times",
+    [
+        (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
+        (6, False, "other", (1.0, 9.0)),  # one that had an older session
+        (7, False, "other", (1.0,)),
+        (7, True, "here", (1.0,)),
+        (6, True, "here", (1.0, 9.0)),
+        (6, False, "here", (1.0,)),  # nobody had it
+    ],
+)
+def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(said: int, took_over: bool, server: str, times: object) -> None:
+    row = tun6.Row("a", subnet(0), epoch=7, server=server, live=True, takeovers=(1.0,))
+    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, took_over=took_over))
+    assert begin.decide(row, 9.0).takeovers == times
+
+
 # ---- kernel ----------------------------------------------------------------------------------------------------------
 
 FAKE_IP = r"""#!/bin/sh
@@ -3628,10 +4284,19 @@ def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(cert: Path) -> N
         for _ in range(200):
             peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX, ask=True) + peer.encrypt(b"x"))
             assert next_read(stream) == b"x"
-            assert stream._outgoing.pending > most
-            most = stream._outgoing.pending
+            assert len(stream._outgoing) > most
+            most = len(stream._outgoing)
             assert most < tun6.RECORD_MAX + 1000
     assert most > tun6.RECORD_MAX - 1000
+
+
+def test_what_tls_itself_has_to_say_goes_to_its_own_peer_alone(cert: Path) -> None:
+    with tls_stream(cert) as (one, its_peer), tls_stream(cert) as (other, other_peer):
+        its_peer.raw.sendall(its_peer.new_keys(2, ask=True) + its_peer.encrypt(b"x"))
+        assert next_read(one) == b"x"
+        for stream, peer in ((other, other_peer), (one, its_peer)):
+            stream.send(b"what it has to say")
+            assert peer.recv(100) == b"what it has to say"
 
 
 def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(cert: Path) -> None:
@@ -3738,6 +4403,57 @@ def test_what_a_limited_peer_sends_reaches_the_tun_as_it_is(monkeypatch: pytest.
     assert written == [PLAIN + each for each in packets]
     assert (traffic.received_packets, traffic.received) == (5, sum(map(len, packets)) + 50 * (not bare))
     assert traffic.all_dropped == 0
+
+
+def test_the_more_have_something_to_move_the_less_each_moves_in_a_round() -> None:
+    shares: list[tuple[int, int]] = []
+    running: list[Any] = []
+
+    def shares_with(count: int) -> tuple[int, int]:
+        """What each is to move when so many have something to move."""
+        with ExitStack() as undo:
+            for _ in range(count):
+                near, far = map(undo.enter_context, socket.socketpair())
+                far.send(b"there is something to read as long as nobody does")
+                callbacks = tun6.ReadinessCallbacks(near.fileno())
+                running.append(spawn(callbacks.run, lambda: shares.append(tun6.ReadinessCallbacks.share)))
+                undo.callback(running[-1].kill)
+            gevent.sleep(0.01)
+            shares.clear()
+            with gevent.Timeout(10):
+                while len(shares) < 3 * count:
+                    gevent.sleep(0.001)
+            return min(shares)
+
+    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
+    assert shares_with(100) == (tun6.ROUND_BYTES // 100, tun6.BATCH_FRAMES_MIN)
+    assert shares_with(500) == (tun6.BATCH_BYTES_MIN, tun6.BATCH_FRAMES_MIN)
+    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
+
+
+def test_what_waits_is_sent_although_packets_come_without_end() -> None:
+    full, one = True, frame(1, size=LARGEST)
+
+    def read(view: memoryview) -> int:
+        view[: len(one)] = one
+        return len(one)
+
+    send_queue = tun6.SendQueue(lambda data: None if full else len(data), False)
+    near, far = socket.socketpair()
+    with near, far:
+        far.send(b"packets wait in the TUN")
+        tun = mock.Mock(fd=near.fileno())
+        tun.file.readinto = read
+        pump = spawn(tun6.pump_tun_to_tcp, tun, far.fileno(), send_queue, BOTH, PERMIT_ALL, tun6.TrafficCounters())
+        try:
+            with gevent.Timeout(10):
+                while send_queue._queue.frames < 50:
+                    gevent.sleep(0.001)
+                full = False
+                while send_queue.blocked:
+                    gevent.sleep(0.001)
+        finally:
+            pump.kill()
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------------------
@@ -3940,7 +4656,7 @@ def test_the_end_waits_for_hooks_and_kills_those_that_take_too_long(
 def test_a_hook_that_is_not_there_or_not_executable_stops_the_start(tmp_path: Path, section: str) -> None:
     make: Callable[[str], object] = {
         "server": lambda hook: tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL, hook=hook)),
-        "client": lambda hook: tun6.Client(tun6.ClientConfig("192.0.2.1", 1, hook=hook)),
+        "client": lambda hook: tun6.Client(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1, hook=hook)),
     }[section]
     path = tmp_path / "hook"
     for prepare, complaint in ((path.touch, "it is not executable; `chmod"), (path.unlink, "no such file"), (path.mkdir, "no such file")):
@@ -4302,6 +5018,18 @@ def test_who_was_sent_away_at_the_last_moment_is_not_served(admission: Admission
     assert (server.sessions, server.store.pool.owners()) == ({}, [])
 
 
+@pytest.mark.parametrize("about", ["disk", "store"])
+def test_who_asks_while_nothing_new_can_be_kept_is_told_so_unless_it_has_a_prefix(about: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, stream = tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL)), mock.Mock()
+    monkeypatch.setattr(server, "_leave_admission", lambda: None)
+    server.store.assign("known")
+    monkeypatch.setitem(tun6.standing_warnings, about, "it can't be reached")
+    server._answer_dry(stream, "peer", tun6.Hello("known", None, "", True), b"")
+    assert json.loads(stream.send.call_args[0][0]) == {"Dry": True, "Prefix": str(subnet(0))}
+    with pytest.raises(tun6.Refusal, match="server-error"):
+        server._answer_dry(stream, "peer", tun6.Hello("new", None, "", True), b"")
+
+
 def test_a_server_remembers_refused_kinds_for_each_id_and_for_no_more_ids_than_clients() -> None:
     server = tun6.Server(tun6.ServerConfig("0.0.0.0", 1, POOL, max_clients=2))
     for id_, kind in (("a", "uso6"), ("b", "uso6"), ("a", "tso6"), ("c", "tso6")):
@@ -4436,19 +5164,150 @@ def test_an_answer_of_a_slow_name_server_counts_at_the_next_attempt(monkeypatch:
 
     monkeypatch.setattr(gevent.socket, "getaddrinfo", look_up)
     monkeypatch.setattr(tun6, "LOOKUP_S", 0.01)
-    client = tun6.Client(tun6.ClientConfig("moved.example", 1))
-    client._last_good = old = [("10.0.0.1", 1)]
-    assert client.find_addresses() == old
-    assert client.find_addresses() == old
+    remote = tun6.Client(tun6.ClientConfig((tun6.RemoteHost("moved.example", None),), 1)).remote
+    with pytest.raises(OSError, match="no name server has answered yet"):  # there is another server to be tried
+        remote.find_addresses(is_last=False)
+    remote.last_good = old = [("10.0.0.1", 1)]
+    assert remote.find_addresses() == old
+    assert remote.find_addresses() == old
     assert len(asked) == 1  # the first goes on
     answer.set()
-    gevent.joinall([cast(Any, client)._lookup])
+    gevent.joinall([cast(Any, remote)._lookup])
     answer.clear()
-    assert client.find_addresses() == [("10.0.0.2", 1), *old]
-    assert client.find_addresses() == old
+    assert remote.find_addresses() == [("10.0.0.2", 1), *old]
+    assert remote.find_addresses() == old
     assert len(asked) == 2
     answer.set()
-    gevent.joinall([cast(Any, client)._lookup])
+    gevent.joinall([cast(Any, remote)._lookup])
+
+
+def test_a_client_with_a_list_begins_with_the_server_that_served_it_last(tmp_path: Path) -> None:
+    remotes = tuple(tun6.RemoteHost(host, None) for host in ("a.example", "b.example", "c.example"))
+    config = tun6.ClientConfig(remotes, 1, file=str(tmp_path / "config.ini"))
+    last = tmp_path / "config.ini.last-server"
+
+    def first() -> set[str]:
+        return {tun6.Client(config).remote.name for _ in range(30)}
+
+    assert len(first()) == 3
+    for host in ("b.example", "c.example"):
+        client = cast(Any, tun6.Client(config))
+        client._remember_last(next(remote for remote in client.remotes if remote.host == host))
+        running = client._remembering
+        client._remember_last(next(remote for remote in client.remotes if remote.host != host))
+        assert client._remembering is running  # however long the disk takes, one thread waits for it
+        wait_until("it is remembered", lambda host=host: gevent.sleep(0.01) or (last.exists() and host in last.read_text()))  # type: ignore[misc]
+        assert first() == {f"{host} port 1"}
+    for text in (b"d.example port 1\n", b"", b"\xff"):
+        last.write_bytes(text)
+        assert len(first()) == 3
+    last.unlink()
+    last.mkdir()
+    assert len(first()) == 3
+
+
+def failed(failover: tun6.Failover, *codes: str, session_s: float | None = None) -> list[int]:
+    """The servers that were tried and failed, one for each of these codes; the first of them after a session of this length."""
+    tried = []
+    for code in codes:
+        tried.append(failover.server)
+        failover.note_failure(tun6.Failure(code, "why"), session_s)
+        session_s = None
+    return tried
+
+
+def test_one_server_after_the_other_is_tried_at_once_and_there_is_a_pause_when_all_have_failed() -> None:
+    failover = tun6.Failover(3)
+    for _ in range(3):
+        first = failed(failover, "")
+        assert 0 <= failover.pause() <= 0.3
+        second = failed(failover, "?")
+        assert 0 <= failover.pause() <= 0.3 and failover.is_last
+        third = failed(failover, "denied")
+        assert 1 <= failover.pause() <= 3 and not failover.is_last
+        assert sorted(first + second + third) == [0, 1, 2]
+
+
+def test_clients_begin_with_a_server_at_random_and_wait_at_random() -> None:
+    assert {tun6.Failover(3).server for _ in range(200)} == {0, 1, 2}
+    failover = tun6.Failover(2)
+    failed(failover, "")
+    pauses = [failover.pause() for _ in range(500)]
+    assert 0 <= min(pauses) < 0.05 and 0.25 < max(pauses) <= 0.3
+
+
+def test_the_server_whose_session_ended_goes_last_and_all_have_their_turn_anew() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "", "")
+    good = failover.server
+    assert failed(failover, "", session_s=100) == [good] and not failover.is_last
+    others = failed(failover, "", "")
+    assert good not in others and failover.pause() <= 0.3 and failover.is_last
+    assert failed(failover, "") == [good]
+    assert failover.pause() >= 1
+    single = tun6.Failover(1)
+    failed(single, "", session_s=100)
+    assert single.pause() >= 1
+
+
+def test_sessions_that_end_at_once_on_every_server_are_no_reason_to_spin() -> None:
+    failover = tun6.Failover(2)
+    for _ in range(5):
+        failed(failover, "", session_s=0.1)
+        assert failover.pause() <= 0.3
+        failed(failover, "", session_s=0.1)
+        assert failover.pause() >= 1
+
+
+def test_only_when_every_server_has_refused_for_good_there_is_a_long_pause() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "denied", "revoked", "")
+    assert (failover.pause_s, failover.is_final) == (2, False)
+    failed(failover, "denied", "revoked")
+    assert (failover.pause_s, failover.is_final) == (0, False)
+    failed(failover, "tls-required")
+    assert (failover.pause_s, failover.is_final) == (60, True)
+    single = tun6.Failover(1)
+    failed(single, "denied")
+    assert (single.pause_s, single.is_final) == (60, True)
+
+
+@pytest.mark.parametrize("codes", [["busy"], ["moved", "moved"], ["moved", ""], ["busy", "denied", "moved"]])
+def test_where_a_server_is_busy_or_sends_all_away_the_pauses_double_up_to_half_a_minute(codes: list[str]) -> None:
+    failover, pauses = tun6.Failover(len(codes)), []
+    for _ in range(6):
+        failed(failover, *codes)
+        pauses.append(failover.pause_s)
+    assert pauses == [2, 4, 8, 16, 30, 30]
+    failed(failover, *("" for _ in codes))
+    assert failover.pause_s == 2
+    failed(failover, *codes)
+    failed(failover, *codes, session_s=0.1)  # who was served starts anew
+    assert failover.pause_s == 2
+
+
+def test_after_a_fault_of_the_clients_own_machine_it_goes_back_to_the_same_server_after_a_pause() -> None:
+    failover = tun6.Failover(3)
+    failed(failover, "busy")
+    serves = failover.server
+    failover.note_failure(tun6.Failure("?", "the device is gone"), 100, is_ours=True)
+    assert (failover.server, failover.pause_s, list(failover.failures)) == (serves, 2, [serves])
+
+
+@given(st.integers(1, 5), st.lists(st.tuples(st.sampled_from(["", "?", "denied", "busy", "moved"]), st.sampled_from([None, 0.1, 9.0]))))
+def test_whatever_the_servers_do_none_is_left_out_and_no_client_spins(servers: int, events: list[tuple[str, float | None]]) -> None:
+    failover, without_pause = tun6.Failover(servers), 0
+    tried: list[int] = []
+    for code, session_s in events:
+        tried.append(failover.server)
+        assert len(set(tried[-servers:])) == min(len(tried), servers)
+        is_last = failover.is_last
+        failover.note_failure(tun6.Failure(code, "why"), session_s)
+        lasted = (session_s or 0) >= 2
+        assert is_last == (failover.pause_s > 0) or lasted
+        without_pause = 0 if failover.pause_s or lasted else without_pause + 1
+        assert without_pause < servers
+        assert failover.pause_s <= 60
 
 
 def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4459,7 +5318,7 @@ def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> No
         if len(pauses) == 300:
             raise gevent.GreenletExit
 
-    client = tun6.Client(tun6.ClientConfig("192.0.2.1", 1))
+    client = tun6.Client(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1))
     monkeypatch.setattr(client, "_open_tun", lambda: None)
     monkeypatch.setattr(client, "_run_session", mock.Mock(side_effect=OSError(errno.ECONNREFUSED, "refused")))
     monkeypatch.setattr(client._kernel, "remove_stale", lambda: None)
@@ -4468,6 +5327,54 @@ def test_clients_do_not_try_again_in_step(monkeypatch: pytest.MonkeyPatch) -> No
         client.run()
     assert 1 <= min(pauses) < 1.2 and 2.8 < max(pauses) <= 3
     assert 1.9 < statistics.mean(pauses) < 2.1
+
+
+def test_the_doctor_knows_the_last_id_of_a_client_that_is_a_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("etc", "var"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(tun6, "CONFIG_FOLDER", tmp_path / "etc")
+    monkeypatch.setattr(tun6, "STATE_FOLDER", tmp_path / "var")
+    monkeypatch.setattr(tun6, "default_id", lambda: MAC)
+
+    def warned(config: Path) -> list[str]:
+        caplog.clear()
+        assert (
+            tun6.ClientDoctor(tun6.ClientConfig((tun6.RemoteHost("192.0.2.1", None),), 1, file=str(config)))._check_Id()
+            == f"this machine is {MAC!r}"
+        )
+        return re.findall("was (.*) at the last start", caplog.text)
+
+    config, by_hand = tmp_path / "etc/config.ini", tmp_path / "config.ini"
+    Path(f"{config}.last-id").write_text("by hand\n")
+    assert warned(config) == ["by hand"]
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "var"))
+    tun6.warn_of_another_id(tun6.path_of_last("id", str(config)), "of the service", remember=True)
+    monkeypatch.delenv("STATE_DIRECTORY")
+    assert warned(config) == ["of the service"]
+    assert warned(by_hand) == []
+
+
+def test_what_a_drain_has_begun_is_over_when_it_is_stopped_or_another_one_begins() -> None:
+    server = cast(Any, tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL)))
+
+    def ended() -> int:
+        return sum(session.ending for session in server.sessions.values())
+
+    for begins in (None, 3600):
+        server.sessions.update({f"client {number}": tun6.Session("a peer") for number in range(4)})
+        server.drain(0.2)
+        assert server.state() == f"draining, {POOL} on 127.0.0.1 port 1: 4 clients"
+        gevent.sleep(0.01)
+        assert ended() >= 1  # the first one goes at once
+        server.drain(begins)
+        left = ended()
+        gevent.sleep(0.3)
+        assert ended() <= left + (begins is not None)
+    assert "drain" in tun6.standing_warnings
+    server.drain(None)
+    assert "drain" not in tun6.standing_warnings and not server.state().startswith("draining")
 
 
 def test_what_the_servers_end_undoes_while_ip_runs_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4519,6 +5426,34 @@ def status_by_hand(clients: int, id_: str = "{:02x}:22:33:44:55:66") -> dict[str
         "received_packets": 7, "sent_packets": 8, "drops": {"multicast": 3}, "handshakes": {"denied": 2}, "certificate": None,
         "warnings": ["a warning that is <b>long</b> " * 9], "clients": entries, "limit": None,
     }  # fmt: skip
+
+
+CLUSTER_BY_HAND: dict[str, Any] = {
+    "store": {"address": "postgresql://db/tun6", "down": None, "seconds": 90, "owed": 3, "unsettled": 1},
+    "servers": [
+        {"name": "a", "address": "192.0.2.1", "here": True, "heard": 0.4, "sessions": 2},
+        {"name": "b", "address": "192.0.2.2", "here": False, "heard": 75.2, "sessions": 1},
+    ],
+}
+
+
+def test_the_status_of_a_cluster_shows_its_store_its_servers_and_who_has_whom() -> None:
+    status = {**status_by_hand(2), **CLUSTER_BY_HAND}
+    assert [status["clients"][0].setdefault("server", "a"), status["clients"][1].setdefault("server", "b")] == ["a", "b"]
+    del status["clients"][1]["session"]
+    status["clients"][1]["since"] = time.time() - 7201
+    lines = tun6.format_status(status, 100)
+    assert lines[2:5] == [
+        "store    postgresql://db/tun6, up for 1m30s; owed: 3 changes, 1 sessions",
+        "         a: 192.0.2.1, 2 connected, this one",
+        "         b: 192.0.2.2, 1 connected, heard 1m15s ago",
+    ]
+    table = [line.split() for line in lines[lines.index("") + 1 :]]
+    assert table[0][:5] == ["id", "prefix", "server", "since", "rcvd/s"]
+    assert table[2][:5] == ["01:22:33:44:55:66", str(subnet(1)), "b", "2h00m", "-"]
+    status["store"] = {**CLUSTER_BY_HAND["store"], "down": "no answer within 2 s"}
+    assert "down for 1m30s: no answer within 2 s; owed" in tun6.format_status(status, 100)[2]
+    assert "down for 1m30s" in tun6.render_page(status, [])
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
@@ -4772,7 +5707,7 @@ def dashboard_queries() -> list[str]:
 
 def test_the_dashboard_asks_only_for_metrics_that_there_are_and_for_each_of_them() -> None:
     texts = [answer_of(web_of(status), "/metrics")[2] for status in (
-        {**status_by_hand(3), "certificate": {"begins": 1, "expires": 2}}, client_status_by_hand()
+        {**status_by_hand(3), "certificate": {"begins": 1, "expires": 2}, **CLUSTER_BY_HAND}, client_status_by_hand()
     )]  # fmt: skip
     names = {name for text in texts for name, _ in scraped(text)}
     asked = set(re.findall(r"\b(?:tun6|process)_\w+", " ".join(dashboard_queries())))
@@ -4904,10 +5839,31 @@ def test_install_puts_a_new_server_in_place_once_and_takes_it_away_but_for_its_s
     ]  # fmt: skip
     control = "/run/tun6-client/client.sock"
     assert machine.config("client") == {"remotehost": "tun6.example", "remoteport": "10001", "control": control}
+    assert machine.install("client", "--remote", "a.example:443, b.example") == ["wrote /etc/tun6/config.ini"]
+    assert machine.config("client") == {"remotehost": "a.example:443, b.example", "remoteport": "10001", "control": control}
     assert machine.config("server")["mtu"] == "1400"
     assert "removed /opt/tun6" not in machine.install("server", "--remove")
     assert "removed /opt/tun6" in machine.install("client", "--remove")
     assert sorted(machine.files()) == ["etc/tun6/config.ini", "var/lib/tun6/server.pem"]
+
+
+def test_install_puts_a_server_of_a_cluster_in_place_without_files_of_assignments(machine: FileRoot) -> None:
+    shutil.copy(Path(tun6.__file__).with_name("config.ini"), machine.here)
+    store = ["--set", "store=postgresql://tun6:secret@db/tun6"]
+    machine.install("server", "--prefix", "2001:db8:7::/48", *store, *EXAMPLE)
+    state = {"cert": "/var/lib/tun6/server.pem", "store_cache": "/var/lib/tun6/store-cache.json"}
+    config = machine.config("server")
+    assert {key: config.get(key) for key in (*state, "assignments", "keys")} == {**state, "assignments": None, "keys": None}
+    files = machine.files()
+    assert files["etc/tun6/config.ini"] == 0o640  # it has the password
+    assert files["var/lib/tun6/server.pem"] == 0o600
+    assert machine.install("server") == []
+    (machine.root / "etc/tun6/old.json").write_text("{}")
+    (complaint,) = machine.install("server", "--set", "assignments=old.json", status=2)
+    assert re.search(
+        "has a store, and beside it assignments = .*old.json; take them into the store with `tun6.py cluster import`", complaint
+    )
+    assert machine.files() == {**files, "etc/tun6/old.json": mock.ANY}
 
 
 def test_install_uses_the_program_and_the_unit_of_debians_package(machine: FileRoot) -> None:
@@ -4971,12 +5927,16 @@ def test_the_address_that_clients_add_prints_is_the_operators_or_the_kernels() -
     assert tun6.public_address(dataclasses.replace(config, localhost="10.0.0.1")) == "10.0.0.1"
     for address, edit in (("10.0.0.1", "unless it is"), ("9.9.9.9", "where the client sees"), ("tun6.example", "where the client sees")):
         assert f"# EDIT THIS {edit}" in tun6.format_client_section({**JOINED, "remotehost": address}, "p")
+    for hosts, edit in (("a.example, 10.0.0.1:443", "unless it is"), ("9.9.9.9:1, a.example", "where the client sees")):
+        assert f"# EDIT THIS {edit}" in tun6.format_client_section({**JOINED, "remotehost": hosts}, "p")
 
 
 def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_existed(machine: FileRoot) -> None:
     config = machine.here / "config.ini"
     settings = {**SERVER, "assignments": "who.json", "keys": "keys.json", "cert": "cert.pem"}
-    for name, text in (("who.json", '{"a": "2001:db8:1:2::/64"}'), ("who.json.bak", "{}"), ("keys.json", "{}")):
+    for name, text in (
+        ("who.json", '{"a": "2001:db8:1:2::/64"}'), ("who.json.bak", "{}"), ("who.json.limits", '{"a": 1000000}'), ("keys.json", "{}"),
+    ):  # fmt: skip
         (machine.here / name).write_text(text)
     make_certificate(machine.here / "cert.pem")
     inode = (machine.here / "who.json").stat().st_ino
@@ -4990,7 +5950,7 @@ def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_ex
         assert "in use by another tun6 server" in machine.install("server", status=2)[0]
     said = machine.install("server")
     state = machine.root / "var/lib/tun6"
-    assert sorted(os.listdir(state)) == ["cert.pem", "keys.json", "who.json", "who.json.bak"]
+    assert sorted(os.listdir(state)) == ["cert.pem", "keys.json", "who.json", "who.json.bak", "who.json.limits"]
     assert (state / "who.json").stat().st_ino == inode
     assert sorted(os.listdir(machine.here)) == ["config.ini", "who.json.lock"]
     assert machine.config("server")["assignments"] == "/var/lib/tun6/who.json"
@@ -5014,6 +5974,18 @@ def test_install_takes_over_a_config_ini_but_for_the_other_sides_example(machine
             here.install(role, option)
             made = (here.root / "etc/tun6/config.ini").read_text()
             assert (f"\n[{role}]\n" in made, f"\n[{other}]\n" in made, "\n#mtu = 1500\n" in made) == (True, kept, True)
+
+
+def test_install_says_which_interface_is_not_there(machine: FileRoot) -> None:
+    client = ("client", "--remote", "tun6.example", "--set")
+    assert not [line for line in machine.install(*client, "lan=eth7") if "warning" in line]  # it is no machine that runs
+    (machine.root / "sys/class/net/eth0").mkdir(parents=True)
+    assert not [line for line in machine.install(*client, "lan=eth0") if "warning" in line]
+    what = "there is no such interface now, see `ip link`"
+    later = f"warning: lan = eth7: {what}; the LAN is served as soon as there is one"
+    assert later in machine.install(*client, "lan=eth7")
+    needed = f"warning: ndp = eth7: {what}; the server does not start without it"
+    assert needed in machine.install("server", "--prefix", "2001:db8:7::/48", "--set", "ndp=eth7", *EXAMPLE)
 
 
 class AnotherServer(SocketOwner):
@@ -5090,14 +6062,16 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "localhost": "192.0.2.1", "listenport": 10000, "prefixrange": POOL,
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
-        "client_to_client": True, "documentation_addresses": True, "address": None, "hook": None, "ndp": None, "log": "text",
-        "metrics": None, "metrics_clients": False, "dead_after": 35, "limit": None, "file": path,
+        "client_to_client": True, "documentation_addresses": True, "address": None, "fingerprint": (), "hook": None, "ndp": None,
+        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35, "limit": None,
+        "store": None, "store_cache": "store-cache.json", "name": "",
+        "file": path,
     }  # fmt: skip
     assert dataclasses.asdict(tun6.read_config(path, "client")) == {
-        "remotehost": "tun6.example", "remoteport": 10000,
+        "remotehost": (("tun6.example", None),), "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
-        "fingerprint": None, "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
+        "fingerprint": (), "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
         "documentation_addresses": False, "dead_after": 35, "file": path,
     }  # fmt: skip
 
@@ -5114,7 +6088,11 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "tun", "t" * 11 + "%d", "t" * 11 + "%d"),
         ("server", "mtu", "1280", 1280),
         ("server", "max_clients", "1", 1),
-        ("client", "remotehost", "10.0.0.7", "10.0.0.7"),
+        ("client", "remotehost", "10.0.0.7", (("10.0.0.7", None),)),
+        ("client", "remotehost", "a.example,10.0.0.7:443 , b, b", (("a.example", None), ("10.0.0.7", 443), ("b", None))),
+        ("client", "fingerprint", f"sha256:{'0F' * 32}, SHA256:{'a1:' * 31}a1", (f"sha256:{'0f' * 32}", f"sha256:{'a1' * 32}")),
+        ("server", "address", "a.example, 10.0.0.7:443", "a.example, 10.0.0.7:443"),
+        ("server", "fingerprint", f"sha256:{'0f' * 32}", (f"sha256:{'0f' * 32}",)),
         ("server", "ndp", "enp1s0.100", "enp1s0.100"),
         ("client", "id", "my raspberry é", "my raspberry é"),
         ("client", "tun", "t" * 15, "t" * 15),
@@ -5151,7 +6129,9 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("server", "tun", text, "one %d") for text in ("tun6", "a%db%d", "t" * 12 + "%d", "a/%d", "a b%d", "%s")],
         *[(section, "mtu", text, "from 1280 to 65500") for section in REQUIRED for text in ("1279", "65501", "big")],
         *[("server", "max_clients", text, "whole number from 1") for text in ("0", "-5", "many")],
-        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "x:1", "a..b", "x" * 64)],
+        *[("client", "remotehost", text, "name or the IPv4") for text in ("::1", "a b", "http://x", "a..b", "x" * 64, "a,,b", "a b, c")],
+        *[("client", "remotehost", text, "1 to 65535") for text in ("x:0", "a, x:", "a:1:2", "x:65536")],
+        *[("client", "fingerprint", text, "64 hexadecimal digits") for text in ("0f" * 32, f"sha256:{'0f' * 32},", "sha256:0f")],
         *[("client", "remoteport", text, "whole number from 1 to 65535") for text in ("0", "x")],
         *[("client", "id", text, "1 to 64 printable") for text in ("x" * 65, "a\tb", "a\x1bb")],
         *[("client", "tun", text, "at most 15 characters") for text in ("t" * 16, "tun%d", "a/b", ".", "..")],
@@ -5683,6 +6663,41 @@ def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel:
         expect_answer(lab, tunnel.pool[1], "Time exceeded")  # without the server, it loops
 
 
+@pytest.mark.parametrize("length", [56, 64])
+@pytest.mark.parametrize("devices", [("newer", "older"), ("older", "newer")])
+def test_of_the_routes_of_two_sessions_the_kernel_takes_the_newer_ones_before_the_pools(
+    lab: Lab, tunnel: Tunnel, devices: tuple[str, str], length: int
+) -> None:
+    def way() -> str:
+        try:
+            return str(re.findall(r"dev (\S+)", lab.ip("server", f"-6 route get {prefix[9]}"))[0])
+        except tun6.KernelError as error:
+            return "rejected" if "No route to host" in str(error) else str(error)
+
+    prefix, epochs = IPv6Network(f"{tunnel.pool[0]}/64"), {"newer": 2, "older": 1}
+    (reject,) = tun6.pool_plan(IPv6Network(f"{tunnel.pool[0]}/{length}"), 1 << 22)  # the largest process id, proc(5)
+    with changed(lab, "server", f"-6 {reject.do}"), ExitStack() as undo:
+        for device in devices:
+            lab.ip("server", f"tuntap add {device} mode tun")
+            undo.callback(lab.ip, "server", f"link del {device}")
+            for step in tun6.server_plan(device, 1500, prefix, tun6.Lease(prefix, epochs[device]).metric):
+                lab.ip("server", f"-6 {step.do}")
+        assert way() == "newer"
+        lab.ip("server", "link set newer down")
+        assert way() == "older"
+        lab.ip("server", "link set older down")
+        assert way() == "rejected"
+
+
+def test_a_client_says_the_last_epoch_that_it_was_told_to_each_server(lab: Lab, tunnel: Tunnel) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        tunnel.client()
+        told: list[tuple[dict[str, object], object]] = [({"Epoch": 7}, None), ({}, 7), ({"Epoch": "x"}, 7), ({"Epoch": 5}, 7), ({}, 5)]
+        for answer, said in told:  # one in no cluster answers none; whoever answers a smaller one knows it better
+            with server.accept([], **answer):
+                assert server.hello.get("Epoch") == said
+
+
 def test_an_address_in_no_lan_of_the_client_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     expect_answer(lab, tunnel.client().prefix()[0xDEAD], "Destination unreachable")
 
@@ -5965,7 +6980,7 @@ def test_a_server_removes_the_route_that_a_killed_one_left_and_not_that_of_one_t
 def test_a_client_started_after_a_killed_one_has_its_prefix_and_removes_its_route(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     def unreachable() -> set[tuple[str, int]]:
         found = json.loads(lab.ip("client", f"-6 -j route show type unreachable proto {tun6.ROUTE_PROTOCOL}"))
-        return {(route["dst"], route["metric"] - tun6.OWNER_BASE) for route in found}
+        return {(route["dst"], route["metric"] - tun6.REJECT_BASE) for route in found}
 
     clients = [tunnel.client()]
     prefix = clients[0].prefix()
@@ -6352,6 +7367,328 @@ def test_serving_says_how_many_assignments_there_are(tunnel: Tunnel, server: Pro
     tunnel.visit("a")
     server.stop()
     tunnel.server().wait_for(r" serving .*, with 1 assignments")
+
+
+# ---- end to end: several servers -------------------------------------------------------------------------------------
+
+
+class Pair:
+    """Two servers on the server's host, each on its own port, where the same clients have the same prefixes."""
+
+    def __init__(self, tunnel: Tunnel, number: int = 2) -> None:
+        self._tunnel = tunnel
+        self.known = {"c": f"{tunnel.pool[0]}/64", "d": f"{tunnel.pool[1 << 64]}/64"}
+        self.ports = [tunnel.port, *(10_000 + next(Tunnel._numbers) for _ in range(number - 1))]
+        self.list = ", ".join(f"{Lab.SERVER}:{port}" for port in self.ports)
+        self.servers: list[Program] = [self.start(at) for at in range(number)]
+
+    def start(self, at: int, **settings: object) -> Program:
+        """Starts the server at this place of the list, with the assignments of all."""
+        (self._tunnel._folder / f"assignments-{at}.json").write_text(json.dumps(self.known))
+        usual: dict[str, object] = {"listenport": self.ports[at], "assignments": f"assignments-{at}.json", "tun": f"tun6-{at}-%d"}
+        return self._tunnel.server("server", **{**usual, **settings})
+
+    def client(self, host: str = "client", **settings: object) -> Program:
+        return self._tunnel.client(host, **{"remotehost": self.list, "id": "c", **settings})
+
+    def serving(self, client: Program, times: int = 1, seconds: float = 10) -> int:
+        """The place of the server that the client has when it has connected so many times."""
+        return self.ports.index(int(client.wait_for(r" at \S+ port (\d+): has ", times, seconds)[-1]))
+
+    def names(self, *at: int) -> str:
+        """How the client's log names these, as a pattern."""
+        return "; ".join(f"{Lab.SERVER} port {self.ports[each]}: [^;]*" for each in at)
+
+
+@pytest.fixture
+def pair(tunnel: Tunnel) -> Pair:
+    return Pair(tunnel)
+
+
+@contextmanager
+def steady_stream(lab: Lab, source: str, sink: str, address: str) -> Iterator[list[float]]:
+    """A TCP connection that carries a block each 20 ms, all of which arrive; gives the times when some did."""
+    block = os.urandom(1000)
+    arrivals: list[float] = []
+    with tcp_between(lab, source, sink, address) as (sender, receiver), ThreadPoolExecutor() as threads:
+
+        def receive() -> bytes:
+            data = b""
+            while more := receiver.recv(1 << 16):
+                data += more
+                arrivals.append(time.monotonic())
+            return data
+
+        sent: list[None] = []
+        received = threads.submit(receive)
+        with repeated(lambda: sent.append(sender.sendall(block)), 0.02):  # type: ignore[func-returns-value]
+            wait_until("it flows", lambda: len(arrivals) > 20)
+            yield arrivals
+            until = len(arrivals)
+            wait_until("it flows on", lambda: len(arrivals) > until + 20)
+        sender.shutdown(socket.SHUT_WR)
+        assert received.result(20) == block * len(sent), "the stream did not arrive as it was sent"
+
+
+def longest_stall(arrivals: list[float]) -> float:
+    return max(late - early for early, late in zip(arrivals, arrivals[1:]))
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_when_its_server_is_killed_a_client_goes_on_at_the_next_one_at_once_and_tcp_with_it(lab: Lab, pair: Pair, way: str) -> None:
+    client = pair.client()
+    first = pair.serving(client)
+    own = str(client.prefix()[1])
+    ends = ("client", "internet", Lab.INTERNET) if way == "up" else ("internet", "client", own)
+    with steady_stream(lab, *ends) as arrivals:
+        pair.servers[first].kill()
+        assert pair.serving(client, 2) == 1 - first
+    assert longest_stall(arrivals) < 3  # mostly 0.3; an attempt of its own would come after 1 to 3 s
+    assert addresses(lab) == [f"{own}/128"]
+    client.said(f"WARNING no connection to {pair.names(first)}; trying {Lab.SERVER} port {pair.ports[1 - first]} now", 1)
+    assert len(re.findall("WARNING no connection", client.log())) == 1
+    assert "trying again" not in client.log()
+    pair.start(first)  # which clears up after the killed one
+    assert asked(client.config, "status")["server"] == f"{Lab.SERVER} port {pair.ports[1 - first]}"
+
+
+def test_when_no_server_serves_the_log_says_it_once_and_the_first_that_is_back_is_taken(pair: Pair) -> None:
+    client = pair.client()
+    first = pair.serving(client)
+    for server in pair.servers:
+        server.stop()
+    client.wait_for(f"DEBUG no connection to any server: {pair.names(0, 1)}; trying again every 2 s", 2)
+    warnings = re.findall("WARNING no connection to (.*)", client.log())
+    assert len(warnings) == 2, warnings  # the end of the session, and that there is no other server
+    assert re.fullmatch(f"any server: {pair.names(0, 1)}; trying again every 2 s", warnings[1])
+    pair.servers[first].start()
+    assert pair.serving(client, 2) == first
+
+
+def test_a_server_that_does_not_answer_is_tried_last_and_holds_nobody_up_for_long(lab: Lab, tunnel: Tunnel, pair: Pair) -> None:
+    client = pair.client()
+    dead = pair.serving(client)
+    port = pair.ports[dead]
+    with black_hole(lab, port):
+        with repeated(lambda: lab.pings("client"), 0.1):
+            assert pair.serving(client, 2) == 1 - dead
+        wait_until("the session has lasted", lambda: asked(client.config, "status")["state_seconds"] > tun6.RETRY_S)
+        lab.ip("server", f"link del {next(name for name in server_devices(lab) if name.startswith(f'tun6-{1 - dead}-'))}")
+        assert pair.serving(client, 3, 20) == 1 - dead
+        client.said(f"WARNING no connection to {pair.names(1 - dead)}; trying {Lab.SERVER} port {port} now", 1)
+        client.said(f"DEBUG no connection to {Lab.SERVER} port {port}: no answer within 3 s; trying ", 1)
+        assert "trying again" not in client.log()
+        starting = pair.client("second", id="d", tun="tun6-d")  # as a client that begins with the dead one
+        assert pair.serving(starting) == 1 - dead
+    with repeated(lambda: lab.pings("client"), 0.1):  # the dead one is not out for ever
+        pair.servers[1 - dead].stop()
+        assert pair.serving(client, 4) == dead
+
+
+def test_one_servers_refusal_for_good_does_not_keep_a_client_from_the_other(tunnel: Tunnel, site: Site, pair: Pair) -> None:
+    pair.servers[0].stop()
+    keyed = pair.start(0, **{**site.settings, "assignments": "assignments-0.json"})
+    client = pair.client()
+    assert pair.serving(client) == 1
+    pair.servers[1].stop()
+    client.wait_for(f"WARNING no connection to any server: {Lab.SERVER} port {pair.ports[0]}: tls-required: .*; .*; trying again every 2 s")
+    pair.start(1)
+    assert pair.serving(client, 2) == 1
+    keyed.stop()
+    pair._tunnel._programs[-1].stop()
+    both = [pair.start(at, **{**site.settings, "assignments": f"assignments-{at}.json"}) for at in (0, 1)]
+    client.wait_for(
+        "WARNING no connection to any server: .*tls-required.*tls-required.*; the server won't .* that; trying again every 60 s"
+    )
+    for server in both:
+        assert len(re.findall("tls-required", server.log())) <= 2
+
+
+def test_only_a_client_with_a_list_says_that_it_may_be_sent_to_another_server(lab: Lab, tunnel: Tunnel) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        for remotehost, moved in ((Lab.SERVER, None), (f"{Lab.SERVER}, {Lab.SERVER}:1", True)):
+            client = tunnel.client(id="c", remotehost=remotehost)
+            sock, _ = server.sock.accept()
+            with sock:
+                sock.settimeout(10)
+                assert json.loads(sock.recv(4096)).get("Moved") is moved
+            client.stop()
+
+
+@contextmanager
+def black_hole(lab: Lab, port: int) -> Iterator[None]:
+    """The server's host resets connections to this port, and answers no new one."""
+    rules = f"tcp dport {port} tcp flags & (syn | ack) == syn drop; tcp dport {port} reject with tcp reset"
+    done = lab.run("server", "nft", f"table ip hole {{ chain in {{ type filter hook input priority 0; {rules}; }}; }}")
+    assert done.returncode == 0, done.stderr
+    try:
+        yield
+    finally:
+        lab.run("server", "nft", "delete table ip hole")
+
+
+def drained(server: Program, *options: str) -> str:
+    """What `tun6.py drain` says."""
+    done = run_tun6("drain", "-c", str(server.config), *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def status_while_draining(server: Program) -> dict[str, Any]:
+    done = run_tun6("status", "-c", str(server.config), "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    return dict(json.loads(done.stdout))
+
+
+def test_a_server_that_drains_sends_its_clients_to_others_and_none_is_long_without_a_tunnel(lab: Lab, tunnel: Tunnel, pair: Pair) -> None:
+    old, new = pair.servers
+    new.stop()
+    clients = {"c": pair.client(), "d": pair.client("second", id="d", tun="tun6-d")}
+    legacy, single = tunnel.peer("legacy").connected(), tunnel.client("second", id="single", tun="tun6-s")
+    for client in (*clients.values(), single):
+        client.prefix()
+    pair.start(1)
+    with steady_stream(lab, "client", "internet", Lab.INTERNET) as arrivals:
+        said = drained(old, "--minutes", "0.03")
+        assert "its 4 sessions end within 0.03 minutes" in said
+        for client in clients.values():
+            assert pair.serving(client, 2) == 1
+        assert legacy.ended() in ("closed", "reset")
+    assert longest_stall(arrivals) < 3
+    for client in clients.values():
+        assert "trying again" not in client.log()
+    single.wait_for("WARNING no connection to .*: busy: this server is being drained; trying again every 2 to 30 s")
+    old.wait_for("INFO drained: all sessions that there were have ended")
+    old.said(
+        "WARNING draining since .*: newcomers are sent to other servers, and 4 sessions end within 2 s; `tun6.py drain --stop` ends", 1
+    )
+    for hello, code in (
+        ({}, "busy"),
+        ({"Moved": True}, "moved"),
+        ({"Moved": True, "Dry": True, "Offload": []}, "moved"),
+        ({"Moved": 1}, "busy"),
+    ):
+        with tunnel.connect() as peer:
+            peer.sock.sendall(json.dumps({"Id": "c", **hello}).encode())
+            assert peer.answer() == {"Error": code, "Text": "this server is being drained"}
+    status = status_while_draining(old)
+    assert (status["state"], status["sessions"]) == ("draining", 0)
+    assert status["warnings"][-1].startswith("draining since ")
+    assert drained(old, "--stop") == "The server serves newcomers again.\n"
+    status = status_of(old)
+    assert (status["state"], [each for each in status["warnings"] if each.startswith("draining")]) == ("up", [])
+    single.prefix(2, seconds=30)
+    for client in clients.values():  # nobody is sent back
+        assert len(re.findall(": has ", client.log())) == 2
+
+
+def test_a_restart_ends_a_drain_and_a_signal_begins_none(tunnel: Tunnel, pair: Pair) -> None:
+    server = pair.servers[0]
+    drained(server, "--minutes", "60")
+    assert tunnel.refusal("c")["Error"] == "busy"
+    assert server.stop() < SERVER_ENDS_S
+    server.start()
+    server.wait_for(" serving ", 2)
+    tunnel.visit("c")
+    client = pair.client()
+    pair.serving(client)
+    server.stop()
+    assert "moved" not in client.log() and server.log().count("draining since") == 1
+
+
+def test_sessions_of_a_server_that_drains_end_one_by_one_and_a_second_drain_takes_its_own_time(tunnel: Tunnel, server: Program) -> None:
+    peers = tunnel.crowd(4)
+    drained(server, "--minutes", "60")
+    wait_until("one has gone", lambda: status_while_draining(server)["sessions"] == 3)  # the next one would go after 15 minutes
+    with ThreadPoolExecutor() as threads:
+        ends = [threads.submit(peer.ended) for peer in peers]
+        wait_until("one hears it", lambda: sum(end.done() for end in ends) == 1)
+        drained(server, "--minutes", "0")
+        assert {end.result(10) for end in ends} <= {"closed", "reset"}
+    wait_until("all have gone", lambda: status_while_draining(server)["sessions"] == 0)
+    assert sum(warning.startswith("draining") for warning in status_while_draining(server)["warnings"]) == 1
+
+
+def test_a_client_that_all_servers_send_away_does_not_spin_and_is_served_when_one_has_ended_that(tunnel: Tunnel, pair: Pair) -> None:
+    client = pair.client()
+    pair.serving(client)
+    for server in pair.servers:
+        drained(server, "--minutes", "0")
+    client.wait_for(f"WARNING no connection to any server: {pair.names(0, 1)}; trying again every 2 to 30 s")
+    client.wait_for("DEBUG no connection to any server", 2, 20)
+    times = [
+        int(minute) * 60 + float(second.replace(",", "."))
+        for minute, second in re.findall(r":(\d\d):(\S+) \w+ no .* any server", client.log())
+    ]
+    assert (times[2] - times[0]) % 3600 >= 3  # pauses of 2 s and 4 s on average
+    for server in pair.servers:
+        assert 3 <= len(re.findall("refused, moved", server.log())) <= 5
+    drained(pair.servers[0], "--stop")
+    assert pair.serving(client, len(re.findall(": has ", client.log())) + 1, 40) == 0
+
+
+def test_drain_needs_a_server_that_runs_and_a_time_that_makes_sense(tunnel: Tunnel) -> None:
+    config = str(tunnel.config("server"))
+    assert only_line(run_tun6("drain", "-c", config), 1).startswith("tun6: no server listens at ")
+    for minutes in ("-1", "nan", "1e9", "1441", "soon"):
+        done = run_tun6("drain", "-c", config, f"--minutes={minutes}")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith("error: argument --minutes: must be a number from 0 to 1440\n")
+
+
+def test_two_servers_that_give_other_prefixes_are_of_use_too_and_hook_and_routes_follow(
+    lab: Lab, tunnel: Tunnel, pair: Pair, tmp_path: Path
+) -> None:
+    prefixes = [prefix_of_pool(tunnel, 0), prefix_of_pool(tunnel, 7)]
+    pair.servers[1].stop()
+    pair.known["c"] = str(prefixes[1])
+    servers = [pair.servers[0], pair.start(1)]
+    hook = hook_file(tmp_path, 'echo "$TUN6_EVENT $TUN6_PREFIX $TUN6_PEER" >> $OUT')
+    client = pair.client(hook=hook)
+    expected: list[str] = []
+    at = pair.serving(client)
+    for times in range(2, 5):
+        peer = f"{Lab.SERVER} port {pair.ports[at]}"
+        expected += [f"prefix {prefixes[at]} {peer}", f"up {prefixes[at]} {peer}", f"down {prefixes[at]} {peer}"]
+        assert addresses(lab) == [f"{prefixes[at][1]}/128"]
+        ping(lab, "client")
+        servers[at].stop()
+        at = 1 - at
+        assert (pair.serving(client, times), client.prefix(times)) == (at, prefixes[at])
+        servers[1 - at].start()
+        servers[1 - at].wait_for(" serving ", times // 2 + 1)
+    wait_until("the hook ran", lambda: told(tmp_path)[: len(expected)] == expected)
+
+
+def test_a_token_carries_the_list_of_servers_and_certificates_and_each_lets_its_client_in(
+    lab: Lab, tunnel: Tunnel, site: Site, tmp_path: Path
+) -> None:
+    other, ports = Site(tunnel, "other"), (tunnel.port, 10_000 + next(Tunnel._numbers))
+    address = f"{Lab.SERVER}, {Lab.SERVER}:{ports[1]}"
+    server = site.serve(address=address, fingerprint=other.fingerprint)
+    added = site.clients("add", "c")
+    token = tun6.decode_token(added["token"])
+    assert (token["remotehost"], token["remoteport"]) == (address, str(ports[0]))
+    assert token["fingerprint"] == added["fingerprint"] == f"{site.fingerprint}, {other.fingerprint}"
+    named = run_tun6("clients", "-c", str(site.config), "add", "d", "--address", "a.example, b.example:443")
+    assert "\nremotehost = a.example, b.example:443\n" in named.stdout
+    assert "--address a,, b: it must be the name or the IPv4 address of a server" in site.complaint("add", "e", "--address", "a,, b")
+    assert "e" not in {entry["id"] for entry in site.clients("list")}
+    shutil.copy(site.keys, other.keys)  # as an operator does
+    shutil.copy(site.assignments, other.assignments)
+    second = other.serve(listenport=ports[1], tun="tun6-other-%d")
+    client = tunnel.client(**cast(dict[str, Any], token))
+    for times in (1, 2):
+        serving = ports.index(int(client.wait_for(r" at \S+ port (\d+): has .*, over TLS", times)[-1]))
+        (server, second)[serving].stop()
+        assert client.prefix(times + 1) == IPv6Network(added["prefix"])
+        (server, second)[serving].start()
+        (server, second)[serving].wait_for(" serving ", 2)
+    stranger = make_certificate(tmp_path / "stranger.pem")
+    wrong = tunnel.client("second", **{**cast(dict[str, Any], token), "id": "d", "tun": "tun6-w", "fingerprint": stranger})
+    wrong.wait_for(
+        f"WARNING no connection to any server: .*another fingerprint, {site.fingerprint}; .*another fingerprint, {other.fingerprint}"
+    )
 
 
 # ---- end to end: hooks -----------------------------------------------------------------------------------------------
@@ -8119,6 +9456,101 @@ def test_another_certificate_is_told_even_when_the_outage_began_with_silence(sit
     site.serve(keys=None)
     client.wait_for("no connection to .* another fingerprint")
     assert "WARNING no connection" in next(line for line in client.log().splitlines() if "another fingerprint" in line)
+
+
+# ---- end to end: one pool --------------------------------------------------------------------------------------------
+
+
+def routes_to(lab: Lab, prefix: IPv6Network) -> dict[int, str]:
+    """The devices of the server's routes to this /64, by metric."""
+    return {route["metric"]: route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {prefix} type unicast"))}
+
+
+def test_a_client_that_goes_to_another_server_keeps_its_prefix_and_the_newest_session_wins(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    def only_route(epoch: int) -> bool:
+        return list(routes_to(lab, prefix_of_pool(tunnel, 0))) == [tun6.METRIC_MAX - epoch]
+
+    servers, peers = [shared.server(), shared.server()], [shared.peer(0)]
+    assert peers[0].answer()["Epoch"] == 1
+    for epoch in range(2, 6):
+        old, new = epoch % 2, 1 - epoch % 2
+        peers.append(shared.peer(new))
+        assert peers[-1].answer() == {"Prefix": str(prefix_of_pool(tunnel, 0)), "Offload": mock.ANY, "Dry": True, "Epoch": epoch}
+        peers[-1].echo()
+        assert peers[-2].ended() == "closed"
+        servers[old].wait_for(f"'a' from .*: gone, server {tunnel.port + new} has it now", epoch // 2)
+        wait_until("the route of the older session is gone", functools.partial(only_route, epoch))
+
+
+def test_whom_another_server_has_served_meanwhile_is_not_answered(lab: Lab, tunnel: Tunnel, shared: SharedPool) -> None:
+    slow = "make = tun6.Tun.set_offload; tun6.Tun.set_offload = lambda self, kinds: (tun6.gevent.sleep(1), make(self, kinds))[1]"
+    servers = [shared.server(slow), shared.server()]
+    old = shared.peer(0)
+    wait_until("the first has begun", lambda: shared.row()[1] == 1)
+    new = shared.peer(1).connected()
+    assert old.answer() == {"Error": "busy", "Text": "a newer connection has this Id"}
+    servers[0].wait_for(f"refused, busy: server {tunnel.port + 1} has it now")
+    new.echo()
+    assert list(routes_to(lab, new.prefix)) == [tun6.METRIC_MAX - 2]
+
+
+def test_a_legacy_client_of_a_cluster_is_told_nothing_new(shared: SharedPool) -> None:
+    shared.server()
+    peer = shared.peer(0, Offload=None, Epoch=7)
+    assert list(peer.answer()) == ["Prefix"]
+    peer.echo()
+    assert shared.row()[1] == 1
+
+
+def test_a_clients_epoch_counts_only_when_it_proved_its_key(site: Site, shared: SharedPool, tunnel: Tunnel) -> None:
+    key = site.issue("a")
+    shared.server(cert=site.cert, keys=site.keys, keys_required="no")
+    for id_, epoch in (("a", 801), ("b", 1)):
+        with site.connect() as peer:
+            peer.sock.sendall(json.dumps({"Id": id_, "Offload": [], "Epoch": 800, "Key": key}).encode())
+            assert peer.answer()["Epoch"] == epoch
+
+
+def test_while_the_store_is_down_sessions_go_on_known_clients_are_served_and_new_ones_refused(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    server = shared.server()
+    stays = shared.peer(0, "stays").connected()
+    shared.peer(0).connected().close()
+    with shared.down():
+        peer = shared.peer(0)
+        assert peer.answer()["Epoch"] == 2
+        peer.echo()
+        assert shared.peer(0, "new").answer() == {"Error": "server-error", "Text": "the server can't serve a new client at the moment"}
+        stays.echo()
+    wait_until("the store knows of it", lambda: shared.row()[1] == 2)
+    for each in (stays, peer, shared.peer(0, "new").connected()):
+        each.echo()
+    assert not re.search("stays.*gone", server.log())
+
+
+def test_a_session_whose_epoch_is_raised_has_the_new_metric_without_a_gap_and_without_a_warning(
+    lab: Lab, tunnel: Tunnel, shared: SharedPool
+) -> None:
+    server = shared.server()
+    peer = shared.peer(0).connected()
+    peer.echo()
+    with lab.inside("server"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as news:
+        news.bind((0, tun6.DeviceMonitor.GROUPS))
+        shared.change("a", 40, 0)
+        wait_until("the route has its new metric", lambda: list(routes_to(lab, peer.prefix)) == [tun6.METRIC_MAX - 40])
+        kinds = [kind for kind, _ in tun6.split_netlink(news.recv(1 << 16) + news.recv(1 << 16), tun6.DeviceMonitor.MESSAGE_HEADER)]
+    assert kinds == [tun6.DeviceMonitor.NEWROUTE, tun6.DeviceMonitor.DELROUTE]
+    peer.echo()
+    for each, epoch in ((shared.peer(0, "b").connected(), 1), (peer, 40)):
+        device = routes_to(lab, each.prefix)[tun6.METRIC_MAX - epoch]
+        assert f"{device}: somebody" not in server.log()
+        lab.ip("server", f"-6 route del {each.prefix} dev {device}")
+        server.wait_for(f"WARNING TUN device {device}: somebody removed its route; it is back")
+        assert list(routes_to(lab, each.prefix)) == [tun6.METRIC_MAX - epoch]
+        each.echo()
 
 
 # ---- end to end: administration --------------------------------------------------------------------------------------
@@ -10983,6 +12415,16 @@ def test_an_nft_that_hangs_or_fails_keeps_nobody_waiting(lab: Lab, tunnel: Tunne
 QUICK_DOCTOR = ("tun6.POOL_S = 0.5", "tun6.LISTEN_S = 0.5", "tun6.PROVE_AGAIN_S = 0.3", "tun6.CONNECT_S = 1.0", "tun6.HANDSHAKE_S = 3.0")
 
 
+WITHOUT_BBR = [
+    "class Socket(tun6.socket.socket):",
+    "    def setsockopt(self, *option):",
+    "        if option[-1] == b'bbr':",
+    "            raise FileNotFoundError(errno.ENOENT, 'No such file or directory')",
+    "        super().setsockopt(*option)",
+    "tun6.socket.socket = Socket",
+]
+
+
 class Patient:
     """A machine of the lab, examined by a config.ini."""
 
@@ -11106,7 +12548,7 @@ def good_server(site: Site, beyond: None) -> Program:
     site.issue("somebody")
     for path in (site.cert, site.keys):
         path.chmod(0o600)
-    server = site.serve()
+    server = site.serve(metrics="127.0.0.1:10116")
     site.clients("add", "other")
     return server
 
@@ -11304,15 +12746,54 @@ def test_the_doctor_names_what_is_wrong_with_a_server(lab: Lab, tunnel: Tunnel, 
     server.shows(*proc, faults=["tun6.RELEASED *= 2"], machine="warn /proc/sys is read-only")
     server.shows(faults=["tun6.RELEASED *= 2"], machine="warn the clock says 20.*, which is wrong")
     server.shows(*mounting("-t tmpfs none /dev/net"), machine="FAIL there is no /dev/net/tun")
+    lacking: dict[str, Any] = {
+        "server": "FAIL no server listens on 0.0.0.0 port",
+        "forwarding": "FAIL IPv6 forwarding is off",
+        "uplink": "FAIL this machine has no IPv6 default route",
+        "own_address": "warn no IPv6 address here is routed",
+    }
+    second = Patient(lab, tmp_path, good_server.config, "second").edit(control="none.sock")
     with sysctl(lab, "second", "net.ipv6.conf.default.disable_ipv6", "1"):
-        Patient(lab, tmp_path, good_server.config, "second").edit(control="none.sock").shows(
-            machine="FAIL IPv6 is off in this kernel; turn it on",
-            server="FAIL no server listens on 0.0.0.0 port",
-            forwarding="FAIL IPv6 forwarding is off",
-            uplink="FAIL this machine has no IPv6 default route",
-            own_address="warn no IPv6 address here is routed",
-        )
+        second.shows(machine="FAIL IPv6 is off in this kernel; turn it on with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`", **lacking)
+        of_container = "FAIL IPv6 is off in this kernel; turn it on for this container, from outside with `sysctl"
+        second.shows(*proc, faults=["tun6.RELEASED *= 2"], machine=of_container, **lacking)
+    second.shows(*mounting("-t tmpfs none /proc/sys/net/ipv6"), machine="FAIL this kernel has no IPv6; boot it without", **lacking)
     server.edit(control="none.sock").shows(server="FAIL another program listens on 0.0.0.0 port .*none.sock")
+
+
+@pytest.mark.waits
+def test_the_doctor_names_a_program_a_kernels_part_and_a_firewall_that_are_in_the_way(
+    lab: Lab, lan: Lan, good_server: Program, good_client: Program, tmp_path: Path
+) -> None:
+    server, me = Patient(lab, tmp_path, good_server.config), Patient(lab, tmp_path, good_client.config)
+    (programs := tmp_path / "programs").mkdir()
+    for name in ("nft", "radvd"):
+        (programs / name).symlink_to(str(shutil.which(name, path=tun6.HOOK_PATH)))
+    without_ip = "env", f"PATH={programs}"
+    missing = "FAIL the program `ip` is missing; install it with `apt-get install iproute2`"
+    for patient in (server, me):
+        found = {
+            check: texts for check, texts in patient.findings(*without_ip).items() if any(re.match("FAIL|warn", text) for text in texts)
+        }
+        assert found == {"machine": [missing]}
+    with stranger(lab) as port:
+        taken = "warn metrics = 10.9.0.1 port .*: they don't answer: another program has the port"
+        server.edit(metrics=f"{Lab.SERVER}:{port}").shows(hook_and_ndp=taken)
+    me.edit(metrics="127.0.0.1:1").shows(programs="warn metrics = 127.0.0.1 port 1: they don't answer")
+    server.shows(faults=WITHOUT_BBR, BBR="warn this kernel has no BBR .`modprobe tcp_bbr`., which makes the tunnel fast")
+    for table, chains, words in CASES:
+        if "firewalld's" in words or "ufw's" in words:
+            with firewall(lab, table, chains):
+                server.shows(firewall=f"FAIL the firewall's chain .*{words}")
+
+
+def dry_answer(peer: Peer, id_: str, key: str | None = None) -> dict[str, Any]:
+    """What the server says to this peer's question whether it would serve the Id."""
+    with peer:
+        peer.sock.sendall(json.dumps({**json.loads(hello(id_, key)), "Dry": True}).encode())
+        answer = peer.answer()
+        assert peer.ended() == "closed"
+        return answer
 
 
 @pytest.mark.waits
@@ -11320,11 +12801,7 @@ def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab:
     server = tunnel.server(prefixrange=f"{tunnel.pool[0]}/63", max_clients=1)
 
     def asked(id_: str) -> dict[str, Any]:
-        with tunnel.connect() as peer:
-            peer.sock.sendall(json.dumps({"Id": id_, "Dry": True}).encode())
-            answer = peer.answer()
-            assert peer.ended() == "closed"
-            return answer
+        return dry_answer(tunnel.connect(), id_)
 
     assert asked("first") == {"Dry": True}
     assert not assignments_in(tunnel._folder / "assignments.json")
@@ -11342,6 +12819,36 @@ def test_a_dry_hello_is_answered_as_a_real_one_would_be_and_changes_nothing(lab:
 
 
 @pytest.mark.waits
+def test_a_dry_hello_is_no_new_id_and_hears_when_there_are_too_many(tunnel: Tunnel) -> None:
+    tunnel.server(new_ids_per_hour=1)
+    assert [dry_answer(tunnel.connect(), id_) for id_ in ("first", "second")] == 2 * [{"Dry": True}]
+    prefix = tunnel.visit("first")
+    assert dry_answer(tunnel.connect(), "second") == tunnel.refusal("second")
+    assert dry_answer(tunnel.connect(), "first") == {"Dry": True, "Prefix": str(prefix)}
+
+
+@pytest.mark.waits
+def test_a_dry_hello_tells_who_has_no_right_key_only_what_a_real_one_tells_and_only_so_often(site: Site, tmp_path: Path) -> None:
+    key = site.issue("mine")
+
+    def asked(id_: str, of: str | None) -> dict[str, Any]:
+        return dry_answer(site.connect(), id_, of)
+
+    with tun6_with(tmp_path, "tun6.DRY_HELLOS_MAX, tun6.DRY_HELLOS_S = 3, 3600"):
+        server = site.serve()
+        assert [asked(id_, "k" * 43) for id_ in ("mine", "nobody's")] == 2 * [site.answer("mine", "k" * 43)]
+        assert [asked("mine", key) for _ in range(4)] == 4 * [{"Dry": True}]  # who has the key may ask
+        assert dry_answer(site.tunnel.connect(), "mine") == site.tunnel.refusal("mine")
+        server.stop()
+        server = site.serve(keys_required="no")
+        assert dry_answer(site.tunnel.connect(), "mine")["Error"] == "tls-required"
+        assert [asked("mine", key), asked("has none", None)] == 2 * [{"Dry": True}]
+        for id_, of in (("mine", key), ("mine", None), ("has none", None)):
+            assert asked(id_, of)["Text"] == "more than 3 have asked within 3600 s whether they would be served"
+        assert "Prefix" in site.answer("mine", key)  # who really comes is served
+
+
+@pytest.mark.waits
 def test_a_default_route_that_will_be_lost_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -11353,6 +12860,35 @@ def test_a_default_route_that_will_be_lost_is_warned_of(
     monkeypatch.setattr(tun6, "has_ra_route", lambda routes, name: name != "eth3")
     tun6.warn_of_expiring_routes("tun6")
     assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["eth0 ignores router advertisements"]
+
+
+def test_status_shows_the_list_and_the_doctor_examines_each_server_of_it(lab: Lab, tunnel: Tunnel, pair: Pair, tmp_path: Path) -> None:
+    client = pair.client()
+    at = pair.serving(client)
+    names = [f"{Lab.SERVER} port {port}" for port in pair.ports]
+    status = asked(client.config, "status")
+    assert (status["server"], status["servers"], status["address"]) == (names[at], names, names[at])
+    shown = run_tun6("status", "-c", str(client.config)).stdout
+    assert f"server   {names[at]}, connected to {names[at]}\nservers  {names[0]}, {names[1]}\n" in shown
+    ping(lab, "client")
+    patient = Patient(lab, tmp_path, client.config)
+    found = patient.findings()
+    assert [text.partition(" ms")[0].rpartition(" ")[0] for text in found["TCP"]] == [f"ok {name} answers in" for name in names]
+    assert found["DNS"] == ["ok " + f"{name}: the server is {Lab.SERVER}" for name in names]
+    assert found["TLS"] == ["ok " + f"{name}: none is asked for" for name in names]
+    assert found["hello"] == [f"ok the server has {client.prefix()} for this client"]
+    pair.servers[1 - at].stop()
+    found = patient.findings()
+    assert [text for text in found["TCP"] if "refused" in text] == [
+        f"warn {names[1 - at]}: Connection refused; does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
+    ]
+    assert found["TLS"] == [
+        f"{'ok' if each == at else 'skipped'} {names[each]}: {'none is asked for' if each == at else 'not possible, see TCP'}"
+        for each in (0, 1)
+    ]
+    pair.servers[at].stop()
+    found = patient.findings()
+    assert [text[:4] for text in found["TCP"]] == ["FAIL", "FAIL"]
 
 
 @pytest.mark.waits
@@ -11386,6 +12922,53 @@ def test_the_doctor_says_what_only_root_can_see_and_names_the_sides_it_has_exami
     assert found["client"]["TCP"]["text"].startswith("127.0.0.1 port 1: Connection refused")
     for wrong in (("-c", str(tmp_path / "missing")), ("client", "-c", str(write_ini(path, server={}))), ("nobody",)):
         assert run_tun6("doctor", *wrong).returncode == 2
+
+
+class StoreByHand:
+    """Stands for tun6.Database: says of the database what the test wants, or raises it."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer, self.closed = answer, False
+
+    def __call__(self, *_: str) -> StoreByHand:
+        return self
+
+    def connect(self) -> None:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+
+    def examine(self) -> object:
+        return self._answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+POOL_ROW = tun6.PoolRow(uuid.UUID(int=1), tun6.SCHEMA_VERSION, POOL, "required", 0, "1", "1")
+
+
+@pytest.mark.parametrize(
+    "answer, finding",
+    [
+        ((POOL_ROW, [], []), "ok postgresql://db/tun6 has the pool .*, and commits wait for a synchronous standby; it answered in"),
+        (tun6.StoreDown("postgresql://db/tun6: refused"), "FAIL postgresql://db/tun6: refused; known Ids are served as each server knows"),
+        ((POOL_ROW._replace(prefix=HOME), [], []), f"FAIL postgresql://db/tun6 has the pool {HOME}, and prefixrange is {POOL}; all"),
+        ((POOL_ROW._replace(keys="optional"), [], []), "FAIL .*the pool's clients have keys, and keys_required is yes here and not there"),
+        ((POOL_ROW._replace(version=0), [], []), "FAIL .*its tables are of version 0, and not 1; `tun6.py cluster upgrade` brings it up"),
+        ((POOL_ROW._replace(keys="none"), [], []), "warn open: .*claim any Id; a pool made without `cluster init --open` closes it"),
+        ((POOL_ROW._replace(current="2"), ["b", "c"], []), "FAIL the store may have lost changes, .* until b, c wrote back theirs; start"),
+        ((POOL_ROW, [], ["disk is slow"]), "warn the database's disk is slow"),
+    ],
+)
+def test_the_doctor_says_how_the_store_of_a_cluster_is(answer: object, finding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StoreByHand(answer)
+    monkeypatch.setattr(tun6, "Database", store)
+    config = tun6.ServerConfig("127.0.0.1", 1, POOL, store="postgresql://tun6:secret@db/tun6", cert="server.pem")
+    doctor = tun6.ServerDoctor(config)
+    found = [f"{each.result} {each.text}" for each in doctor._make("store", doctor._check_store)]
+    tun6.standing_warnings.pop("open", None)
+    assert len(found) == 1 and re.match(finding, found[0]), found
+    assert store.closed and "secret" not in found[0]
 
 
 # ---- end to end: scale -----------------------------------------------------------------------------------------------
@@ -11595,6 +13178,32 @@ def test_after_many_connections_of_all_kinds_the_server_is_as_before(lab: Lab, t
     tunnel.visit("by-hand")
 
 
+# Says each full collection of garbage, and makes objects, as many as a thousand clients do, when the file is there.
+GROWING = """
+import gc, gevent
+kept = []
+def told(phase, info):
+    if phase == "start" and info["generation"] == 2:
+        tun6.log.info("a full collection")
+def grow():
+    while not os.path.exists({flag!r}):
+        gevent.sleep(0.05)
+    tun6.log.info("begins to grow")
+    kept.extend([number] for number in range(200_000))
+    tun6.log.info("has grown")
+gc.callbacks.append(told)
+gevent.spawn(grow)
+"""
+
+
+def test_the_event_loop_does_not_wait_for_full_collections_of_garbage(tunnel: Tunnel, tmp_path: Path) -> None:
+    with tun6_with(tmp_path, GROWING.format(flag=str(tmp_path / "grow"))):
+        server = tunnel.server()
+    (tmp_path / "grow").touch()
+    server.wait_for("has grown")
+    assert "a full collection" not in server.log().partition("begins to grow")[2]
+
+
 # Python does not look for cycles of references, and the log says how many objects of sessions there are.
 COUNTED = """
 import gc, gevent
@@ -11713,7 +13322,7 @@ class Fuzz:
         b'{"Id": "',
         b"",
     )
-    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text")
+    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Epoch")
     VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
     TEXTS = ("", "\0", "\ud800", "x" * 4000, "fe80::/64", "2001:db8::%a\nb/64")
     TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
@@ -11810,8 +13419,9 @@ class Fuzz:
         if self.random.random() < 0.5:
             message[self.random.choice(self.FIELDS)] = self.random.choice(self.VALUES + self.TEXTS)
         try:
-            id_, kinds, key, dry = tun6.parse_hello(message)
-            assert isinstance(dry, bool)
+            id_, kinds, key, dry, epoch, moved = tun6.parse_hello(message)
+            assert isinstance(dry, bool) and isinstance(moved, bool)
+            assert 0 <= epoch <= tun6.EPOCH_MAX
             assert tun6.is_valid_id(id_)
             assert isinstance(key, str)
             assert kinds is None or all(isinstance(kind, str) for kind in kinds)
@@ -11956,6 +13566,7 @@ DIGEST = 16  # bytes of BLAKE2b behind both
 LONG_MINUTES = 10  # a run at least so long has outages longer than TCP_USER_TIMEOUT, too
 TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15
 SESSION_GREENLETS = 3  # of a session: the connection's and two pumps
+CLUSTER_SIZE = 4  # clients of a cluster
 
 
 def with_digest(data: bytes) -> bytes:
@@ -12942,14 +14553,18 @@ def soak_command(arguments: list[str]) -> int:
     """`python test_tun6.py soak`: faults for some minutes, and a report; 0 when nothing was violated."""
     parser = argparse.ArgumentParser(prog="test_tun6.py soak")
     parser.add_argument("--minutes", type=float, default=2)
-    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--clients", type=int, help=f"by default 100, or {CLUSTER_SIZE}")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 48), help="of the faults, whose times depend on the machine too")
+    parser.add_argument("--cluster", action="store_true", help="three servers on one store, and the faults of `test_tun6.py cluster`")
     known = {kind.name: [kind] for kind in FAULT_KINDS} | {"server-faults": [kind for kind in FAULT_KINDS if kind.whom == "all"]}
     parser.add_argument("--faults", nargs="+", choices=known, default=known, metavar="KIND", help=f"only these, of {', '.join(known)}")
     parser.add_argument("--without", nargs="+", choices=known, default=(), metavar="KIND", help="not these")
     options = parser.parse_args(arguments)
+    options.clients = options.clients or (CLUSTER_SIZE if options.cluster else 100)
     print(f"{options.clients} clients, {options.minutes:g} minutes, seed {options.seed}", flush=True)
     tun6.raise_descriptor_limit()
+    if options.cluster:
+        return soak_cluster(options.minutes, options.clients, options.seed)
     wanted, unwanted = ([kind for name in names for kind in known[name]] for names in (options.faults, options.without))
     if options.faults is known and options.minutes < LONG_MINUTES:
         unwanted += [kind for kind in FAULT_KINDS if kind.long]
@@ -13003,6 +14618,8 @@ def observe(lab: Lab, folder: Path, screenshot: Path) -> list[str]:
         undo.enter_context(repeated(lambda: transfer(lab, "internet", "client", own, down.randint(10**6, 4 * 10**6), 10**6), 1))
         time.sleep(OBSERVED_S)
         for query in dashboard_queries():
+            if "tun6_store" in query or "tun6_server_silent" in query:  # of a cluster
+                continue
             found: list[float] = []
             with suppress(tun6.KernelError, OSError):
                 found = wait_until(query, lambda query=query: figures_of(lab, query))  # type: ignore[misc]
@@ -13613,6 +15230,1313 @@ def packages_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+# ---- cluster ---------------------------------------------------------------------------------------------------------
+
+CLUSTER_PACKAGES = {"bird2": ["bird"], "postgresql": ["postgresql"], "keepalived": ["keepalived"]}  # and their units
+CLUSTER_SERVERS = ("s1", "s2", "s3")
+CLUSTER_RANGE = IPv6Network("2001:db8:1::/48")  # that of contrib/bird.conf
+CLUSTER_UPSTREAMS = ("ibgp", "ebgp", "range")  # our own router; a provider's that takes each prefix; that takes only the range
+CLUSTER_DEAD_AFTER_S = 6  # `dead_after` on both sides, the least
+CLUSTER_PORT = 10_000  # of the servers, and of the echo service on the Internet host
+SETTLED_S = 5.0  # after the last fault is healed and `dead_after` ran out, the least that must be true is true
+TICK_S = 0.02  # between two blocks of a stream: a stall is known to within this
+PG_BIN = "/usr/lib/postgresql"
+UNREACHABLE = "RTNETLINK answers: No route to host"  # what `ip route get` says of a route that rejects
+
+
+def install_cluster_packages() -> None:
+    """Installs with apt-get what the cluster's tests need and is not there. None of it is started, then or at the next boot."""
+    present = subprocess.run(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"], capture_output=True, text=True).stdout
+    missing = [package for package in CLUSTER_PACKAGES if f"{package} installed\n" not in present]
+    if not missing:
+        return
+    print(f"installing {' '.join(missing)}", flush=True)
+    policy, kept = Path("/usr/sbin/policy-rc.d"), Path("/usr/sbin/policy-rc.d.tun6")  # which Debian asks before it starts a service
+    with ExitStack() as undo:
+        if policy.exists() or policy.is_symlink():
+            policy.rename(kept)
+            undo.callback(kept.rename, policy)
+        else:
+            undo.callback(policy.unlink)
+        policy.write_text("#!/bin/sh\nexit 101\n")  # "action forbidden by policy"
+        policy.chmod(0o755)
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in ("apt-get update -q", f"apt-get install -qy --no-install-recommends {' '.join(missing)}"):
+            subprocess.run(command.split(), check=True, env=environment, stdout=subprocess.DEVNULL)
+        if os.path.isdir("/run/systemd/system"):
+            subprocess.run(["systemctl", "disable", "-q", *(unit for package in missing for unit in CLUSTER_PACKAGES[package])], check=True)
+
+
+class ClusterLab(Lab):
+    """A Lab with three servers. All networks but that of internet and router are bridges in the host `switch`, where a cable can be cut.
+
+    internet ----- router ==== wan ==== s1, s2, s3                2001:db8:fffe::/64, where BGP tells the router where a prefix is
+                                        |   |   |
+                         peers =========+===+===+                 fd00:116::/64, the servers' own
+                         store =========+===+===+==== db1, db2    10.5.0.0/24
+                        access =========+===+===+==== nat, hand   10.9.0.0/24
+                                                      |
+                                                      c0, c1 ...  10.8.0.0/16
+    """
+
+    HOSTS = ("internet", "router", *CLUSTER_SERVERS, "switch", "db1", "db2", "nat", "hand")
+    ADDRESSES: ClassVar = {  # by network: those of its hosts
+        "wan": {"router": "2001:db8:fffe::1/64", "s1": "2001:db8:fffe::11/64", "s2": "2001:db8:fffe::12/64", "s3": "2001:db8:fffe::13/64"},
+        "peers": {"s1": "fd00:116::1/64", "s2": "fd00:116::2/64", "s3": "fd00:116::3/64"},
+        "store": {"s1": "10.5.0.1/24", "s2": "10.5.0.2/24", "s3": "10.5.0.3/24", "db1": "10.5.0.11/24", "db2": "10.5.0.12/24"},
+        "access": {"s1": "10.9.0.1/24", "s2": "10.9.0.2/24", "s3": "10.9.0.3/24", "nat": "10.9.0.254/24", "hand": "10.9.0.250/24"},
+    }
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.client_hosts = [f"c{number}" for number in range(size)]
+        self._names.update({host: f"tun6-{os.getpid()}-{host}" for host in self.client_hosts})
+        self._cut: set[tuple[str, str]] = set()  # hosts, and their networks whose cables are cut
+
+    @classmethod
+    def address(cls, network: str, host: str) -> str:
+        return cls.ADDRESSES[network][host].partition("/")[0]
+
+    def batch(self, host: str, *lines: str) -> None:
+        """Runs these commands of `ip`. Raises KernelError."""
+        done = self.run(host, "ip", "-batch", "-", input="\n".join(lines))
+        if done.returncode:
+            raise tun6.KernelError(f"{lines}: {done.stderr.strip()}")
+
+    def cut(self, host: str, *networks: str) -> None:
+        """Takes the other end of its cables off the switch: what it sends is lost, and nothing tells it so."""
+        self.batch("switch", *(f"link set {host}-{network} nomaster" for network in networks))
+        self._cut |= {(host, network) for network in networks}
+
+    def heal(self, host: str, *networks: str) -> None:
+        self.batch("switch", *(f"link set {host}-{network} master {network}" for network in networks))
+        self._cut -= {(host, network) for network in networks}
+
+    def heal_all(self) -> None:
+        for host, network in [*self._cut]:
+            self.heal(host, network)
+
+    def _build(self) -> None:
+        for host in self._names:
+            self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
+            self.ip(host, "link set lo up")
+        for network, ends in self.ADDRESSES.items():
+            self.batch("switch", f"link add {network} address 02:00:00:00:00:01 type bridge mcast_snooping 0", f"link set {network} up")
+            for host, address in ends.items():
+                port = f"{host}-{network}"
+                self.batch(
+                    "switch",
+                    f"link add {port} type veth peer name {network} netns {self._names[host]}",
+                    f"link set {port} master {network} up",
+                )
+                self.batch(host, f"link set {network} up", f"addr add {address} dev {network}{' nodad' if ':' in address else ''}")
+        self.ip("internet", f"link add eth0 type veth peer name world netns {self._names['router']}")
+        self.batch("internet", "link set eth0 up", f"addr add {self.INTERNET}/64 dev eth0 nodad", "route add default via 2001:db8:ffff::1")
+        self.batch("router", "link set world up", "addr add 2001:db8:ffff::1/64 dev world nodad")
+        self.batch("nat", "link add br0 type bridge", "addr add 10.8.0.1/16 dev br0", "link set br0 up")
+        for number, host in enumerate(self.client_hosts):
+            self.batch("nat", f"link add {host} type veth peer name eth0 netns {self._names[host]}", f"link set {host} master br0 up")
+            self.batch(host, "link set eth0 up", f"addr add 10.8.1.{number}/16 dev eth0", "route add default via 10.8.0.1")
+        for host in ("router", *CLUSTER_SERVERS):
+            self.set_sysctl(host, "net.ipv6.conf.all.forwarding", "1")
+        self.set_sysctl("nat", "net.ipv4.ip_forward", "1")
+        nat = "table ip nat { chain out { type nat hook postrouting priority 100; oifname access masquerade; }; }"
+        self._check(["ip", "netns", "exec", self._names["nat"], "nft", nat])
+        # a second machine with the Id of a client would end the connections of the first
+        rule = f"ip6 saddr {CLUSTER_RANGE} tcp flags & rst == rst drop"
+        quiet = f"table ip6 quiet {{ chain out {{ type filter hook output priority 0; {rule}; }}; }}"
+        self._check(["ip", "netns", "exec", self._names["hand"], "nft", quiet])
+        wait_until("the router reaches the Internet", lambda: self.pings("router"))
+
+    def session_routes(self, host: str) -> dict[IPv6Network, str]:
+        """The sessions' prefixes in the kernel of a server, and their devices."""
+        routes = json.loads(self.ip(host, f"-6 -j route show type unicast proto {tun6.ROUTE_PROTOCOL}") or "[]")
+        return {IPv6Network(route["dst"]): route["dev"] for route in routes}
+
+    def path(self, host: str, address: IPv6Address) -> list[str]:
+        """The hosts that a packet from this one passes on its way there, and at last a device, or why it ends."""
+        path = [host]
+        while len(path) < 8:
+            done = self.run(path[-1], "ip", "-6", "-j", "route", "get", str(address))
+            if done.returncode:
+                return [*path, done.stderr.strip()]
+            route = json.loads(done.stdout)[0]
+            device, gateway = str(route["dev"]), f" {route.get('gateway')}/"
+            there = [
+                end for end in self.ADDRESSES.get(device, ()) if end != path[-1] and gateway in self.ip(end, f"-6 addr show dev {device}")
+            ]
+            if not there:
+                return [*path, device]
+            path.append(there[0])
+            if self._cut & {(end, device) for end in path[-2:]}:
+                return [*path, f"the cut network {device}"]
+        return [*path, "a loop"]
+
+
+class Service:
+    """A program on a host of the lab, which is no tun6."""
+
+    def __init__(self, lab: Lab, host: str, log: Path, *command: str) -> None:
+        self.lab, self.host, self._log, self._command = lab, host, log, command
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        with open(self._log, "a") as log:
+            self.process = self.lab.popen(self.host, *self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def send_signal(self, number: int) -> None:
+        assert self.process
+        self.process.send_signal(number)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.process:
+            self.send_signal(number)
+            self.process.wait(30)
+            self.process = None
+
+
+class Bird(Service):
+    """BIRD on the router or a server, with the configuration that contrib/ has for it."""
+
+    def __init__(self, lab: ClusterLab, host: str, folder: Path, upstream: str = "ibgp") -> None:
+        self._control = folder / f"{host}.ctl"
+        config, log = folder / f"{host}-bird.conf", folder / f"{host}-bird.log"
+        config.write_text(self.configuration(host, upstream).replace("log syslog all", f'log "{log}" all'))
+        super().__init__(lab, host, log, "bird", "-f", "-c", str(config), "-s", str(self._control))
+
+    @staticmethod
+    def configuration(host: str, upstream: str) -> str:
+        """As contrib/ has it, with this host's addresses; `upstream` is one of CLUSTER_UPSTREAMS."""
+        own = (CLUSTER_SERVERS.index(host) if host != "router" else 0) + 1
+        others = sorted({1, 2, 3} - {own})
+        if host == "router":
+            text = (CHECKOUT / "contrib/bird-router.conf").read_text()
+            provider = {
+                "local ADDRESS as OUR_AS": "local ADDRESS as 65000",
+                "rr client;": "",
+                " || (net ~ RANGE && net.len > RANGE.len)": "",
+            }
+            only_range = {"import where net ~ RANGE": "import where net = RANGE"}
+            changes = {**(provider if upstream != "ibgp" else {}), **(only_range if upstream == "range" else {})}
+        else:
+            text = (CHECKOUT / "contrib/bird.conf").read_text()
+            changes = {"192.0.2.1;": f"192.0.2.{own};", "fffe::11;": f"fffe::1{own};", "INNER = fd00:116::1;": f"INNER = fd00:116::{own};"}
+            for sample, other in zip((2, 3), others):
+                changes[f"server{sample} from server {{ neighbor fd00:116::{sample}"] = (
+                    f"server{other} from server {{ neighbor fd00:116::{other}"
+                )
+            ways = [f"via fd00:116::{other} bfd" for other in others]
+            if upstream != "ibgp":
+                changes["GATEWAY_AS = 65001"] = "GATEWAY_AS = 65000"
+                sample_line = re.findall("(?m)^# (protocol bgp server2b .*)", text)[0]
+                for other in others:
+                    text += sample_line.replace("server2b", f"server{other}b").replace("::12 ", f"::1{other} ") + "\n"
+                    ways.append(f"via 2001:db8:fffe::1{other} bfd")
+            changes["via fd00:116::2 bfd via fd00:116::3 bfd"] = " ".join(ways)
+        for old, new in changes.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        return text
+
+    def ask(self, *words: str) -> str:
+        """What birdc answers; "" when there is no BIRD."""
+        done = self.lab.run(self.host, "birdc", "-r", "-s", str(self._control), *words)
+        return str(done.stdout) if done.returncode == 0 else ""
+
+    def talks(self) -> bool:
+        """Whether it does with all its neighbours."""
+        states = [line.split()[-1] for line in self.ask("show", "protocols").splitlines() if " BGP " in line]
+        return bool(states) and set(states) == {"Established"}
+
+
+class Postgres(Service):
+    """A PostgreSQL in a folder of its own, as the user postgres, which initdb asks for."""
+
+    USER: ClassVar = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
+    SETTINGS = """
+        listen_addresses = '*'
+        max_connections = 200
+        wal_sender_timeout = 5s
+        wal_receiver_timeout = 5s
+        hot_standby = on
+    """
+
+    def __init__(self, lab: ClusterLab, host: str, folder: Path) -> None:
+        self.address, self._data = lab.address("store", host), folder / f"{host}-data"
+        self._sockets = folder / f"{host}-sockets"
+        self._sockets.mkdir()
+        shutil.chown(self._sockets, "postgres", "postgres")
+        self._bin = max(Path(PG_BIN).glob("*/bin"), key=lambda path: int(path.parent.name))
+        super().__init__(
+            lab, host, folder / f"{host}.log", *self.USER, str(self._bin / "postgres"), "-D", str(self._data), "-k", str(self._sockets)
+        )
+
+    def _run(self, program: str, *words: str) -> None:
+        done = self.lab.run(self.host, *self.USER, str(self._bin / program), *words)
+        assert done.returncode == 0, f"{program} {words}: {done.stdout}{done.stderr}"
+
+    def make(self) -> None:
+        """A new one, empty."""
+        self._run("initdb", "-D", str(self._data), "-A", "trust", "-U", "tun6", "--no-sync", "--locale=C.UTF-8")
+        with open(self._data / "postgresql.conf", "a") as config:
+            config.write(self.SETTINGS)
+        with open(self._data / "pg_hba.conf", "a") as access:
+            access.write("host all all 10.5.0.0/24 trust\nhost replication all 10.5.0.0/24 trust\n")
+
+    def follow(self, primary: Postgres) -> None:
+        """Becomes its standby, with all that it has now."""
+        shutil.rmtree(self._data, ignore_errors=True)
+        source = f"host={primary.address} user=tun6 application_name={self.host}"
+        self._run("pg_basebackup", "-D", str(self._data), "-d", source, "-R", "-c", "fast", "--no-sync")
+        self.configure("synchronous_standby_names = ''")  # when it is promoted, it has no standby of its own
+
+    def configure(self, *lines: str) -> None:
+        """Sets what is to be other than in SETTINGS; takes effect at the next start, or `reload`."""
+        with open(self._data / "postgresql.auto.conf", "a") as config:
+            config.write("\n".join(["", *lines, ""]))
+
+    def synchronous_with(self, standby: str) -> None:
+        """Each COMMIT waits from now on for the standby of this name, or with "" for none."""
+        self.query(f"ALTER SYSTEM SET synchronous_standby_names = '{standby}'")
+        self.query("SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        self._run("pg_ctl", "promote", "-D", str(self._data))
+
+    def start(self) -> None:
+        super().start()
+        wait_until(f"PostgreSQL on {self.host} answers", lambda: self.query("SELECT 1") == "1", 30)
+
+    def signal_all(self, number: int) -> None:
+        """To it and all its children."""
+        assert self.process
+        for pid in [self.process.pid, *map(int, processes_of(self.process.pid))]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill_all(self) -> None:
+        """Like a host that loses its power, but for what the kernel has still in memory."""
+        self.signal_all(signal.SIGSTOP)  # so that no child is born meanwhile
+        self.signal_all(signal.SIGKILL)
+        self.kill()
+
+    def query(self, text: str, database: str = "postgres") -> str:
+        """What psql says to this, "" when there is no answer."""
+        words = ("psql", "-h", str(self._sockets), "-U", "tun6", "-d", database, "-Atqc", text)
+        done = self.lab.run(self.host, *self.USER, *words, timeout=20)
+        return str(done.stdout).strip()
+
+    def followed(self) -> bool:
+        """Whether its standby is at work, synchronously."""
+        return self.query("SELECT sync_state FROM pg_stat_replication") == "sync"
+
+
+class ClusterClient:
+    """A tun6 on a host of its own, and its traffic: a TCP stream to the Internet host and back, and packets from there."""
+
+    def __init__(self, lab: ClusterLab, number: int, program: SoakProgram) -> None:
+        self.lab, self.number, self.host, self.program = lab, number, program.host, program
+        self.id = Cluster.client_id(number)
+        self.prefix = program.prefix(seconds=30)
+        self.stream = socket_on(lab, self.host, kind=socket.SOCK_STREAM)
+        self.stream.bind((str(self.prefix[1]), 0))
+        self.stream.settimeout(10)
+        self.stream.connect((Lab.INTERNET, CLUSTER_PORT))
+        self.stream.setblocking(False)
+        with lab.inside(self.host):
+            self.sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(tun6.ETH_P_IPV6))
+        self.sniffer.setblocking(False)
+        self.unanswered = bytearray()  # what was sent and has not come back
+        self.sent = self.answered = 0  # bytes
+        self.last = time.monotonic()  # when something came back
+        self._stall = 0.0  # the longest since `mark` that is over, s
+        self.packets = 0  # that came for its prefix
+        self.broken = False  # whether its traffic was found wrong, which is a violation once
+
+    def mark(self) -> None:
+        """From now on stalls count."""
+        self._stall, self.last = 0.0, time.monotonic()
+
+    @property
+    def stall(self) -> float:
+        """The longest time since `mark` in which nothing came back, s."""
+        return max(self._stall, time.monotonic() - self.last)
+
+    def send(self) -> None:
+        """Sends the next block, unless so many are on their way that TCP has stopped taking them."""
+        if len(self.unanswered) > 1 << 16:
+            return
+        block = os.urandom(64)
+        with suppress(BlockingIOError):
+            sent = self.stream.send(block)
+            self.unanswered += block[:sent]
+            self.sent += sent
+
+    def receive(self) -> None:
+        """Raises AssertionError for a byte that is not what was sent, OSError when the connection has broken."""
+        data = self.stream.recv(1 << 16)
+        assert data, "the stream was ended"
+        assert self.unanswered.startswith(data), f"the stream has other bytes than were sent, after {self.answered}"
+        del self.unanswered[: len(data)]
+        self.answered += len(data)
+        self._stall, self.last = self.stall, time.monotonic()
+
+    def sniff(self) -> None:
+        """Raises AssertionError for a packet that is for another's prefix."""
+        packet, (_, _, kind, *_) = self.sniffer.recvfrom(2048)
+        target = IPv6Address(packet[24:40])
+        if kind != socket.PACKET_OUTGOING and target in CLUSTER_RANGE:
+            assert target in self.prefix, f"a packet for {target} came to {self.prefix}"
+            self.packets += 1
+
+    def close(self) -> None:
+        self.stream.close()
+        self.sniffer.close()
+
+
+class ClusterTraffic(SocketOwner):
+    """A thread that moves the traffic of all clients, at both ends, and notes what must not be."""
+
+    def __init__(self, lab: ClusterLab) -> None:
+        with lab.inside("internet"):
+            self.sock = socket.create_server(("::", CLUSTER_PORT), family=socket.AF_INET6)
+            self._probes = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        self.violations: list[str] = []
+        self.late = 0.0  # seconds that this thread was late at most: a stall is known to within this
+        self._poll, self._callbacks = select.epoll(), dict[int, Callable[[], None]]()
+        self._owners: dict[int, ClusterClient] = {}
+        self._clients: list[ClusterClient] = []
+        self._echoes: list[socket.socket] = []
+        self._watch(self.sock, self._accept)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, client: ClusterClient) -> None:
+        for sock, callback in ((client.stream, client.receive), (client.sniffer, client.sniff)):
+            self._watch(sock, callback)
+            self._owners[sock.fileno()] = client
+        client.mark()
+        self._clients = [*self._clients, client]
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+        for sock in (self.sock, self._probes, *self._echoes):
+            sock.close()
+        for client in self._clients:
+            client.close()
+        self._poll.close()
+
+    def _watch(self, sock: socket.socket, callback: Callable[[], None]) -> None:
+        self._callbacks[sock.fileno()] = callback
+        self._poll.register(sock.fileno(), select.EPOLLIN)
+
+    def _accept(self) -> None:
+        sock, _ = self.sock.accept()
+        self._echoes.append(sock)
+
+        def echo() -> None:
+            data = sock.recv(1 << 16)
+            assert data, "the stream was ended on its way to the Internet"
+            sock.sendall(data)
+
+        self._watch(sock, echo)
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stop.is_set():
+            for number, _ in self._poll.poll(max(0.0, due - time.monotonic())):
+                self._do(number)
+            now = time.monotonic()
+            if now < due:
+                continue
+            self.late, due = max(self.late, now - due), now + TICK_S
+            for client in self._clients:
+                self._send(client)
+
+    def _do(self, number: int) -> None:
+        try:
+            self._callbacks[number]()
+        except (AssertionError, OSError) as error:
+            owner = self._owners.get(number)
+            self.violations.append(f"{owner.host if owner else 'internet'}: {error!r}")
+            self._poll.unregister(number)
+            if owner:
+                owner.broken = True
+
+    def _send(self, client: ClusterClient) -> None:
+        with suppress(OSError):  # the connection has broken, which its receiver says, or there is no route
+            client.send()
+        with suppress(OSError):
+            self._probes.sendto(client.prefix.network_address.packed, (str(client.prefix[1]), 9))
+
+
+ClusterT = TypeVar("ClusterT", bound="Cluster")
+
+
+class Cluster:
+    """Three servers on one store, the routers, and clients with their traffic; and what must be true of them."""
+
+    EXTRA = 99  # number of a client that is there only sometimes, on the host `hand`
+
+    def __init__(self, folder: Path, size: int, upstream: str = "ibgp") -> None:
+        self.folder, self.lab, self._upstream = folder, ClusterLab(size), upstream
+        self.routers: tuple[str, ...] = ("router", *CLUSTER_SERVERS)  # whose paths are looked at
+        self.birds: dict[str, Bird] = {}
+        self.servers: dict[str, SoakProgram] = {}
+        self.clients: list[ClusterClient] = []
+        self.told: dict[str, IPv6Network] = {}  # the prefix that each Id was told last
+        self.violations: list[str] = []
+        self.notes = defaultdict[str, list[float]](list)
+        self._keys: dict[int, dict[str, object]] = {}  # settings of clients, by number
+        self._dead_after = {"dead_after": CLUSTER_DEAD_AFTER_S} if "dead_after" in tun6.ServerConfig.__dataclass_fields__ else {}
+        self._began, self._undo, self._numbers = time.monotonic(), ExitStack(), itertools.count()
+
+    def __enter__(self: ClusterT) -> ClusterT:
+        with ExitStack() as undo:
+            undo.enter_context(self.lab)
+            os.chmod(self.folder, 0o755)  # so that the user postgres gets to its own
+            (self.folder / "pg").mkdir()
+            shutil.chown(self.folder / "pg", "postgres", "postgres")
+            self.primary, self.standby = (Postgres(self.lab, host, self.folder / "pg") for host in ("db1", "db2"))
+            for database in (self.primary, self.standby):
+                undo.callback(database.kill, signal.SIGQUIT)
+            self.primary.make()
+            self.primary.start()
+            self.primary.query("CREATE DATABASE tun6")
+            self.add_standby()
+            self._start_routing(undo)
+            undo.callback(self._kill)
+            self.traffic = undo.enter_context(ClusterTraffic(self.lab))
+            self._make_pool()
+            self._start_servers(undo)
+            self._start_clients()
+            self._undo = undo.pop_all()
+        return self
+
+    def _start_routing(self, undo: ExitStack) -> None:
+        for host in self.routers:
+            self.birds[host] = Bird(self.lab, host, self.folder, self._upstream)
+            undo.callback(self.birds[host].kill)
+            self.birds[host].start()
+        wait_until("the routers talk with each other", self.routers_talk, 30)
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _kill(self) -> None:
+        for program in (*(client.program for client in self.clients), *self.servers.values()):
+            program.kill()
+
+    def _settings(self, host: str) -> dict[str, object]:
+        """Of a server."""
+        return {
+            "localhost": self.lab.address("access", host),
+            "listenport": CLUSTER_PORT,
+            "prefixrange": CLUSTER_RANGE,
+            "documentation_addresses": "yes",
+            "control": self.folder / f"{host}.sock",
+            "max_clients": 2000,
+            "store": f"postgresql://tun6@{self.primary.address},{self.standby.address}/tun6",
+            "store_cache": f"{host}-cache.json",
+            "name": host,
+            "cert": self.folder / "server.pem",
+            "keys_required": "no",
+            **self._dead_after,
+        }
+
+    def _make_pool(self) -> None:
+        self._fingerprint = make_certificate(self.folder / "server.pem")
+        config = write_ini(self.folder / "s1.ini", server=self._settings("s1"))
+        done = self.lab.run("s1", sys.executable, TUN6, "cluster", "init", "-c", str(config))
+        assert done.returncode == 0, done.stderr
+
+    def _start_servers(self, undo: ExitStack) -> None:
+        for host in CLUSTER_SERVERS:
+            self.servers[host] = SoakProgram(self.lab, host, "server", self.folder, self._settings(host))
+        for server in self.servers.values():
+            server.wait_for("serving ", seconds=30)
+
+    def _start_clients(self) -> None:
+        for number in (*range(len(self.lab.client_hosts)), self.EXTRA):
+            added = asked(next(iter(self.servers.values())).config, "clients", "add", self.client_id(number))
+            self._keys[number] = {"fingerprint": self._fingerprint, "key": added["key"]}
+        programs = [self.client(number, host) for number, host in enumerate(self.lab.client_hosts)]
+        for number, program in enumerate(programs):
+            self.clients.append(ClusterClient(self.lab, number, program))
+            self.traffic.add(self.clients[-1])
+
+    @staticmethod
+    def client_id(number: int) -> str:
+        return f"02:00:00:00:00:{number:02x}"
+
+    def start_server(self, host: str) -> None:
+        """Starts one that has ended, and waits until it serves."""
+        server, before = self.servers[host], self.servers[host].log().count("serving ")
+        server.start()
+        server.wait_for("serving ", before + 1, 20)
+
+    @contextmanager
+    def extra_client(self, servers: Sequence[str], number: int = EXTRA) -> Iterator[SoakProgram]:
+        """Meanwhile there is one more client, by its number one with an Id of its own or of another one."""
+        client = self.client(number, "hand", servers)
+        try:
+            yield client
+        finally:
+            client.kill()
+
+    def new_id(self) -> str:
+        return f"new {next(self._numbers)}"
+
+    def note(self, what: str, seconds: float) -> None:
+        """Keeps a time for the report."""
+        self.notes[what].append(seconds)
+        self.say(f"    {what}: {seconds:.1f} s")
+
+    def client(self, number: int, host: str, servers: Sequence[str] = CLUSTER_SERVERS) -> SoakProgram:
+        """A tun6 that has the Id and the key of this number, and knows these servers."""
+        settings: dict[str, object] = {
+            "remotehost": ", ".join(self.lab.address("access", server) for server in servers),
+            "remoteport": CLUSTER_PORT,
+            "id": self.client_id(number),
+            "control": self.folder / f"{host}.sock",
+            **self._keys[number],
+            **self._dead_after,
+        }
+        return SoakProgram(self.lab, host, "client", self.folder, settings)
+
+    def add_standby(self) -> None:
+        """Makes the standby anew from the primary, for which each COMMIT waits from then on."""
+        self.standby.follow(self.primary)
+        self.standby.start()
+        self.primary.synchronous_with(self.standby.host)
+        wait_until("the standby is synchronous", self.primary.followed, 20)
+
+    def routers_talk(self) -> bool:
+        return all(bird.talks() for bird in self.birds.values())
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began:7.1f} s  {text}", flush=True)
+
+    def repair(self) -> None:
+        """Ends what a fault that failed has left."""
+        self.lab.heal_all()
+        for service in (*self.birds.values(), self.primary, self.standby):
+            if not service.process:
+                service.start()
+        for host, server in self.servers.items():
+            server.process.send_signal(signal.SIGCONT)
+            if server.process.poll() is not None:
+                self.start_server(host)
+
+    # what must be true
+
+    def violated(self, what: str) -> None:
+        self.violations.append(what)
+        self.say(f"VIOLATION {what}")
+
+    def tell(self, id_: str, prefix: IPv6Network) -> None:
+        """An Id was told its prefix: the same as ever, and nobody else's."""
+        if self.told.setdefault(id_, prefix) != prefix:
+            self.violated(f"{id_} was told {prefix}, and {self.told[id_]} before")
+        if others := [other for other, its in self.told.items() if its == prefix and other != id_]:
+            self.violated(f"{id_} was told {prefix}, as {others}")
+
+    def routes(self) -> dict[IPv6Network, dict[str, str]]:
+        """The servers whose kernels have a route of a session to each prefix, and its device there."""
+        found = defaultdict[IPv6Network, dict[str, str]](dict)
+        for host in CLUSTER_SERVERS:
+            for prefix, device in self.lab.session_routes(host).items():
+                found[prefix][host] = device
+        return found
+
+    def server_of(self, client: ClusterClient) -> str:
+        """The one that has its session; "" for none, or several."""
+        hosts = [*self.routes()[client.prefix]]
+        return hosts[0] if len(hosts) == 1 else ""
+
+    def misroutes(self, prefixes: Iterable[IPv6Network] = ()) -> list[str]:
+        """What is not as it must be of these, or all clients' prefixes: one kernel has a session's route, and every path ends there."""
+        routes, wrong = self.routes(), []
+        for prefix in prefixes or [client.prefix for client in self.clients]:
+            ends = [[host, device] for host, device in routes[prefix].items()]
+            paths = [self.lab.path(host, prefix[1]) for host in self.routers] if len(ends) == 1 else []
+            if len(ends) != 1 or any(path[-2:] != ends[0] for path in paths):
+                wrong.append(f"{prefix} has the routes {ends} and the paths {paths}")
+        return wrong
+
+    def settle(self) -> float:
+        """The last fault is healed: gives the seconds until all is as it must be. What is not within the time for it is a violation."""
+        began, answered = time.monotonic(), [client.answered for client in self.clients]
+        late = began + CLUSTER_DEAD_AFTER_S + SETTLED_S
+
+        def wrong() -> list[str]:
+            stopped = [client.host for client, before in zip(self.clients, answered) if client.answered == before and not client.broken]
+            return [*self.misroutes(), *(f"the stream of {host} does not go on" for host in stopped)]
+
+        while (found := wrong()) and time.monotonic() < late:
+            time.sleep(0.2)
+        took = time.monotonic() - began
+        for what in found:
+            self.violated(what)
+        for client in self.clients:
+            for prefix in re.findall(r": has (\S+) on", client.program.log()):
+                self.tell(client.id, IPv6Network(prefix))
+        for program in (*self.servers.values(), *(client.program for client in self.clients)):
+            for line in re.findall(".*(?:Traceback|internal error).*", program.new_lines()):
+                self.violated(f"in the log of {program.host}: {line}")
+        while self.traffic.violations:
+            self.violated(self.traffic.violations.pop())
+        return took
+
+
+class SmallCluster(Cluster):
+    """Two servers without BGP: keepalived says which is active, and the test does what the service manager is told."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        super().__init__(folder, size)
+        self.routers = ("router",)
+        self.keepers: dict[str, Service] = {}
+
+    def _start_routing(self, undo: ExitStack) -> None:
+        self.lab.ip("router", f"-6 route add {CLUSTER_RANGE} via 2001:db8:fffe::10")
+        for host in CLUSTER_SERVERS[:2]:
+            self.lab.ip(host, "-6 route add default via 2001:db8:fffe::1")
+            text, active = (CHECKOUT / "contrib/keepalived.conf").read_text(), self.folder / f"{host}.active"
+            for old, new in (
+                ("interface eth0", "interface wan"),
+                ("/usr/bin/systemctl start tun6-server", f"/usr/bin/touch {active}"),
+                ("/usr/bin/systemctl stop tun6-server", f"/usr/bin/rm -f {active}"),
+            ):
+                assert old in text, old
+                text = text.replace(old, new)
+            config = self.folder / f"{host}-keepalived.conf"
+            config.write_text(text)
+            files = [f"--{kind}={self.folder}/{host}-{kind}" for kind in ("pid", "vrrp_pid")]
+            self.keepers[host] = Service(
+                self.lab, host, self.folder / f"{host}-keepalived.log", "keepalived", "-n", "-l", "-P", "-f", str(config), *files
+            )
+            undo.callback(self.keepers[host].kill, signal.SIGTERM)
+
+    def _start_servers(self, undo: ExitStack) -> None:
+        for host in CLUSTER_SERVERS[:2]:
+            self.keepers[host].start()
+        undo.enter_context(repeated(self._do_as_told, 0.05))
+        wait_until("one of them is active", lambda: self.servers, 20)
+        next(iter(self.servers.values())).wait_for("serving ", seconds=30)
+
+    def _do_as_told(self) -> None:
+        for host in self.keepers:
+            told, server = (self.folder / f"{host}.active").exists(), self.servers.get(host)
+            runs = server is not None and server.process.poll() is None
+            if told and server is None:
+                self.servers[host] = SoakProgram(self.lab, host, "server", self.folder, self._settings(host))
+            elif server and told != runs:
+                if told:
+                    server.start()
+                else:
+                    server.end(signal.SIGTERM)
+
+
+class Hand:
+    """A client by hand, which is many: it says its Id to one server after the other, and holds the session that it gets."""
+
+    def __init__(self, cluster: Cluster, id_: str, servers: Sequence[str]) -> None:
+        self.id, self._cluster, self.servers = id_, cluster, list(servers)
+        self.prefix: IPv6Network | None = None
+        self.answer: dict[str, Any] = {}
+        self.answers = 0  # that gave it its prefix
+        self.reached = 0.0  # when the last packet for its prefix came, by time.monotonic()
+        self._greenlet = gevent.spawn(self._run)
+
+    def _run(self) -> None:
+        while True:
+            with self._cluster.lab.inside("hand"):
+                sock = gevent.socket.socket()
+            with sock, suppress(OSError, EOFError):
+                self._live(sock)
+            self.servers.append(self.servers.pop(0))
+            gevent.sleep(random.uniform(0, 0.3))
+
+    def _live(self, sock: Any) -> None:
+        with gevent.Timeout(15, EOFError):
+            sock.connect((self._cluster.lab.address("access", self.servers[0]), CLUSTER_PORT))
+            sock.sendall(json.dumps({"Id": self.id, "Offload": []}).encode())
+            data = b""
+            while b"}" not in data:
+                data += self._more(sock)
+        text, _, data = data.partition(b"}")
+        self.answer = json.loads(text + b"}")
+        if "Prefix" not in self.answer:
+            raise EOFError
+        self.prefix = IPv6Network(self.answer["Prefix"])
+        self._cluster.tell(self.id, self.prefix)
+        self.answers += 1
+        while True:
+            while frame := first_frame(data, 10):
+                data = data[len(frame) :]
+                target = IPv6Address(frame[34:50])
+                if target not in self.prefix:
+                    self._cluster.violated(f"a packet for {target} came to {self.id}, which has {self.prefix}")
+                self.reached = time.monotonic()
+            data += self._more(sock)
+
+    @staticmethod
+    def _more(sock: Any) -> bytes:
+        data = sock.recv(4096)
+        if not data:
+            raise EOFError
+        return cast(bytes, data)
+
+    def close(self) -> None:
+        self._greenlet.kill()
+
+
+@contextmanager
+def hands(cluster: Cluster, wanted: Mapping[str, Sequence[str]]) -> Iterator[list[Hand]]:
+    """Meanwhile these Ids connect, each to the first of its servers that takes it."""
+    crowd = [Hand(cluster, id_, servers) for id_, servers in wanted.items()]
+    try:
+        yield crowd
+    finally:
+        for hand in crowd:
+            hand.close()
+
+
+Outage = Callable[[Cluster], AbstractContextManager[None]]
+
+
+def restart_killed(cluster: Cluster, victim: str) -> None:
+    """Its clients go to the others; some seconds later it is back."""
+    cluster.servers[victim].end(signal.SIGKILL)
+    gevent.sleep(3)
+    cluster.start_server(victim)
+
+
+def end_and_start(cluster: Cluster, victim: str) -> None:
+    cluster.servers[victim].end(signal.SIGTERM)
+    gevent.sleep(1)
+    cluster.start_server(victim)
+
+
+def pause_server(cluster: Cluster, victim: str, seconds: float) -> None:
+    """Its kernel acknowledges what clients send, and its routes stay, until it wakes up as the loser."""
+    with paused(cluster.servers[victim]):
+        gevent.sleep(seconds)
+
+
+def drain_server(cluster: Cluster, victim: str) -> None:
+    config = cluster.servers[victim].config
+    assert run_tun6("drain", "-c", str(config), "--minutes", "0.1").returncode == 0
+    assert becomes_true(lambda: not cluster.lab.session_routes(victim), 12), "sessions are left on a server that drains"
+    assert run_tun6("drain", "-c", str(config), "--stop").returncode == 0
+
+
+def cut_server(cluster: Cluster, victim: str, *networks: str) -> None:
+    """These networks of a server, without a word to anybody, for twice as long as it takes to notice."""
+    cluster.lab.cut(victim, *networks)
+    gevent.sleep(2 * CLUSTER_DEAD_AFTER_S)
+    cluster.lab.heal(victim, *networks)
+
+
+def restart_bird(cluster: Cluster, victim: str, seconds: float) -> None:
+    """It is killed, and started again so many seconds later."""
+    cluster.birds[victim].kill()
+    gevent.sleep(seconds)
+    cluster.birds[victim].start()
+    wait_until("the routers talk with each other again", cluster.routers_talk, 30)
+
+
+@contextmanager
+def store_stopped(cluster: Cluster) -> Iterator[None]:
+    cluster.primary.kill(signal.SIGINT)  # "fast": ends all sessions
+    yield
+    cluster.primary.start()
+
+
+@contextmanager
+def store_killed(cluster: Cluster) -> Iterator[None]:
+    cluster.primary.kill_all()
+    yield
+    cluster.primary.start()
+
+
+@contextmanager
+def store_hung(cluster: Cluster) -> Iterator[None]:
+    """Its kernel takes what is sent, and nothing answers."""
+    cluster.primary.signal_all(signal.SIGSTOP)
+    yield
+    cluster.primary.signal_all(signal.SIGCONT)
+
+
+@contextmanager
+def store_slow(cluster: Cluster) -> Iterator[None]:
+    """Each statement that writes to the table of clients takes 2 s."""
+    cluster.primary.query(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(2); RETURN NULL; END'", "tun6"
+    )
+    cluster.primary.query("CREATE TRIGGER slow BEFORE INSERT OR UPDATE ON client FOR EACH STATEMENT EXECUTE FUNCTION slow()", "tun6")
+    assert cluster.primary.query("SELECT count(*) FROM pg_trigger WHERE tgname = 'slow'", "tun6") == "1"
+    yield
+    cluster.primary.query("DROP FUNCTION slow CASCADE", "tun6")
+    assert cluster.primary.query("SELECT count(*) FROM pg_trigger WHERE tgname = 'slow'", "tun6") == "0"
+
+
+@contextmanager
+def standby_stopped(cluster: Cluster) -> Iterator[None]:
+    """No COMMIT ends: each waits for the standby."""
+    cluster.standby.kill(signal.SIGINT)
+    yield
+    cluster.standby.start()
+    wait_until("the standby is synchronous again", cluster.primary.followed, 30)
+
+
+@contextmanager
+def store_failed_over(cluster: Cluster) -> Iterator[None]:
+    """The primary is killed and the standby promoted, which gets a standby later."""
+    cluster.primary.kill_all()
+    cluster.lab.heal(cluster.standby.host, "store")
+    cluster.standby.promote()
+    cluster.primary, cluster.standby = cluster.standby, cluster.primary
+    yield
+    cluster.add_standby()
+
+
+def disturb_store(cluster: Cluster, _: str, outage: Outage) -> None:
+    with outage(cluster):
+        gevent.sleep(8)
+
+
+def move_meanwhile(cluster: Cluster, victim: str, outage: Outage) -> None:
+    """The store does not answer as it should when the server is killed."""
+    with outage(cluster):
+        gevent.sleep(1)
+        restart_killed(cluster, victim)
+        gevent.sleep(4)
+
+
+def lose_commits(cluster: Cluster, victim: str) -> None:
+    """The standby that is promoted was cut off before Ids were new. No Id is new until all have written back what they know."""
+    cluster.primary.synchronous_with("")
+    cluster.lab.cut(cluster.standby.host, "store")
+    with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS for _ in range(5)}) as crowd:
+        assert becomes_true(lambda: all(hand.answers for hand in crowd), 15), "new Ids are not served"
+        with store_failed_over(cluster):
+            with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS for _ in range(5)}) as newcomers:
+                served = becomes_true(lambda: all(hand.answers for hand in newcomers), 40)
+                assert served, f"new Ids are not served after commits were lost: {newcomers[0].answer}"
+            restart_killed(cluster, victim)
+            served = becomes_true(lambda: all(hand.answers > (hand.servers[0] == victim) for hand in crowd), 15)
+            assert served, "Ids whose commits were lost are not served"
+
+
+def revoke_in_an_outage(cluster: Cluster, victim: str) -> None:
+    """A server cut off from the store serves a revoked Id until it is healed, and then no longer."""
+    other = next(host for host in CLUSTER_SERVERS if host != victim)
+    config, id_ = cluster.servers[other].config, cluster.client_id(cluster.EXTRA)
+    with cluster.extra_client([victim, other]) as client:
+        held = client.prefix()
+        if [*cluster.routes()[held]] != [victim]:
+            restart_killed(cluster, other)
+        cluster.lab.cut(victim, "store")
+        gevent.sleep(1)
+        asked(config, "clients", "revoke", id_)
+        gevent.sleep(3)
+        assert [*cluster.routes()[held]] == [victim], "a server cut off from the store does not go on as before"
+        began = time.monotonic()
+        cluster.lab.heal(victim, "store")
+        assert becomes_true(lambda: not cluster.routes()[held], 15), "a revoked Id is served"
+        cluster.note("a revoked Id served after the cut was healed", time.monotonic() - began)
+        gevent.sleep(3)
+        assert not cluster.routes()[held], "a revoked Id is served again"
+    asked(config, "clients", "restore", id_)
+    with cluster.extra_client([victim, other]) as client:
+        assert client.prefix(seconds=15) == held, "a restored Id has another prefix"
+
+
+def move_on_both_sides(cluster: Cluster, victim: str) -> None:
+    """A server is cut off from the others and the store, and a client comes to it and to another one in turn."""
+    other = next(host for host in CLUSTER_SERVERS if host != victim)
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+    cluster.lab.cut(victim, "store", "peers")
+    for server in (other, victim) * 3:
+        with cluster.extra_client([server]) as client:
+            assert client.prefix(seconds=15) == held, "another prefix on the other side of a cut"
+    with cluster.extra_client([victim]) as client:
+        client.prefix(seconds=15)
+        cluster.lab.heal(victim, "store", "peers")
+        wait_until("the routers talk with each other again", cluster.routers_talk, 30)
+        alone = becomes_true(lambda: not cluster.misroutes([held]), CLUSTER_DEAD_AFTER_S + SETTLED_S)
+        assert alone, f"after both sides of a cut had it: {cluster.misroutes([held])}"
+
+
+def use_an_id_twice(cluster: Cluster, victim: str) -> None:
+    """Two machines with one Id, and one key: they take it from each other, and are slowed down wherever they connect."""
+    client = next(client for client in cluster.clients if cluster.server_of(client) == victim)
+    seconds, before = 30, client.program.log().count(": has ")
+    with cluster.extra_client(CLUSTER_SERVERS, client.number) as second:
+        gevent.sleep(seconds)
+        takeovers = client.program.log().count(": has ") - before + second.log().count(": has ")
+    most = tun6.CONTENTION_TAKEOVERS + seconds / tun6.CONTENTION_PAUSE_S + 3
+    assert takeovers <= most, f"two machines with one Id took it from each other {takeovers} times in {seconds} s"
+
+
+def pin_a_freed_prefix(cluster: Cluster, victim: str) -> None:
+    """Only `pin` gives it again, when all servers know that it is free; so not while one is stopped that may still have its route."""
+    other = next(host for host in CLUSTER_SERVERS if host != victim)
+    config = str(cluster.servers[other].config)
+    first, second, newcomer = (cluster.new_id() for _ in range(3))
+    with hands(cluster, {first: [victim], second: [other]}) as crowd:
+        assert becomes_true(lambda: all(hand.answers for hand in crowd), 15), "new Ids are not served"
+        freed, spare = cluster.told.pop(first), CLUSTER_RANGE[0xF000 << 64]
+        with paused(cluster.servers[victim]):
+            asked(Path(config), "clients", "pin", first, f"{spare}/64")
+            with hands(cluster, {newcomer: [other]}) as new:
+                assert becomes_true(lambda: bool(new[0].answers), 15), "a new Id is not served"
+            done = run_tun6("clients", "-c", config, "pin", second, str(freed))
+            assert done.returncode == 2 and freed in map(IPv6Network, re.findall(r"[0-9a-f:]+/64", done.stderr)), done.stderr
+        cluster.told.pop(second)
+        pinned = becomes_true(lambda: run_tun6("clients", "-c", config, "pin", second, str(freed)).returncode == 0, 40)
+        assert pinned, run_tun6("clients", "-c", config, "pin", second, str(freed)).stderr
+        assert becomes_true(lambda: crowd[1].prefix == freed, 15), "a pinned prefix is not told"
+        assert becomes_true(lambda: not cluster.misroutes([freed]), 15), cluster.misroutes([freed])
+
+
+def connect_new_ids(cluster: Cluster, _: str) -> None:
+    """500 at once on each of two servers."""
+    began = time.monotonic()
+    with hands(cluster, {cluster.new_id(): [server] for server in CLUSTER_SERVERS[:2] for _ in range(500)}) as crowd:
+        served = becomes_true(lambda: all(hand.answers for hand in crowd), 60)
+        unserved = [hand.answer for hand in crowd if not hand.answers]
+        assert served, f"{len(unserved)} of 1,000 new Ids are not served: {unserved[:1]}"
+        cluster.note("1,000 new Ids served", time.monotonic() - began)
+
+
+def move_a_thousand(cluster: Cluster, victim: str) -> None:
+    """1,000 clients of a server that is killed: each has packets from the Internet again."""
+    others = [host for host in CLUSTER_SERVERS if host != victim]
+    wanted = {f"many {number}": [victim, *random.sample(others, 2)] for number in range(1000)}
+
+    def reached(since: float) -> bool:
+        with socket_on(cluster.lab, "internet") as probes:
+            for hand in crowd:
+                if hand.prefix and hand.reached < since:
+                    probes.sendto(b"", (str(hand.prefix[1]), 9))
+        gevent.sleep(0.3)
+        return all(hand.reached >= since for hand in crowd)
+
+    with hands(cluster, wanted) as crowd:
+        assert becomes_true(lambda: reached(1), 90), "not all of 1,000 clients are served"
+        began = time.monotonic()
+        cluster.servers[victim].end(signal.SIGKILL)
+        moved = becomes_true(lambda: reached(began), 60)
+        cluster.note("1,000 clients moved", max(hand.reached for hand in crowd) - began)
+        assert moved, f"{sum(hand.reached < began for hand in crowd)} of 1,000 clients are not served by another server"
+    cluster.start_server(victim)
+
+
+def set_clock(cluster: Cluster, victim: str) -> None:
+    """The clock of one server, as Python has it, jumps by an hour; clients come to it and leave it."""
+    jump = cluster.folder / "clock"
+    lines = ("now = time.time", f"time.time = lambda: now() + 3600 * os.path.exists({str(jump)!r})")
+    cluster.servers[victim].end(signal.SIGTERM)
+    with tun6_with(cluster.folder, *lines):
+        cluster.start_server(victim)
+    with cluster.extra_client([victim]) as client:
+        held = client.prefix()
+        jump.touch()
+        gevent.sleep(5)
+        for host in CLUSTER_SERVERS:
+            if host != victim:
+                restart_killed(cluster, host)
+        alone = becomes_true(lambda: not cluster.misroutes([held]), 10)
+        assert alone, f"one server's clock is an hour ahead: {cluster.misroutes([held])}"
+    cluster.servers[victim].end(signal.SIGTERM)
+    jump.unlink()
+    cluster.start_server(victim)
+
+
+def check_routes(upstream: str) -> None:
+    """contrib/bird.conf with routes made by hand: the newest epoch wins, and no server is a black hole whatever link is cut."""
+    prefix, other = itertools.islice(CLUSTER_RANGE.subnets(new_prefix=64), 2)
+    told = upstream != "range"  # whether the router hears of each prefix
+    lab = ClusterLab(0)
+    with tempfile.TemporaryDirectory() as name, lab, ExitStack() as undo:
+
+        def route(host: str, epoch: int) -> str:
+            return f"-6 route add {prefix} dev session proto {tun6.ROUTE_PROTOCOL} metric {tun6.METRIC_MAX - epoch}"
+
+        def leads(to: str, *hosts: str) -> bool:
+            return all(lab.path(host, prefix[1])[-2:] == [to, "session"] for host in hosts)
+
+        def expect(what: str, condition: Callable[[], bool], seconds: float = 15) -> None:
+            began = time.monotonic()
+            wait_until(what, condition, seconds)
+            print(f"    {time.monotonic() - began:4.1f} s  {upstream}: {what}", flush=True)
+
+        birds = [Bird(lab, host, Path(name), upstream) for host in ("router", *CLUSTER_SERVERS)]
+        for bird in birds:
+            undo.callback(bird.kill)
+            bird.start()
+        wait_until("the routers talk with each other", lambda: all(bird.talks() for bird in birds), 30)
+        for host in CLUSTER_SERVERS:
+            lab.ip(host, "tuntap add session mode tun")
+            lab.ip(host, "link set session up")
+        every = ("router", *CLUSTER_SERVERS)
+        lab.ip("s1", route("s1", 5))
+        expect("the route of epoch 5 on s1 is known everywhere", lambda: leads("s1", *every))
+        lab.ip("s2", route("s2", 6))
+        if told:
+            expect("that of epoch 6 on s2 wins at the router and at s3, while s1 still has its own", lambda: leads("s2", "router", "s3"))
+        lab.ip("s1", route("s1", 5).replace("add", "del"))
+        expect("s1, which has none any more, finds that of s2", lambda: leads("s2", *every))
+        birds[1].send_signal(signal.SIGSTOP)
+        lab.ip("s1", route("s1", 7))
+        expect("a new route of s1 is before that of BIRD there, which has not heard of it yet", lambda: leads("s1", "s1"), 0)
+        lab.ip("s1", route("s1", 7).replace("add", "del"))
+        birds[1].send_signal(signal.SIGCONT)
+        lab.ip("s1", f"-6 route add unreachable {CLUSTER_RANGE} proto {tun6.ROUTE_PROTOCOL} metric {tun6.OWNER_BASE}")
+        lab.ip("s1", f"-6 route add {other} dev session proto {tun6.ROUTE_PROTOCOL} metric 1")
+        expect("BIRD has heard of a later route of s1", lambda: str(other) in birds[1].ask("show", "route", "protocol", "kernel1"))
+        assert str(CLUSTER_RANGE) not in birds[1].ask("show", "route", "protocol", "kernel1"), "BIRD learns tun6's unreachable route"
+        lab.cut("s2", "wan")
+        expect(
+            "the link from s2 to the router is cut: all lead there through another server",
+            lambda: leads("s2", *every) and "s2" not in lab.path("router", prefix[1])[1:2],
+        )
+        expect("and so does the way from s2 to the Internet", lambda: lab.path("s2", IPv6Address(Lab.INTERNET))[-2:] == ["router", "world"])
+        lab.heal("s2", "wan")
+        wait_until("all is as before", lambda: all(bird.talks() for bird in birds), 30)
+        lab.cut("s2", "peers")
+        expect("the link from s2 to the other servers is cut", lambda: leads("s2", *every))
+        lab.heal("s2", "peers")
+        wait_until("all is as before", lambda: all(bird.talks() for bird in birds), 30)
+        birds[2].kill()
+        lab.ip("s2", route("s2", 6).replace("add", "del"))
+        lab.ip("s3", route("s3", 7))
+        expect("BIRD on s2 is killed, and the prefix is at s3", lambda: leads("s3", "router", "s1", "s3"))
+        lab.cut("s1", "wan", "peers")
+        expect("s1 is cut off, too: the router finds s3, which is alone", lambda: leads("s3", "router"))
+        expect(
+            "and packets for no session's prefix end there",
+            lambda: lab.path("router", CLUSTER_RANGE[1 << 70]) == ["router", "s3", UNREACHABLE],
+        )
+
+
+def administer_anywhere(cluster: Cluster, victim: str) -> None:
+    """What the operator does on one server holds on all; and on the store itself, while the server does not run."""
+    other, third = (cluster.servers[host].config for host in ("s2", "s3"))
+    id_ = cluster.client_id(cluster.EXTRA)
+
+    with cluster.extra_client(["s1"]) as client:
+        held = client.prefix()
+        found = next(each for each in asked(other, "clients", "list") if each["id"] == id_)
+        assert (found["server"], found["connected"], found["prefix"]) == ("s1", True, str(held)), found
+        status = asked(third, "status")
+        assert [(each["name"], each["here"]) for each in status["servers"]] == [("s1", False), ("s2", False), ("s3", True)], status
+        assert status["store"]["down"] is None
+        here = {host: asked(cluster.servers[host].config, "status", "--here")["clients"] for host in CLUSTER_SERVERS}
+        assert [host for host, clients in here.items() if any(each["id"] == id_ for each in clients)] == ["s1"]
+        assert any(each["id"] == id_ and each["server"] == "s1" for each in status["clients"])
+        before = cluster.servers["s1"].log().count("gone, it was revoked")
+        asked(third, "clients", "revoke", id_)
+        began = time.monotonic()
+        cluster.servers["s1"].wait_for("gone, it was revoked", before + 1, 5)
+        cluster.note("a session ended after its Id was revoked on another server", time.monotonic() - began)
+        client.wait_for("no connection to .*: revoked")
+        asked(other, "clients", "restore", id_)
+    with cluster.extra_client(["s2"]) as client:
+        assert client.prefix() == held
+
+    def on_victim(*words: str) -> Any:
+        done = cluster.lab.run(victim, sys.executable, TUN6, *words, "-c", str(cluster.servers[victim].config), "--json")
+        assert done.returncode == 0 or words[0] == "doctor", done.stderr
+        return json.loads(done.stdout)
+
+    (store,) = (each for each in on_victim("doctor", "server")["server"] if each["check"] == "store")
+    assert re.match("ok .* commits wait for a synchronous standby", f"{store['result']} {store['text']}"), store
+    cluster.servers[victim].end(signal.SIGTERM)
+    new = cluster.new_id()
+    added = on_victim("clients", "add", new)
+    assert {each["id"]: each["prefix"] for each in on_victim("clients", "list")}[new] == added["prefix"]
+    cluster.start_server(victim)
+    for host in CLUSTER_SERVERS:
+        known = {each["id"]: each["prefix"] for each in asked(cluster.servers[host].config, "clients", "list")}
+        assert known[new] == added["prefix"], host
+
+
+def check_keepalived() -> None:
+    """contrib/keepalived.conf on two servers: one is active, whatever happens to it, and the clients are there."""
+    with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, SmallCluster(Path(name), 2) as cluster:
+        for what in ("all links of the active one cut", "keepalived ended on the active one", "tun6 killed on the active one"):
+            (active,) = {cluster.server_of(client) for client in cluster.clients}
+            for client in cluster.clients:
+                client.mark()
+            if what.startswith("all"):
+                cut_server(cluster, active, "wan", "peers", "store", "access")
+            elif what.startswith("keepalived"):
+                cluster.keepers[active].kill(signal.SIGTERM)
+                gevent.sleep(5)
+                cluster.keepers[active].start()
+            else:
+                cluster.servers[active].process.kill()
+                gevent.sleep(3)
+            cluster.settle()
+            now = {cluster.server_of(client) for client in cluster.clients}
+            assert len(now) == 1, f"{what}, which was {active}: {now} are active"
+            assert what.startswith("all") or (now == {active}) == what.startswith("tun6"), f"{what}, which was {active}: {now} is active"
+            cluster.say(f"keepalived: {what}: stalls {' '.join(f'{client.stall:.2f}' for client in cluster.clients)} s")
+        assert not cluster.violations
+
+
+class ClusterFault(NamedTuple):
+    name: str
+    inject: Callable[..., None]
+    arguments: tuple[object, ...] = ()
+    whom: str = "the server's"  # clients whose traffic it may stall; or "all", "none" where it is not to be judged
+    quick: bool = False  # is among those of --quick
+
+
+CLUSTER_FAULTS = (
+    ClusterFault("server killed (kill -9)", restart_killed, quick=True),
+    ClusterFault("server ended (SIGTERM)", end_and_start),
+    ClusterFault("server drained", drain_server, quick=True),
+    ClusterFault("server stopped (SIGSTOP) for 3 s", pause_server, (3,)),
+    ClusterFault("server stopped (SIGSTOP) for 15 s", pause_server, (15,), quick=True),
+    ClusterFault("host dead: all its links cut", cut_server, ("wan", "peers", "store", "access"), quick=True),
+    ClusterFault("link to the clients cut", cut_server, ("access",)),
+    ClusterFault("link to the router cut", cut_server, ("wan",), quick=True),
+    ClusterFault("link to the other servers cut", cut_server, ("peers",)),
+    ClusterFault("link to the store cut", cut_server, ("store",)),
+    ClusterFault("BIRD killed, back after 0.2 s", restart_bird, (0.2,)),
+    ClusterFault("BIRD killed, back after 10 s", restart_bird, (10,)),
+    ClusterFault("PostgreSQL stopped", disturb_store, (store_stopped,)),
+    ClusterFault("PostgreSQL killed", disturb_store, (store_killed,)),
+    ClusterFault("PostgreSQL killed, then a server", move_meanwhile, (store_killed,), quick=True),
+    ClusterFault("PostgreSQL hangs, then a server is killed", move_meanwhile, (store_hung,)),
+    ClusterFault("PostgreSQL takes 2 s a statement, then a server is killed", move_meanwhile, (store_slow,)),
+    ClusterFault("its standby stopped, then a server killed", move_meanwhile, (standby_stopped,)),
+    ClusterFault("PostgreSQL failed over", disturb_store, (store_failed_over,)),
+    ClusterFault("PostgreSQL failed over, then a server killed", move_meanwhile, (store_failed_over,), quick=True),
+    ClusterFault("PostgreSQL failed over, commits lost, then a server killed", lose_commits),
+    ClusterFault("an Id revoked while its server can't reach the store", revoke_in_an_outage),
+    ClusterFault("a client on both sides of a cut in turn", move_on_both_sides),
+    ClusterFault("an Id on two machines", use_an_id_twice, whom="none"),
+    ClusterFault("a freed /64 pinned to another Id", pin_a_freed_prefix),
+    ClusterFault("500 new Ids at once on each of two servers", connect_new_ids, whom="all"),
+    ClusterFault("1,000 clients moved at once", move_a_thousand, whom="all"),
+    ClusterFault("clock of a server set one hour ahead", set_clock, whom="all"),
+    ClusterFault("administered on any server", administer_anywhere, quick=True),
+)
+
+
+def run_fault(cluster: Cluster, fault: ClusterFault) -> list[float]:
+    """Makes one and waits until all is as it must be. Gives the longest stall of each stream that it may have stalled, s."""
+    client = random.choice(cluster.clients)
+    assert becomes_true(lambda: cluster.server_of(client), 30), f"{client.host} has no server"
+    victim = cluster.server_of(client)
+    affected = [each for each in cluster.clients if fault.whom == "all" or (fault.whom != "none" and cluster.server_of(each) == victim)]
+    cluster.say(f"{fault.name}: {victim} with {len(affected)} of {len(cluster.clients)} clients")
+    for each in cluster.clients:
+        each.mark()
+    try:
+        fault.inject(cluster, victim, *fault.arguments)
+    except (AssertionError, tun6.KernelError) as error:
+        cluster.violated(f"{fault.name}: {error}")
+        cluster.repair()
+    took = cluster.settle()
+    stalls = [each.stall for each in affected]
+    cluster.say(f"    stalls {' '.join(f'{stall:.2f}' for stall in stalls)} s; all as it must be {took:.1f} s after the end")
+    return stalls
+
+
+def run_faults(cluster: Cluster, faults: Iterable[ClusterFault]) -> int:
+    """Makes them, one after the other, and reports. Gives the exit status."""
+    stalls = defaultdict[str, list[float]](list)
+    try:
+        for fault in faults:
+            stalls[fault.name] += run_fault(cluster, fault)
+    finally:
+        if cluster.violations:
+            kept = tempfile.mkdtemp(prefix="tun6-cluster-failed-")
+            unwanted = shutil.ignore_patterns("*-data", "*-sockets", "*.sock", "*.ctl")
+            shutil.copytree(cluster.folder, kept, dirs_exist_ok=True, ignore=unwanted)
+            cluster.say(f"the logs are in {kept}")
+    print("\n| fault | streams | median stall | longest |\n| --- | --- | --- | --- |")
+    for fault in CLUSTER_FAULTS:
+        if found := stalls[fault.name]:
+            print(f"| {fault.name} | {len(found)} | {statistics.median(found):.2f} s | {max(found):.2f} s |")
+    for what, seconds in cluster.notes.items():
+        print(f"{what}: median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s, of {len(seconds)}")
+    print(f"measured to within {cluster.traffic.late + TICK_S:.2f} s; {len(cluster.violations)} violations", flush=True)
+    return int(bool(cluster.violations))
+
+
+def cluster_command(arguments: list[str]) -> int:
+    """`python test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults; prints a table of their stalls for docs/cluster.md."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py cluster", description=cluster_command.__doc__)
+    parser.add_argument("--quick", action="store_true", help="only the most important faults, each once")
+    what = "only faults with these words in their names; or `routes`, or `keepalived`"
+    parser.add_argument("--fault", action="append", metavar="WORDS", help=what)
+    parser.add_argument("--times", type=int, default=3, help="each fault so often")
+    parser.add_argument("--clients", type=int, default=CLUSTER_SIZE)
+    parser.add_argument("--upstream", choices=CLUSTER_UPSTREAMS, default="ibgp", help="what the upstream router is")
+    options = parser.parse_args(arguments)
+    install_cluster_packages()
+    tun6.raise_descriptor_limit()
+    every = [fault for fault in CLUSTER_FAULTS if fault.quick or not options.quick]
+    wanted = [fault for fault in every if any(words in fault.name for words in options.fault or [""])]
+    if not options.fault or "routes" in options.fault:
+        for upstream in CLUSTER_UPSTREAMS:
+            check_routes(upstream)
+    if not options.fault or "keepalived" in options.fault:
+        check_keepalived()
+    if not wanted:
+        return 0
+    with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, Cluster(Path(name), options.clients, options.upstream) as cluster:
+        return run_faults(cluster, (fault for fault in wanted for _ in range(1 if options.quick else options.times)))
+
+
+def soak_cluster(minutes: float, size: int, seed: int) -> int:
+    """Faults in random order for some minutes, while new and known Ids come and go at all servers. Gives the exit status."""
+    install_cluster_packages()
+    random.seed(seed)
+
+    def visit() -> None:
+        known: list[str] = []
+        while True:
+            id_ = random.choice(known) if known and random.random() < 0.5 else cluster.new_id()
+            visitor = Hand(cluster, id_, random.sample(CLUSTER_SERVERS, 3))
+            gevent.sleep(random.uniform(0, 4))
+            visitor.close()
+            if visitor.answers:
+                known.append(id_)
+                visits.append(id_)
+
+    def faults() -> Iterator[ClusterFault]:
+        deadline = time.monotonic() + 60 * minutes
+        while True:
+            for fault in random.sample(CLUSTER_FAULTS, len(CLUSTER_FAULTS)):
+                if time.monotonic() > deadline:
+                    return
+                yield fault
+
+    visits: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, Cluster(Path(name), size) as cluster:
+        visitors = [gevent.spawn(visit) for _ in range(5)]
+        try:
+            status = run_faults(cluster, faults())
+        finally:
+            gevent.killall(visitors)
+        print(f"{len(visits)} visits of {len(set(visits))} other Ids")
+    return status
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -13646,7 +16570,7 @@ def run_tests(*options: str, share: str = "1/1") -> int:
 
 
 def main() -> int:
-    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `waits`: only that.
+    """Format, lint, types, tests; gives the exit status. `fuzz`, `soak`, `observers`, `systemd`, `packages`, `cluster`, `waits`: only that.
 
     In CI two minutes of soak, and the tests that wait, run beside the others.
     """
@@ -13660,6 +16584,8 @@ def main() -> int:
         return systemd_command(sys.argv[2:])
     if sys.argv[1:2] == ["packages"]:
         return packages_command(sys.argv[2:])
+    if sys.argv[1:2] == ["cluster"]:
+        return cluster_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
         return run_tests("-m", "waits", share=(sys.argv[2:] or ["1/1"])[0])
     os.chdir(Path(__file__).parent)

@@ -31,7 +31,8 @@ The file, top to bottom. A section uses only names defined above it; those marke
     prefixes                     PrefixPool: which Id owns which /64 (pure)
     send queue                   SharedBuffer, FqCodelQueue, SendQueue: what waits for a connection that is full (pure)
     network plans                the commands for `ip`, as pairs of do and undo (pure)
-    storage                      GroupCommit, JsonFile, AssignmentStore, KeyStore
+    storage                      GroupCommit, JsonFile, Store and Keys (what a server keeps), AssignmentStore and KeyStore: in files
+    cluster rules                Row, Change, ClusterView: which of several servers has an Id's newest session (pure)
     kernel                       Kernel (runs `ip`), Tun, DeviceMonitor (netlink), default_id, find_dropping_chains (runs `nft`)
     connections                  Stream, TlsStream, TCP options, PathMtu, MtuMonitor, congestion control, PacedWriter
     pumps                        TokenBucket, ReadinessCallbacks and the two hot loops
@@ -39,11 +40,12 @@ The file, top to bottom. A section uses only names defined above it; those marke
     hooks                        Hooks: the operator's program, run when sessions begin and end
     neighbour proxy              NeighbourProxy: answers for the prefixes of a range that is on-link, not routed
     service manager              ServiceManager: what systemd is told
+    cluster store                Database (PostgreSQL), ClusterStore: a Store for several servers
     server                       ServerConfig, AdmissionControl, Server
     firewall                     what the Internet may reach behind a client: Opening, the rules (pure), Firewall (runs `nft`)
     lan                          Announcement, Radvd, LanChanges, LanRouter: the client as the IPv6 router of a LAN
-    client                       ClientConfig, Client
-    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients` and `status`
+    client                       ClientConfig, Failover (pure), RemoteServer, Client
+    administration               LoopLatency, RequestHandler, AdminRequestHandler, ControlSocket: `tun6.py clients`, `drain`, `status`
     metrics                      Web: Prometheus' metrics and the page, for who asks by HTTP
     installation                 tokens, the unit for systemd, Installer: `tun6.py install`
     doctor                       ServerDoctor, ClientDoctor: what is checked by `tun6.py doctor`, and some of it at the start
@@ -58,6 +60,7 @@ import base64
 import bisect
 import calendar
 import configparser
+import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -99,8 +102,9 @@ import termios
 import textwrap
 import threading
 import time
+import uuid
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
@@ -146,6 +150,7 @@ GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # values of gso_type
 GSO_KINDS = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}  # gso_type -> its name in "Offload"
 GSO_SEGMENTS_MAX = 128  # segments of one GSO frame: UDP_MAX_SEGMENTS of linux/udp.h, and what we set for TCP on our TUNs
 EXTENSIONS_MAX = 256  # bytes of extension headers in a GSO frame
+EPOCH_MAX = 0x7FFFFFFE  # of an Epoch, which counts the sessions of an Id in a cluster: METRIC_MAX - epoch is a metric yet
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
@@ -311,6 +316,12 @@ def parse_offload(message: dict[str, Any]) -> frozenset[str] | None:
     return frozenset(kinds)
 
 
+def parse_epoch(message: dict[str, Any]) -> int:
+    """Returns the Epoch in a message of either side, 0 where there is none that could be one: it is no reason not to be served."""
+    epoch = message.get("Epoch")
+    return epoch if type(epoch) is int and 0 < epoch <= EPOCH_MAX else 0  # True is an int, too
+
+
 class Hello(NamedTuple):
     """The message of a client."""
 
@@ -318,6 +329,8 @@ class Hello(NamedTuple):
     gso_kinds: frozenset[str] | None  # as parse_offload returns them
     key: str  # "" when the client sent none
     dry: bool = False  # whether the client only asks if it would be served
+    epoch: int = 0  # as parse_epoch returns it
+    moved: bool = False  # whether it may be told to go to another server
 
 
 def parse_hello(message: dict[str, Any]) -> Hello:
@@ -327,7 +340,8 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True)
+    moved = message.get("Moved") is True
+    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True, parse_epoch(message), moved)
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -721,10 +735,12 @@ class PrefixPool:
 
 # ---- send queue ------------------------------------------------------------------------------------------------------
 
-Encrypt = Callable[[Union[bytes, bytearray, memoryview]], memoryview]  # plain text to TLS records, valid until the next call
+Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text to TLS records
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
 BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
+ROUND_BYTES = 4 << 20  # bytes that all sessions together move in a round of the event loop, about 4 ms; BATCH_FRAMES likewise
+BATCH_BYTES_MIN, BATCH_FRAMES_MIN = 32 << 10, 32  # but each of them moves so much: below, the calls cost more than the copies
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
@@ -819,12 +835,17 @@ class FqCodelQueue:
 
     def pop(self, now: float) -> bytearray | None:
         """Removes and returns the frame to be sent next, None when there is none."""
+        passed_over = 0
         while self._new or self._old:
             queue = self._new or self._old
             flow = queue[0]
             if flow.deficit <= 0:
                 flow.deficit += QUANTUM
                 self._old.append(queue.popleft())
+                passed_over += 1
+                if passed_over >= len(self._old) and not self._new:
+                    self._skip_rounds()
+                    passed_over = 0
                 continue
             frame = self._codel(flow, now)
             if frame is None:
@@ -855,6 +876,13 @@ class FqCodelQueue:
         self.bytes = self.frames = self._longest = 0
         for each in (self._flows, self._new, self._old, self._long):
             each.clear()
+
+    def _skip_rounds(self) -> None:
+        """Does at once the rounds in which each flow is passed over: over 40 of them behind a frame of 64 KiB, which took 7 us."""
+        rounds = 1 + min(-flow.deficit // QUANTUM for flow in self._old)
+        if rounds > 0:
+            for flow in self._old:
+                flow.deficit += rounds * QUANTUM
 
     def _find_long_flow(self, flow: FlowQueue) -> FlowQueue:
         """Returns this flow or another, with at least half of the bytes of the longest one.
@@ -1057,7 +1085,7 @@ class SendQueue:
             elif self._encrypt:
                 taken = len(ends)
                 data = self._encrypt(frames[: ends[-1]])
-                self._partial = memoryview(bytes(data[self._write(data) or 0 :]))
+                self._partial = memoryview(data[self._write(memoryview(data)) or 0 :])
             else:
                 sent = self._write(frames[: ends[-1]]) or 0
                 taken = len(ends) if sent == ends[-1] else self._count_taken(frames, ends, sent)
@@ -1104,8 +1132,10 @@ class SendQueue:
             if self._bare:
                 break
         if frames:
-            data = frames[0][OFFLOAD_HEADER.size :] if self._bare else b"".join(frames)
-            self._partial = memoryview(bytes(self._encrypt(data)) if self._encrypt else data)
+            data = memoryview(b"".join(frames) if len(frames) > 1 else frames[0])  # large ones are not copied
+            if self._bare:
+                data = data[OFFLOAD_HEADER.size :]
+            self._partial = memoryview(self._encrypt(data)) if self._encrypt else data
         return bool(frames)
 
     def _count_taken(self, frames: memoryview, ends: list[int], sent: int) -> int:
@@ -1120,7 +1150,7 @@ class SendQueue:
         begin = 0
         for number, end in enumerate(ends):
             packet = frames[begin + OFFLOAD_HEADER.size : end]
-            data = self._encrypt(packet) if self._encrypt else packet
+            data = memoryview(self._encrypt(packet)) if self._encrypt else packet
             sent = self._write(data) or 0
             if sent < len(data):
                 begun = bool(sent or self._encrypt)  # what is encrypted must be sent, as the peer counts records
@@ -1152,7 +1182,7 @@ class ReceiveQueue:
 
     def set_limit(self, limit: RateLimit | None) -> None:
         """From now on frames leave it as this limit permits. None: there is no limit."""
-        self._limit = limit
+        self._limit, self._read_at = limit, 0.0
         if limit:
             self._queue.limit = min(max(int(limit.bits_per_s / 8 * HELD_S), HELD_MIN), SEND_QUEUE_MAX)
             self._drained_at = self._clock() + DRAIN_S
@@ -1194,7 +1224,8 @@ class ReceiveQueue:
 # ---- network plans ---------------------------------------------------------------------------------------------------
 
 ROUTE_PROTOCOL = 116  # marks our routes, `ip -6 route show proto 116`; free in iproute2's rt_protos
-OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of what we add to lo, behind all others
+OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of our address on lo
+REJECT_BASE = 0xE4000000  # with our process id: the metric of a route that rejects, behind all others
 BEGUN_HERE = "not from 2000::/3"  # what this machine begins, whose source is not chosen yet
 RULE_PRIORITY = 11_600  # of the client's rules, which have this and the next one; the rule for the table main has 32766
 
@@ -1208,7 +1239,7 @@ class Step(NamedTuple):
 
 def reject_step(what: str, process: int) -> Step:
     """A route, behind all others, by which the kernel rejects packets."""
-    route = f"unreachable {what} metric {OWNER_BASE + process} proto {ROUTE_PROTOCOL}"
+    route = f"unreachable {what} metric {REJECT_BASE + process} proto {ROUTE_PROTOCOL}"
     return Step(f"route add {route}", f"route del {route}")
 
 
@@ -1220,7 +1251,7 @@ def pool_plan(pool: IPv6Network, process: int) -> list[Step]:
 def parse_rejects(routes: str) -> list[tuple[str, int]]:
     """Returns prefix and process of each reject_step in the output of `ip -6 route show proto 116`."""
     found = re.findall(r"^unreachable (\S+) .*metric (\d+)", routes, re.MULTILINE)
-    return [(what, int(metric) - OWNER_BASE) for what, metric in found if int(metric) > OWNER_BASE]
+    return [(what, int(metric) - REJECT_BASE) for what, metric in found if int(metric) > REJECT_BASE]
 
 
 def own_address_step(prefix: IPv6Network, process: int) -> Step:
@@ -1249,9 +1280,15 @@ def device_plan(device: str, mtu: int) -> list[Step]:
     ]
 
 
-def server_plan(device: str, mtu: int, prefix: IPv6Network) -> list[Step]:
-    """The device of a session on the server, with the route to its prefix, which a device whose close hangs may still have."""
-    return [*device_plan(device, mtu), Step(f"route replace {prefix} dev {device} proto {ROUTE_PROTOCOL}")]
+def session_route_step(device: str, prefix: IPv6Network, metric: int | None) -> Step:
+    """The route to a client, which a device whose close hangs may still have. `metric`: None for the kernel's default."""
+    route = f"{prefix} dev {device} proto {ROUTE_PROTOCOL}" + ("" if metric is None else f" metric {metric}")
+    return Step(f"route replace {route}", f"route del {route}")
+
+
+def server_plan(device: str, mtu: int, prefix: IPv6Network, metric: int | None) -> list[Step]:
+    """The device of a session on the server, with the route to its client."""
+    return [*device_plan(device, mtu), session_route_step(device, prefix, metric)]
 
 
 def source_plan(source: str, process: int) -> list[Step]:
@@ -1299,6 +1336,9 @@ def tunnel_plan(device: str, default_route: bool, process: int) -> list[Step]:
 
 SECRET_MODE = 0o600  # of a file with keys
 BACKUP_S = 86_400  # between two backups of the assignments, at most
+METRIC_MAX = 2_147_483_647  # of the route of a session with an epoch: the largest value of the kernel and of BGP that BIRD's filters take
+CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
+TAKEOVERS_MAX = 1000  # Ids whose takeovers are remembered before those that are too old to matter are forgotten
 LIMIT_MIN, LIMIT_MAX = 100_000, 100_000_000_000  # bits/s that a client can be limited to
 LIMITS_SUFFIX = ".limits"  # of the file beside the assignments
 RATE_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}  # of the SI
@@ -1319,22 +1359,28 @@ class GroupCommit(Generic[T, R]):
     `work` gets the items in order and returns as many results. An exception that it raises goes to all callers of that call.
     """
 
-    def __init__(self, work: Callable[[list[T]], list[R]]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[list[T]], list[R]], most: int | None = None) -> None:
+        """`most`: so many items at most in one call."""
+        self._work, self._most = work, most
         self._waiting: list[tuple[T, gevent.event.AsyncResult]] = []
         self._worker: gevent.Greenlet | None = None
 
     def submit(self, item: T) -> R:
         """Waits until the item is handled and returns its result. Raises what `work` does. Killing the caller does not stop the work."""
-        outcome = gevent.event.AsyncResult()
-        self._waiting.append((item, outcome))
+        return self.submit_all([item])[0]
+
+    def submit_all(self, items: Iterable[T]) -> list[R]:
+        """As `submit`, for several items, which are handled together."""
+        outcomes = [(item, gevent.event.AsyncResult()) for item in items]
+        self._waiting += outcomes
         if self._worker is None:
             self._worker = gevent.spawn(self._handle_waiting)
-        return cast(R, outcome.get())
+        return [cast(R, outcome.get()) for _, outcome in outcomes]
 
     def _handle_waiting(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting, []
+            batch = self._waiting[: self._most]
+            del self._waiting[: self._most]
             try:
                 results = self._work([item for item, _ in batch])
             except Exception as error:  # the callers get it
@@ -1521,7 +1567,125 @@ class LimitStore:
         return value
 
 
-class AssignmentStore:
+@dataclass(frozen=True)
+class Claim:
+    """A client that is to be served: what it says, and how to reach its session. `end` and `on_epoch` are called in the event loop."""
+
+    id: str
+    epoch: int = 0  # the one that its last answer had, as it says; 0: it says none
+    proved: bool = False  # whether it proved its key: else its epoch does not count
+    counted: bool = False  # whether it counts for `new_ids_per_hour` if it has no prefix yet: it has no key
+    took_over: bool = False  # whether it ended another session here that lived
+    is_alive: Callable[[], bool] = lambda: True  # whether it is still there; called in another thread
+    end: Callable[[str], None] = lambda reason: None  # ends its session, for this reason
+    on_epoch: Callable[[int], None] = lambda epoch: None  # its session has a higher epoch from now on: its route needs another metric
+
+
+class Lease:
+    """What a client was given at the beginning of its session, until its end."""
+
+    def __init__(self, prefix: IPv6Network, epoch: int | None = None) -> None:
+        self.prefix = prefix
+        self.epoch = epoch  # counts the beginnings of this Id in a cluster, the newest wins; None without one
+        self.superseded = ""  # why it ended before its session did
+        self.received, self.sent = 0, 0  # bytes, which the session's end tells the store
+
+    @property
+    def metric(self) -> int | None:
+        """Metric of the session's route, lowest for the newest session, so that its route wins everywhere. None: the kernel's default."""
+        return None if self.epoch is None else METRIC_MAX - self.epoch
+
+    def require_newest(self) -> None:
+        """Raises Refusal when the client has begun anew elsewhere meanwhile. To be called right before it is answered."""
+        if self.superseded:
+            raise Refusal("busy", "a newer connection has this Id", self.superseded)
+
+
+class Store:
+    """Who has which /64 and which key: what Server and administration know of a store, be it in files or in PostgreSQL.
+
+    Methods may wait, in the event loop; those of `pool` and `keys` that only read don't.
+    """
+
+    pool: PrefixPool  # as known here, to be read only
+    keys: Keys | None  # None: open to everybody
+
+    @property
+    def path(self) -> object:
+        """What names this store for people, and for who asks whether it is the same as another. None: nothing is kept."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Begins what goes on beside the sessions; `close` ends it. Called once, by a server that is about to serve. Raises ConfigError."""
+
+    def close(self) -> None:
+        """Ends what `start` began, and lets others use the store."""
+
+    def find(self, id_: str) -> IPv6Network | None:
+        """Returns the /64 that the Id is known to have, or None."""
+        raise NotImplementedError
+
+    def begin(self, claim: Claim) -> contextlib.AbstractContextManager[Lease]:
+        """Lets a client's session begin; leaving the context says that it has ended.
+
+        Raises Refusal when the pool is exhausted, or when too many are new; StorageError when nothing can be kept, the Id owns nothing
+        new then.
+        """
+        raise NotImplementedError
+
+    def require_room(self, id_: str, counted: bool) -> None:
+        """Raises Refusal when `begin` would for such a claim, as far as that is known here, and changes nothing."""
+        if self.pool.find(id_) is None and not self.pool.free:
+            raise Refusal("pool-exhausted", f"no free /64 in {self.pool.network}")
+
+    def assign(self, id_: str) -> IPv6Network:
+        """Returns the Id's /64, a new one if it has none. Raises as `begin` does."""
+        raise NotImplementedError
+
+    def pin(self, id_: str, prefix: IPv6Network) -> None:
+        """Gives the Id this /64 instead of the one it may have.
+
+        Raises ValueError when it is no free /64 of the range, StorageError when it can't be kept; then nothing has changed.
+        """
+        raise NotImplementedError
+
+    def keep(self) -> IPv6Network | None:
+        """Returns a /64 for addresses of this server itself, which no client gets until `unkeep`, or None when there is none to spare."""
+        raise NotImplementedError
+
+    def unkeep(self, prefix: IPv6Network) -> None:
+        """Gives back what `keep` returned."""
+        raise NotImplementedError
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        """Returns the times, by time.monotonic(), of the Id's last takeovers from sessions that lived: at most CONTENTION_TAKEOVERS."""
+        raise NotImplementedError
+
+    def limit_of(self, id_: str) -> int | None:
+        """Returns the Id's own limit in bits/s each way, 0 when it is to have none, None when that of all others is its, too."""
+        return None
+
+    def set_limit(self, id_: str, bits_per_s: int | None) -> None:
+        """Sets what `limit_of` returns, and saves it. Raises RequestError, StorageError; then nothing has changed."""
+        raise RequestError("this store has no limits of single Ids; `limit` in config.ini is for all")
+
+    def reload_limits(self) -> None:
+        """Reads limits that somebody has edited. Raises ConfigError; then they stay as they were."""
+
+    def holder(self, id_: str) -> str | None:
+        """Returns the name of another server that has a session of this Id, as far as it is known here."""
+        return None
+
+    def whereabouts(self, id_: str) -> dict[str, Any]:
+        """Returns what `clients` shows of an Id for all servers: server, connected, since and last in seconds since 1970; {} without."""
+        return {}
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what `status` shows of the store and the other servers; {} when there is nothing."""
+        return {}
+
+
+class AssignmentStore(Store):
     """The map Id -> /64, in memory and, with a path, in a JSON file {"<id>": "<prefix>/64", ...}.
 
     One process at a time may use the file. The lock is on `<path>.lock`, as `<path>` itself is replaced by each save. The last good
@@ -1531,12 +1695,22 @@ class AssignmentStore:
     The limits of single Ids are in a file of their own beside it, `<path>.limits`, as older versions don't know them.
     """
 
-    def __init__(self, pool: PrefixPool, path: str | None = None, lock: bool = True) -> None:
+    def __init__(
+        self,
+        pool: PrefixPool,
+        path: str | None = None,
+        lock: bool = True,
+        keys: Keys | None = None,
+        admit_new: Callable[[bool], None] = lambda is_there: None,
+    ) -> None:
         """Locks and reads the file; a missing or empty one is an empty map. Raises ConfigError, which names the wrong entry.
 
-        Without a lock it may only be read.
+        Without a lock it may only be read. `admit_new` raises Refusal if an Id whose claim counts may not get its first prefix now; its
+        argument tells whether it is there, and counts, or might come.
         """
-        self.pool = pool
+        self.pool, self.keys = pool, keys
+        self._admit_new = admit_new
+        self._takeovers: dict[str, deque[float]] = {}  # by Id, as `takeovers` returns them
         self._file = JsonFile(path, "assignments", 0o644) if path else None
         self._saved: dict[str, str] = {}
         self._failing = False  # whether saves fail, which the log has said
@@ -1579,6 +1753,39 @@ class AssignmentStore:
         """Returns the /64 that the Id has on disk, or None."""
         with self._exclusive(id_):
             return self.pool.find(id_)
+
+    @contextmanager
+    def begin(self, claim: Claim) -> Iterator[Lease]:
+        """As Store has it; whoever ends sessions when a newer one begins is the only server here."""
+        if claim.counted and self.pool.find(claim.id) is None:
+            self._admit_new(True)
+        if claim.took_over:
+            self._count_takeover(claim.id)
+        yield Lease(self.assign(claim.id))
+
+    def require_room(self, id_: str, counted: bool) -> None:
+        """As Store has it."""
+        super().require_room(id_, counted)
+        if counted and self.pool.find(id_) is None:
+            self._admit_new(False)
+
+    def _count_takeover(self, id_: str) -> None:
+        if len(self._takeovers) >= TAKEOVERS_MAX:  # those of Ids that are not contended any more
+            now = time.monotonic()
+            self._takeovers = {each: times for each, times in self._takeovers.items() if now - times[-1] < CONTENTION_WINDOW_S}
+        self._takeovers.setdefault(id_, deque(maxlen=CONTENTION_TAKEOVERS)).append(time.monotonic())
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        """As Store has it."""
+        return self._takeovers.get(id_, ())
+
+    def keep(self) -> IPv6Network | None:
+        """As Store has it: the last that has no owner."""
+        return self.pool.keep()
+
+    def unkeep(self, prefix: IPv6Network) -> None:
+        """As Store has it."""
+        self.pool.unreserve(prefix)
 
     def assign(self, id_: str) -> IPv6Network:
         """Returns the Id's /64, which is on disk by then.
@@ -1706,8 +1913,61 @@ def key_digest(key: str) -> str:
 UNKNOWN_CLIENT = KeyEntry(key_digest(secrets.token_urlsafe(KEY_BYTES)), False)  # the key of an unknown Id is compared with this one
 
 
-class KeyStore:
-    """Which Ids may connect, and with which key, in a JSON file {"<id>": {"key": "sha256:<digest>", "revoked": true}, ...}."""
+def encode_keys(entries: Mapping[str, KeyEntry]) -> dict[str, Any]:
+    """Returns what is in a file of keys, by Id."""
+    return {id_: {"key": "sha256:" + digest, **({"revoked": True} if revoked else {})} for id_, (digest, revoked) in entries.items()}
+
+
+class Keys:
+    """Which Ids may connect, and with which key."""
+
+    @property
+    def path(self) -> object:
+        """What names them for people."""
+        raise NotImplementedError
+
+    def reload(self) -> None:
+        """Reads again what may have changed. Raises ConfigError; then the entries stay as they were."""
+
+    def find(self, id_: str) -> KeyEntry | None:
+        """Returns what is known about this Id's key, or None."""
+        raise NotImplementedError
+
+    def ids(self) -> list[str]:
+        """Returns all Ids that have a key."""
+        raise NotImplementedError
+
+    def check(self, id_: str, key: str) -> None:
+        """Raises Refusal unless this is the Id's key. For the client, an unknown Id and a wrong key look alike and take equally long."""
+        entry = self.find(id_) or UNKNOWN_CLIENT
+        right = hmac.compare_digest(key_digest(key), entry.digest)
+        if not right or entry is UNKNOWN_CLIENT:
+            raise Refusal("denied", "unknown Id or wrong key", "unknown Id" if entry is UNKNOWN_CLIENT else "wrong key")
+        if entry.revoked:
+            raise Refusal("revoked", "this Id was revoked by the server's operator")
+
+    def issue(self, id_: str) -> str:
+        """Makes a new key for the Id in place of the one it may have, saves its digest and returns its text.
+
+        Raises RequestError, StorageError.
+        """
+        key = secrets.token_urlsafe(KEY_BYTES)
+        self._change(id_, KeyEntry(key_digest(key), False))
+        return key
+
+    def set_revoked(self, id_: str, revoked: bool) -> None:
+        """Revokes or restores the Id's key. Raises KeyError, RequestError, StorageError."""
+        entry = self.find(id_)
+        if entry is None:
+            raise KeyError(id_)
+        self._change(id_, entry._replace(revoked=revoked))
+
+    def _change(self, id_: str, entry: KeyEntry) -> None:
+        raise NotImplementedError
+
+
+class KeyStore(Keys):
+    """Keys in a JSON file {"<id>": {"key": "sha256:<digest>", "revoked": true}, ...}."""
 
     def __init__(self, path: str) -> None:
         """Reads the file. Raises ConfigError, which names the wrong entry."""
@@ -1746,35 +2006,332 @@ class KeyStore:
         """Returns all Ids that have a key."""
         return list(self._entries)
 
-    def check(self, id_: str, key: str) -> None:
-        """Raises Refusal unless this is the Id's key. For the client, an unknown Id and a wrong key look alike and take equally long."""
-        entry = self._entries.get(id_, UNKNOWN_CLIENT)
-        right = hmac.compare_digest(key_digest(key), entry.digest)
-        if not right or entry is UNKNOWN_CLIENT:
-            raise Refusal("denied", "unknown Id or wrong key", "wrong key" if id_ in self._entries else "unknown Id")
-        if entry.revoked:
-            raise Refusal("revoked", "this Id was revoked by the server's operator")
-
-    def issue(self, id_: str) -> str:
-        """Makes a new key for the Id in place of the one it may have, saves its digest and returns its text.
-
-        Raises RequestError, StorageError.
-        """
-        key = secrets.token_urlsafe(KEY_BYTES)
-        self._change(id_, KeyEntry(key_digest(key), False))
-        return key
-
-    def set_revoked(self, id_: str, revoked: bool) -> None:
-        """Revokes or restores the Id's key. Raises KeyError, RequestError, StorageError."""
-        self._change(id_, self._entries[id_]._replace(revoked=revoked))
-
     def _change(self, id_: str, entry: KeyEntry) -> None:
         with self._changing:
             entries = {**self._entries, id_: entry}
-            self._file.save(
-                {id_: {"key": "sha256:" + digest, **({"revoked": True} if revoked else {})} for id_, (digest, revoked) in entries.items()}
-            )
+            self._file.save(encode_keys(entries))
             self._entries = entries
+
+
+# ---- cluster rules ---------------------------------------------------------------------------------------------------
+
+EPOCH_LEAD_MAX = 1000  # so far may the epoch that a client says lie above what is known here; its session must not use all numbers up
+FREED_LEAD = 1000  # epochs between the last owner of a /64 and the next: what a server that is cut off may have counted meanwhile
+
+
+class Row(NamedTuple):
+    """What the cluster's store knows of an Id. Times are the database's, in seconds since 1970."""
+
+    id: str
+    prefix: IPv6Network
+    key: str | None = None  # its digest
+    revoked: bool = False
+    version: int = 0  # of all up to `moved`: when it was changed, in milliseconds, or more
+    former: tuple[IPv6Network, ...] = ()  # /64s that it had before
+    moved: float | None = None  # when it got the one that it has in place of another
+    epoch: int = 0  # counts the beginnings of its sessions; it grows by more where numbers may have been used that nobody knows of
+    server: str | None = None  # the name of the one where the newest session began
+    live: bool = False  # whether that server has not said that it ended
+    since: float | None = None  # when it began
+    last: float | None = None  # when it ended, or else began
+    received: int = 0  # bytes, in all sessions that ended
+    sent: int = 0
+    takeovers: tuple[float, ...] = ()  # the last CONTENTION_TAKEOVERS times when a session began while another lived
+
+
+def merge_rows(one: Row, other: Row) -> Row:
+    """Returns what two rows of an Id say together, whichever was read first: what the operator changed last, and the newest session.
+
+    Of one session, that it ended is the newer news.
+    """
+    changed = max(one, other, key=lambda row: row.version)
+    newest = max(one, other, key=lambda row: (row.epoch, not row.live))
+    at = Row._fields.index("epoch")  # what stands before it is the operator's
+    return Row._make([*changed[:at], *newest[at:]])
+
+
+def next_version(row: Row, now: float) -> int:
+    """Returns the version of a change that the operator makes; one that was made and lost, and one made since, have different ones."""
+    return max(row.version + 1, int(now * 1000))
+
+
+def first_row(id_: str, prefix: IPv6Network, now: float) -> Row:
+    """Returns the row of a new Id."""
+    return Row(id_, prefix, version=int(now * 1000))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of an Id's row, which the store makes in a transaction that has locked the row."""
+
+    id: str
+
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
+        """Returns the first row of an Id that has none; `free` yields /64s for it, or raises. Raises KeyError if it shall get none."""
+        raise KeyError(self.id)
+
+    def decide(self, row: Row, now: float) -> Row:
+        """Returns the row as it shall be; `now` is the database's clock. Raises Refusal or RequestError when there shall be no change."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Assignment(Change):
+    """The Id gets a /64 if it has none."""
+
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
+        """As Change has it."""
+        return first_row(self.id, next(free), now)
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it."""
+        return row
+
+
+@dataclass(frozen=True)
+class SessionBegin(Assignment):
+    """A session begins. It is the newest from then on."""
+
+    server: str
+    floor: int  # the highest epoch that the server knows of; the session's is above it
+    key: str | None  # digest of the Id's key when the client proved it
+    claim: Claim
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it. Raises EOFError when the client has left: it may have a session elsewhere by now."""
+        if not self.claim.is_alive():
+            raise EOFError
+        if row.revoked:
+            raise Refusal("revoked", "this Id was revoked by the server's operator", f"{quote_id(self.id)}, revoked just now")
+        if row.key != self.key:
+            raise Refusal("busy", "the key of this Id has just been changed", f"{quote_id(self.id)}, its key was changed just now")
+        epoch = max(row.epoch, self.floor) + 1
+        if epoch >= METRIC_MAX:
+            raise Refusal("server-error", "this Id has begun too often", f"{quote_id(self.id)}, its epochs are used up")
+        takeovers, is_same = row.takeovers, 0 < self.claim.epoch == row.epoch  # the client that has the session itself says that it moves
+        if not is_same and (self.claim.took_over or (row.live and row.server != self.server)):
+            takeovers = (*takeovers, now)[-CONTENTION_TAKEOVERS:]
+        return row._replace(epoch=epoch, server=self.server, live=True, since=now, last=now, takeovers=takeovers)
+
+
+@dataclass(frozen=True)
+class SessionSettlement(Change):
+    """A session that began without the store, or of whose beginning it is not known whether it was kept, is told to the store."""
+
+    server: str
+    epoch: int
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it. The session has lost if the row is not its own afterwards.
+
+        It loses against a higher epoch, if that session lives. If that one has ended, or has the same epoch, which of the two is newer
+        is not known, so the one that is known to live goes on, above the other.
+        """
+        if (row.epoch, row.server, row.live) == (self.epoch, self.server, True):
+            return row  # COMMIT was not answered, but done
+        if row.epoch > self.epoch and row.live and row.server != self.server:
+            return row
+        epoch = self.epoch if row.epoch < self.epoch else row.epoch + 1
+        return row._replace(epoch=epoch, server=self.server, live=True, since=now, last=now)
+
+
+@dataclass(frozen=True)
+class SessionEnd(Change):
+    """A session has ended, and those that its server had before; nothing changes if another has begun since."""
+
+    server: str
+    epoch: int
+    received: int = 0
+    sent: int = 0
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it."""
+        if not (row.live and row.server == self.server and row.epoch <= self.epoch):
+            return row
+        received, sent = row.received + self.received, row.sent + self.sent
+        return row._replace(epoch=self.epoch, live=False, last=now, received=received, sent=sent)
+
+
+@dataclass(frozen=True)
+class KeyChange(Change):
+    """The Id gets another key, is revoked or restored."""
+
+    digest: str
+    revoked: bool
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it."""
+        return row._replace(key=self.digest, revoked=self.revoked, version=next_version(row, now))
+
+
+@dataclass(frozen=True)
+class Pin(Change):
+    """The Id gets this /64, which has no owner; the one that it had is given again only by another Pin."""
+
+    prefix: IPv6Network
+    floor: int = 0  # above which its sessions begin, as routers have heard of those of former owners of this /64
+
+    def create(self, free: Iterator[IPv6Network], now: float) -> Row:
+        """As Change has it."""
+        return first_row(self.id, self.prefix, now)._replace(epoch=self.floor)
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it. A session with the old /64 is not the newest any more."""
+        if row.prefix == self.prefix:
+            return row
+        former = tuple(prefix for prefix in (*row.former, row.prefix) if prefix != self.prefix)
+        row = row._replace(prefix=self.prefix, version=next_version(row, now), former=former, moved=now)
+        return row._replace(epoch=max(row.epoch + 1, self.floor), live=False)
+
+
+@dataclass
+class HeldSession:
+    """A session of this server, as ClusterView knows it."""
+
+    epoch: int
+    prefix: IPv6Network
+    key: str | None  # digest of the key that its client proved
+    settled: bool  # whether the store is known to have it
+
+
+class ClusterView:
+    """What one server knows of a cluster: the rows it has read, the sessions it holds, and what it owes to the store."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server  # its name
+        self.rows: dict[str, Row] = {}
+        self.held: dict[str, HeldSession] = {}
+        self._heard: dict[str, int] = {}  # by Id: the highest epoch, where the row's may be lower
+        self._beginning: Counter[str] = Counter()  # sessions that are being begun, by Id
+        self._ends: dict[str, SessionEnd] = {}  # to be told to the store
+
+    def epoch_of(self, id_: str) -> int:
+        """Returns the highest epoch of the Id that was heard of or given."""
+        row = self.rows.get(id_)
+        return max(self._heard.get(id_, 0), row.epoch if row else 0)
+
+    def floor(self, claim: Claim) -> int:
+        """Returns the epoch that the session of a client has to begin above, as far as it is known here.
+
+        What the client says counts only if it proved its key, as others could use the numbers up, and if it is no nonsense.
+        """
+        known = self.epoch_of(claim.id)
+        return max(known, claim.epoch) if claim.proved and claim.epoch <= known + EPOCH_LEAD_MAX else known
+
+    def begin_change(self, claim: Claim) -> SessionBegin:
+        """Returns what the store is asked for when a client connects; `conclude` follows, however that ends."""
+        row = self.rows.get(claim.id)
+        self._beginning[claim.id] += 1
+        return SessionBegin(claim.id, self.server, self.floor(claim), row.key if row else None, claim)
+
+    def conclude(self, begin: SessionBegin) -> None:
+        """Notes that nobody waits for this beginning any more: unless the session is held, it has ended."""
+        self._beginning[begin.id] -= 1
+        if not self._beginning[begin.id]:
+            del self._beginning[begin.id]
+        self._end_left(self.rows.get(begin.id))
+
+    def begin_alone(self, begin: SessionBegin) -> Row | None:
+        """Returns the row with which a session begins while the store is down, or None for an Id that has none."""
+        row = self.rows.get(begin.id)
+        return row._replace(epoch=self.floor(begin.claim) + 1) if row else None
+
+    def hold(self, begin: SessionBegin, row: Row, settled: bool) -> bool:
+        """Holds a session that begins with this row. Returns False when a newer one was heard of, or its Id was changed, meanwhile.
+
+        That may well be: a notification can overtake the answer to our own COMMIT.
+        """
+        session = HeldSession(row.epoch, row.prefix, begin.key, settled)
+        if self._fault(session, self.rows[begin.id]):
+            return False
+        self._heard[begin.id] = row.epoch
+        self._ends.pop(begin.id, None)
+        self.held[begin.id] = session
+        return True
+
+    def release(self, id_: str, received: int = 0, sent: int = 0) -> None:
+        """Notes that the session which is held has ended."""
+        self._ends[id_] = SessionEnd(id_, self.server, self.held.pop(id_).epoch, received, sent)
+
+    def hear(self, row: Row) -> str | None:
+        """Takes in a row that was read. Returns why the session of its Id that is held here must end, or None."""
+        old = self.rows.get(row.id)
+        row = self.rows[row.id] = merge_rows(old, row) if old else row
+        self._end_left(row)
+        held = self.held.get(row.id)
+        return self._fault(held, row) if held else None
+
+    def _fault(self, held: HeldSession, row: Row) -> str | None:
+        if row.prefix != held.prefix:
+            return "its prefix was changed"
+        if row.revoked:
+            return "it was revoked"
+        if held.key and row.key != held.key:  # one that had none goes on until its client is told its first one
+            return "it got another key"
+        if held.settled and row.epoch > held.epoch:
+            return f"a newer session of its Id began at {row.server}"
+        return None
+
+    def _end_left(self, row: Row | None) -> None:
+        """Notes that the session has ended which the store has here, and which is none: nobody waited for its beginning any more."""
+        if row and row.live and row.server == self.server and row.id not in self.held and not self._beginning[row.id]:
+            owed = self._ends.get(row.id)
+            if not owed or owed.epoch < row.epoch:
+                self._ends[row.id] = SessionEnd(row.id, self.server, row.epoch)
+
+    def unsettle(self) -> None:
+        """Notes that the store may have lost the beginning of every session."""
+        for held in self.held.values():
+            held.settled = False
+
+    @property
+    def owes_ends(self) -> bool:
+        """Whether the store has to be told of sessions that ended."""
+        return bool(self._ends)
+
+    def debts(self) -> list[SessionSettlement | SessionEnd]:
+        """Returns what the store has to be told: sessions that began without it and live, and those that ended."""
+        unsettled = [SessionSettlement(id_, self.server, held.epoch) for id_, held in self.held.items() if not held.settled]
+        return [*unsettled, *self._ends.values()]
+
+    def pay(self, debt: Change, row: Row | None) -> str | None:
+        """Takes in how the store's row is after one of `debts`; None: it has none. Returns why the session must end, or None."""
+        fault = self.hear(row) if row else None
+        held = self.held.get(debt.id)
+        if self._ends.get(debt.id) == debt:
+            del self._ends[debt.id]
+        elif isinstance(debt, SessionSettlement) and held and held.epoch == debt.epoch:
+            held.settled = True
+            if row is None or row.server != self.server:
+                return fault or f"a newer session of its Id began at {row.server if row else 'another server'}"
+            held.epoch = row.epoch
+            return self._fault(held, self.rows[debt.id])
+        return fault
+
+    def forget(self, id_: str) -> None:
+        """Forgets an Id whose row the store has lost, and whose /64 is another's now."""
+        self.rows.pop(id_, None)
+        self._ends.pop(id_, None)
+
+
+def lost_rows(known: Iterable[Row], stored: Mapping[str, Row]) -> tuple[list[Row], list[Row]]:
+    """Compares what a server knows with what is in the store after it may have lost commits.
+
+    Returns the rows as they have to be written back, and those which can't be, as their /64 is another Id's by now.
+    """
+    owners = {row.prefix: row.id for row in stored.values()}
+    back: list[Row] = []
+    taken: list[Row] = []
+    for row in known:
+        found = stored.get(row.id)
+        merged = merge_rows(found, row) if found else row
+        if merged == found:
+            continue
+        if owners.setdefault(merged.prefix, row.id) == row.id:
+            back.append(merged)
+        else:
+            taken.append(row)
+    return back, taken
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -2295,6 +2852,7 @@ KEEPALIVE = (20, 5)  # * seconds idle, seconds between probes: TCP_KEEPIDLE, TCP
 KEEPALIVE_PROBES = 2  # TCP_KEEPCNT
 USER_TIMEOUT_S = 30  # * TCP_USER_TIMEOUT: sent data that stays unacknowledged for so long ends the connection
 TCP_CONGESTION, TCP_NOTSENT_LOWAT = 13, 25  # linux/tcp.h; Python has the latter since 3.12
+TCP_ESTABLISHED = 1  # net/tcp_states.h
 SIOCOUTQ, SIOCOUTQNSD = termios.TIOCOUTQ, 0x894B  # linux/sockios.h: bytes that are not acknowledged, not sent
 IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_SEND_QUEUE = 19, 20, 21, 2  # linux/tcp.h
@@ -2361,9 +2919,11 @@ class Stream:
         self.sock.sendall(data)
 
 
-# Buffers of the process: a read or a batch is never larger. To allocate that much memory each time would cost more than to encrypt.
-_ciphertext_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))
-_record_buffer = memoryview(bytearray(len(_ciphertext_buffer) + 3 * RECORD_MAX))
+_ciphertext_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))  # of the process: no read is larger
+# What TLS writes, of all connections: each takes what is its own before another one runs. A MemoryBIO never gives memory back, and
+# this one gets whole batches, as OpenSSL makes many records in one call.
+_outgoing_bio = ssl.MemoryBIO()
+_unpack_record_length = struct.Struct(">xxxH").unpack_from
 
 
 class TlsStream(Stream):
@@ -2381,13 +2941,14 @@ class TlsStream(Stream):
         Raises ProtocolError, EOFError, OSError.
         """
         super().__init__(sock)
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._incoming = ssl.MemoryBIO()
         self._header = b""  # the beginning of a record's header, which is not in `_incoming` yet
         self._missing = 0  # bytes that a record in `_incoming` lacks
+        self._outgoing = b""  # records that are to be sent
         self._handshake_bytes = 0  # that came before the pumps began
         self._read_divisor = 1  # a read takes the free bytes of the buffer divided by this
         server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, None if server_side else server_name)
+        self._tls = context.wrap_bio(self._incoming, _outgoing_bio, server_side, None if server_side else server_name)
         self._wait_for(self._tls.do_handshake)
 
     @property
@@ -2403,55 +2964,71 @@ class TlsStream(Stream):
         data = self._wait_for(self._tls.read, MESSAGE_MAX)
         if not data:
             raise EOFError
-        with _tls_errors(), suppress(ssl.SSLWantReadError):
+        with self._using_tls(), suppress(ssl.SSLWantReadError):
             while more := self._tls.read(RECORD_MAX):
                 data += more
         return data
 
     def send(self, data: bytes) -> None:
-        self.sock.sendall(bytes(self.encrypt(data)))
+        self.sock.sendall(self.encrypt(data))
 
-    def encrypt(self, data: bytes | bytearray | memoryview) -> memoryview:
-        """Returns the records of this data, behind those that TLS itself has to send; valid until the next call. Raises ProtocolError."""
-        filled = 0
-        with _tls_errors():
-            for at in range(0, len(data), RECORD_DATA_MAX):
-                self._tls.write(data[at : at + RECORD_DATA_MAX])
-                record = self._outgoing.read()
-                _record_buffer[filled : filled + len(record)] = record
-                filled += len(record)
-        return _record_buffer[:filled]
+    def encrypt(self, data: bytes | bytearray | memoryview) -> bytes:
+        """Returns the records of this data, behind those that TLS itself has to send. Raises ProtocolError."""
+        with self._using_tls():
+            self._tls.write(data)
+        return self._take_outgoing()
+
+    @contextmanager
+    def _using_tls(self) -> Iterator[None]:
+        """Turns what `ssl` raises meanwhile into errors of ours, and takes what is to be sent out of the buffer of all connections."""
+        try:
+            yield
+        except ssl.SSLWantReadError:
+            raise
+        except ssl.SSLZeroReturnError:
+            raise EOFError from None
+        except ssl.SSLCertVerificationError as error:
+            raise ProtocolError(f"the server's certificate is not to be trusted: {error.verify_message}") from None
+        except ssl.SSLError as error:
+            reason = "the other side does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else error.reason or str(error)
+            raise ProtocolError(f"TLS failed: {reason.replace('_', ' ').lower() if reason.isupper() else reason}") from None
+        finally:
+            self._outgoing += _outgoing_bio.read()
+
+    def _take_outgoing(self) -> bytes:
+        records, self._outgoing = self._outgoing, b""
+        return records
 
     def _wait_for(self, step: Callable[..., R], *args: Any) -> R:
         """Repeats a step of TLS until the peer has sent all that it needs, and sends what the step produces. Returns its result."""
-        with _tls_errors():
-            while True:
-                try:
+        while True:
+            try:
+                with self._using_tls():
                     return step(*args)
-                except ssl.SSLWantReadError:
-                    pass
-                finally:
-                    if self._outgoing.pending:
-                        self.sock.sendall(self._outgoing.read())
-                data = super().receive()
-                self._handshake_bytes += len(data)
-                if self._handshake_bytes > TLS_HANDSHAKE_BYTES_MAX:
-                    raise ProtocolError(f"more than {TLS_HANDSHAKE_BYTES_MAX} bytes of TLS, and the handshake is not over")
-                gevent.sleep()  # recv returns at once from a peer that floods, and nobody else would run
-                for piece in self._split_records(memoryview(self._header + data)):
-                    self._incoming.write(piece)
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                if self._outgoing:
+                    self.sock.sendall(self._take_outgoing())
+            data = super().receive()
+            self._handshake_bytes += len(data)
+            if self._handshake_bytes > TLS_HANDSHAKE_BYTES_MAX:
+                raise ProtocolError(f"more than {TLS_HANDSHAKE_BYTES_MAX} bytes of TLS, and the handshake is not over")
+            gevent.sleep()  # recv returns at once from a peer that floods, and nobody else would run
+            for piece in self._split_records(memoryview(self._header + data)):
+                self._incoming.write(piece)
 
     def _split_records(self, data: memoryview) -> Iterator[memoryview]:
         """Cuts data, which begins with `_header`, at the end of each record, where `_missing` is 0."""
-        at = 0
-        while at < len(data):
-            if not self._missing:
-                if len(data) - at < RECORD_HEADER:
+        at, end, missing = 0, len(data), self._missing
+        while at < end:
+            if not missing:
+                if end - at < RECORD_HEADER:
                     break
-                self._missing = RECORD_HEADER + int.from_bytes(data[at + RECORD_HEADER - 2 : at + RECORD_HEADER], "big")
-            piece = data[at : at + self._missing]
+                missing = RECORD_HEADER + _unpack_record_length(data, at)[0]
+            piece = data[at : at + missing]
             at += len(piece)
-            self._missing -= len(piece)
+            self._missing = missing = missing - len(piece)
             yield piece
         self._header = bytes(data[at:])
 
@@ -2462,38 +3039,23 @@ class TlsStream(Stream):
         got = self._read_socket(_ciphertext_buffer[begin : begin + (len(view) - RECORD_MAX - begin) // self._read_divisor])
         if not got:
             return got
-        if self._outgoing.pending > RECORD_MAX:
+        if len(self._outgoing) > RECORD_MAX:
             raise ProtocolError("the other side asks for more new keys than it takes")
         filled = records = post_handshake_records = 0
-        with _tls_errors():
+        room, feed, decrypt = len(view), self._incoming.write, cast(Callable[[int, memoryview], int], self._tls.read)
+        with self._using_tls():
             for piece in self._split_records(_ciphertext_buffer[: begin + got]):
-                self._incoming.write(piece)
+                feed(piece)
                 if not self._missing:
                     records += 1
                     try:
-                        filled += cast(int, self._tls.read(len(view) - filled, cast(bytearray, view[filled:])))
+                        filled += decrypt(room - filled, view[filled:])
                     except ssl.SSLWantReadError:  # a record without data
                         post_handshake_records += 1
                         if post_handshake_records > POST_HANDSHAKE_RECORDS_MAX:
                             raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
         self._read_divisor = 8 if records > BATCH_FRAMES // self._read_divisor else 1
         return filled or None
-
-
-@contextmanager
-def _tls_errors() -> Iterator[None]:
-    """Turns what `ssl` raises into errors of ours."""
-    try:
-        yield
-    except ssl.SSLWantReadError:
-        raise
-    except ssl.SSLZeroReturnError:
-        raise EOFError from None
-    except ssl.SSLCertVerificationError as error:
-        raise ProtocolError(f"the server's certificate is not to be trusted: {error.verify_message}") from None
-    except ssl.SSLError as error:
-        reason = "the other side does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else error.reason or str(error)
-        raise ProtocolError(f"TLS failed: {reason.replace('_', ' ').lower() if reason.isupper() else reason}") from None
 
 
 def certificate_fingerprint(certificate: bytes) -> str:
@@ -2861,6 +3423,13 @@ def receive_message(stream: Stream) -> tuple[dict[str, Any], bytes]:
             return found
 
 
+def is_connected(sock: socket.socket) -> bool:
+    """Returns whether the peer has not ended the connection yet. May be called in any thread."""
+    with suppress(OSError):
+        return read_tcp_info(sock, "B", 0) == TCP_ESTABLISHED
+    return False
+
+
 def is_unacknowledged(sock: socket.socket) -> bool:
     """Returns whether the peer's kernel lacks anything that was sent. Raises OSError."""
     unacknowledged = bytearray(4)
@@ -2897,15 +3466,18 @@ class TokenBucket:
         self._size, self._seconds, self._clock = size, seconds, clock
         self._tokens, self._updated = float(size), clock()
 
-    def take(self) -> bool:
-        """Takes a token. Returns False when there is none."""
+    def has_token(self) -> bool:
+        """Returns whether `take` would return True now."""
         now = self._clock()
         self._tokens = min(self._tokens + (now - self._updated) * self._size / self._seconds, self._size)
         self._updated = now
-        if self._size and self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+        return not self._size or self._tokens >= 1
+
+    def take(self) -> bool:
+        """Takes a token. Returns False when there is none."""
+        there = self.has_token()
+        self._tokens -= there
+        return there
 
 
 class Rates(NamedTuple):
@@ -2944,7 +3516,14 @@ class ReadinessCallbacks:
     The function is called in the hub, so it must not wait for anything. To switch to the greenlet and back for each call would
     cost 0.03 of 0.35 ms of an idle round trip. The watchers stay started; `hub.wait` would start and stop them each time, which
     costs another 0.1 ms.
+
+    `share` is how much the function should move in one call, bytes and frames. The more calls a round of the event loop has, the less
+    it is, so that whoever has little to move waits for a few milliseconds only, however many move much.
     """
+
+    share: ClassVar[tuple[int, int]] = BATCH_BYTES, BATCH_FRAMES
+    _round_began: ClassVar[float] = 0.0
+    _calls: ClassVar[int] = 1  # in this round, of all that are running
 
     def __init__(self, source: int, sink: int | None = None) -> None:
         self._hub = gevent.get_hub()
@@ -2961,6 +3540,7 @@ class ReadinessCallbacks:
         failed: list[BaseException] = []
 
         def guarded() -> None:
+            self._count_call()
             try:
                 callback()
             except BaseException as error:  # the greenlet raises it
@@ -2978,6 +3558,18 @@ class ReadinessCallbacks:
             for watcher in filter(None, (self._source, self._sink, self._timer)):
                 watcher.close()
             del self._callback, self._greenlet  # no cycle of references, see Session
+
+    def _count_call(self) -> None:
+        began = self._hub.loop.now()
+        if began == ReadinessCallbacks._round_began:
+            ReadinessCallbacks._calls += 1
+            return
+        calls = ReadinessCallbacks._calls  # of the round before
+        ReadinessCallbacks._round_began, ReadinessCallbacks._calls = began, 1
+        ReadinessCallbacks.share = (
+            min(max(ROUND_BYTES // calls, BATCH_BYTES_MIN), BATCH_BYTES),
+            max(BATCH_FRAMES // calls, BATCH_FRAMES_MIN),
+        )
 
     def want_write(self, wanted: bool) -> None:
         """Sets whether the function is called when `sink` is writable, too."""
@@ -3019,7 +3611,7 @@ def pump_tun_to_tcp(
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
     coalesces = gso_kinds is not None and "uso6" in gso_kinds
     callbacks = ReadinessCallbacks(tun.fd, fd)
-    most = 1  # reads of the TUN
+    single = True  # whether the TUN is read once only
     errors = TokenBucket(ICMP_ERRORS_MAX, 1)
 
     def reject(packet: memoryview) -> None:
@@ -3032,11 +3624,14 @@ def pump_tun_to_tcp(
                     os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, error])
 
     def on_ready() -> None:
-        nonlocal most
+        nonlocal single
         have, room = 0, view
         ends: list[int] = []
+        enough, reads = callbacks.share
+        if send_queue.blocked:  # less comes than one flush writes, or what waits would stay, though the connection takes all
+            enough, reads = enough // 2, reads // 2
         try:
-            for _ in range(most):
+            for _ in range(1 if single else reads):
                 got = read(room)
                 if got is None:
                     break
@@ -3047,7 +3642,7 @@ def pump_tun_to_tcp(
                 else:
                     have += got
                     ends.append(have)
-                    if have >= BATCH_BYTES:
+                    if have >= enough:
                         break
                 room = view[have : have + frame_max]
         except OSError as error:
@@ -3063,7 +3658,7 @@ def pump_tun_to_tcp(
             send_queue.flush()
             traffic.queue_dropped = send_queue.dropped
         # Behind a single small packet mostly nothing waits: the next one is sent before the TUN is read again.
-        most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
+        single = found <= 1 and not single and have < QUANTUM
         blocked = send_queue.blocked
         if blocked and (pause := send_queue.pause()):
             callbacks.call_after(pause)
@@ -3097,9 +3692,9 @@ def pump_tcp_to_tun(
         return os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, packet])
 
     write: Write = write_bare if bare else tun.file.write
-    size = BATCH_BYTES  # bytes of one read: fewer from a peer whose frames are small
     receive_queue = receive_queue or ReceiveQueue()
     callbacks = ReadinessCallbacks(fd)
+    small = False  # whether its frames are small
 
     def write_all(frames: Sequence[memoryview]) -> None:
         traffic.received_packets += len(frames)
@@ -3119,19 +3714,22 @@ def pump_tcp_to_tun(
                         raise OffloadRefused(kind) from None
 
     def on_ready() -> None:
-        nonlocal size
+        nonlocal small
         if receive_queue.active:
             pass_limited()
             return
+        size, most = callbacks.share
+        if small:
+            size, most = max(size // 8, BATCH_BYTES_MIN), most // 8
         frames = deframer.pull(read, size)
         write_all(frames)
-        size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
+        small = len(frames) >= most
 
     def pass_limited() -> None:
         now = time.monotonic()
         if receive_queue.may_read(now):
             write_all(receive_queue.push(deframer.pull(read, LIMITED_READ_BYTES), bare, now))
-        for _ in range(BATCH_FRAMES):
+        for _ in range(callbacks.share[1]):
             frame = receive_queue.pop(now)
             if frame is None:
                 break
@@ -3910,6 +4508,1018 @@ class ServiceManager:
 service_manager = ServiceManager(os.environ)
 
 
+# ---- cluster store ---------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+create table pool (
+    one bool primary key default true check (one),
+    id uuid not null default gen_random_uuid(),  -- tells it from another one when a server starts from its cache
+    version int not null,  -- of this schema
+    prefix cidr not null,
+    keys text not null check (keys in ('none', 'optional', 'required')),
+    next bigint not null default 0,  -- number of the /64 from which on a free one is looked for
+    timeline text not null  -- of PostgreSQL, on which nothing was lost
+);
+create table server (
+    name text primary key,
+    address text not null,
+    number int not null unique,  -- of its own /64, from the end of the pool
+    heartbeat timestamptz not null,
+    timeline text not null  -- on which it has written back what it knows
+);
+create table client (
+    id text collate "C" primary key,
+    prefix cidr not null unique,
+    key text,
+    revoked bool not null default false,
+    version bigint not null default 1,
+    former cidr[] not null default '{}',  -- which only `pin` gives again
+    moved timestamptz,
+    rate bigint,  -- not used yet
+    epoch bigint not null default 0,
+    server text,
+    live bool not null default false,
+    since timestamptz,
+    last timestamptz,
+    received bigint not null default 0,
+    sent bigint not null default 0,
+    takeovers float8[] not null default '{}',
+    created timestamptz not null default clock_timestamp(),
+    counted bool not null default false,
+    exclude using gist (prefix inet_ops with &&)
+);
+create index on client (created) where counted;
+create index on client using gin (former) where former <> '{}';
+"""
+UPGRADES: dict[int, str] = {}  # by version: what makes the next one of it
+COMMIT_S = 2.0  # for a transaction with its COMMIT; without it by then, the store counts as down
+CONNECT_S = 10.0  # for connections to one of the hosts, and for reading all
+BATCH_MAX = 100  # changes in one transaction
+THREADS_MAX = 8  # one listens, one works; the others connect, or close what hangs
+POLL_S = 2.0  # between two looks at the rows of the sessions here, beside what is notified
+RETRY_S = 0.5  # between two attempts to reach a store that is down
+HEARTBEAT_S = 5.0  # between two heartbeats of a server
+CACHE_S, CACHE_PAUSE_S = 5.0, 1.0  # between two saves of the cache: at most, at least
+SILENT_S = 86_400  # a server without a heartbeat for so long is not waited for
+SERVERS_MAX = 64  # /64s at the end of the pool that are the servers' own, at most a quarter of it
+HEARD_S = 10.0  # a server with a heartbeat so long after a change has heard of it
+ATTEMPTS_MAX = 5  # of a transaction that a deadlock or a concurrent one ended
+CHANNEL = "tun6"
+DATABASE_OPTIONS = {
+    "target_session_attrs": "read-write",  # of several hosts, the primary
+    "tcp_user_timeout": "4000",  # milliseconds
+    "keepalives_idle": "2",
+    "keepalives_interval": "1",
+    "keepalives_count": "3",
+    "connect_timeout": "2",  # seconds, for each host
+}
+# What the other side does when it hears nothing of us any more; how long it waits for locks. None of them bounds a COMMIT.
+DATABASE_SETTINGS = {
+    "tcp_user_timeout": "4000",
+    "tcp_keepalives_idle": "2",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "3",
+    "statement_timeout": f"{COMMIT_S:.0f}s",
+    "search_path": "public",
+}
+TIMELINE = (
+    "substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)"  # pg_control_checkpoint() has the old one for a while after a failover
+)
+ROW = (
+    "id, prefix, key, revoked, version, former, extract(epoch from moved)::float8, epoch, server, live,"
+    " extract(epoch from since)::float8, extract(epoch from last)::float8, received, sent, takeovers"
+)
+WRITE_ROW = """
+insert into client (id, prefix, key, revoked, version, former, moved, epoch, server, live, since, last, received, sent, takeovers, counted)
+values (%(id)s, %(prefix)s, %(key)s, %(revoked)s, %(version)s, %(former)s::cidr[], to_timestamp(%(moved)s), %(epoch)s, %(server)s, %(live)s,
+        to_timestamp(%(since)s), to_timestamp(%(last)s), %(received)s, %(sent)s, %(takeovers)s::float8[], %(counted)s)
+on conflict (id) do update set (prefix, key, revoked, version, former, moved, epoch, server, live, since, last, received, sent, takeovers)
+    = (excluded.prefix, excluded.key, excluded.revoked, excluded.version, excluded.former, excluded.moved, excluded.epoch, excluded.server,
+       excluded.live, excluded.since, excluded.last, excluded.received, excluded.sent, excluded.takeovers)
+"""
+
+
+def require_psycopg() -> Any:
+    """Returns the module psycopg. Raises ConfigError when it is missing."""
+    try:
+        import psycopg
+    except ImportError as missing:
+        raise ConfigError(
+            f"store needs the Python package psycopg for {sys.executable}: {missing};"
+            f" install it with: {sys.executable} -m pip install 'psycopg[binary]'"
+        ) from None
+    return psycopg
+
+
+def public_url(url: str) -> str:
+    """Returns the address of a store without user and password, for messages."""
+    return re.sub(r"(?<=://)[^/@]*@|\b(user|password)=[^&\s]*[&\s]?", "", url)
+
+
+def pool_end(pool: IPv6Network) -> int:
+    """Returns the number of /64s that clients get; those behind them are the servers' own."""
+    size = 1 << (64 - pool.prefixlen)
+    return size - min(SERVERS_MAX, size // 4)
+
+
+def check_prefix(prefix: IPv6Network, pool: IPv6Network) -> None:
+    """Raises ValueError unless this is a /64 of the pool that clients may have."""
+    if prefix.prefixlen != 64:
+        raise ValueError(f"{prefix} is not a /64")
+    if not prefix.subnet_of(pool):
+        raise ValueError(f"{prefix} is outside {pool}")
+    if (int(prefix.network_address) - int(pool.network_address)) >> 64 >= pool_end(pool):
+        raise ValueError(f"{prefix} is kept for the servers themselves")
+
+
+class StoreDown(StorageError):
+    """The cluster's store can't be reached, or does not answer in time."""
+
+
+@contextmanager
+def store_errors(url: str) -> Iterator[None]:
+    """Makes one sentence of what psycopg raises: StoreDown."""
+    try:
+        yield
+    except require_psycopg().Error as error:
+        raise StoreDown(f"{public_url(url)}: {' '.join(str(error).split())}") from None
+
+
+class PoolRow(NamedTuple):
+    """What holds for the whole cluster."""
+
+    id: uuid.UUID
+    version: int  # of the schema
+    prefix: IPv6Network
+    keys: str  # whether clients have keys: "none", "optional" (those that have none are served) or "required"
+    next: int
+    timeline: str  # the one on which nothing was lost
+    current: str  # the one of the database as it is
+
+
+class Batch:
+    """Changes that are made in one transaction, and how far that came. One thread makes them while the event loop waits."""
+
+    def __init__(self, changes: Sequence[Change], known: Mapping[str, Row]) -> None:
+        self.changes = changes
+        self.locks_pool = any(isinstance(change, Pin) or change.id not in known for change in changes)
+        self.results: list[Row | Exception] = []  # of each change; they hold only when the transaction was committed
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._committing = False  # whether COMMIT was sent
+
+    def begin_commit(self) -> bool:
+        """Says in the thread that COMMIT comes next. Returns False when nobody waits any more: it must be rolled back."""
+        with self._lock:
+            self._committing = not self._given_up
+            return self._committing
+
+    def begin_again(self) -> None:
+        """Says in the thread that it was rolled back."""
+        self._committing = False
+
+    def give_up(self) -> bool:
+        """Says that nobody waits any more. Returns whether it was committed, or may have been, or may still be."""
+        with self._lock:
+            self._given_up = True
+            return self._committing
+
+
+class Database:
+    """Two connections to the cluster's PostgreSQL: one that listens, and one that works. Methods block: they are called in threads.
+
+    They raise psycopg.Error when the database can't be reached, or refuses. Then all is over: it is closed, never mended.
+    """
+
+    def __init__(self, url: str, application: str) -> None:
+        """`application` names this process among the database's connections, so that it finds there what it has left."""
+        self._psycopg = require_psycopg()
+        self._url, self._application = url, application
+        self._connections: list[Any] = []
+        self._closed = False
+        self._notified: set[str] = set()  # Ids
+        self._warned = False  # whether the database sent a warning
+        self._has_lost = False  # whether it lacks what was known
+
+    def open(self, known: Sequence[Row]) -> tuple[PoolRow, list[Row], float]:
+        """Connects. Returns the pool, all rows as they are after LISTEN has begun, and the database's clock. Raises ConfigError, too.
+
+        `known` are rows that it had before.
+        """
+        self.connect()
+        self._listener = self._connect()
+        self._listener.add_notify_handler(lambda notification: self._notified.add(notification.payload))
+        self._listener.execute(f"listen {CHANNEL}")
+        self._listener.execute("set synchronous_commit = off")  # for heartbeats
+        pool = self.require_pool()
+        rows: list[Row] = []
+        cursor = self._worker.execute(f"select {ROW} from client")
+        while some := cursor.fetchmany(100):  # few at a time, so that the event loop has its turns
+            rows += map(self._row, some)
+        self._has_lost = any(lost_rows(known, {row.id: row for row in rows}))
+        return pool, rows, self._clock(self._worker)
+
+    def connect(self) -> None:
+        """Connects for work only."""
+        self._worker = self._connect()
+        self._worker.add_notice_handler(self._note)
+
+    def require_pool(self, lock: str = "") -> PoolRow:
+        """Returns the pool; `lock` is "" or "for update". Raises ConfigError when there are no tables yet."""
+        if not self.has_pool():
+            raise ConfigError(f"{public_url(self._url)} has no pool yet; `tun6.py cluster init` makes one")
+        return self._pool(self._worker, lock)
+
+    def has_pool(self) -> bool:
+        """Returns whether there are tables."""
+        return bool(self._worker.execute("select to_regclass('pool') is not null").fetchone()[0])
+
+    def _connect(self) -> Any:
+        try:
+            connection = self._psycopg.connect(self._url, autocommit=True, application_name=self._application, **DATABASE_OPTIONS)
+        except self._psycopg.ProgrammingError as error:
+            raise ConfigError(
+                f"store = {public_url(self._url)}: {' '.join(str(error).split())}; write postgresql://host/database"
+            ) from None
+        self._connections.append(connection)
+        for name, value in DATABASE_SETTINGS.items():
+            connection.execute("select set_config(%s, %s, false)", (name, value))
+        if self._closed:
+            self.close()
+        return connection
+
+    def close(self) -> None:
+        """Ends what goes on in other threads, then closes the connections."""
+        self._closed = True
+        for connection in self._connections:
+            with suppress(self._psycopg.Error, OSError), system_socket.socket(fileno=os.dup(connection.fileno())) as sock:
+                if connection.info.transaction_status == self._psycopg.pq.TransactionStatus.ACTIVE:
+                    connection.cancel_safe(timeout=1.0)  # a COMMIT that hangs, as the standby is gone, would keep its locks
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+        for connection in self._connections:
+            with connection.lock:
+                connection.close()
+
+    def _note(self, notice: Any) -> None:
+        self._warned = self._warned or notice.severity_nonlocalized == "WARNING"
+
+    @staticmethod
+    def _row(columns: tuple[Any, ...]) -> Row:
+        row = Row._make(columns)
+        return row._replace(former=tuple(row.former), takeovers=tuple(row.takeovers))
+
+    @staticmethod
+    def _pool(connection: Any, lock: str = "") -> PoolRow:
+        return PoolRow(*connection.execute(f"select id, version, prefix, keys, next, timeline, {TIMELINE} from pool {lock}").fetchone())
+
+    @staticmethod
+    def _clock(connection: Any) -> float:
+        return float(connection.execute("select extract(epoch from clock_timestamp())::float8").fetchone()[0])
+
+    def enter(self, name: str, address: str, known: Sequence[Row]) -> tuple[int, str, list[Row]]:
+        """Enters this server among the others, and writes back what it knows of commits that the database has lost.
+
+        Returns its number, the timeline, and the rows that could not be written back as their /64 is another's by now.
+        """
+        worker, taken = self._worker, cast(list[Row], [])
+        worker.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s and pid <> all(%s)",
+            (self._application, [connection.info.backend_pid for connection in self._connections]),
+        )
+        for _ in range(10):
+            if self._listener.execute("select pg_try_advisory_lock(hashtext(%s))", (f"tun6 {name}",)).fetchone()[0]:
+                break
+            time.sleep(0.1)
+        else:
+            raise StoreDown(
+                f"another server is named {name}, or the last connection of this one is not over yet; each needs a `name` of its own"
+            )
+        with worker.transaction():
+            pool = self._pool(worker, "for update")
+            found = worker.execute("select number, timeline from server where name = %s", (name,)).fetchone()
+            number, timeline = found or (None, None)
+            if number is None:
+                used = {number for (number,) in worker.execute("select number from server")}
+                number = next(number for number in itertools.count() if number not in used)
+            if timeline != pool.current or self._has_lost:
+                taken = self._write_back(pool, known)
+            worker.execute(
+                "insert into server (name, address, number, heartbeat, timeline) values (%s, %s, %s, clock_timestamp(), %s)"
+                " on conflict (name) do update"
+                " set (address, heartbeat, timeline) = (excluded.address, excluded.heartbeat, excluded.timeline)",
+                (name, address, number, pool.current),
+            )
+            self._accept(worker, pool)
+        return number, pool.current, taken
+
+    def _write_back(self, pool: PoolRow, known: Sequence[Row]) -> list[Row]:
+        stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
+        back, taken = lost_rows(known, stored)
+        self._write(back)
+        for row in back:
+            log.warning("the store had lost what it knew of %s; it is written back", quote_id(row.id))
+        return taken
+
+    def _accept(self, connection: Any, pool: PoolRow, anyway: bool = False) -> bool:
+        """Lets new Ids begin again after lost commits, when every server has written back what it knows."""
+        if pool.timeline == pool.current:
+            return True
+        missing = "select 1 from server where timeline <> %s and heartbeat > clock_timestamp() - make_interval(secs => %s)"
+        if not anyway and connection.execute(missing, (pool.current, SILENT_S)).fetchone():
+            return False
+        connection.execute("update pool set timeline = %s", (pool.current,))
+        return True
+
+    def listen(self, ids: Sequence[str]) -> list[Row]:
+        """Waits for notifications, at most POLL_S unless there are `ids`, and returns the rows of all these Ids."""
+        select.select([self._listener.fileno()], [], [], 0 if ids or self._notified else POLL_S)
+        self._listener.execute("select")  # takes in what has come
+        wanted, self._notified = self._notified.union(ids), set()
+        return [self._row(each) for each in self._listener.execute(f"select {ROW} from client where id = any(%s)", (list(wanted),))]
+
+    def beat(self, name: str) -> tuple[float, str, list[tuple[str, str, float]]]:
+        """Says that this server runs. Returns the database's clock and timeline, and name, address and last heartbeat of all servers."""
+        listener = self._listener
+        listener.execute("update server set heartbeat = clock_timestamp() where name = %s", (name,))
+        pool = self._pool(listener)
+        with listener.transaction():
+            self._accept(listener, pool)
+        servers = listener.execute("select name, address, extract(epoch from heartbeat)::float8 from server order by name").fetchall()
+        return self._clock(listener), pool.current, servers
+
+    def change(self, batch: Batch, new_ids_per_hour: int = 0) -> None:
+        """Makes the changes of the batch in one transaction, and sets their results: a refused one does nothing, and fails alone."""
+        errors = self._psycopg.errors
+        for attempt in range(ATTEMPTS_MAX):
+            self._warned = False
+            try:
+                with self._worker.transaction():
+                    batch.results = self._decide(batch, new_ids_per_hour)
+                    if not batch.begin_commit():
+                        raise self._psycopg.Rollback
+                break
+            except errors.IntegrityError as error:  # no rule allows it, so there is a defect
+                batch.results = [StorageError(f"the store refuses it: {' '.join(str(error).split())}") for _ in batch.changes]
+                break
+            except (errors.DeadlockDetected, errors.SerializationFailure):
+                if attempt == ATTEMPTS_MAX - 1:
+                    raise
+                batch.begin_again()
+        if self._warned:
+            raise self._psycopg.OperationalError("the database does not vouch for what it has committed")
+
+    def _decide(self, batch: Batch, new_ids_per_hour: int) -> list[Row | Exception]:
+        pool = (
+            self._pool(self._worker, "for update") if batch.locks_pool else None
+        )  # always before the rows, so that no two wait for each other
+        ids = [change.id for change in batch.changes]
+        locked = self._worker.execute(f"select {ROW} from client where id = any(%s) order by id for update", (ids,))
+        rows = {row.id: row for row in map(self._row, locked)}
+        if not pool and not rows.keys() >= set(ids):
+            batch.locks_pool = True
+            raise self._psycopg.errors.SerializationFailure("the database has lost an Id that is known here")
+        now, free = self._clock(self._worker), self._free_prefixes(pool)
+        results: list[Row | Exception] = []
+        changed: dict[str, Row] = {}
+        counted: set[str] = set()  # new Ids that count for new_ids_per_hour
+        for change in batch.changes:
+            row = rows.get(change.id)
+            try:
+                if isinstance(change, Pin):
+                    change = self._check_pin(change, pool)
+                if row is None:
+                    row = change.create(free, now)
+                    if isinstance(change, SessionBegin) and change.claim.counted:
+                        self._count_new(len(counted), new_ids_per_hour)
+                        counted.add(change.id)
+                decided = change.decide(row, now)
+            except (Tun6Error, EOFError, KeyError, ValueError) as error:
+                results.append(error)
+                continue
+            results.append(decided)
+            if decided != rows.get(change.id):
+                rows[change.id] = changed[change.id] = decided
+        self._write(changed.values(), counted)
+        return results
+
+    def _write(self, rows: Collection[Row], counted: Container[str] = ()) -> None:
+        """Writes rows and tells everybody."""
+        if rows:
+            with self._worker.cursor() as cursor:
+                cursor.executemany(
+                    WRITE_ROW,
+                    [
+                        {**row._asdict(), "former": list(row.former), "takeovers": list(row.takeovers), "counted": row.id in counted}
+                        for row in rows
+                    ],
+                )
+            self._worker.execute(f"select pg_notify('{CHANNEL}', id) from unnest(%s::text[]) id", ([row.id for row in rows],))
+
+    def _free_prefixes(self, pool: PoolRow | None) -> Iterator[IPv6Network]:
+        """Yields the /64s that nobody has or had, and counts the pool up. Raises Refusal, StorageError."""
+        if pool is None:
+            return
+        if pool.timeline != pool.current:
+            raise StorageError(
+                "the store may have lost changes, and not all servers have written back what they know; until then nobody new is served."
+                " `tun6.py cluster accept` goes on without those that are missing"
+            )
+        base, end, width = int(pool.prefix.network_address) >> 64, pool_end(pool.prefix), 64
+        at = pool.next
+        while at < end:
+            window = [IPv6Network((base + number << 64, 64)) for number in (at, min(at + width, end) - 1)]
+            used = self._worker.execute(
+                "select prefix from client where prefix between %s and %s union all select unnest(former) from client where former <> '{}'",
+                window,
+            )
+            taken = {(int(prefix.network_address) >> 64) - base for (prefix,) in used}
+            for number in range(at, min(at + width, end)):
+                if number not in taken:
+                    self._worker.execute("update pool set next = %s", (number + 1,))
+                    yield IPv6Network((base + number << 64, 64))
+            at, width = at + width, width * 2
+        raise Refusal("pool-exhausted", f"no free /64 in {pool.prefix}")
+
+    def _count_new(self, already: int, new_ids_per_hour: int) -> None:
+        since = "select count(*) from client where counted and created > clock_timestamp() - interval '1 hour'"
+        if new_ids_per_hour and self._worker.execute(since).fetchone()[0] + already >= new_ids_per_hour:
+            raise Refusal("busy", f"more than {new_ids_per_hour} new Ids in an hour")
+
+    def _check_pin(self, pin: Pin, pool: PoolRow | None) -> Pin:
+        """Returns the pin with the floor for its epochs. Raises ValueError when that can't be given."""
+        assert pool
+        check_prefix(pin.prefix, pool.prefix)
+        owner = self._worker.execute("select id from client where prefix && %s and id <> %s", (pin.prefix, pin.id)).fetchone()
+        if owner:
+            raise ValueError(f"{pin.prefix} is already the prefix of {owner[0]!r}")
+        had = "from client where former <> '{}' and former @> array[%s::cidr] and id <> %s"
+        epoch, moved = self._worker.execute(f"select max(epoch), max(moved) {had}", (pin.prefix, pin.id)).fetchone()
+        if epoch is None:
+            return pin
+        deaf = self._worker.execute(
+            "select string_agg(name, ', ') from server where heartbeat between clock_timestamp() - make_interval(secs => %s)"
+            " and %s + make_interval(secs => %s)",
+            (SILENT_S, moved, HEARD_S),
+        ).fetchone()[0]
+        if deaf:
+            raise ValueError(
+                f"{pin.prefix} was another Id's until just now, and {deaf} may not have heard that it has changed; try again later"
+            )
+        return dataclasses.replace(pin, floor=epoch + FREED_LEAD)
+
+    # What `tun6.py cluster` and `doctor` do, after `connect`.
+
+    def examine(self) -> tuple[PoolRow, list[str], list[str]]:
+        """Returns the pool, the servers that have not written back what the database has lost, and what it risks to lose more."""
+        pool = self.require_pool()
+        missing = self._worker.execute("select name from server where timeline <> %s order by name", (pool.current,)).fetchall()
+        names = "fsync", "synchronous_commit", "synchronous_standby_names"
+        fsync, commit, standbys = (self._worker.execute(f"show {name}").fetchone()[0] for name in names)
+        risks = ["fsync is off: after a power cut it is perhaps not whole"] if fsync != "on" else []
+        if not standbys or commit in ("off", "local"):
+            what = "synchronous_standby_names is empty" if not standbys else f"synchronous_commit is {commit}"
+            risks.append(f"{what}: a standby that is promoted may lack commits, and then nobody new is served until all servers are back")
+        return pool, [name for (name,) in missing] if pool.timeline != pool.current else [], risks
+
+    def create(self, network: IPv6Network, keys: str) -> None:
+        """Makes tables and pool. Raises RequestError when they are there."""
+        with self._worker.transaction():
+            if self.has_pool():
+                raise RequestError(f"{public_url(self._url)} has a pool already; it stays as it is")
+            self._worker.execute(SCHEMA)
+            self._worker.execute(
+                f"insert into pool (version, prefix, keys, timeline) values (%s, %s, %s, {TIMELINE})", (SCHEMA_VERSION, network, keys)
+            )
+
+    def upgrade(self) -> int:
+        """Brings the tables to the version of this tun6. Returns the version that they had. Raises RequestError."""
+        with self._worker.transaction():
+            version = self.require_pool("for update").version
+            if version > SCHEMA_VERSION:
+                raise RequestError(f"the tables are of version {version}, and this tun6 knows only {SCHEMA_VERSION}; take a newer one")
+            for each in range(version, SCHEMA_VERSION):
+                self._worker.execute(UPGRADES[each])
+            self._worker.execute("update pool set version = %s", (SCHEMA_VERSION,))
+        return version
+
+    def accept(self) -> bool:
+        """Gives up what servers may know that have not written it back. Returns whether there was anything to give up."""
+        with self._worker.transaction():
+            pool = self.require_pool("for update")
+            self._accept(self._worker, pool, anyway=True)
+        return pool.timeline != pool.current
+
+    def take_in(self, prefixes: Mapping[str, IPv6Network], keys: Mapping[str, KeyEntry]) -> int:
+        """Takes in what is in files, all or nothing; an Id that has only a key gets a /64. Returns how many rows changed.
+
+        Raises RequestError, which names the Id, when something else is in the store.
+        """
+        with self._worker.transaction():
+            pool = self.require_pool("for update")
+            if keys and pool.keys == "none":
+                raise RequestError("the pool is open to everybody, and there are keys; make it without --open")
+            stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
+            owners = {row.prefix: row.id for row in stored.values()}
+            now, free = self._clock(self._worker), self._free_prefixes(pool)
+            changed: list[Row] = []
+            for id_ in {**prefixes, **keys}:
+                old, prefix, key = stored.get(id_), prefixes.get(id_), keys.get(id_)
+                if prefix is None:
+                    prefix = old.prefix if old else next(each for each in free if each not in set(prefixes.values()))
+                if old and old.prefix != prefix:
+                    raise RequestError(f"{quote_id(id_)} has {old.prefix} in the store, and {prefix} in the file; nothing was taken")
+                if owners.setdefault(prefix, id_) != id_:
+                    raise RequestError(
+                        f"{prefix} is {quote_id(owners[prefix])}'s in the store, and {quote_id(id_)}'s in the file; nothing was taken"
+                    )
+                if old and old.key and key and key != KeyEntry(old.key, old.revoked):
+                    raise RequestError(f"{quote_id(id_)} has another key in the store, or is revoked in one of both; nothing was taken")
+                row = old or first_row(id_, prefix, now)
+                if key and not row.key:
+                    row = KeyChange(id_, key.digest, key.revoked).decide(row, now)
+                if row != old:
+                    changed.append(row)
+            self._write(changed)
+        return len(changed)
+
+    def give_out(self) -> tuple[dict[str, IPv6Network], dict[str, KeyEntry]]:
+        """Returns the prefixes and keys of all Ids."""
+        rows = [self._row(columns) for columns in self._worker.execute(f"select {ROW} from client order by id")]
+        return {row.id: row.prefix for row in rows}, {row.id: KeyEntry(row.key, row.revoked) for row in rows if row.key}
+
+
+def require_fit(pool: PoolRow, address: str, network: IPv6Network, keys: str) -> None:
+    """Raises ConfigError when a server with this prefixrange, that can do this with keys (see PoolRow), does not fit to the pool."""
+    if pool.version != SCHEMA_VERSION:
+        what = "`tun6.py cluster upgrade` brings it up to date" if pool.version < SCHEMA_VERSION else "this tun6 is too old for it"
+        raise ConfigError(f"{address}: its tables are of version {pool.version}, and not {SCHEMA_VERSION}; {what}")
+    if pool.prefix != network:
+        raise ConfigError(f"{address} has the pool {pool.prefix}, and prefixrange is {network}; all servers of a cluster have one")
+    if pool.keys not in ("none", keys):
+        what = "there is no `cert`, without which nobody can prove a key"
+        if keys != "none":
+            what = f"keys_required is {'yes' if keys == 'required' else 'no'} here and not there"
+        raise ConfigError(f"{address}: the pool's clients have keys, and {what}; all servers of a cluster have the same")
+
+
+class CachedPool(PrefixPool):
+    """The /64s as the rows of a cluster have them, to be read only."""
+
+    def __init__(self, network: IPv6Network, rows: Mapping[str, Row]) -> None:
+        super().__init__(network)
+        self._rows = rows
+
+    @property
+    def free(self) -> int:
+        """Number of /64s that no client owns, but for those that are the servers' own and those that had an owner."""
+        return max(pool_end(self.network) - len(self._rows), 0)
+
+    def owners(self) -> list[str]:
+        """As PrefixPool has it."""
+        return list(self._rows)
+
+    def find(self, id_: str) -> IPv6Network | None:
+        """As PrefixPool has it."""
+        row = self._rows.get(id_)
+        return row.prefix if row else None
+
+
+class ClusterKeys(Keys):
+    """The keys of a cluster, in the rows that ClusterStore knows."""
+
+    def __init__(self, path: str, rows: Mapping[str, Row], change: Callable[[Change], Row]) -> None:
+        """`change` makes a change in the store, and raises what Keys has."""
+        self._path, self._rows, self._make = path, rows, change
+
+    @property
+    def path(self) -> str:
+        """As Keys has it: that of the store."""
+        return self._path
+
+    def find(self, id_: str) -> KeyEntry | None:
+        """As Keys has it."""
+        row = self._rows.get(id_)
+        return KeyEntry(row.key, row.revoked) if row and row.key else None
+
+    def ids(self) -> list[str]:
+        """As Keys has it."""
+        return [row.id for row in self._rows.values() if row.key]
+
+    def _change(self, id_: str, entry: KeyEntry) -> None:
+        self._make(KeyChange(id_, entry.digest, entry.revoked))
+
+
+class CacheFile(JsonFile):
+    """What a server knows of the cluster, for when the store is down: {"": {the pool's "keys" and "prefix"}, "<id>": {its row}, ...}."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "a cluster's rows", SECRET_MODE)
+
+    def load_rows(self) -> tuple[dict[str, str], list[Row]]:
+        """Returns the pool and the rows; nothing when there is no file, or none that can be read, which is logged."""
+        try:
+            entries = json.loads(self.path.read_text("utf-8"))
+            pool = entries.pop("")
+            return pool, [
+                Row(
+                    id_,
+                    **{
+                        **fields,
+                        "prefix": IPv6Network(fields["prefix"]),
+                        "former": tuple(map(IPv6Network, fields["former"])),
+                        "takeovers": tuple(fields["takeovers"]),
+                    },
+                )
+                for id_, fields in entries.items()
+            ]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s can't be used, it will be made anew: %s", self.path, to_printable(error))
+        return {}, []
+
+    def save_rows(self, pool: dict[str, str], rows: Mapping[str, Row]) -> None:
+        """Saves both, in a thread. Raises StorageError."""
+        entries: dict[str, Any] = {"": pool}
+        for id_, row in in_slices(list(rows.items())):
+            entries[id_] = {**row._asdict(), "prefix": str(row.prefix), "former": list(map(str, row.former))}
+            del entries[id_]["id"]
+        self.save(entries)
+
+
+class ClusterStore(Store):
+    """The map Id -> /64, with keys and epochs, in PostgreSQL, shared by several servers; without it, known Ids are served from a cache.
+
+    The store gates beginnings, TCP gates lives. `begin` counts the Id's epoch up, and gives it in the lease; whoever hears that another
+    server began a newer session ends its own. What is to be done, ClusterView and the Changes decide; here they meet the database, which
+    is spoken to in threads that nothing else uses, as it may hang.
+    """
+
+    def __init__(
+        self, url: str, network: IPv6Network, keys: str, cache: str, name: str = "", address: str = "", new_ids_per_hour: int = 0
+    ) -> None:
+        """Reads all rows, or the cache. `keys` says what this server can do: see PoolRow; `name` is what `start` enters it as.
+
+        Raises ConfigError when the database is another pool's, or has none yet, StoreDown when there is no cache either.
+        """
+        require_psycopg()
+        self._url, self._network, self._new_ids_per_hour = url, network, new_ids_per_hour
+        self._name, self._address, self._keys_policy = name, address, keys
+        self._application = f"tun6 {name[:32]} {secrets.token_hex(4)}"
+        self._serving = False  # whether it was started
+        self._view = ClusterView(name)
+        self._leases: dict[str, tuple[Claim, Lease]] = {}  # of the sessions that the view holds
+        self._threads = gevent.threadpool.ThreadPool(THREADS_MAX)
+        self._database: Database | None = None  # None: the store is down
+        self._down = ""  # why
+        self._since = time.monotonic()  # when it came or went
+        self._changes: GroupCommit[Change, Row | Exception] = GroupCommit(self._change_all, BATCH_MAX)
+        self._owing = gevent.event.Event()  # set when there are debts
+        self._greenlets = gevent.pool.Group()
+        self._cache, self._is_cached = CacheFile(cache), True
+        self._has_new = gevent.event.Event()  # set when an Id is known that was not
+        self._facts: dict[str, Any] = {}  # of the pool, for the cache: "pool", its id, "keys", and "own", this server's /64
+        self._clock_offset = 0.0  # of the database's clock, against time.monotonic()
+        self._timeline = ""  # of the database, when this server entered
+        self._servers: list[tuple[str, str, float]] = []  # name, address, time of the last heartbeat
+        self.pool = CachedPool(network, self._view.rows)
+        try:
+            self._connect()
+        except StoreDown as down:
+            self._facts, rows = self._cache.load_rows()
+            if not self._facts:
+                self.close()
+                raise
+            for row in rows:
+                self._view.hear(row)
+            self._go_down(down)
+        except ConfigError:
+            self.close()
+            raise
+        self.keys = None if self._facts["keys"] == "none" else ClusterKeys(self.path, self._view.rows, self._change)
+
+    @property
+    def path(self) -> str:
+        """As Store has it: the address without user and password."""
+        return public_url(self._url)
+
+    def start(self) -> None:
+        """As Store has it: enters this server among the others, and from then on hears of what they do."""
+        self._serving = True
+        if self._database:
+            try:
+                self._enter(self._database)
+            except StoreDown as down:
+                self._go_down(down)
+        self._owing.set()
+        for work in (self._follow, self._pay_when_due, self._save_when_due):
+            self._greenlets.spawn(work)
+
+    def close(self) -> None:
+        """As Store has it. What is owed to the store is paid first, if that goes at once."""
+        if self._serving:
+            with gevent.Timeout(COMMIT_S, False):
+                self._pay()
+            self._greenlets.kill()
+            self._save()
+        if self._database:
+            self._threads.spawn(self._database.close)
+            self._database = None
+        with gevent.Timeout(COMMIT_S, False):
+            self._threads.kill()  # waits for what goes on there
+
+    def find(self, id_: str) -> IPv6Network | None:
+        """As Store has it."""
+        return self.pool.find(id_)
+
+    @contextmanager
+    def begin(self, claim: Claim) -> Iterator[Lease]:
+        """As Store has it. When the caller is killed meanwhile, a session that the store knows of by then is ended there."""
+        left = threading.Event()
+        asked = dataclasses.replace(claim, is_alive=lambda: not left.is_set() and claim.is_alive())
+        beginning = gevent.spawn(self._begin, asked)
+        lease = None
+        try:
+            lease = beginning.get()
+            yield lease
+        finally:
+            left.set()
+            if lease:
+                self._release(claim.id, lease)
+            else:
+                beginning.link_value(lambda late: self._release(claim.id, late.value))
+
+    def _begin(self, claim: Claim) -> Lease:
+        begin = self._view.begin_change(claim)
+        try:
+            row, settled = self._ask(begin)
+            if not self._view.hold(begin, row, settled):
+                raise Refusal("busy", "a newer connection has this Id")
+        finally:
+            self._view.conclude(begin)
+            self._owing.set()
+        lease = Lease(row.prefix, row.epoch)
+        self._leases[claim.id] = claim, lease
+        return lease
+
+    def _ask(self, begin: SessionBegin) -> tuple[Row, bool]:
+        """Returns the row of a session that begins, and whether the store is known to have it. Raises as `begin` does."""
+        try:
+            return self._change(begin), True
+        except StoreDown:
+            row = self._view.begin_alone(begin)
+            if row is None:
+                raise
+            return row, False
+
+    def _release(self, id_: str, lease: Lease) -> None:
+        del self._leases[id_]
+        self._view.release(id_, lease.received, lease.sent)
+        self._owing.set()
+
+    def assign(self, id_: str) -> IPv6Network:
+        """As Store has it."""
+        return self._change(Assignment(id_)).prefix
+
+    def pin(self, id_: str, prefix: IPv6Network) -> None:
+        """As Store has it. A /64 that another Id had until just now is not free before all servers have heard of that."""
+        self._change(Pin(id_, prefix))
+
+    def keep(self) -> IPv6Network | None:
+        """As Store has it: the one of this server's number, from the end of the pool."""
+        own: str | None = self._facts.get("own")
+        return IPv6Network(own) if own else None
+
+    def unkeep(self, prefix: IPv6Network) -> None:
+        """Does nothing: it stays this server's."""
+
+    def takeovers(self, id_: str) -> Sequence[float]:
+        """As Store has it, in the whole cluster."""
+        row = self._view.rows.get(id_)
+        return [moment - self._clock_offset for moment in row.takeovers] if row else ()
+
+    def holder(self, id_: str) -> str | None:
+        """As Store has it."""
+        row = self._view.rows.get(id_)
+        return row.server if row and row.live and row.server != self._name else None
+
+    def whereabouts(self, id_: str) -> dict[str, Any]:
+        """As Store has it."""
+        row = self._view.rows.get(id_)
+        if not row:
+            return {}
+        moved = {"received": row.received, "sent": row.sent}
+        return {"server": row.server, "connected": row.live, "epoch": row.epoch, "since": row.since, "last": row.last, **moved}
+
+    def figures(self) -> dict[str, Any]:
+        """As Store has it."""
+        now, held = time.monotonic(), self._view.held.values()
+        sessions = Counter(row.server for row in in_slices(list(self._view.rows.values())) if row.live)
+        servers = [
+            {
+                "name": name,
+                "address": address,
+                "here": name == self._name,
+                "heard": round(max(now + self._clock_offset - heartbeat, 0.0), 1),
+                "sessions": len(held) if name == self._name else sessions[name],
+            }
+            for name, address, heartbeat in self._servers
+        ]
+        state = {
+            "address": self.path,
+            "down": self._down or None,
+            "seconds": round(now - self._since),
+            "owed": len(self._view.debts()),
+            "unsettled": sum(not session.settled for session in held),
+        }
+        return {"store": state, "servers": servers}
+
+    # The database: in threads, never for longer than somebody may wait.
+
+    def _in_thread(self, seconds: float, function: Callable[..., R], *arguments: Any) -> R:
+        """Runs what speaks to the database in a thread. Raises StoreDown when it fails or takes longer, and goes on there."""
+        answer = self._threads.spawn(function, *arguments)
+        try:
+            with store_errors(self._url), gevent.Timeout(seconds) as limit:
+                return cast(R, answer.get())
+        except gevent.Timeout as timeout:
+            if timeout is not limit:
+                raise
+            raise StoreDown(f"{self.path} gives no answer within {seconds:.0f} s") from None
+
+    def _connect(self) -> None:
+        """Connects and takes in all rows. Raises StoreDown, ConfigError."""
+        database = Database(self._url, self._application)
+        try:
+            pool, rows, now = self._in_thread(CONNECT_S, database.open, list(self._view.rows.values()))
+            self._check(pool)
+            self._clock_offset = now - time.monotonic()
+            for row in in_slices(rows):
+                self._hear(row)
+            self._facts.update(pool=str(pool.id), keys=pool.keys)
+            if self._serving:
+                self._enter(database)
+        except BaseException:
+            self._threads.spawn(database.close)
+            raise
+        self._database = database
+        self._owing.set()
+
+    def _check(self, pool: PoolRow) -> None:
+        """Raises ConfigError when this server does not fit to the pool."""
+        if self._facts.get("pool", str(pool.id)) != str(pool.id):
+            raise ConfigError(f"{self._cache.path} is of another pool than that of {self.path}; remove it, and start again")
+        require_fit(pool, self.path, self._network, self._keys_policy)
+
+    def _enter(self, database: Database) -> None:
+        """Enters this server among the others. Raises StoreDown."""
+        number, timeline, lost = self._in_thread(CONNECT_S, database.enter, self._name, self._address, list(self._view.rows.values()))
+        for row in lost:
+            log.error("%s: the store has lost it, and its %s is another's by now", quote_id(row.id), row.prefix)
+            self._end(row.id, "its prefix is another's by now")
+            self._view.forget(row.id)
+        if timeline != self._timeline:
+            self._timeline = timeline
+            self._view.unsettle()
+        size = 1 << (64 - self._network.prefixlen)
+        own = None
+        if number < size - pool_end(self._network):
+            own = IPv6Network((int(self._network.network_address) + (size - 1 - number << 64), 64))
+        self._facts["own"] = str(own) if own and all(row.prefix != own for row in self._view.rows.values()) else None
+        self._is_cached = False
+
+    def _go_down(self, reason: Tun6Error) -> None:
+        """Goes on without the database, until `_follow` has found it again."""
+        if self._database:
+            self._threads.spawn(self._database.close)
+            self._database = None
+        if not self._down:
+            self._down, self._since = str(reason), time.monotonic()
+            warn_standing("store", "%s; known Ids are served as they are known here, new ones refused until it is back", reason)
+
+    def _follow(self) -> NoReturn:
+        """Hears of what changes in the store, and finds it again when it was down. Runs until it is killed."""
+        while True:
+            try:
+                if self._database is None:
+                    self._connect()
+                if self._down:
+                    log.info("%s is back", self.path)
+                    standing_warnings.pop("store", None)
+                    self._down, self._since = "", time.monotonic()
+                self._listen(cast(Database, self._database))
+            except (StoreDown, ConfigError) as error:
+                self._go_down(error)
+            gevent.sleep(RETRY_S)
+
+    def _listen(self, database: Database) -> None:
+        """Hears from a database until it is not the one any more. Raises StoreDown."""
+        polled = beaten = -math.inf
+        while self._database is database:
+            now = time.monotonic()
+            if now - beaten >= HEARTBEAT_S:
+                beaten = now
+                there, timeline, self._servers = self._in_thread(CONNECT_S, database.beat, self._name)
+                self._clock_offset = there - time.monotonic()
+                if timeline != self._timeline:
+                    raise StoreDown(f"{self.path} is another copy of the database now")
+            ids: list[str] = []
+            if now - polled >= POLL_S:
+                polled, ids = now, list(self._view.held)
+            for row in in_slices(self._in_thread(CONNECT_S, database.listen, ids)):
+                self._hear(row)
+
+    def _hear(self, row: Row) -> None:
+        if row.id not in self._view.rows:
+            self._has_new.set()
+        reason = self._view.hear(row)
+        if self._view.owes_ends:
+            self._owing.set()
+        self._is_cached = False
+        if reason:
+            self._end(row.id, reason)
+
+    def _end(self, id_: str, reason: str) -> None:
+        if id_ in self._leases:
+            claim, lease = self._leases[id_]
+            lease.superseded = reason
+            claim.end(reason)
+
+    def _change(self, change: Change) -> Row:
+        """Makes a change. Raises what its `decide` does, and StoreDown."""
+        result = self._changes.submit(change)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _change_all(self, changes: list[Change]) -> list[Row | Exception]:
+        """Makes changes, in one transaction but for pins, and returns their results."""
+        groups = itertools.groupby(changes, lambda change: change if isinstance(change, Pin) else None)
+        return [result for _, group in groups for result in self._change_group(list(group))]
+
+    def _change_group(self, changes: Sequence[Change]) -> Sequence[Row | Exception]:
+        database, batch = self._database, Batch(changes, self._view.rows)
+        try:
+            if database is None:
+                raise StoreDown(f"the store is down: {self._down}")
+            self._in_thread(COMMIT_S, database.change, batch, self._new_ids_per_hour)
+            if database is not self._database:  # what it has committed, the one of now may lack
+                raise StoreDown(f"the store is down: {self._down}")
+        except StoreDown as down:
+            if database is self._database:
+                self._go_down(down)
+            unknown = "; whether it was done is not known" if batch.give_up() else ""
+            return [StoreDown(f"{down}{unknown}") for _ in changes]  # one each, as each that raises it adds to its traceback
+        for row in batch.results:
+            if isinstance(row, Row):
+                self._hear(row)
+        return batch.results
+
+    def _pay_when_due(self) -> NoReturn:
+        """Tells the store what it has to be told. Runs until it is killed."""
+        while True:
+            self._owing.wait()
+            self._owing.clear()
+            self._pay()
+
+    def _pay(self) -> None:
+        for debts in iter(lambda: self._view.debts()[:BATCH_MAX], []):
+            paid = self._changes.submit_all(debts) if self._database else [StoreDown(self._down)]
+            if any(isinstance(result, StorageError) for result in paid):
+                break  # until it is back
+            for change, result in zip(debts, paid):
+                reason = self._view.pay(change, result if isinstance(result, Row) else None)
+                if change.id in self._leases:
+                    claim, lease = self._leases[change.id]
+                    epoch = self._view.held[change.id].epoch
+                    if reason:
+                        self._end(change.id, reason)
+                    elif epoch != lease.epoch:
+                        lease.epoch = epoch
+                        claim.on_epoch(epoch)
+
+    def _save_when_due(self) -> NoReturn:
+        """Saves what is known for when the store is down, a new Id at once. Runs until it is killed."""
+        while True:
+            self._has_new.wait(CACHE_S)
+            self._has_new.clear()
+            self._save()
+            gevent.sleep(CACHE_PAUSE_S)
+
+    def _save(self) -> None:
+        if self._is_cached:
+            return
+        self._is_cached = True
+        try:
+            self._cache.save_rows(self._facts, self._view.rows)
+            standing_warnings.pop("cache", None)
+        except StorageError as error:
+            self._is_cached = False
+            if "cache" not in standing_warnings:
+                warn_standing("cache", "%s; after a restart without the store, clients would be refused", error)
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 BACKLOG = 1024  # connections that wait for accept, or of one host for admission
@@ -3918,9 +5528,10 @@ ACCEPT_PAUSE_S = 0.5  # after an accept that failed for want of descriptors or m
 DEFER_ACCEPT_S = 5  # that the kernel keeps a connection without data from us, TCP_DEFER_ACCEPT; it rounds this up
 HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all, of one IPv4 address
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
-CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
+DRY_HELLOS_MAX, DRY_HELLOS_S = 60, 60  # in which so many dry hellos of those who need no key are answered, as each tells what Ids there are
+NOTHING_NEW = "the server can't serve a new client at the moment"
 GLOBAL, UNIQUE_LOCAL = IPv6Network("2000::/3"), IPv6Network("fc00::/7")  # unicast addresses, RFC 4291 section 2.4, RFC 4193
 
 
@@ -3932,6 +5543,9 @@ class ServerConfig:
     listenport: int
     prefixrange: IPv6Network
     assignments: str | None = None
+    store: str | None = None
+    store_cache: str = "store-cache.json"
+    name: str = ""
     congestion: str = "auto"
     link: str = "auto"
     offload: str = "auto"
@@ -3951,18 +5565,66 @@ class ServerConfig:
     metrics: tuple[str, int] | None = None  # address, port
     metrics_clients: bool = False
     documentation_addresses: bool = False
-    address: str | None = None
+    address: str | None = None  # as `remotehost` of its clients
+    fingerprint: tuple[str, ...] = ()  # those of other servers in `address`
     limit: int | None = None  # bits/s of IPv6 packets, each way of each client
     file: str = "config.ini"
 
 
-def open_keys(config: ServerConfig) -> KeyStore | None:
+def open_keys(config: ServerConfig) -> Keys | None:
     """Reads the file of keys, if there is to be one. Raises ConfigError."""
     if config.keys and not config.cert:
         raise ConfigError(
             f"{config.file}: [server] has keys but no cert, and keys go only through TLS; `tun6.py keygen` makes a certificate"
         )
     return KeyStore(config.keys) if config.keys else None
+
+
+def own_address(config: ServerConfig) -> str:
+    """Returns where this server is reached: where it listens, or else what the kernel says, which knows nothing of a NAT."""
+    if config.localhost != "0.0.0.0":
+        return config.localhost
+    with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+    return "192.0.2.1"
+
+
+def key_policy(config: ServerConfig) -> str:
+    """Returns what a server of a cluster can do with keys, see PoolRow."""
+    return "none" if not config.cert else "required" if config.keys_required else "optional"
+
+
+def open_store(config: ServerConfig) -> Store:
+    """Opens what the configuration names: files, or the store of a cluster. Raises ConfigError, StorageError."""
+    if config.store:
+        if config.assignments or config.keys:
+            beside = "assignments" if config.assignments else "keys"
+            raise ConfigError(
+                f"{config.file}: [server] has a store, and beside it {beside}, which would not be used; `tun6.py cluster import` takes"
+                " what is in such files into the store; then remove the line"
+            )
+        return ClusterStore(
+            config.store,
+            config.prefixrange,
+            key_policy(config),
+            os.path.join(os.path.dirname(config.file), config.store_cache),
+            config.name or platform.node(),
+            own_address(config),
+            config.new_ids_per_hour,
+        )
+    new_ids = TokenBucket(config.new_ids_per_hour, 3600)
+
+    def admit_new(is_there: bool) -> None:
+        if not (new_ids.take() if is_there else new_ids.has_token()):
+            raise Refusal("busy", f"more than {config.new_ids_per_hour} new Ids in an hour")
+
+    return AssignmentStore(PrefixPool(config.prefixrange), config.assignments, keys=open_keys(config), admit_new=admit_new)
+
+
+def files_of(config: ServerConfig) -> list[str | None]:
+    """Returns what names the files or the store of a server, so that nobody asks the wrong one."""
+    return [public_url(config.store)] if config.store else [name and os.path.realpath(name) for name in (config.assignments, config.keys)]
 
 
 def warn_of_overlap(pool: IPv6Network, own: IPv6Address | None = None) -> None:
@@ -4126,6 +5788,44 @@ class AdmissionControl:
         return True
 
 
+class ClientDevice:
+    """A session's TUN on the server, with the route to its client: both are restored when somebody changes them."""
+
+    def __init__(self, tun: Tun, mtu: int, lease: Lease, kernel: Kernel, fail: Callable[[KernelError], None]) -> None:
+        """Brings it up; `fail` is called when it can't be restored. Raises KernelError."""
+        self._tun, self._mtu, self._lease, self._kernel, self._fail = tun, mtu, lease, kernel, fail
+        self._metric = lease.metric
+        self._moves = 0  # of the route to another metric, whose removal of the old one was not reported yet
+        self._repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
+        kernel.apply(self._plan())
+
+    def _plan(self) -> list[Step]:
+        return server_plan(self._tun.name, self._mtu, self._lease.prefix, self._metric)
+
+    def follow_epoch(self) -> None:
+        """Gives the route the metric that its lease has now. There is a route all the time."""
+        old, self._metric = self._metric, self._lease.metric
+        if old == self._metric:
+            return
+        self._moves += 1
+        try:
+            self._kernel.apply([session_route_step(self._tun.name, self._lease.prefix, self._metric)])
+        except KernelError as error:
+            self._fail(error)
+        self._kernel.undo([session_route_step(self._tun.name, self._lease.prefix, old)])
+
+    def on_removal(self, what: str, _: bytes) -> None:
+        """Takes a report of the DeviceMonitor."""
+        moved = what == ROUTE_REMOVED and self._moves > 0
+        self._moves -= moved
+        if moved or what == EVENTS_LOST or (what in (DEVICE_SET_DOWN, ROUTE_REMOVED) and self._repairs.take()):
+            self._kernel.reapply(self._plan())
+            if not moved and what != EVENTS_LOST:
+                log_repair(self._tun.name, what)
+        elif what != ADDRESS_REMOVED:  # the device has no address of ours
+            self._fail(KernelError(f"TUN device {self._tun.name}: {what}"))
+
+
 class Server:
     """Gives each client its prefix, a TUN with a route, and runs its session."""
 
@@ -4135,8 +5835,8 @@ class Server:
         self._congestion = find_congestion_controls(config.congestion, config.link)
         self._tls = server_tls_context(config.cert) if config.cert else None
         self._certificate = certificate_validity(config.cert) if config.cert else None
-        self.keys = open_keys(config)
-        self.store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
+        self.store = open_store(config)
+        self.keys = self.store.keys
         self.sessions: dict[str, Session] = {}  # by Id
         self._hooks = Hooks(config.hook)
         self._proxy = NeighbourProxy(config.ndp, config.prefixrange) if config.ndp else None
@@ -4146,15 +5846,15 @@ class Server:
         self._lacks_address = False  # whether this machine has no address that is routed
         self._own: tuple[IPv6Network, list[Step]] | None = None  # the prefix of the server itself, by whose address lo has one
         self._mtus = MtuMonitor()
-        self._new_ids = TokenBucket(config.new_ids_per_hour, 3600)
+        self._dry_hellos = TokenBucket(DRY_HELLOS_MAX, DRY_HELLOS_S)
         self._superseded: dict[str, gevent.event.Event] = {}  # by Id: the newest connection that waits to take the Id over
-        self._takeovers: dict[str, deque[float]] = {}  # by Id: times of the last ones
         self._contended: set[str] = set()  # Ids of which the log has said that several clients have them
         self._not_offered: dict[str, set[str]] = {}  # by Id: GSO kinds of which our kernel refused its frames; at most max_clients
         self._connections = gevent.pool.Group()  # one greenlet each
         self._killable: set[gevent.Greenlet] = set()  # those of them that have nothing to undo yet
         self._admission = AdmissionControl(self._start_handshake)
         self.handshakes: Counter[str] = Counter()  # by outcome: served, left, or the code of the refusal
+        self._drain: gevent.Greenlet | None = None  # ends the sessions one by one, while newcomers are sent to other servers
         self._spare_fd: int | None = None  # freed to refuse a connection for which there is no descriptor
 
     def run(self) -> NoReturn:
@@ -4165,6 +5865,7 @@ class Server:
         route = pool_plan(self._config.prefixrange, os.getpid())
         with ExitStack() as undo:
             undo.callback(self.store.close)
+            self.store.start()
             undo.callback(self._hooks.close)
             listener = undo.enter_context(self._listen())
             self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -4193,6 +5894,7 @@ class Server:
             if self._proxy:
                 undo.callback(gevent.spawn(self._proxy.run).kill)
             undo.callback(self._end_sessions)
+            undo.callback(lambda: self._drain and self._drain.kill())
             gevent.sleep()  # so that each has begun, and sees what changes from now on
             where = self._config.localhost, self._config.listenport
             number = len(self.store.pool.owners())
@@ -4205,11 +5907,11 @@ class Server:
 
     def _give_address(self) -> None:
         """Gives lo an address of the pool, from which the kernel then sends ICMPv6 errors, if this machine has none that is routed."""
-        pool, network = self.store.pool, self._config.prefixrange
+        network = self._config.prefixrange
         if has_routed_address(network):
             return
         self._lacks_address = True
-        prefix = pool.keep()
+        prefix = self.store.keep()
         outcome = f"{network} has no /64 to spare for it; give it one"
         if prefix:
             self._own = prefix, [own_address_step(prefix, os.getpid())]  # set first, so that a kill meanwhile undoes the plan
@@ -4231,7 +5933,7 @@ class Server:
         if self._own:
             (prefix, plan), self._own = self._own, None
             self._kernel.undo(plan)
-            self.store.pool.unreserve(prefix)
+            self.store.unkeep(prefix)
 
     def _watch_address(self) -> NoReturn:
         """Gives lo an address when this machine loses its last one that is routed, and takes it when one comes, as after a boot."""
@@ -4280,19 +5982,46 @@ class Server:
         """Returns what `status` says of the server beside its sessions."""
         return {
             "side": "server",
-            "state": "up",
+            "state": "up" if self._drain is None else "draining",
             "listens": f"{self._config.localhost} port {self._config.listenport}",
             "pool": str(self._config.prefixrange),
             "free": self.store.pool.free,
             "limit": self._config.limit,
-            "contended": sorted(each for each in self._contended if time.monotonic() - self._takeovers[each][-1] < CONTENTION_WINDOW_S),
+            "contended": sorted(filter(self._is_contended, self._contended)),
             "handshakes": dict(self.handshakes),
+            **self.store.figures(),
             "certificate": dict(zip(("begins", "expires"), self._certificate)) if self._certificate else None,
         }
 
     def state(self) -> str:
         """Returns a line for the service manager."""
-        return f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}: {len(self.sessions)} clients"
+        where = f"{self._config.prefixrange} on {self._config.localhost} port {self._config.listenport}"
+        return f"{'' if self._drain is None else 'draining, '}{where}: {len(self.sessions)} clients"
+
+    def drain(self, seconds: float | None) -> None:
+        """From now on sends newcomers to other servers, and ends all sessions spread over so many seconds; None: serves as before."""
+        sessions, drained = list(self.sessions.values()), self._drain
+        if drained is not None:
+            drained.kill()
+            self._drain = None
+            standing_warnings.pop("drain", None)
+        if seconds is None:
+            log.info("serving newcomers again" if drained is not None else "asked to end a drain, and there is none")
+            return
+        self._drain = gevent.spawn(self._end_one_by_one, random.sample(sessions, len(sessions)), seconds)
+        warn_standing(
+            "drain",
+            "draining since %s: newcomers are sent to other servers, and %d sessions end within %.0f s; `tun6.py drain --stop` ends that",
+            *(time.strftime("%H:%M:%S"), len(sessions), seconds),
+        )
+
+    def _end_one_by_one(self, sessions: list[Session], seconds: float) -> None:
+        """Ends the sessions, the first now, each after the same time."""
+        began = time.monotonic()
+        for number, session in enumerate(sessions):
+            gevent.sleep(max(began + seconds * number / len(sessions) - time.monotonic(), 0))
+            session.close(SessionError("this server is being drained"))
+        log.info("drained: all sessions that there were have ended")
 
     def apply_limit(self, id_: str) -> None:
         """Limits the session of the Id, if there is one, to what the store or else the configuration says now."""
@@ -4359,11 +6088,14 @@ class Server:
                         stream = self._open_stream(sock)
                         message, trailing = receive_message(stream)
                     hello = parse_hello(message)
+                    if hello.dry and not (self.keys and self._config.keys_required) and not self._dry_hellos.take():
+                        raise Refusal("busy", f"more than {DRY_HELLOS_MAX} have asked within {DRY_HELLOS_S} s whether they would be served")
                     self._check_key(hello, stream)
                     (self._answer_dry if hello.dry else self._serve_client)(stream, peer, hello, trailing)
             except Refusal as refusal:
                 self.handshakes[refusal.code] += 1
-                log.warning("%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
+                level = logging.INFO if refusal.code == "moved" else logging.WARNING
+                log.log(level, "%s: refused, %s", peer, refusal, extra=event("refused", peer=peer, reason=refusal.code))
                 self._refuse(stream or Stream(sock), refusal)
             except ProtocolError as error:
                 self.handshakes["bad-hello"] += 1
@@ -4414,14 +6146,27 @@ class Server:
         if not self._admission.release(gevent.getcurrent()):  # admission control has just ended it, and the kill may come at any switch
             raise Refusal("busy", "too many say who they are at the moment")
 
+    def _send_elsewhere(self, hello: Hello) -> None:
+        """Raises Refusal while this server is being drained."""
+        if self._drain is not None:
+            raise Refusal(
+                "moved" if hello.moved else "busy", "this server is being drained", f"{quote_id(hello.id)}, as this server drains"
+            )
+
+    def _require_room(self, id_: str) -> None:
+        """Raises Refusal when there is no room for this Id, which may be a new one."""
+        if len(self.sessions) >= self._config.max_clients and id_ not in self.sessions:
+            raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
+        self.store.require_room(id_, counted=not (self.keys and self.keys.find(id_)))
+
     def _answer_dry(self, stream: Stream, peer: str, hello: Hello, _: bytes) -> None:
         """Tells a client whether it would be served, and changes nothing. Raises Refusal, OSError."""
         self._leave_admission()
+        self._send_elsewhere(hello)
         prefix = self.store.find(hello.id)
-        if len(self.sessions) >= self._config.max_clients and hello.id not in self.sessions:
-            raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        if prefix is None and not self.store.pool.free:
-            raise Refusal("pool-exhausted", f"no free /64 in {self._config.prefixrange}")
+        self._require_room(hello.id)
+        if prefix is None and {"disk", "store"} & standing_warnings.keys():  # where nothing new can be kept
+            raise Refusal("server-error", NOTHING_NEW)
         log.info("%s from %s: asks whether it would be served", quote_id(hello.id), peer)
         stream.send(encode_message({"Dry": True, **({"Prefix": str(prefix)} if prefix else {})}))
 
@@ -4429,46 +6174,51 @@ class Server:
         """Serves a client after its hello until it leaves. Raises Refusal, OSError, ProtocolError."""
         id_, gso_kinds, *_ = hello
         self._leave_admission()
-        self._take_over(id_, peer)
+        took_over = self._take_over(hello, peer)
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
-        if len(self.sessions) >= self._config.max_clients:
-            raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        has_key = self.keys is not None and self.keys.find(id_) is not None
-        if not has_key and self.store.pool.find(id_) is None and not self._new_ids.take():
-            raise Refusal("busy", f"more than {self._config.new_ids_per_hour} new Ids in an hour")
-        session = self.sessions[id_] = Session(peer)
+        self._send_elsewhere(hello)  # only now, as its old session is over anyway
+        self._require_room(id_)
+        has_key = self.keys is not None and self.keys.find(id_) is not None  # which was the right one, then
+        session, device = Session(peer), cast(Optional[ClientDevice], None)
+        self.sessions[id_] = session
         self.apply_limit(id_)
+
+        def on_epoch(_: int) -> None:
+            if device:  # else its route is still to be made
+                gevent.spawn(device.follow_epoch)
+
+        claim = Claim(
+            id_,
+            hello.epoch,
+            proved=has_key,
+            counted=not has_key,
+            took_over=took_over,
+            is_alive=lambda: is_connected(stream.sock),
+            end=lambda reason: session.close(SessionError(reason)),
+            on_epoch=on_epoch,
+        )
         try:
             with ExitStack() as undo:
-                prefix = session.prefix = self.store.assign(id_)
+                lease = undo.enter_context(self.store.begin(claim))
+                prefix = session.prefix = lease.prefix
                 self._killable.discard(gevent.getcurrent())  # only here, so that the server's end does not wait for a disk that hangs
                 tun = Tun(self._config.tun)
                 undo.callback(tun.close)
                 session.device = tun.name
                 tun.set_offload(gso_kinds)
-                plan = server_plan(tun.name, self._config.mtu, prefix)
-                self._kernel.apply(plan)
+                device = ClientDevice(tun, self._config.mtu, lease, self._kernel, session.close)
                 if self._proxy:
                     self._proxy.add(prefix)
                     undo.callback(self._proxy.remove, prefix)
-
-                repairs = TokenBucket(REPAIRS_MAX, REPAIRS_S)
-
-                def on_removal(what: str, _: bytes) -> None:
-                    if what == EVENTS_LOST or (what in (DEVICE_SET_DOWN, ROUTE_REMOVED) and repairs.take()):
-                        self._kernel.reapply(plan)
-                        if what != EVENTS_LOST:
-                            log_repair(tun.name, what)
-                    elif what != ADDRESS_REMOVED:  # the device has no address of ours
-                        session.close(KernelError(f"TUN device {tun.name}: {what}"))
-
-                undo.callback(self._monitor.unwatch, self._monitor.watch(tun.name, on_removal))
+                undo.callback(self._monitor.unwatch, self._monitor.watch(tun.name, device.on_removal))
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered.get(id_, set())
                 if session.limit and session.limit < LARGE_FRAMES_BITS:
                     offered = frozenset()
                 if gso_kinds is not None:
                     answer.update(Offload=sorted(offered), Dry=True)  # as the client knows extensions, it is told of this one
+                    answer.update({"Epoch": lease.epoch} if lease.epoch else {})
+                lease.require_newest()
                 stream.send(encode_message(answer))
                 self.handshakes["served"] += 1
                 begin = event("session-begin", id=id_, peer=peer, prefix=prefix, device=tun.name, security=stream.security[7:] or "plain")
@@ -4479,6 +6229,7 @@ class Server:
                     undo.callback(lambda: self._hooks.run("session-down", id_, True, reason=session.end(), **told))
                 with self._paths.watch(session, PeerPath(tun.name, IPv6Address(0), prefix[1], 255)):
                     reason = session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
+                lease.received, lease.sent = session.traffic.received, session.traffic.sent
             if isinstance(reason, OffloadRefused):
                 self._stop_offering(id_, reason.kind)
             level = logging.WARNING if isinstance(reason, OffloadRefused) else logging.INFO
@@ -4489,7 +6240,7 @@ class Server:
             level = logging.DEBUG if isinstance(error, StorageError) else logging.ERROR  # the store has logged its error, once
             failure = event("not-served", id=id_, peer=peer, prefix=session.prefix, device=session.device, reason=error)
             log.log(level, "%s from %s: can't be served: %s", quote_id(id_), peer, error, extra=failure)
-            raise Refusal("server-error", "the server can't serve a new client at the moment") from None
+            raise Refusal("server-error", NOTHING_NEW) from None
         finally:
             del self.sessions[id_]
             session.released.set()
@@ -4500,22 +6251,26 @@ class Server:
         if len(self._not_offered) > self._config.max_clients:
             del self._not_offered[next(iter(self._not_offered))]
 
-    def _take_over(self, id_: str, peer: str) -> None:
-        """Ends the running session of the Id and waits until it is released. The newest of several newcomers wins. Raises Refusal."""
+    def _take_over(self, hello: Hello, peer: str) -> bool:
+        """Ends the running session of the Id and waits until it is released. The newest of several newcomers wins. Raises Refusal.
+
+        Returns whether a session here was alive. Where several clients take an Id from each other, on whatever servers, each waits.
+        """
+        id_ = hello.id
         if id_ in self._superseded:
             self._superseded.pop(id_).set()
-        if id_ not in self.sessions:
-            return
+        holder = self.store.holder(id_)
+        if id_ not in self.sessions and holder is None:
+            return False
         superseded = self._superseded[id_] = gevent.event.Event()  # set when a newer connection waits
-        live = not self.sessions[id_].ending
-        past = self._takeovers.setdefault(id_, deque(maxlen=CONTENTION_TAKEOVERS))
-        if live and len(past) == CONTENTION_TAKEOVERS and time.monotonic() - past[0] < CONTENTION_WINDOW_S:
+        live = id_ in self.sessions and not self.sessions[id_].ending
+        if (live or holder) and self._is_contended(id_):
             if id_ not in self._contended:
                 self._contended.add(id_)
-                other = self.sessions[id_].peer
+                other = self.sessions[id_].peer if live else f"the server {holder}"
                 log.warning("%s: clients at %s and %s take it from each other; give each an `id` of its own", quote_id(id_), other, peer)
             superseded.wait(CONTENTION_PAUSE_S)
-        elif live:
+        elif live or holder:
             self._contended.discard(id_)
         while id_ in self.sessions and self._superseded.get(id_) is superseded:
             old = self.sessions[id_]
@@ -4524,13 +6279,14 @@ class Server:
         if self._superseded.get(id_) is not superseded:
             raise Refusal("busy", "a newer connection has this Id")
         del self._superseded[id_]
-        if live:
-            past.append(time.monotonic())
-        if len(self._takeovers) > self._config.max_clients:
-            self._takeovers = {
-                each: times for each, times in self._takeovers.items() if times and time.monotonic() - times[-1] < CONTENTION_WINDOW_S
-            }
-            self._contended &= set(self._takeovers)
+        if len(self._contended) > self._config.max_clients:
+            self._contended = set(filter(self._is_contended, self._contended))
+        return live
+
+    def _is_contended(self, id_: str) -> bool:
+        """Returns whether clients have taken the Id from each other several times."""
+        times = self.store.takeovers(id_)
+        return len(times) == CONTENTION_TAKEOVERS and time.monotonic() - times[0] < CONTENTION_WINDOW_S
 
     def _end_sessions(self) -> None:
         self._admission.close()
@@ -5202,20 +6958,31 @@ class LanRouter:
 
 # ---- client ----------------------------------------------------------------------------------------------------------
 
-RETRY_S = 2.0  # between two attempts to connect, on average
+RETRY_S = 2.0  # between two attempts to connect, on average, when all servers have failed
 RETRY_JITTER = 0.5  # each pause is shorter or longer by up to this share, so that many clients don't come back in step
+NEXT_SERVER_S = 0.3  # at most, until the next server is tried
 FINAL_REFUSALS = {"denied", "revoked", "tls-required"}  # codes that the server will send again the next time
-FINAL_RETRY_S = 60.0  # between two attempts after one of those
+FINAL_RETRY_S = 60.0  # between two attempts when all servers have sent one of those
+BUSY_REFUSALS = {"busy", "moved"}  # codes of a server that must not be asked too often
+BUSY_RETRY_MAX_S = 30.0  # to which pauses are doubled when there was one of those
 CONNECT_S = 10.0  # for one TCP connect
+CONNECT_NEXT_S = 3.0  # the same, while another server could be tried instead: two SYNs, RFC 6298 section 2
 SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
-LOOKUP_S = 2.0  # for a lookup of the server's name before the last good address is tried
+LOOKUP_S = 2.0  # for a lookup of the server's name before its last good address, or another server, is tried
+
+
+class RemoteHost(NamedTuple):
+    """A server as `remotehost` names it."""
+
+    host: str  # name or IPv4 address
+    port: int | None  # None: that of `remoteport`
 
 
 @dataclass(frozen=True)
 class ClientConfig:
     """The section [client] of config.ini, whose path is `file`. A new setting is a field here and a parser in _PARSERS."""
 
-    remotehost: str
+    remotehost: tuple[RemoteHost, ...]
     remoteport: int
     id: str | None = None
     congestion: str = "auto"
@@ -5233,7 +7000,7 @@ class ClientConfig:
     mss: int | None = None
     dead_after: int = DEAD_AFTER_S
     tls: bool = False
-    fingerprint: str | None = None
+    fingerprint: tuple[str, ...] = ()  # each server has to have one of them
     key: str | None = None
     hook: str | None = None
     control: str = "/run/tun6/client.sock"
@@ -5243,12 +7010,16 @@ class ClientConfig:
     file: str = "config.ini"
 
 
-def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
-    """Compares the Id, which nobody has set, with that of the last start, remembered for this only: beside config.ini or, as a service
-    (systemd.exec(5), STATE_DIRECTORY), in its folder for state.
+def path_of_last(what: str, file: str) -> Path:
+    """Returns where something is remembered until the next start: beside config.ini or, as a service (systemd.exec(5), STATE_DIRECTORY),
+    in its folder for state.
     """
     folder, name = os.path.split(file)
-    path = Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-id")
+    return Path(os.environ.get("STATE_DIRECTORY", folder), f"{name}.last-{what}")
+
+
+def warn_of_another_id(path: Path, id_: str, remember: bool) -> None:
+    """Compares the Id, which nobody has set, with that of the last start, which this file is for."""
     try:
         last = path.read_text("utf-8").strip() if path.exists() else id_
         if last != id_:
@@ -5257,6 +7028,172 @@ def warn_of_another_id(file: str, id_: str, remember: bool) -> None:
             path.write_text(f"{id_}\n", "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         log.debug("%s: %s; a change of the Id will not be noticed", path, error)
+
+
+class Failure(NamedTuple):
+    """Why a server does not serve."""
+
+    code: str  # of its refusal; "?" for what it or this machine does wrong, "" for no connection
+    reason: str  # for people
+
+
+class Failover:
+    """Which of its servers a client tries next, and after which pause. It knows them by their number, and neither sockets nor clocks.
+
+    The next one is tried at once; when each has been tried in vain since the last pause, there is a pause. One that fails goes last, and
+    never out.
+    """
+
+    def __init__(self, servers: int, last: int | None = None) -> None:
+        """`last`: the one that served last."""
+        self._order = random.sample(range(servers), servers)  # so that not all clients begin with the same
+        self._order.sort(key=lambda each: each != last)
+        self._busy_pause_s = RETRY_S  # the next pause, if a server is busy
+        self.failures: dict[int, Failure] = {}  # of those that were tried since the last pause or session that lasted, by server
+        self.pause_s = 0.0  # on average, until the next attempt; 0 when the next server is tried at once
+
+    @property
+    def server(self) -> int:
+        """The one that is tried now, or that serves."""
+        return self._order[0]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether there will be a pause if this one fails."""
+        return len(self._order) - len({} if self.pause_s else self.failures) <= 1
+
+    @property
+    def is_final(self) -> bool:
+        """Whether every server has said what it will say again the next time."""
+        return self.pause_s > 0 and self._codes() <= FINAL_REFUSALS
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether pauses grow, as a server is busy."""
+        return self.pause_s > 0 and not self._codes().isdisjoint(BUSY_REFUSALS)
+
+    def note_failure(self, failure: Failure, session_s: float | None = None, is_ours: bool = False) -> None:
+        """Takes down why there is no session, or no more after `session_s` seconds. `is_ours`: no other server would help."""
+        lasted = (session_s or 0.0) >= RETRY_S  # a session that ends at once is no better than none
+        if self.pause_s or is_ours or lasted:
+            self.failures = {}
+        if session_s is not None:
+            self._busy_pause_s = RETRY_S
+        if is_ours or not lasted or len(self._order) == 1:
+            self.failures[self.server] = failure
+        if not is_ours:
+            self._order.append(self._order.pop(0))
+        if len(self.failures) < len(self._order) and not is_ours:
+            self.pause_s = 0.0
+        elif self._codes() <= FINAL_REFUSALS:
+            self.pause_s = FINAL_RETRY_S
+        elif self._codes() & BUSY_REFUSALS:
+            self.pause_s = self._busy_pause_s
+            self._busy_pause_s = min(2 * self.pause_s, BUSY_RETRY_MAX_S)
+        else:
+            self.pause_s = self._busy_pause_s = RETRY_S
+
+    def _codes(self) -> set[str]:
+        return {each.code for each in self.failures.values()}
+
+    def pause(self) -> float:
+        """Returns seconds to wait, at random, until the next attempt."""
+        if not self.pause_s:
+            return random.uniform(0, NEXT_SERVER_S)
+        return self.pause_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+
+
+class RemoteServer:
+    """A server that a client may connect to: how it is reached, and what is known of the path there."""
+
+    def __init__(self, at: RemoteHost, config: ClientConfig, tls: ssl.SSLContext | None, mtus: MtuMonitor) -> None:
+        """`tls` are the settings of TLS, None for plain connections."""
+        self._config, self._tls, self._mtus = config, tls, mtus
+        self.host, self._port = at.host, at.port or config.remoteport
+        self.name = f"{self.host} port {self._port}"  # for the log
+        self.last_good: list[tuple[str, int]] = []  # the address of the last connection
+        self.dry = False  # whether it knows a dry hello
+        self._lookup: gevent.Greenlet | None = None  # of its addresses, whose result nobody has seen
+        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
+
+    @contextmanager
+    def watch_mtu(self, sock: socket.socket) -> Iterator[None]:
+        """Looks after the size of packets, unless `mss` is set.
+
+        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
+        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
+        """
+        if self._config.mss:
+            yield
+            return
+        try:
+            with self._mtus.watch(sock, "the server"):
+                yield
+        except (gevent.Timeout, PeerSilent) as error:
+            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
+            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
+            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
+                self._mss = None if self._mss else SMALL_MSS
+            raise
+
+    def note_session(self, sock: socket.socket) -> None:
+        """Remembers how it was reached."""
+        self.last_good = [sock.getpeername()]
+        if self._mss != self._logged_mss:
+            log.warning(
+                "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
+            )
+        self._logged_mss = self._mss
+
+    def open_stream(self, sock: socket.socket) -> Stream:
+        """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
+        if self._tls is None:
+            return Stream(sock)
+        stream = TlsStream(sock, self._tls, self.host)
+        if self._config.fingerprint and stream.fingerprint() not in self._config.fingerprint:
+            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
+        return stream
+
+    def connect(self, is_last: bool = True) -> socket.socket:
+        """Returns a connection to the first of its addresses that accepts it. `is_last`: there is no other server to be tried now.
+
+        Raises gevent.Timeout, OSError.
+        """
+        for address in self.find_addresses(is_last):
+            with ExitStack() as undo:
+                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+                try:
+                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
+                    mss = self._config.mss or min(self._mss or math.inf, found)
+                    if mss < math.inf:
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
+                    with gevent.Timeout(CONNECT_S if is_last else CONNECT_NEXT_S):
+                        sock.connect(address)
+                except (gevent.Timeout, OSError) as error:
+                    failure = error
+                else:
+                    undo.pop_all()
+                    return sock
+        raise failure
+
+    def find_addresses(self, is_last: bool = True) -> list[tuple[str, int]]:
+        """Returns its IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last. `is_last`: as for `connect`.
+
+        A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
+        Raises OSError when there is no address.
+        """
+        if self._lookup is None:
+            self._lookup = gevent.spawn(socket.getaddrinfo, self.host, self._port, socket.AF_INET, socket.SOCK_STREAM)
+        lookup = self._lookup
+        lookup.join(LOOKUP_S if self.last_good or not is_last else None)
+        if lookup.ready():
+            self._lookup = None
+        if lookup.successful():
+            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self.last_good]))
+        if not self.last_good:
+            raise lookup.exception or OSError(errno.ETIMEDOUT, "no name server has answered yet")
+        log.debug("%s: %s; trying the address that it had", self.host, lookup.exception or "no answer yet")
+        return self.last_good
 
 
 class Client:
@@ -5271,19 +7208,23 @@ class Client:
         if config.open and not firewall:
             raise ConfigError(f"{config.file}: [client] has `open` but no firewall, so everything is open; set `firewall = yes`")
         self._firewall = Firewall(config.tun, firewall, config.open, self._on_defect)
-        self._server = f"{config.remotehost} port {config.remoteport}"  # for the log
         self._congestion = find_congestion_controls(config.congestion, config.link)
         encrypted = config.tls or config.fingerprint or config.key
-        self._tls = client_tls_context(pinned=config.fingerprint is not None) if encrypted else None
+        tls = client_tls_context(pinned=bool(config.fingerprint)) if encrypted else None
+        self._mtus = MtuMonitor()
+        self.remotes = [RemoteServer(each, config, tls, self._mtus) for each in config.remotehost]
+        last = self._recall_last()
+        self._remembered = None if last is None else self.remotes[last]  # that which the next start begins with
+        self._remembering: gevent.Greenlet | None = None  # as the disk may hang
+        self._failover = Failover(len(self.remotes), last)
         self._id = config.id
         self._hooks = Hooks(config.hook)
         self._told: IPv6Network | None = None  # the last prefix that the hook was told of
         self._kernel = Kernel()
         self._monitor = DeviceMonitor()
         self._paths = PathMonitor(config.dead_after)
-        self._mtus = MtuMonitor()
         self._lan = LanRouter(self._kernel, config.lan, config.tun, config.mtu, config.lan_dns, config.lan_preference, config.grace)
-        self._dry = False  # whether the server that answered last knows a dry hello
+        self._epoch = 0  # of the last session, by which the next server knows that it is newer
         self._tun: Tun | None = None
         self._watched = 0  # the number by which the monitor knows the TUN
         self._tun_error: KernelError | None = None  # what somebody did to the TUN
@@ -5294,18 +7235,39 @@ class Client:
         self._changes = gevent.lock.RLock()  # held while address and routes are changed, so that nobody restores half of them
         self._session: Session | None = None
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
-        self._lookup: gevent.Greenlet | None = None  # of the server's addresses, whose result nobody has seen
-        self._last_good: list[tuple[str, int]] = []  # the address of the last connection
-        self._mss = self._logged_mss = config.mss  # of the next connection, and that the log told of; None: as the kernel has it
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
-        self._retry_s = RETRY_S
         self.handshakes: Counter[str] = Counter()  # by outcome: served, failed, or the code of the refusal
         self._since = time.monotonic()  # when the tunnel was there or was not any more
         self._up = False
         self._outage: dict[str, Any] | None = None  # the last one, as `figures` returns it
         parts = {"lan": config.lan and self._lan.figures, "firewall": firewall and self._firewall.figures}
         self.parts: dict[str, Callable[[], dict[str, Any]]] = {name: part for name, part in parts.items() if callable(part)}
-        self._state = f"connecting to {self._server}"
+        self._state = f"connecting to {self.remote.name}"
+
+    @property
+    def remote(self) -> RemoteServer:
+        """The server that is tried now, or that serves."""
+        return self.remotes[self._failover.server]
+
+    def _recall_last(self) -> int | None:
+        """Returns which of several servers served last, before this start."""
+        with suppress(OSError, ValueError):
+            if len(self.remotes) > 1:
+                return [each.name for each in self.remotes].index(path_of_last("server", self._config.file).read_text("utf-8").strip())
+        return None
+
+    def _remember_last(self, remote: RemoteServer) -> None:
+        """Remembers which of several servers serves, for the next start. Does not wait for the disk."""
+        if len(self.remotes) > 1 and remote is not self._remembered and (self._remembering is None or self._remembering.dead):
+            self._remembered = remote
+            self._remembering = gevent.spawn(run_in_thread, self._write_last, remote.name)
+
+    def _write_last(self, name: str) -> None:
+        path = path_of_last("server", self._config.file)
+        try:
+            path.write_text(f"{name}\n", "utf-8")
+        except OSError as error:
+            log.debug("%s: %s; the next start begins with any server", path, error)
 
     def state(self) -> str:
         """Returns a line for the service manager."""
@@ -5336,7 +7298,7 @@ class Client:
                     if isinstance(error, OffloadRefused):
                         self._not_offered.add(error.kind)
                     self._log_outage(error)
-                gevent.sleep(self._retry_s * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER))
+                gevent.sleep(self._failover.pause())
         finally:
             gevent.killall(helpers)
             self._lan.close()
@@ -5420,35 +7382,38 @@ class Client:
             raise self._tun_error
         if self._id is None:
             self._id = default_id()
-            warn_of_another_id(self._config.file, self._id, remember=True)
-        with self.connect() as sock, self._watch_mtu(sock):
+            warn_of_another_id(path_of_last("id", self._config.file), self._id, remember=True)
+        remote = self.remote
+        with remote.connect(self._failover.is_last) as sock, remote.watch_mtu(sock):
             set_tcp_options(sock, self._config.dead_after)
             with gevent.Timeout(HANDSHAKE_S):
-                stream = self.open_stream(sock)
+                stream = remote.open_stream(sock)
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered
                 hello: dict[str, Any] = {"Id": self._id, "Offload": sorted(offered)}
                 if self._config.key:
                     hello["Key"] = self._config.key
+                if self._epoch:
+                    hello["Epoch"] = self._epoch
+                if len(self.remotes) > 1:
+                    hello["Moved"] = True
                 stream.send(encode_message(hello))
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
-            self._dry = message.get("Dry") is True
+            remote.dry = message.get("Dry") is True
+            self._epoch = parse_epoch(message) or self._epoch
             tun.set_offload(gso_kinds)
             with self._changes:
                 self._set_prefix(tun, prefix)
                 self._open_routes(tun)
             self._lan.tunnel_up(tun.name, prefix)
-            begin = {"id": self._id, "peer": self._server, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
-            text = quote_id(self._id), self._server, prefix, tun.name, stream.security
+            begin = {"id": self._id, "peer": remote.name, "prefix": prefix, "device": tun.name, "security": stream.security[7:] or "plain"}
+            text = quote_id(self._id), remote.name, prefix, tun.name, stream.security
             log.info("%s at %s: has %s on %s%s", *text, extra=event("session-begin", **begin))
-            if self._mss != self._logged_mss:
-                log.warning(
-                    "perhaps large packets from the server vanish on the path: it is asked for segments of %s bytes", self._mss or "any"
-                )
-            self._logged_outage, self._logged_mss = None, self._mss
+            remote.note_session(sock)
+            self._logged_outage = None
             self._note_state(True)
-            self._state = f"has {prefix} on {tun.name} from {self._server}{stream.security}"
-            self._last_good = [sock.getpeername()]
+            self._state = f"has {prefix} on {tun.name} from {remote.name}{stream.security}"
+            self._remember_last(remote)
             self._session = Session("the server")
             if self._tun_error:
                 raise self._tun_error
@@ -5459,7 +7424,7 @@ class Client:
     @contextmanager
     def _announce(self, id_: str, prefix: IPv6Network, tun: Tun) -> Iterator[None]:
         """Runs the hook for a session that begins, and at the end of the block for its end."""
-        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self._server}
+        values: dict[str, Any] = {"prefix": prefix, "device": tun.name, "peer": self.remote.name}
         if prefix != self._told and self._hooks.run("prefix", id_, old_prefix=self._told or "", **values):
             self._told = prefix
         if not self._hooks.run("up", id_, **values):
@@ -5473,74 +7438,6 @@ class Client:
             raise
         finally:
             self._hooks.run("down", id_, True, reason=reason, **values)
-
-    @contextmanager
-    def _watch_mtu(self, sock: socket.socket) -> Iterator[None]:
-        """Looks after the size of packets, unless `mss` is set.
-
-        Some servers don't notice that their large packets vanish, such as the original program. Such a one becomes silent while its
-        kernel acknowledges all. Then the next connection has small segments, and the one after it not, if that did not help.
-        """
-        if self._config.mss:
-            yield
-            return
-        try:
-            with self._mtus.watch(sock, "the server"):
-                yield
-        except (gevent.Timeout, PeerSilent) as error:
-            small = isinstance(error, PeerSilent) or self._tls  # a plain answer is small
-            largest = read_tcp_info(sock, "I", 20)  # tcpi_rcv_mss: bytes of the largest segment that ever came
-            if small and not is_unacknowledged(sock) and largest <= SMALL_MSS:
-                self._mss = None if self._mss else SMALL_MSS
-            raise
-
-    def open_stream(self, sock: socket.socket) -> Stream:
-        """Returns the stream to the right server, before anything is said to it. Raises ProtocolError, EOFError, OSError."""
-        if self._tls is None:
-            return Stream(sock)
-        stream = TlsStream(sock, self._tls, self._config.remotehost)
-        if self._config.fingerprint not in (None, stream.fingerprint()):
-            raise ProtocolError(f"the server's certificate has another fingerprint, {stream.fingerprint()}; nothing was said to it")
-        return stream
-
-    def connect(self) -> socket.socket:
-        """Returns a connection to the first of the server's addresses that accepts it. Raises gevent.Timeout, OSError."""
-        for address in self.find_addresses():
-            with ExitStack() as undo:
-                sock = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-                try:
-                    found = self._mtus.found.get(address[0], math.inf) - IPV4_TCP_HEADERS
-                    mss = self._config.mss or min(self._mss or math.inf, found)
-                    if mss < math.inf:
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, int(mss))  # also limits what the server sends
-                    with gevent.Timeout(CONNECT_S):
-                        sock.connect(address)
-                except (gevent.Timeout, OSError) as error:
-                    failure = error
-                else:
-                    undo.pop_all()
-                    return sock
-        raise failure
-
-    def find_addresses(self) -> list[tuple[str, int]]:
-        """Returns the server's IPv4 addresses, as IPv6 ones would be routed into our TUN; the last good one comes last.
-
-        A lookup continues until it is answered, and no other begins meanwhile; each answer counts once, however late it comes.
-        Raises OSError when there is no address.
-        """
-        if self._lookup is None:
-            name, port = self._config.remotehost, self._config.remoteport
-            self._lookup = gevent.spawn(socket.getaddrinfo, name, port, socket.AF_INET, socket.SOCK_STREAM)
-        lookup = self._lookup
-        lookup.join(LOOKUP_S if self._last_good else None)
-        if lookup.ready():
-            self._lookup = None
-        if lookup.successful():
-            return list(dict.fromkeys([*(address for *_, address in lookup.value), *self._last_good]))
-        if not self._last_good:
-            raise lookup.exception
-        log.debug("%s: %s; trying the address that it had", self._config.remotehost, lookup.exception or "no answer yet")
-        return self._last_good
 
     def _set_prefix(self, tun: Tun, prefix: IPv6Network) -> None:
         if prefix == self._prefix:
@@ -5561,20 +7458,30 @@ class Client:
             self._kernel.apply(self._routes)
 
     def _log_outage(self, error: BaseException) -> None:
-        """Logs why there is no connection: once an outage, and again when silence becomes a refusal or a wrong server, or back."""
-        kind = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
-        final = kind in FINAL_REFUSALS
-        self._lan.tunnel_down(final)
-        self._retry_s = FINAL_RETRY_S if final else RETRY_S
+        """Logs why there is no connection: once an outage, once when no server serves, and again when that has other reasons, such as
+        when silence becomes a refusal or a wrong server, or back.
+        """
+        failed, failover, text = self.remote, self._failover, describe_end(error)
+        code = error.code if isinstance(error, Refusal) else "?" if isinstance(error, (ProtocolError, KernelError)) else ""
+        session_s = time.monotonic() - self._since if self._up else None
+        failover.note_failure(Failure(code, text), session_s, is_ours=isinstance(error, (KernelError, OffloadRefused)))
+        self._lan.tunnel_down(failover.is_final)
+        where, kind, then = failed.name, self._logged_outage or "next", f"trying {self.remote.name} now"
+        if failover.pause_s:
+            failures = dict(sorted(failover.failures.items()))
+            kind = ",".join(each.code for each in failures.values())
+            rarely = f"{RETRY_S:.0f} to {BUSY_RETRY_MAX_S:.0f}" if failover.is_busy else f"{failover.pause_s:.0f}"
+            until = "the server won't serve this client until its operator changes that; " if failover.is_final else ""
+            then = f"{until}trying again every {rarely} s"
+            if len(failures) > 1:
+                where, text = "any server", "; ".join(f"{self.remotes[number].name}: {each.reason}" for number, each in failures.items())
         level = logging.DEBUG if kind == self._logged_outage else logging.WARNING
-        until = "the server won't serve this client until its operator changes that; " if final else ""
-        text, outage = describe_end(error), event("outage", id=self._id, peer=self._server, reason=describe_end(error))
-        log.log(level, "no connection to %s: %s; %strying again every %.0f s", self._server, text, until, self._retry_s, extra=outage)
+        log.log(level, "no connection to %s: %s; %s", where, text, then, extra=event("outage", id=self._id, peer=failed.name, reason=text))
         self._logged_outage = kind
-        self._state = f"no connection to {self._server}: {text}"
+        self._state = f"no connection to {where}: {text}"
         if not self._up:
-            self.handshakes[error.code if isinstance(error, Refusal) else "failed"] += 1
-        self._note_state(False, text)
+            self.handshakes[code if isinstance(error, Refusal) else "failed"] += 1
+        self._note_state(False, text if len(self.remotes) == 1 or where != failed.name else f"{where}: {text}")
 
     def _note_state(self, up: bool, reason: str = "") -> None:
         """Notes for `figures` whether there is a tunnel, and why not."""
@@ -5595,19 +7502,20 @@ class Client:
         waits = bool(self._routes) or self._config.grace is None
         session = self._session.figures() if self._session and self._up else {}
         session.pop("seconds", None)
-        address = self._last_good[0] if self._last_good else None
+        address = self.remote.last_good[0] if self.remote.last_good else None
         return {
             "side": "client",
             "state": "up" if self._up else "connecting" if waits else "rejecting",
             "state_seconds": round(time.monotonic() - self._since),
-            "server": self._server,
+            "server": self.remote.name,
+            "servers": [each.name for each in self.remotes],
             "address": address and f"{address[0]} port {address[1]}",
             "id": self._id,
             "prefix": self._prefix and str(self._prefix),
             "device": self._tun and self._tun.name,
             "session": session or None,
             "outage": self._outage,
-            "dry": self._dry,
+            "dry": self.remote.dry,
             "handshakes": dict(self.handshakes),
             "parts": {name: part() for name, part in self.parts.items()},
         }
@@ -5709,30 +7617,35 @@ class AdminRequestHandler(RequestHandler):
     """Does what an operator asks for with `tun6.py clients` and `status`: on the running server, or on its files when none runs."""
 
     SIDE, COMMAND = "server", "clients"
-    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore", "limit")
+    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore", "limit", "drain")
 
     def __init__(
         self,
-        store: AssignmentStore,
-        keys: KeyStore | None,
+        store: Store,
+        files: list[str | None],
         sessions: dict[str, Session],
         end_session: Callable[[str, str], None],
         loop_latency: LoopLatency | None = None,
         figures: Callable[[], dict[str, Any]] = dict,
+        drain: Callable[[float | None], None] = lambda seconds: None,
         apply_limit: Callable[[str], None] = lambda id_: None,
     ) -> None:
-        """`end_session` ends the session of an Id for a reason, `apply_limit` tells it of its limit."""
+        """`files` is what files_of returns for this server; `end_session` ends the session of an Id for a reason,
+        `apply_limit` tells it of its limit.
+
+        `loop_latency`, `figures` and `drain` are those of the running server.
+        """
         super().__init__(figures, loop_latency)
-        self._store, self._keys, self._sessions, self._end_session = store, keys, sessions, end_session
-        self._apply_limit = apply_limit
+        self._drain, self._apply_limit = drain, apply_limit
+        self._store, self._keys, self._files, self._sessions, self._end_session = store, store.keys, files, sessions, end_session
         self._one_at_a_time = gevent.lock.RLock()
 
     def handle(self, request: dict[str, Any]) -> Any:
         """As RequestHandler does, one request at a time, and only for who means the files of this server."""
         arguments = dict(request)
         files = arguments.pop("files", None)
-        if files != self.files():
-            raise RequestError(f"the server that runs here has other files, {self.files()}; name its config.ini with -c")
+        if files != self._files:
+            raise RequestError(f"the server that runs here has other files, {self._files}; name its config.ini with -c")
         if "id" in arguments:
             if not is_valid_id(arguments["id"]):
                 raise RequestError(f"the Id must be 1 to {ID_MAX} printable characters")
@@ -5740,20 +7653,16 @@ class AdminRequestHandler(RequestHandler):
         with self._one_at_a_time:
             return super().handle(arguments)
 
-    def files(self) -> list[str | None]:
-        """Returns the paths of the files that it works on, so that nobody asks the wrong server."""
-        return [str(self._store.path) if self._store.path else None, str(self._keys.path) if self._keys else None]
-
-    def list(self) -> Sequence[dict[str, Any]]:
-        """Returns an entry for each Id that has a prefix, a key or a session."""
+    def list(self, here: bool = False) -> Sequence[dict[str, Any]]:
+        """Returns an entry for each Id that has a prefix, a key or a session; `here`: only for those that have a session here."""
         ids = dict.fromkeys([*self._store.pool.owners(), *(self._keys.ids() if self._keys else ()), *self._sessions])
-        return self._entries(ids)
+        return self._entries(list(self._sessions) if here else ids)
 
-    def status(self, clients: bool = False, resources: bool = True) -> dict[str, Any]:
-        """Returns figures of the running server, with those of each client and of the process."""
+    def status(self, clients: bool = False, resources: bool = True, here: bool = True) -> dict[str, Any]:
+        """Returns figures of the running server, with those of each client and of the process; `here`: not of other servers' clients."""
         status = {**super().status(clients, resources), "sessions": len(self._sessions), "assignments": len(self._store.pool.owners())}
         if clients:
-            status["clients"] = [entry for entry in self._entries(list(self._sessions)) if "session" in entry]
+            status["clients"] = [entry for entry in self.list(here) if "session" in entry or entry.get("connected")]
         return status
 
     def add(self, id: str, prefix: str | None, new_key: bool) -> dict[str, Any]:
@@ -5802,13 +7711,19 @@ class AdminRequestHandler(RequestHandler):
         self._apply_limit(id)
         return self._entry(id)
 
+    def drain(self, minutes: float | None) -> int:
+        """Sends newcomers to other servers and ends all sessions within so many minutes; None: serves as before. Returns their number."""
+        number = len(self._sessions)
+        self._drain(None if minutes is None else 60 * minutes)
+        return number
+
     def _set_revoked(self, id_: str, revoked: bool) -> None:
         try:
             self._require_keys().set_revoked(id_, revoked)
         except KeyError:
             raise RequestError(f"{quote_id(id_)} has no key; `clients list` shows who has") from None
 
-    def _require_keys(self) -> KeyStore:
+    def _require_keys(self) -> Keys:
         if self._keys is None:
             raise RequestError("this server is open to everybody; name a file with `keys` in config.ini, and restart it")
         return self._keys
@@ -5821,6 +7736,7 @@ class AdminRequestHandler(RequestHandler):
         prefix, key, session = self._store.pool.find(id_), self._keys and self._keys.find(id_), self._sessions.get(id_)
         entry: dict[str, Any] = {"id": id_, "prefix": prefix and str(prefix), "key": bool(key), "revoked": bool(key and key.revoked)}
         entry["limit"] = self._store.limit_of(id_)
+        entry.update(self._store.whereabouts(id_))
         if session:
             entry["session"] = {"peer": session.peer, "device": session.device, **session.figures()}
         return entry
@@ -5964,39 +7880,65 @@ def format_limit(bits_per_s: int) -> str:
     return f"{bits_per_s / RATE_UNITS[unit]:.12g}{unit}"
 
 
+def format_time(moment: float | None) -> str:
+    """Returns a Unix time in the local time of this machine."""
+    return "-" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
 def format_seconds(seconds: float | None) -> str:
     """Returns a round trip."""
     return "-" if seconds is None else f"{1000 * seconds:.{1 if seconds < 0.01 else 0}f} ms"
 
 
+def _of_session(value: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    """Returns what makes a cell of an entry, which for a client of another server has no session."""
+    return lambda entry: value(entry["session"]) if "session" in entry else "-"
+
+
+def client_age(entry: dict[str, Any]) -> int:
+    """Returns how many seconds a client has been connected."""
+    return int(entry["session"]["seconds"] if "session" in entry else max(time.time() - entry["since"], 0))
+
+
+def client_rate(entry: dict[str, Any]) -> float:
+    """Returns what a client moves, both ways, in bits a second; 0 for a client of another server."""
+    return float(sum(entry["session"]["rates"][way] for way in ("received_bits", "sent_bits")) if "session" in entry else 0)
+
+
 CLIENT_ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "id": lambda entry: entry["id"],
-    "rate": lambda entry: (-sum(entry["session"]["rates"][way] for way in ("received_bits", "sent_bits")), entry["id"]),
-    "since": lambda entry: (entry["session"]["seconds"], entry["id"]),
+    "rate": lambda entry: (-client_rate(entry), entry["id"]),
+    "since": lambda entry: (client_age(entry), entry["id"]),
 }
 CLIENT_COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {  # those that do not fit are left out, the last first
     "id": lambda entry: entry["id"],
     "prefix": lambda entry: entry["prefix"],
-    "since": lambda entry: format_duration(entry["session"]["seconds"]),
-    "rcvd/s": lambda entry: format_amount(entry["session"]["rates"]["received_bits"], "b"),
-    "sent/s": lambda entry: format_amount(entry["session"]["rates"]["sent_bits"], "b"),
-    "rtt": lambda entry: format_seconds(entry["session"]["round_trip"]),
-    "drops": lambda entry: format_amount(sum(entry["session"]["drops"].values())),
-    "limit": lambda entry: format_limit(entry["session"]["limit"]) if entry["session"]["limit"] else "none",
-    "from": lambda entry: entry["session"]["peer"].replace(" port ", ":"),
-    "device": lambda entry: entry["session"]["device"],
-    "received": lambda entry: format_amount(entry["session"]["received"], "B"),
-    "sent": lambda entry: format_amount(entry["session"]["sent"], "B"),
-    "tls": lambda entry: "TLS" if entry["session"]["tls"] else "plain",
-    "congestion": lambda entry: entry["session"]["congestion"],
+    "server": lambda entry: entry.get("server", ""),  # left out where all are of one that is in no cluster
+    "since": lambda entry: format_duration(client_age(entry)),
+    "rcvd/s": _of_session(lambda session: format_amount(session["rates"]["received_bits"], "b")),
+    "sent/s": _of_session(lambda session: format_amount(session["rates"]["sent_bits"], "b")),
+    "rtt": _of_session(lambda session: format_seconds(session["round_trip"])),
+    "drops": _of_session(lambda session: format_amount(sum(session["drops"].values()))),
+    "limit": _of_session(lambda session: format_limit(session["limit"]) if session["limit"] else "none"),
+    "from": _of_session(lambda session: session["peer"].replace(" port ", ":")),
+    "device": _of_session(lambda session: session["device"]),
+    "received": _of_session(lambda session: format_amount(session["received"], "B")),
+    "sent": _of_session(lambda session: format_amount(session["sent"], "B")),
+    "tls": _of_session(lambda session: "TLS" if session["tls"] else "plain"),
+    "congestion": _of_session(lambda session: session["congestion"]),
 }
 CLIENT_ID_WIDTH = 19  # characters of an Id where there is little room: a MAC address has 17
+
+
+def client_columns(entries: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], object]]:
+    """Returns those of CLIENT_COLUMNS that say something of these clients."""
+    return {title: value for title, value in CLIENT_COLUMNS.items() if title != "server" or any(map(value, entries))}
 
 
 def format_clients(entries: Sequence[dict[str, Any]], width: int) -> list[str]:
     """Returns a table of the clients with as many columns as fit."""
     lines = [""] * (len(entries) + 1)
-    for number, (title, value) in enumerate(CLIENT_COLUMNS.items()):
+    for number, (title, value) in enumerate(client_columns(entries).items()):
         limit = ID_MAX if number or width >= 100 else CLIENT_ID_WIDTH
         cells = [to_printable(cell, limit) for cell in (title, *map(value, entries))]
         wide = max(map(len, cells))
@@ -6004,6 +7946,19 @@ def format_clients(entries: Sequence[dict[str, Any]], width: int) -> list[str]:
             break
         lines = [f"{line}{' ' if number else ''}{cell:<{wide}}" for line, cell in zip(lines, cells)]
     return [line.rstrip() for line in lines]
+
+
+def cluster_rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what status_rows has of the store of a cluster and its servers."""
+    store = status.get("store")
+    if store:
+        state = f"up for {format_duration(store['seconds'])}"
+        if store["down"]:
+            state = f"down for {format_duration(store['seconds'])}: {store['down']}"
+        yield "store", f"{store['address']}, {state}; owed: {store['owed']} changes, {store['unsettled']} sessions"
+        for server in status["servers"]:
+            heard = "this one" if server["here"] else f"heard {format_duration(round(server['heard']))} ago"
+            yield "", f"{server['name']}: {server['address']}, {server['sessions']} connected, {heard}"
 
 
 def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
@@ -6016,12 +7971,14 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("server", f"up for {format_duration(status['seconds'])}, serves {status['pool']} on {status['listens']}"),
             ("clients", f"{status['sessions']} connected, {status['assignments']} assignments, {status['free']} prefixes free{limit}"),
+            *cluster_rows(status),
         ]
     else:
         session, outage = status["session"], status["outage"]
         rows += [
             ("client", f"{status['state']} for {format_duration(status['state_seconds'])}, {status['id'] or 'no Id yet'}"),
             ("server", status["server"] + (f", connected to {status['address']}" if session else "")),
+            *([("servers", ", ".join(status["servers"]))] if len(status.get("servers", ())) > 1 else []),
             ("prefix", f"{status['prefix']} on {status['device']}" if status["prefix"] else "none yet"),
         ]
         if session:
@@ -6030,7 +7987,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("path", f"round trip {format_seconds(session['round_trip'])}, {how}"))
         if outage:
             lasts = "until now" if outage["seconds"] is None else f"for {format_duration(outage['seconds'])}"
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(outage["time"]))
+            when = format_time(outage["time"])
             then = f"; then {outage['last_reason']}" if outage["last_reason"] != outage["reason"] else ""
             rows.append(("outage", f"{when} {lasts}: {outage['reason']}{then}"))
         for name, part in status["parts"].items():
@@ -6102,7 +8059,7 @@ def metrics_of(status: dict[str, Any]) -> Iterator[Metric]:
 
     drops, handshakes = {"waited too long": 0, "not taken": 0, **status["drops"]}, {"served": 0, **status["handshakes"]}
     yield Metric("gauge", "tun6_build_info", "Version and side.", ("version", "side"), [((status["version"], status["side"]), 1)])
-    yield gauge("tun6_up", "1 while the server serves, or while the client has its tunnel.", status["state"] == "up")
+    yield gauge("tun6_up", "1 while the server serves and does not drain, or while the client has its tunnel.", status["state"] == "up")
     yield Metric("counter", "tun6_bytes", "Bytes of all sessions.", ("direction",), both_ways(""))
     yield Metric(
         "counter", "tun6_packets", "Packets likewise; a large packet of offload counts once.", ("direction",), both_ways("_packets")
@@ -6121,6 +8078,14 @@ def metrics_of(status: dict[str, Any]) -> Iterator[Metric]:
     yield gauge("tun6_sessions", "Clients that are connected.", status["sessions"])
     yield gauge("tun6_assignments", "Ids that own a /64.", status["assignments"])
     yield gauge("tun6_free_prefixes", "Prefixes that can be assigned.", status["free"])
+    store, servers = status.get("store"), status.get("servers", ())
+    if store:
+        yield gauge("tun6_store_up", "1 while the cluster's store can be reached.", store["down"] is None)
+        yield gauge("tun6_store_state_seconds", "Seconds since the store came or went.", store["seconds"])
+        yield gauge("tun6_store_owed", "Changes that the store is still to be told.", store["owed"])
+        yield gauge("tun6_store_unsettled_sessions", "Sessions whose epoch the store does not have yet.", store["unsettled"])
+        heard: list[tuple[tuple[str, ...], float]] = [((server["name"],), server["heard"]) for server in servers]
+        yield Metric("gauge", "tun6_server_silent_seconds", "Seconds since a server of the cluster was heard.", ("server",), heard)
     for name, moment in (status["certificate"] or {}).items():
         yield gauge(f"tun6_certificate_{name}_timestamp_seconds", f"When the server's certificate {name}.", moment)
     for kind, name, text, field, unit in (
@@ -6170,9 +8135,10 @@ def render_page(status: dict[str, Any], history: Sequence[Rates]) -> str:
         parts.append(f'<tr class="{html.escape(name)}"><th>{html.escape(name)}</th><td>{html.escape(to_printable(text, 1000))}</td></tr>')
     parts.append("</table>")
     if "clients" in status:
-        parts.append(f'<table class="list"><thead><tr>{"".join(f"<th>{name}</th>" for name in CLIENT_COLUMNS)}</tr></thead><tbody>')
+        columns = client_columns(status["clients"])
+        parts.append(f'<table class="list"><thead><tr>{"".join(f"<th>{name}</th>" for name in columns)}</tr></thead><tbody>')
         for entry in in_slices(sorted(status["clients"], key=CLIENT_ORDERS["rate"])):
-            cells = "".join(f"<td>{html.escape(to_printable(value(entry)))}</td>" for value in CLIENT_COLUMNS.values())
+            cells = "".join(f"<td>{html.escape(to_printable(value(entry)))}</td>" for value in columns.values())
             parts.append(f"<tr>{cells}</tr>")
         parts.append("</tbody></table>")
     return "".join([*parts, "</body></html>\n"])
@@ -6392,18 +8358,18 @@ def decode_token(token: str) -> dict[str, str]:
         raise RequestError(f"this is no token that `tun6.py clients add` printed: {reason}; copy the whole line, from tun6: on") from None
 
 
-def set_in_section(text: str, section: str, settings: Mapping[str, str]) -> str:
-    """Returns the text of a config.ini with these settings in a section, every other line as it was."""
+def set_in_section(text: str, section: str, settings: Mapping[str, str | None]) -> str:
+    """Returns the text of a config.ini with these settings in a section, None for none, every other line as it was."""
     head, banner, rest = (f"\n{text}").partition(f"\n[{section}]")
     if not banner:
-        return f"{text}\n[{section}]\n".lstrip("\n") + "".join(f"{key} = {value}\n" for key, value in settings.items())
+        return f"{text}\n[{section}]\n".lstrip("\n") + "".join(f"{key} = {value}\n" for key, value in settings.items() if value is not None)
     body, following, others = rest.partition("\n[")
     for key, value in settings.items():
-        line = f"\n{key} = {value}".replace("\\", r"\\")
+        line = "" if value is None else f"\n{key} = {value}".replace("\\", r"\\")
         body, found = re.subn(rf"(?i)\n{key}\s*[=:].*", line, body)
-        if not found:
+        if not (found or value is None):
             body, found = re.subn(rf"\n#{key} = .*", line, body, count=1)
-        body = body if found else body.rstrip("\n") + f"\n{key} = {value}\n"
+        body = body if found or value is None else body.rstrip("\n") + f"\n{key} = {value}\n"
     return (head + banner + body + following + others)[1:]
 
 
@@ -6454,6 +8420,7 @@ class Installer:
             self._add_user()
             self._copy_program()
             self._configure(settings, old)
+            self._warn_of_interfaces()
             self._set_sysctls()
             self._place_unit()
             self._start()
@@ -6553,7 +8520,7 @@ class Installer:
 
     def _copy_packages(self, to: Path) -> None:
         """Copies the packages that tun6 needs, once for each of their versions."""
-        missing, found = {"gevent", "netifaces", "python-pytun"}, dict[str, importlib.metadata.Distribution]()
+        missing, found = {"gevent", "netifaces", "python-pytun", "psycopg", "psycopg-binary"}, dict[str, importlib.metadata.Distribution]()
         while missing:
             name = missing.pop()
             with suppress(importlib.metadata.PackageNotFoundError):  # one for other systems
@@ -6606,7 +8573,7 @@ class Installer:
         text = set_in_section(text, self._role, {"control": f"/run/tun6-{self._role}/{self._role}.sock"})
         self._write(CONFIG_FOLDER / "config.ini", text, 0o640, SERVICE_USER)
 
-    def _move_state(self, folder: Path) -> dict[str, str]:
+    def _move_state(self, folder: Path) -> dict[str, str | None]:
         """Moves assignments, keys and certificate to the folder for state, makes what is missing there, and returns the settings for it."""
         state = self._at(STATE_FOLDER)
         state.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -6614,7 +8581,16 @@ class Installer:
         names = {key: getattr(self._config, key) for key in ("assignments", "keys", "cert")}
         files = {key: Path(os.path.realpath(folder / (name or ""))) for key, name in names.items()}
         there = {key: state / Path(name or f"{key}.json").name for key, name in names.items()}
-        if names["assignments"] is None or not (files["assignments"].exists() or there["assignments"].exists()):
+        if self._config.store:
+            for key in ("assignments", "keys"):
+                if names[key] and files[key].exists():
+                    raise RequestError(
+                        f"{folder}/config.ini has a store, and beside it {key} = {names[key]}; take them into the store with"
+                        " `tun6.py cluster import`, and remove the line"
+                    )
+            there["cert"] = state / Path(names["cert"] or "server.pem").name
+            names = {"cert": names["cert"] or "server.pem"}
+        elif names["assignments"] is None or not (files["assignments"].exists() or there["assignments"].exists()):
             places = (folder, Path(), self._at(PROGRAM_FOLDER), self._at(CONFIG_FOLDER), state)
             lost = next((file for place in places for file in place.glob("assignments.json*") if file.suffix in (".json", ".bak")), None)
             if lost:
@@ -6641,7 +8617,18 @@ class Installer:
             self._say(f"made the certificate {STATE_FOLDER / there['cert'].name}")
         for file in state.iterdir():
             self._give(file, stat.S_IMODE(file.stat().st_mode), SERVICE_USER, SERVICE_USER)
+        if self._config.store:  # its cache has digests of keys, and is written while the server runs
+            cache = str(STATE_FOLDER / Path(self._config.store_cache).name)
+            return {"assignments": None, "keys": None, "cert": str(STATE_FOLDER / there["cert"].name), "store_cache": cache}
         return {key: str(STATE_FOLDER / there[key].name) for key, name in names.items() if name or key == "assignments"}
+
+    def _warn_of_interfaces(self) -> None:
+        """Says which interface that config.ini names is not there, on a machine that runs: it may come later, or be misspelt."""
+        interfaces = self._at(Path("/sys/class/net"))
+        for key, then in (("lan", "the LAN is served as soon as there is one"), ("ndp", "the server does not start without it")):
+            name = getattr(self._config, key, None)
+            if name and interfaces.is_dir() and not (interfaces / name).exists():
+                self._say(f"warning: {key} = {name}: there is no such interface now, see `ip link`; {then}")
 
     def _set_sysctls(self) -> None:
         """Lets a server forward, and keep its own default route where that is from router advertisements."""
@@ -6736,6 +8723,8 @@ def require_privilege() -> None:
 
 def require_ipv6() -> None:
     """Raises KernelError where a new device gets no IPv6."""
+    if not (IPV6_CONF / "default").exists():
+        raise KernelError("this kernel has no IPv6; boot it without `ipv6.disable=1`, or with one that has")
     if read_sysctl("net.ipv6.conf.default.disable_ipv6") != "0":
         where = " for this container, from outside" if not os.access("/proc/sys/net/ipv6/conf/all/disable_ipv6", os.W_OK) else ""
         raise KernelError(f"IPv6 is off in this kernel; turn it on{where} with `sysctl -w net.ipv6.conf.all.disable_ipv6=0`")
@@ -6892,7 +8881,8 @@ class Doctor:
         except PermissionError:
             end = [Finding(name, "skipped", "only root can see this; run it with sudo")]
         except (Tun6Error, gevent.Timeout, EOFError, OSError, ValueError, subprocess.TimeoutExpired) as error:
-            end = [Finding(name, "FAIL", describe_end(error))]
+            lacks_ip = isinstance(error, FileNotFoundError) and error.filename == "ip"  # one fault, named once
+            end = [Finding(name, *(("skipped", "not possible, see machine") if lacks_ip else ("FAIL", describe_end(error))))]
         finally:
             log.removeHandler(logged)
             log.propagate = True
@@ -6916,6 +8906,20 @@ class Doctor:
             return f"Linux {platform.release()} hands UDP to a TUN packet by packet: no fault, but slower than 6.2 and newer"
         return f"Linux {platform.release()} takes large packets of TCP and UDP"
 
+    def examine_metrics(self, where: tuple[str, int] | None) -> None:
+        """Whether the metrics of the program, if it runs, are what answers there. Raises ConfigError."""
+        if not where:
+            return
+        require_prometheus_client()
+        answer = b""
+        with suppress(OSError), socket.create_connection(where, LOOKUP_S) as sock:
+            sock.sendall(b"GET /metrics HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+            while len(answer) < MESSAGE_MAX and (more := sock.recv(MESSAGE_MAX)):
+                answer += more
+        if b"tun6_" not in answer and self.is_running():
+            how = "another program has the port, or the address is none of this machine; see `ss -tlnp` and the log"
+            log.warning("metrics = %s port %d: they don't answer: %s", *where, how)
+
 
 class ServerDoctor(Doctor):
     """The checks of a server's machine."""
@@ -6923,8 +8927,10 @@ class ServerDoctor(Doctor):
     FATAL = frozenset({"forwarding", "uplink", "overlap", "firewall", "disk"})
     AT_START = "config", "uplink", "descriptors", "disk", "certificate"
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, keyed: bool | None = None) -> None:
+        """`keyed`: whether clients have keys, where that is known; without it, what config.ini says."""
         self._config, self._pool = config, config.prefixrange
+        self._keyed = bool(config.keys or config.store) if keyed is None else keyed  # in a cluster it is the store that says it
         self._pid = 0  # of the server that runs
         self._packets: socket.socket | None = None  # what comes for the pool
         self._until = 0.0  # when that has been waited for
@@ -6956,20 +8962,56 @@ class ServerDoctor(Doctor):
         return next((prefix[1] for prefix, _ in found if prefix.subnet_of(self._pool)), None)
 
     def _check_config(self) -> str:
-        for path in filter(os.path.exists, filter(None, (self._config.cert, self._config.keys))):
+        secret = self._config.cert, self._config.keys, self._config.store and self._config.file
+        for path in filter(os.path.exists, filter(None, secret)):
             if os.stat(path).st_mode & (stat.S_IROTH | stat.S_IWOTH):
                 log.warning("others can read the secret in %s; `chmod o= %s`", path, path)
-        if self._config.assignments is None:
+        if not (self._config.assignments or self._config.store):
             warn_standing("assignments", "no `assignments` file in %s: all prefixes are forgotten when the server ends", self._config.file)
-        if not self._config.keys or not self._config.keys_required:
-            which, closes = ("any Id that has no key yet", "keys_required = yes") if self._config.keys else ("any Id", "keys")
-            warn_standing(
-                "open",
-                "open: whoever reaches port %d gets a /64 and may claim %s; `%s` in %s closes it, `new_ids_per_hour` bounds new Ids",
-                *(self._config.listenport, which, closes, self._config.file),
-            )
+        self._warn_if_open()
         open_keys(self._config)
         return f"{self._config.file} is a server's"
+
+    def _warn_if_open(self) -> None:
+        if self._keyed and self._config.keys_required:
+            return
+        which, closes = ("any Id that has no key yet", "keys_required = yes") if self._keyed else ("any Id", "keys")
+        how = (
+            "a pool made without `cluster init --open`" if self._config.store and not self._keyed else f"`{closes}` in {self._config.file}"
+        )
+        warn_standing(
+            "open",
+            "open: whoever reaches port %d gets a /64 and may claim %s; %s closes it, `new_ids_per_hour` bounds new Ids",
+            *(self._config.listenport, which, how),
+        )
+
+    def _check_store(self) -> str:
+        """Whether the database of a cluster can be reached, has the pool of this server, and can lose nothing."""
+        if not self._config.store:
+            return "this server shares its pool with no other one"
+        began, address = time.monotonic(), public_url(self._config.store)
+        database = Database(self._config.store, f"tun6 doctor {os.getpid()}")
+        try:
+            with store_errors(self._config.store):
+                run_in_thread(database.connect)
+                pool, missing, risks = run_in_thread(database.examine)
+        except StoreDown as down:
+            raise StoreDown(f"{down}; known Ids are served as each server knows them, new ones refused until it is back") from None
+        finally:
+            run_in_thread(database.close)
+        took = time.monotonic() - began
+        require_fit(pool, address, self._pool, key_policy(self._config))
+        self._keyed = pool.keys != "none"
+        if not self._keyed:
+            self._warn_if_open()
+        if pool.timeline != pool.current:
+            how = "start those servers, or `tun6.py cluster accept` goes on without what they know"
+            log.error(
+                "the store may have lost changes, so that nobody new is served until %s wrote back theirs; %s", ", ".join(missing), how
+            )
+        for risk in risks:
+            log.warning("the database's %s", risk)
+        return f"{address} has the pool {pool.prefix}, and commits wait for a synchronous standby; it answered in {1000 * took:.0f} ms"
 
     def _check_machine(self) -> str:
         return self.examine_machine()
@@ -6979,10 +9021,11 @@ class ServerDoctor(Doctor):
         with socket.socket() as probe, suppress(OSError):
             probe.connect((host, port))
             if self.is_running():
-                files = [name and os.path.realpath(name) for name in (self._config.assignments, self._config.keys)]
                 status: dict[str, Any] = {}
                 with suppress(OSError, RequestError):
-                    status = ask_server(self._config.control, {"do": "status", "files": files})
+                    status = ask_server(self._config.control, {"do": "status", "files": files_of(self._config)})
+                if status.get("state") == "draining":
+                    log.warning("this server is being drained, and sends its clients to others; `tun6.py drain --stop` ends that")
                 for id_ in status.get("contended", ()):
                     log.warning("several clients have the Id %s, and take it from each other; give each an `id` of its own", quote_id(id_))
                 return f"process {self._pid} listens on {host} port {port}"
@@ -7030,6 +9073,8 @@ class ServerDoctor(Doctor):
         return f"real links get {find_congestion_controls(self._config.congestion, self._config.link).real}"
 
     def _check_disk(self) -> str:
+        if self._config.store:
+            return "who has which /64 is in the store"
         path = Path(os.path.realpath(needed(self._config.assignments, "config")))
         disk, size = os.statvfs(path.parent), path.stat().st_size if path.exists() else 0
         free = disk.f_bavail * disk.f_frsize
@@ -7039,6 +9084,8 @@ class ServerDoctor(Doctor):
 
     def _check_assignments(self) -> str:
         """The file and its backup, without its lock."""
+        if self._config.store:
+            return "they are in the store"
         store = AssignmentStore(PrefixPool(self._pool), self._config.assignments, lock=False)
         owners, backup = len(store.pool.owners()), store.backup
         if not store.pool.free:
@@ -7059,6 +9106,7 @@ class ServerDoctor(Doctor):
 
     def _check_hook_and_ndp(self) -> str:
         Hooks(self._config.hook)
+        self.examine_metrics(self._config.metrics)
         if self._config.ndp:
             NeighbourProxy(self._config.ndp, self._pool)
             if not is_up(self._config.ndp):
@@ -7095,14 +9143,15 @@ class ClientDoctor(Doctor):
 
     FATAL = frozenset({"routes", "LAN"})
     AT_START = ("config",)
+    OF_EACH_SERVER = frozenset({"DNS", "TCP", "TLS"})
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._where = f"{config.remotehost} port {config.remoteport}"
         self._status: dict[str, Any] = {}  # of the client that runs
-        self._client: Client | None = None
-        self._sock: socket.socket | None = None  # to the server
-        self._stream: Stream | None = None
+        self._remotes: list[RemoteServer] = []
+        self._remote: RemoteServer | None = None  # that is examined now
+        self._socks: dict[RemoteServer, socket.socket] = {}
+        self._streams: dict[RemoteServer, Stream] = {}
         self._prefix: IPv6Network | None = None
         self._is_misrouted = False
         self._server_end: str | None = None  # the address by which the server answers in the tunnel
@@ -7116,11 +9165,29 @@ class ClientDoctor(Doctor):
         with suppress(OSError, RequestError):
             self._status = ask_server(self._config.control, {"do": "status"})
         yield from super().run()
-        if self._sock:
-            self._sock.close()
+        for sock in self._socks.values():
+            sock.close()
+
+    def _make(self, name: str, check: Callable[[], str]) -> list[Finding]:
+        """Makes a check, or the check of each server of the list. There a fault is only a warning as long as another server has none."""
+        if name not in self.OF_EACH_SERVER or not self._remotes:
+            return super()._make(name, check)
+        found: list[Finding] = []
+        for remote in self._remotes:
+            self._remote = remote
+            for each in super()._make(name, check):
+                is_named = len(self._remotes) == 1 or each.text.startswith(remote.host)
+                found.append(each if is_named else each._replace(text=f"{remote.name}: {each.text}"))
+        works = any(each.result == "ok" for each in found)
+        return [each._replace(result="warn") if works and each.result == "FAIL" else each for each in found]
+
+    def _stream(self) -> Stream:
+        """Returns the connection to the server that the client has, or to the first that answered. Raises Skipped when there is none."""
+        found = {remote.name: stream for remote, stream in self._streams.items()}
+        return needed(found.get(self._status.get("server", ""), next(iter(found.values()), None)), "TLS")
 
     def _has_connection(self) -> bool:
-        return self._stream is not None and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
+        return bool(self._streams) and (self._status.get("outage") or {"seconds": 0})["seconds"] is not None
 
     def _check_config(self) -> str:
         path = self._config.file
@@ -7135,72 +9202,79 @@ class ClientDoctor(Doctor):
         return self.examine_machine()
 
     def _check_programs(self) -> str:
-        self._client = Client(self._config)
+        self._remotes = Client(self._config).remotes
+        self.examine_metrics(self._config.metrics)
         return "what config.ini needs is there"
 
     def _check_Id(self) -> str:
         id_ = self._config.id or default_id()
         if not self._config.id:
-            warn_of_another_id(self._config.file, id_, remember=False)
+            file = path_of_last("id", self._config.file)
+            of_service = STATE_FOLDER / file.name  # the doctor is run by hand, also where the client is a service
+            is_service = Path(os.path.realpath(file.parent)) == CONFIG_FOLDER and of_service.exists()
+            warn_of_another_id(of_service if is_service else file, id_, remember=False)
         return f"this machine is {quote_id(id_)}"
 
     def _check_IPv4_route(self) -> str:
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((self._config.remotehost if is_ipv4(self._config.remotehost) else "192.0.2.1", 9))  # nothing is sent
+                hosts = filter(is_ipv4, (each.host for each in self._config.remotehost))
+                probe.connect((next(hosts, "192.0.2.1"), 9))  # nothing is sent
             except OSError as error:
                 raise SessionError(f"there is no IPv4 way to the server: {error.strerror}; connect the network, see `ip route`") from None
             return f"packets to the server leave from {probe.getsockname()[0]}"
 
     def _check_DNS(self) -> str:
+        remote = needed(self._remote, "programs")
         try:
-            found = needed(self._client, "programs").find_addresses()
+            found = remote.find_addresses()
         except OSError as error:
-            raise SessionError(f"{self._config.remotehost}: {error.strerror}; is the name right, does a name server answer?") from None
+            raise SessionError(f"{remote.host}: {error.strerror}; is the name right, does a name server answer?") from None
         return f"the server is {', '.join(host for host, _ in found)}"
 
     def _check_TCP(self) -> str:
-        began = time.monotonic()
+        remote, began = needed(self._remote, "programs"), time.monotonic()
         try:
-            self._sock = needed(self._client, "programs").connect()
+            self._socks[remote] = remote.connect()
         except (gevent.Timeout, OSError) as error:
             advice = "does the server run, are `remotehost` and `remoteport` right, does a firewall drop it?"
             with suppress(OSError):
-                (host, port), *_ = needed(self._client, "programs").find_addresses()
+                (host, port), *_ = remote.find_addresses()
                 if isinstance(error, (gevent.Timeout, TimeoutError)) and answers_ping(host, IPV4_ICMP_HEADERS):
                     advice = (
                         f"{host} answers pings, so a firewall there or on the way drops TCP port {port}, or `remotehost` is another machine"
                     )
-            raise SessionError(f"{self._where}: {describe_end(error)}; {advice}") from None
-        return f"{self._where} answers in {1000 * (time.monotonic() - began):.0f} ms"
+            raise SessionError(f"{remote.name}: {describe_end(error)}; {advice}") from None
+        return f"{remote.name} answers in {1000 * (time.monotonic() - began):.0f} ms"
 
     def _check_TLS(self) -> str:
+        remote = needed(self._remote, "programs")
         try:
             with gevent.Timeout(HANDSHAKE_S):
-                self._stream = needed(self._client, "programs").open_stream(needed(self._sock, "TCP"))
+                stream = self._streams[remote] = remote.open_stream(needed(self._socks.get(remote), "TCP"))
         except ProtocolError as error:
             advice = f"compare with `keygen` on the server; the clock here says {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
             if "does not speak TLS" in str(error):
                 advice = "is there another program on that port, a server without `cert`, or a portal or proxy on the way?"
             raise SessionError(f"{error}; {advice}") from None
-        return "the server's certificate is the right one" if self._stream.encrypt else "none is asked for"
+        return "the server's certificate is the right one" if stream.encrypt else "none is asked for"
 
     def _check_hello(self) -> str:
         """Whether the server serves this Id: by what the client that runs has heard, or by asking without taking a session."""
         outage = self._status.get("outage") or {}
         if outage and outage["seconds"] is None:
-            cut_off = outage["last_reason"] in CUT_OFF
+            cut_off = outage["last_reason"].endswith(CUT_OFF)
             why = (
                 "was it restarted, or has another client this Id? `tun6.py doctor` there tells"
                 if cut_off
                 else "the server's log may say more"
             )
             raise SessionError(f"the client that runs has no connection: {outage['last_reason']}; {why}")
-        if outage and outage["reason"] in CUT_OFF and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
+        if outage and outage["reason"].endswith(CUT_OFF) and time.time() - outage["time"] - outage["seconds"] < CONTENTION_WINDOW_S:
             log.warning(
                 "the server has just ended the connection: it was restarted, or another client has this Id; `tun6.py doctor` there tells"
             )
-        stream = needed(self._stream, "TLS")
+        stream = self._stream()
         host, port = stream.sock.getpeername()
         if not self._status.get("dry") or self._status["address"] != f"{host} port {port}":
             raise Skipped("no client runs that knows if this server can be asked without taking its session over")
@@ -7218,7 +9292,7 @@ class ClientDoctor(Doctor):
 
     def _check_path_MTU(self) -> str:
         """Of the path outside, by what the kernel knows and by pings."""
-        host, port = needed(self._stream, "TLS").sock.getpeername()
+        host, port = self._stream().sock.getpeername()
         advice = "`mss = 1220` in config.ini spares the client a stall at its start"
         with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))
@@ -7342,7 +9416,11 @@ class ClientDoctor(Doctor):
         servers = re.findall(r"^\s*nameserver\s+([0-9a-fA-F.:]+)", read_text(Path("/etc/resolv.conf")), re.MULTILINE)
         inside = [each for each in servers if not is_ipv4(each) and find_way(each) in (self._config.tun, "nowhere")]
         if inside and inside == servers:
-            level, then = (logging.WARNING, "") if is_ipv4(self._config.remotehost) else (logging.ERROR, ", nor the server without it")
+            level, then = (
+                (logging.WARNING, "")
+                if any(is_ipv4(each.host) for each in self._config.remotehost)
+                else (logging.ERROR, ", nor the server without it")
+            )
             log.log(level, "%s: all name servers are reached only through the tunnel%s; add one with IPv4", ", ".join(inside), then)
         return f"{len(servers)}, of which {len(inside)} only through the tunnel"
 
@@ -7706,9 +9784,11 @@ CLIENTS_OPTIONS = {
     "action",
     "address",
 }  # of `clients`; the others are arguments of the request
+DRAIN_MINUTES = 1  # in which the sessions of a server that drains end
 LOG_LINES_MAX = 10_000  # lines that may wait for the reader of the log
 LOG_FLUSH_S = 1.0  # at the end, for those lines
 M_ARENA_MAX = -8  # malloc.h
+FULL_COLLECTION = 1000  # smaller collections of garbage for one of everything; Python's default is 10
 
 # A setting's parser takes the text in config.ini and returns its value. It raises ValueError, which completes a sentence with "it".
 
@@ -7760,6 +9840,10 @@ def _fingerprint(text: str) -> str:
     return "sha256:" + digits
 
 
+def _fingerprints(text: str) -> tuple[str, ...]:
+    return tuple(_fingerprint(word.strip()) for word in text.split(","))
+
+
 def _id(text: str) -> str:
     if not is_valid_id(text):
         raise ValueError(f"must be 1 to {ID_MAX} printable characters")
@@ -7788,10 +9872,22 @@ def _grace(text: str) -> int | None:
         raise ValueError(f"{error}, or off") from None
 
 
+def _minutes(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,4}([.][0-9]{1,6})?", text) or float(text) > 1440:
+        raise argparse.ArgumentTypeError("must be a number from 0 to 1440")
+    return float(text)
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in configparser.ConfigParser.BOOLEAN_STATES:
         raise ValueError("must be yes or no")
     return configparser.ConfigParser.BOOLEAN_STATES[text.lower()]
+
+
+def _store(text: str) -> str:
+    if not re.match("postgres(ql)?://", text):
+        raise ValueError("must be an address such as postgresql://user:password@db1,db2/tun6")
+    return text
 
 
 def _metrics(text: str) -> tuple[str, int]:
@@ -7809,14 +9905,38 @@ _LINK = _matching("auto|real|lan", "must be auto, real or lan")
 _OFFLOAD = _matching("auto|tso6|no", "must be auto, tso6 or no")
 _LOG = _matching("text|json", "must be text or json")
 _HOST = _matching(r"(?=.{1,253}$)([\w-]{1,63}\.)*[\w-]{1,63}\.?", "must be the name or the IPv4 address of a server")
+_PORT = _integer(1, 65_535)
+
+
+def _hosts(text: str) -> tuple[RemoteHost, ...]:
+    hosts = []
+    for host, colon, port in (word.strip().partition(":") for word in text.split(",")):
+        try:
+            hosts.append(RemoteHost(_HOST(host), _PORT(port) if colon else None))
+        except ValueError:
+            raise ValueError(
+                "must be the name or the IPv4 address of a server, perhaps with a port from 1 to 65535, or several with commas between:"
+                " tun6.example.org, 203.0.113.5:10001"
+            ) from None
+    return tuple(dict.fromkeys(hosts))
+
+
+def _host_list(text: str) -> str:
+    _hosts(text)
+    return text
+
+
 _SECTIONS: dict[str, type] = {"server": ServerConfig, "client": ClientConfig}
 ADDRESS_KEYS = {"server": "prefixrange", "client": "remotehost"}  # what has to be edited first in either section
 _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
     "server": {
         "localhost": _ipv4,
-        "listenport": _integer(1, 65_535),
+        "listenport": _PORT,
         "prefixrange": _pool,
         "assignments": _path,
+        "store": _store,
+        "store_cache": _path,
+        "name": _matching(r"[\w.-]{1,63}", "must be 1 to 63 letters, digits, dots, hyphens or underscores, which no other server has"),
         "congestion": _CONGESTION,
         "link": _LINK,
         "offload": _OFFLOAD,
@@ -7836,12 +9956,13 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "metrics": _metrics,
         "metrics_clients": _boolean,
         "documentation_addresses": _boolean,
-        "address": _HOST,
+        "address": _host_list,
+        "fingerprint": _fingerprints,
         "limit": parse_rate,
     },
     "client": {
-        "remotehost": _HOST,
-        "remoteport": _integer(1, 65_535),
+        "remotehost": _hosts,
+        "remoteport": _PORT,
         "id": _id,
         "congestion": _CONGESTION,
         "link": _LINK,
@@ -7857,7 +9978,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "grace": _grace,
         "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
         "tls": _boolean,
-        "fingerprint": _fingerprint,
+        "fingerprint": _fingerprints,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
         "hook": _path,
         "control": _path,
@@ -7942,9 +10063,11 @@ def read_config(path: str, section: str) -> Any:
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}: [{section}] {field.name} is missing; add a line {field.name} = ...")
     key = ADDRESS_KEYS[section]
-    if is_documentation(values[key]) and not values.get("documentation_addresses"):
-        what = "the range that is routed to this machine" if section == "server" else "your server's name or address"
-        raise ConfigError(f"{path}: [{section}] {key} = {values[key]}: it is an example, which reaches nobody; set {what}")
+    addresses, what = [values[key]], "the range that is routed to this machine"
+    if section == "client":
+        addresses, what = [each.host for each in values[key]], "your server's name or address"
+    for address in filter(is_documentation, addresses if not values.get("documentation_addresses") else ()):
+        raise ConfigError(f"{path}: [{section}] {key} = {address}: it is an example, which reaches nobody; set {what}")
     return _SECTIONS[section](**values)
 
 
@@ -7971,11 +10094,12 @@ def server_command(options: argparse.Namespace) -> None:
     warn_of_forwarding()
     raise_descriptor_limit()
     server = Server(config)
-    ServerDoctor(config).warn()
+    ServerDoctor(config, server.keys is not None).warn()
     handler = AdminRequestHandler(
-        server.store, server.keys, server.sessions, server.end_session, LoopLatency(), server.figures, server.apply_limit
+        server.store, files_of(config), server.sessions, server.end_session, LoopLatency(), server.figures, server.drain, server.apply_limit
     )
     web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
+    collect_rarely()
 
     def run() -> None:
         with administered(config, handler, web):
@@ -8054,24 +10178,24 @@ def read_fingerprint(file: Path) -> str:
         raise ConfigError(f"{file}: {reason}; `tun6.py keygen` makes one") from None
 
 
-def administer(config: ServerConfig, request: dict[str, Any]) -> Any:
-    """Sends the request to the running server, or does it on the server's files while none runs. Returns the result.
+def administer(config: ServerConfig, request: dict[str, Any], needs_server: bool = False) -> Any:
+    """Sends the request to the running server, or, unless it `needs_server`, does it on the server's files. Returns the result.
 
-    Raises RequestError, ConfigError, StorageError, Refusal.
+    Raises Tun6Error.
     """
-    files = [name and os.path.realpath(name) for name in (config.assignments, config.keys)]
-    request = {**request, "files": files}
     try:
-        return ask_server(config.control, request)
+        return ask_server(config.control, {**request, "files": files_of(config)})
     except OSError as error:
         if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
             reason = error.strerror or error
             raise RequestError(f"control = {config.control}: {reason}; run this as the server's user, mostly root") from None
-    if config.assignments is None:
+    if needs_server:
+        raise Tun6Error(f"no server listens at {config.control}")
+    if not (config.assignments or config.store):
         raise ConfigError(f"no server listens at {config.control}, and without `assignments` in {config.file} nothing is kept")
-    store = AssignmentStore(PrefixPool(config.prefixrange), config.assignments)
+    store = open_store(config)
     try:
-        return AdminRequestHandler(store, open_keys(config), {}, lambda id_, reason: None).handle(request)
+        return AdminRequestHandler(store, [], {}, lambda id_, reason: None).handle({**request, "files": []})
     finally:
         store.close()
 
@@ -8083,7 +10207,7 @@ def find_status(options: argparse.Namespace) -> list[dict[str, Any]]:
         config = read_config(path, side)
         request: dict[str, Any] = {"do": "status", "resources": not options.watch}
         if side == "server":
-            request |= {"clients": True, "files": [name and os.path.realpath(name) for name in (config.assignments, config.keys)]}
+            request |= {"clients": True, "here": vars(options).get("here", False), "files": files_of(config)}
         try:
             found.append(ask_server(config.control, request))
         except (FileNotFoundError, ConnectionRefusedError):
@@ -8095,6 +10219,17 @@ def find_status(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not found:
         raise Tun6Error(", and ".join(silent))
     return found
+
+
+def drain_command(options: argparse.Namespace) -> None:
+    """`tun6.py drain`: asks the running server."""
+    config: ServerConfig = read_config(find_config(options.config), "server")
+    number = administer(config, {"do": "drain", "minutes": None if options.stop else options.minutes}, needs_server=True)
+    if options.stop:
+        print("The server serves newcomers again.")
+    else:
+        print(f"The server sends newcomers to other servers, and its {number} sessions end within {options.minutes:g} minutes.")
+        print("That ends with `tun6.py drain --stop`, or when the server is restarted; `tun6.py status` shows who is left.")
 
 
 def status_command(options: argparse.Namespace) -> int:
@@ -8169,8 +10304,11 @@ def clients_command(options: argparse.Namespace) -> None:
         if re.search(r"^ | $|(^| )[#;]", options.id):
             raise RequestError("an Id that begins or ends with a space, or has # or ; behind one, can't be written in config.ini")
         if config.cert:
-            fingerprint = read_fingerprint(Path(config.cert))
-        address = options.address or public_address(config)
+            fingerprint = ", ".join(dict.fromkeys([read_fingerprint(Path(config.cert)), *config.fingerprint]))
+        try:
+            address = _host_list(options.address or public_address(config))
+        except ValueError as error:
+            raise RequestError(f"--address {to_printable(options.address)}: it {error}") from None
     done = administer(config, {"do": options.action, **arguments})
     settings = {}
     if options.action == "add":
@@ -8186,20 +10324,15 @@ def clients_command(options: argparse.Namespace) -> None:
 
 
 def public_address(config: ServerConfig) -> str:
-    """Returns the server's address as its clients see it: what config.ini says, or else the kernel, which knows nothing of a NAT."""
-    if config.address or config.localhost != "0.0.0.0":
-        return config.address or config.localhost
-    with system_socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # nothing is sent
-        return str(probe.getsockname()[0])
-    return "192.0.2.1"
+    """Returns `remotehost` for its clients: the `address` in config.ini, or else where this server is reached."""
+    return config.address or own_address(config)
 
 
 def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
     """Returns the section [client] of config.ini for a client that was added."""
     edit = "where the client sees the server by another address or name"
-    with suppress(ValueError):  # a name
-        if not ipaddress.ip_address(settings["remotehost"]).is_global:
+    for host, _ in _hosts(settings["remotehost"]):
+        if is_ipv4(host) and not ipaddress.ip_address(host).is_global:
             edit = "unless it is on the same network, as nobody else reaches this address; or name another with --address, or in config.ini"
     return "\n".join([
         f"# config.ini of the client; its prefix is {prefix}. The key is shown only now; whoever has it is this client.",
@@ -8213,7 +10346,7 @@ def format_client_section(settings: Mapping[str, str], prefix: str) -> str:
 
 def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
     """Returns one line of `clients list`."""
-    session = entry.get("session")
+    session, times = entry.get("session"), {name: format_time(entry.get(name)) for name in ("since", "last")}
     state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key yet" if served_without_key else "no key"
     if entry["limit"] is not None:
         state += f", limited to {format_limit(entry['limit'])}" if entry["limit"] else ", without a limit"
@@ -8221,7 +10354,87 @@ def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
         refused = sum(session["refused"].values())
         state += f", connected for {session['seconds']} s from {session['peer']} on {session['device']}"
         state += f", {session['received']} bytes received, {session['sent']} sent, {session['dropped']} packets dropped, {refused} refused"
+    if entry.get("connected"):
+        state += f", on {entry['server']} since {times['since']}"
+    elif entry.get("server"):
+        state += f", was on {entry['server']} until {times['last']}"
     return f"{quote_id(entry['id'])}  {entry['prefix'] or 'no prefix yet'}  {state}"
+
+
+def cluster_command(options: argparse.Namespace) -> None:
+    """`tun6.py cluster`: makes the store that several servers share, and what else there is to be done once."""
+    config: ServerConfig = read_config(find_config(options.config), "server")
+    if not config.store:
+        raise ConfigError(f"{config.file}: [server] store is missing; add a line store = postgresql://...")
+    database = Database(config.store, f"tun6 cluster {os.getpid()}")
+    try:
+        with store_errors(config.store):
+            database.connect()
+            print(_CLUSTER_ACTIONS[options.action](database, config, options))
+    finally:
+        database.close()
+
+
+def _init_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    if not options.open and not config.cert:
+        raise ConfigError(
+            f"{config.file}: there is no `cert`, and keys go only through TLS; `tun6.py keygen` makes one, --open makes a pool without keys"
+        )
+    keys = "none" if options.open else "required" if config.keys_required else "optional"
+    database.create(config.prefixrange, keys)
+    who = {"none": "open to everybody", "required": "for those who have a key", "optional": "for all, with a key where an Id has one"}
+    return f"made the pool {config.prefixrange}, {who[keys]}"
+
+
+def _import_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    assignments, keys = options.assignments or config.assignments, options.keys or config.keys
+    if not assignments and not keys:
+        raise RequestError("there is nothing to import: name the files, or have `assignments` and `keys` in config.ini still")
+    for path in filter(None, (assignments, keys)):
+        if not os.path.exists(path):
+            raise RequestError(f"{path} is not there; name the file that a server had")
+    store = AssignmentStore(PrefixPool(config.prefixrange), assignments)  # locked: no server changes it meanwhile
+    try:
+        entries = KeyStore(keys) if keys else None
+        prefixes = {id_: cast(IPv6Network, store.pool.find(id_)) for id_ in store.pool.owners()}
+        number = database.take_in(prefixes, {id_: cast(KeyEntry, entries.find(id_)) for id_ in entries.ids()} if entries else {})
+    finally:
+        store.close()
+    return f"took in {number} Ids; remove `assignments` and `keys` from {config.file}, and keep the files as a copy"
+
+
+def _export_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    for path in filter(None, (options.assignments, options.keys)):
+        if os.path.exists(path):
+            raise RequestError(f"{path} is there already; name another file")
+    database.require_pool()
+    prefixes, keys = database.give_out()
+    if keys and not options.keys:
+        raise RequestError("there are keys; name a file for them, too")
+    JsonFile(options.assignments, "assignments", 0o644).save({id_: str(prefix) for id_, prefix in prefixes.items()})
+    if options.keys:
+        JsonFile(options.keys, "keys", SECRET_MODE).save(encode_keys(keys))
+    return f"wrote {len(prefixes)} assignments and {len(keys)} keys"
+
+
+def _upgrade_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    version = database.upgrade()
+    return f"the tables are of version {SCHEMA_VERSION}" + (f", and were of {version}" if version != SCHEMA_VERSION else " already")
+
+
+def _accept_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
+    if database.accept():
+        return "new Ids are served again; what only servers know that are not back is lost when another Id gets that /64"
+    return "nothing was lost, as far as the store knows: there is nothing to accept"
+
+
+_CLUSTER_ACTIONS: dict[str, Callable[[Database, ServerConfig, argparse.Namespace], str]] = {
+    "init": _init_cluster,
+    "import": _import_cluster,
+    "export": _export_cluster,
+    "upgrade": _upgrade_cluster,
+    "accept": _accept_cluster,
+}
 
 
 def install_command(options: argparse.Namespace) -> None:
@@ -8241,6 +10454,8 @@ def install_command(options: argparse.Namespace) -> None:
             print("Paste the line tun6:... that `tun6 clients add` printed on the server, and press Enter:", flush=True)
         settings.update(decode_token(sys.stdin.readline() if options.join == "-" else options.join))
     host, _, port = (options.host or "").partition(":")
+    if options.role == "client" and "," in (options.host or ""):  # several servers, each with its own port
+        host, port = options.host, ""
     key = ADDRESS_KEYS[options.role]
     if not host and key not in settings and sys.stdin.isatty() and not os.path.exists(CONFIG_FILES[0]):
         host = input(
@@ -8282,6 +10497,16 @@ def share_one_heap() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have one heap anyway
     if mallopt:
         mallopt(M_ARENA_MAX, 1)
+
+
+def collect_rarely() -> None:
+    """Makes full collections of garbage rare; to be called when all is loaded.
+
+    With 1,000 clients each examines 250,000 objects, for which the event loop waits 0.1 s, and Python makes one for 300 sessions that
+    begin. An ended session leaves less than one object in a reference cycle, so that there is next to nothing to be found.
+    """
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTION)
 
 
 def run_until_signalled(run: Callable[[], object], state: Callable[[], str], reload: Callable[[], None] | None = None) -> None:
@@ -8425,6 +10650,7 @@ def build_parser() -> argparse.ArgumentParser:
     config = shared("-c", "--config", metavar="FILE", help=f"default: {CONFIG_FILES[0]}, then ./{CONFIG_FILES[1]}")
     as_json = shared("--json", action="store_true", help="answer in JSON")
     id_ = shared("id", metavar="ID", help="as the client says it, often a MAC address")
+    here = shared("--here", action="store_true", help="of several servers with one pool, only the clients of this one")
 
     about = "A stable IPv6 /64 over one IPv4 TCP connection, through any NAT."
     parser = argparse.ArgumentParser(prog="tun6", description=about, parents=[verbose, config])
@@ -8446,10 +10672,20 @@ def build_parser() -> argparse.ArgumentParser:
         as_json,
         function=clients_command,
     )
-    status = add(commands, "status", "show how the server or client that runs on this machine is", config, as_json, function=status_command)
+    text = "show how the server or client that runs on this machine is"
+    status = add(commands, "status", text, config, as_json, here, function=status_command)
     status.add_argument("side", nargs="?", choices=("server", "client"), help="where both run; otherwise it is not needed")
     status.add_argument("--watch", action="store_true", help=f"show it again every {RATE_S:.0f} s, until Ctrl-C")
     status.add_argument("--sort", choices=tuple(CLIENT_ORDERS), default="id", help="order of the clients")
+    drain = add(commands, "drain", "send the clients of this server to other ones, as before an upgrade", config, function=drain_command)
+    drain.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=DRAIN_MINUTES,
+        metavar="N",
+        help=f"in which its sessions end, one by one; default: {DRAIN_MINUTES}",
+    )
+    drain.add_argument("--stop", action="store_true", help="serve as before")
     doctor = add(commands, "doctor", "find out what is wrong, and what to do; on either machine", config, as_json, function=doctor_command)
     doctor.add_argument("side", nargs="?", choices=("server", "client"), help="else those in the config.ini, of two the one that runs")
     add(commands, "keygen", "make the server's certificate and show its fingerprint", config, function=keygen_command)
@@ -8457,7 +10693,7 @@ def build_parser() -> argparse.ArgumentParser:
     roles = installs.add_subparsers(dest="role", required=True, metavar="ROLE")
     for role, flag, metavar, text in (
         ("server", "--prefix", "RANGE", "the IPv6 range that is routed to this machine"),
-        ("client", "--remote", "HOST[:PORT]", "the server"),
+        ("client", "--remote", "HOST[:PORT]", "the server, or several with commas between them"),
     ):
         install = add(roles, role, f"the {role}; a second time, it changes only what is different", config)
         install.add_argument(flag, dest="host", metavar=metavar, help=text)
@@ -8472,11 +10708,26 @@ def build_parser() -> argparse.ArgumentParser:
             )
     add(commands, "demo", "show it all on this machine, in network namespaces that are removed afterwards", function=demo_command)
 
+    cluster = add(
+        commands, "cluster", "make the store that several servers share, import into it, export from it", config, function=cluster_command
+    )
+    steps = cluster.add_subparsers(dest="action", required=True, metavar="ACTION")
+    made = add(steps, "init", "make the pool of config.ini in an empty database", config)
+    made.add_argument("--open", action="store_true", help="for everybody: nobody has a key")
+    taken = add(steps, "import", "take in the files that a server had, all or nothing", config)
+    taken.add_argument("assignments", nargs="?", metavar="ASSIGNMENTS", help="default: that in config.ini")
+    taken.add_argument("keys", nargs="?", metavar="KEYS", help="default: that in config.ini")
+    given = add(steps, "export", "write the files that a single server needs", config)
+    given.add_argument("assignments", metavar="ASSIGNMENTS", help="a new file")
+    given.add_argument("keys", nargs="?", metavar="KEYS", help="a new file, where clients have keys")
+    add(steps, "upgrade", "bring the tables to the version of this tun6", config)
+    add(steps, "accept", "go on after lost commits, without servers that do not come back", config)
+
     actions = clients.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add(actions, "list", "who has which prefix, has a key, is connected", config, as_json)
+    add(actions, "list", "who has which prefix, has a key, is connected", config, as_json, here)
     added = add(actions, "add", "give an Id a key, and show once the [client] section for it", config, as_json, id_)
     added.add_argument("--prefix", metavar="P", help="a free /64 of prefixrange, instead of the next one")
-    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it")
+    added.add_argument("--address", metavar="A", help="the server's name or IPv4 address, as the client sees it, or several with commas")
     added.add_argument("--new-key", action="store_true", help="replace the key that the Id has")
     pinned = add(actions, "pin", "give an Id a certain prefix", config, as_json, id_)
     pinned.add_argument("prefix", metavar="PREFIX", help="a free /64 of prefixrange")
