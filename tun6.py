@@ -756,7 +756,8 @@ CATCH_UP_S, BURST_S = 0.05, 0.005  # of a limit that was not used make up for a 
 SPARSE_FLOWS_MAX = 16  # of the flows whose turn is next, among which a sparse one is looked for
 PAUSE_MAX_S = 0.1  # until it is looked again whether something may pass: the limit may have been changed
 HELD_S, HELD_MIN = 0.2, 128 << 10  # of what comes from a limited peer, so many seconds of its limit or bytes may wait
-READ_GAIN = 4  # times its limit a limited peer is read at most: in slow start TCP sends twice what comes through
+READ_GAIN, READ_MIN = 4, 10_000_000  # times its limit, or bits/s, that a limited peer is read at: TCP sends twice as much in slow start,
+#                                      and what fills the peer's own socket, 300 KB on a LAN, holds up its other packets
 DRAIN_S = 1.0  # in which it is read without that after a change: what its socket held would take minutes, and TCP would give up
 
 
@@ -1160,11 +1161,16 @@ class SendQueue:
         return len(ends)
 
 
+def read_rate(bits_per_s: float) -> float:
+    """Returns the bits/s at which a peer with this limit is read at most."""
+    return max(bits_per_s * READ_GAIN, READ_MIN)
+
+
 class ReceiveQueue:
     """What has come from one peer that is limited, and may not pass yet.
 
     It is managed as the send queue is: CoDel slows down who sends too much, whatever the peer's own queues are like, and a sparse flow
-    does not wait. Who does not slow down is read no faster than at READ_GAIN times the limit, so that TCP holds up the rest at the peer.
+    does not wait. Who does not slow down is read no faster than at `read_rate`, so that TCP holds up the rest at the peer.
     """
 
     def __init__(self, shared: SharedBuffer | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -1195,7 +1201,7 @@ class ReceiveQueue:
     def push(self, frames: Sequence[memoryview], bare: bool, now: float) -> Sequence[memoryview]:
         """Adds frames, or with `bare` packets, that have just come. Returns those of them that may pass at once: all or none."""
         if self._limit and now >= self._drained_at:
-            pause = sum(map(len, frames)) * 8 / (self._limit.bits_per_s * READ_GAIN)
+            pause = sum(map(len, frames)) * 8 / read_rate(self._limit.bits_per_s)
             self._read_at = max(self._read_at, now - CATCH_UP_S) + pause
         if self._limit and not self._queue.frames and self._limit.admits(sum(map(len if bare else count_bytes, frames)), now):
             return frames
@@ -3375,7 +3381,7 @@ def bound_receive_buffer(sock: socket.socket, bits_per_s: int | None) -> None:
     TCP needs a round trip's worth of window. The kernel doubles SO_RCVBUF, of which at least half is window, the rest its own costs.
     """
     round_trip_s = read_tcp_info(sock, "I", 68) / 1e6  # tcpi_rtt
-    size = (bits_per_s or math.inf) / 8 * READ_GAIN * (RECEIVE_S + round_trip_s)
+    size = read_rate(bits_per_s or math.inf) / 8 * (RECEIVE_S + round_trip_s)
     if size < RECEIVE_MAX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, max(int(size), RECEIVE_MIN))
         return
