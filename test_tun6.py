@@ -2748,6 +2748,216 @@ def test_however_long_the_connection_is_full_memory_is_bounded(size: int, flows:
     assert taken < 1.2 * send_queue._queue.bytes + state
 
 
+MBIT = 1_000_000
+
+
+def segments_of(frame: bytes) -> int:
+    """Bytes of the packets of a frame on a link without offload, by cutting it apart."""
+    return sum(map(len, cut_apart(frame)))
+
+
+@pytest.mark.parametrize("datagrams", [1, 2, 3, 4])
+@pytest.mark.parametrize("last", [1, 999, 1000])
+def test_a_large_packet_counts_as_its_segments_do(datagrams: int, last: int) -> None:
+    (joined,) = join([datagram(bytes(1000))] * (datagrams - 1) + [datagram(bytes(last))])
+    assert tun6.count_bytes(bytearray(joined)) == segments_of(joined) == datagrams * 48 + (datagrams - 1) * 1000 + last
+    tcp = struct.pack(">HHIIBBHHH", 1, 2, 3, 4, 8 << 4, 0x10, 5, 0, 0) + bytes(12)  # with timestamps
+    large = offload(1, tun6.GSO_TCPV6, 72, 1000) + packet(tcp + bytes(1000 * (datagrams - 1) + last), TCP)
+    assert tun6.count_bytes(bytearray(large)) == datagrams * 72 + (datagrams - 1) * 1000 + last
+
+
+@given(st.binary(min_size=50, max_size=120))
+@example(offload(1, tun6.GSO_TCPV6, 0, 100, 40, 0) + packet(bytes(4)))
+def test_no_large_packet_that_was_let_in_upsets_the_count(data: bytes) -> None:
+    made = bytearray(data)
+    made[10], made[14:16] = 0x60, struct.pack(">H", len(made) - 50)
+    try:
+        tun6.check_offload(memoryview(made)[:10], len(made) - 10, BOTH)
+    except tun6.ProtocolError:
+        return
+    assert tun6.count_bytes(made) >= len(made) - 10
+
+
+def pop_all(limit: tun6.RateLimit, queue: tun6.FqCodelQueue, now: float) -> list[bytearray]:
+    """What may leave at this time."""
+    return list(iter(lambda: limit.pop(queue, now), None))
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "header"),
+    [
+        (MBIT, 110, PLAIN),
+        (MBIT, 1510, PLAIN),
+        (MBIT, 60_010, USO6),
+        (10 * MBIT, 1510, PLAIN),
+        (100 * MBIT, 60_010, PLAIN),
+        (1000 * MBIT, 60_010, PLAIN),
+        (1000 * MBIT, 60_010, USO6),
+    ],
+)
+def test_a_limit_is_exact_however_late_the_event_loop_comes(bits: int, size: int, header: bytes) -> None:
+    limit, queue, rng = tun6.RateLimit(bits), tun6.FqCodelQueue(target=NEVER, limit=1 << 30), random.Random(bits + size)
+    each, now, moved = tun6.count_bytes(bytearray(frame(1, 0, size, header=header))), 100.0, 0
+    while now < 105:
+        push(queue, now, *[frame(1, 0, size, header=header)] * (1 + int(bits * tun6.CATCH_UP_S / 8 / each) - queue.frames + 1))
+        moved += each * len(pop_all(limit, queue, now))
+        assert 0 < limit.pause(now) <= tun6.PAUSE_MAX_S
+        now += limit.pause(now) + rng.uniform(0, 0.8 * tun6.CATCH_UP_S)
+    late = bits / 8 * tun6.CATCH_UP_S
+    assert bits / 8 * 5 - each - late <= moved <= bits / 8 * 5 + each + late
+    assert abs(moved / (bits / 8 * 5) - 1) < 0.05 or each > bits / 8 * 0.1
+
+
+@pytest.mark.parametrize("bits", [MBIT, 50 * MBIT])
+def test_after_idleness_there_is_no_burst_and_a_long_stall_is_not_made_up_for(bits: int) -> None:
+    def most(seconds: float) -> int:
+        return int(bits * seconds / 8 / 1500)
+
+    limit, queue = tun6.RateLimit(bits), tun6.FqCodelQueue(target=NEVER, limit=1 << 30)
+    for now in (10.0, 20.0, 100.0):
+        push(queue, now, *(frame(1, number) for number in range(1000)))
+        assert len(pop_all(limit, queue, now)) in (1 + most(tun6.BURST_S), 2 + most(tun6.BURST_S))  # the second is of its first quantum
+        assert len(pop_all(limit, queue, now + 5)) == 1 + most(tun6.CATCH_UP_S)
+        queue.clear()
+        assert pop_all(limit, queue, now + 6) == []
+
+
+ARRIVALS = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.2, 3.0]),  # seconds before
+        st.sampled_from([SMALLEST, 1510, 20_000, LARGEST]),
+        st.integers(0, 30),  # frames
+        st.sampled_from(["one flow", "new flows", "at once"]),
+    ),
+    max_size=40,
+)
+
+
+@given(ARRIVALS, st.sampled_from([MBIT // 10, MBIT, 30 * MBIT, 1000 * MBIT]))
+@example([(0.0, LARGEST, 9, "at once")] * 40, 1000 * MBIT)
+@example([(0.0, 1510, 1, "new flows")] * 100, MBIT)
+def test_at_no_time_does_more_leave_than_the_limit_and_what_was_late_permit(arrivals: list[tuple[float, int, int, str]], bits: int) -> None:
+    limit, queue, now, left, flows = tun6.RateLimit(bits), tun6.FqCodelQueue(target=NEVER), 50.0, [(50.0, 0)], count(1)
+    for pause, size, frames, kind in arrivals:
+        now += pause
+        if kind == "at once":
+            if not queue.frames and limit.admits(frames * (size - 10), now):
+                left.append((now, frames * (size - 10)))
+        else:
+            push(queue, now, *(frame(next(flows) if kind == "new flows" else 0, number, size) for number in range(frames)))
+        left += [(now, len(each) - 10) for each in pop_all(limit, queue, now)]
+    for at, (begin, _) in enumerate(left):
+        moved = 0
+        for end, size in left[at:]:
+            assert moved <= bits / 8 * (end - begin + tun6.CATCH_UP_S) + tun6.PACKET_MAX + 1
+            moved += size
+
+
+def test_a_sparse_flow_does_not_wait_for_the_time_of_a_large_packet() -> None:
+    limit, queue, now = tun6.RateLimit(MBIT), tun6.FqCodelQueue(), 10.0
+    push(queue, now, *(frame(1, number, LARGEST) for number in range(3)))
+    assert [len(each) for each in pop_all(limit, queue, now)] == [LARGEST]
+    for number in range(5):
+        now += 0.05
+        push(queue, now, frame(2, number, 100))
+        assert [flow_of(each) for each in pop_all(limit, queue, now)] == [2]
+    now = 10.0 - tun6.BURST_S + 8 * (tun6.PACKET_MAX + 5 * 90) / MBIT - 0.001
+    assert pop_all(limit, queue, now) == []
+    assert [flow_of(each) for each in pop_all(limit, queue, now + 0.002)] == [1]
+
+
+@EACH_WAY
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_limit_can_be_set_changed_and_removed_while_frames_wait(encrypts: bool, whole_batches: bool, bare: bool) -> None:
+    connection, now, number = Connection([], bare, encrypts), 100.0, 0
+    send_queue = connection.send_queue(lambda: now, whole_batches)
+
+    def moved(seconds: float) -> float:
+        """Mbit/s that go out in the next seconds, of more than can."""
+        nonlocal now, number
+        before, end = len(connection.received()), now + seconds
+        while now < end:
+            send_queue.send(*batch([frame(1, number + n) for n in range(10)]))
+            number += 10
+            while send_queue.blocked and not send_queue.pause():
+                send_queue.flush()
+            now += min(max(send_queue.pause(), 0.002), 0.01)
+        return (len(connection.received()) - before) * 1500 * 8 / seconds / MBIT
+
+    assert moved(0.02) >= 24
+    for mbit in (1, 10, 2):
+        send_queue.set_limit(tun6.RateLimit(mbit * MBIT))
+        assert send_queue.takes_large is False
+        assert moved(0.5) == pytest.approx(mbit, rel=0.05, abs=0.03)
+    assert send_queue.blocked
+    send_queue.set_limit(None)
+    assert send_queue.pause() == 0
+    flush_all(send_queue)
+    pieces = len(connection.pieces)
+    assert moved(0.02) >= 24
+    assert bare or not whole_batches or len(connection.pieces) <= pieces + 11  # again a batch is one write
+    assert send_queue.takes_large
+    assert len(connection.received()) + send_queue.dropped == number
+
+
+def test_under_its_limit_nothing_waits_and_a_full_connection_is_waited_for_not_the_limit() -> None:
+    now, connection = 100.0, Connection([100_000, 700, 0])
+    send_queue = connection.send_queue(lambda: now)
+    send_queue.set_limit(tun6.RateLimit(200 * MBIT))
+    frames = [frame(1, number) for number in range(50)]
+    send_queue.send(*batch(frames))
+    assert (len(connection.pieces), send_queue.blocked) == (1, False)  # as one
+    now += 1
+    send_queue.send(*batch(frames))
+    for _ in range(2):
+        assert send_queue.blocked
+        assert send_queue.pause() == 0
+        send_queue.flush()
+    for _ in range(3):  # what the connection did not take does not count twice: 49 frames are 3 ms
+        send_queue.flush()
+    assert connection.received() == 2 * frames
+    connection.takes = [700, 0]
+    send_queue.set_limit(tun6.RateLimit(MBIT))
+    send_queue.send(*batch(frames[:1]))
+    for _ in range(2):
+        send_queue.flush()
+        assert (send_queue.blocked, send_queue.pause()) == (True, 0)
+    send_queue.flush()
+    assert connection.received() == [*frames, *frames, frames[0]]
+
+
+@pytest.mark.parametrize("bits", [MBIT, 5 * MBIT])
+def test_who_does_not_slow_down_is_read_at_a_few_times_its_limit_and_a_sparse_flow_passes(bits: int) -> None:
+    queue, now = tun6.ReceiveQueue(clock=lambda: 100.0), 100.0
+    assert queue.active is False
+    queue.set_limit(tun6.RateLimit(bits))
+    began = now + tun6.DRAIN_S
+    read = passed = 0
+    for step in range(6000):
+        now += 0.001
+        if queue.may_read(now):
+            assert list(queue.push([memoryview(frame(1, step)) for _ in range(10)], False, now)) == []
+            read += 15_000 * (now >= began)
+        if step % 100 == 0:
+            queue.push([memoryview(frame(2, step, 100))], False, now)
+        while (out := queue.pop(now)) is not None:
+            passed += (len(out) - 10) * (now >= began)
+            assert flow_of(out) == 1 or number_of(out) == step  # the sparse flow does not wait
+        assert queue._queue.bytes <= tun6.HELD_MIN
+        pause = queue.pause(now)
+        assert pause is not None
+        assert pause <= tun6.PAUSE_MAX_S
+    assert passed * 8 / 5 == pytest.approx(bits, rel=0.02)
+    assert read * 8 / 5 == pytest.approx(tun6.read_rate(bits), rel=0.1)
+    queue.set_limit(None)
+    assert queue.active
+    assert queue.may_read(now)  # else nothing would be read any more: who does not wait for the limit does not ask again
+    while queue.pop(now) is not None:
+        passed += 1
+    assert (queue.active, queue.pause(now + 1)) == (False, None)
+    assert queue._queue.frames == 0
+
+
 # ---- network plans ---------------------------------------------------------------------------------------------------
 
 
@@ -3273,6 +3483,48 @@ def test_changes_of_keys_at_once_are_all_kept(key_store: tun6.KeyStore) -> None:
     again = reopened(key_store)
     for number, key in enumerate(keys):
         again.check(str(number), key)
+
+
+def test_limits_last_over_restarts_in_a_file_that_older_versions_do_not_know(tmp_path: Path, open_store: OpenStore) -> None:
+    path = tmp_path / "map.json"
+    store = open_store(path)
+    store.assign("a")
+    before = path.read_bytes()
+    assert (store.limit_of("a"), os.path.exists(f"{path}.limits")) == (None, False)
+    for id_, limit in {"a": 50 * MBIT, "b": 0, "c": 100_000, "d": 1000 * MBIT}.items():
+        store.set_limit(id_, limit)
+        assert store.limit_of(id_) == limit
+    store.set_limit("d", None)
+    assert path.read_bytes() == before
+    store.close()
+    again = open_store(path)
+    assert [again.limit_of(id_) for id_ in "abcd"] == [50 * MBIT, 0, 100_000, None]
+    in_memory = open_store(None)
+    in_memory.set_limit("a", MBIT)
+    in_memory.reload_limits()
+    assert in_memory.limit_of("a") == MBIT
+
+
+@pytest.mark.parametrize("content", ['{"a": "50M"}', '{"a": true}', '{"a": 99999}', '{"a": 1e6}', '{"a": -1}', '{"a": null}', "[]", "{"])
+def test_a_corrupt_file_of_limits_is_a_sentence_and_changes_nothing(tmp_path: Path, open_store: OpenStore, content: str) -> None:
+    path = tmp_path / "map.json"
+    store, limits = open_store(path), Path(f"{path}.limits")
+    store.set_limit("a", MBIT)
+    limits.write_text('{"a": 2000000, "b": 0}')
+    with pytest.raises(tun6.RequestError, match=r"map\.json\.limits was edited.*kill -HUP"):
+        store.set_limit("c", MBIT)
+    store.reload_limits()
+    assert [store.limit_of(id_) for id_ in "abc"] == [2 * MBIT, 0, None]
+    limits.write_text(content)
+    named = "the limit is neither 0" if "a" in content else "not a file of limits"
+    with pytest.raises(tun6.ConfigError, match=f"^{limits}.*{named}"):
+        store.reload_limits()
+    assert [store.limit_of(id_) for id_ in "abc"] == [2 * MBIT, 0, None]
+    store.close()
+    with pytest.raises(tun6.ConfigError, match=named):
+        tun6.AssignmentStore(tun6.PrefixPool(POOL), str(path))
+    limits.unlink()
+    assert open_store(path).limit_of("a") is None  # the failure has released the lock
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
@@ -4209,6 +4461,39 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
             f"this kernel refuses its {kind} frames, so it is not offered {kind} again; `offload = {setting}` in config.ini does so"
             " from the start"
         )
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("bits", [100_000, 100_000 * MBIT])
+def test_what_a_limited_peer_sends_reaches_the_tun_as_it_is(monkeypatch: pytest.MonkeyPatch, bare: bool, bits: int) -> None:
+    packets, written = [packet(bytes([number]) * 20) for number in range(5)], cast("list[bytes]", [])
+
+    def write(frame: Bytes) -> int:
+        written.append(bytes(frame))
+        if len(written) == len(packets):
+            far.close()
+        return len(frame)
+
+    def pull(read: object, most: int) -> list[memoryview]:
+        if far.fileno() < 0:
+            raise EOFError
+        with suppress(BlockingIOError):
+            near.recv(1, socket.MSG_DONTWAIT)
+            return frames.pop(0)
+        return []
+
+    frames = [[memoryview(each if bare else PLAIN + each) for each in packets[at : at + 2]] for at in range(0, 5, 2)]
+    monkeypatch.setattr(os, "writev", lambda fd, parts: write(b"".join(parts)))
+    tun, deframer, traffic, queue = mock.Mock(), mock.Mock(), tun6.TrafficCounters(), tun6.ReceiveQueue()
+    tun.file.write, deframer.push.return_value, deframer.pull = write, [], pull
+    queue.set_limit(tun6.RateLimit(bits))
+    near, far = socket.socketpair()
+    far.send(b"...")  # behind them the socket is silent, and what waits must pass all the same
+    with near, gevent.Timeout(20), pytest.raises(EOFError):
+        tun6.pump_tcp_to_tun(near.fileno(), mock.Mock(), tun, deframer, b"", bare, traffic, queue)
+    assert written == [PLAIN + each for each in packets]
+    assert (traffic.received_packets, traffic.received) == (5, sum(map(len, packets)) + 50 * (not bare))
+    assert traffic.all_dropped == 0
 
 
 def test_those_that_move_much_take_turns_and_the_others_do_not_wait_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5233,7 +5518,7 @@ def status_by_hand(clients: int, id_: str = "{:02x}:22:33:44:55:66") -> dict[str
                 "peer": f"192.0.2.{number % 256} port {number}", "device": f"tun6-{number}", "seconds": number * 977, "tls": True,
                 "received": number**4, "sent": number**3, "received_packets": number, "sent_packets": number, "round_trip": number / 1e4,
                 "rates": {"received_bits": number**3, "sent_bits": number, "received_packets": 1, "sent_packets": 1},
-                "drops": {"not taken": number}, "congestion": "bbr",
+                "drops": {"not taken": number}, "congestion": "bbr", "limit": number % 3 * 12_500_000 or None,
             },
         }
         for number in range(clients)
@@ -5243,7 +5528,7 @@ def status_by_hand(clients: int, id_: str = "{:02x}:22:33:44:55:66") -> dict[str
         "side": "server", "state": "up", "version": "1", "seconds": 277_500, "listens": "0.0.0.0 port 1", "pool": str(POOL), "free": 1,
         "sessions": clients, "assignments": clients, "latency": {"p99": 0.0021}, "queued": 5, "received": 10**9, "sent": 1, "rates": rates,
         "received_packets": 7, "sent_packets": 8, "drops": {"multicast": 3}, "handshakes": {"denied": 2}, "certificate": None,
-        "warnings": ["a warning that is <b>long</b> " * 9], "clients": entries,
+        "warnings": ["a warning that is <b>long</b> " * 9], "clients": entries, "limit": None,
     }  # fmt: skip
 
 
@@ -5299,6 +5584,35 @@ def test_what_others_said_can_not_steer_the_terminal() -> None:
     status = status_by_hand(2, "\x1b[31mred\x07{}\n")
     status["warnings"] = ["\x1b]0;title\x07"]
     assert all(line.isprintable() for line in tun6.format_status(status, 80))
+
+
+@pytest.mark.parametrize("text", ["100k", "999.999k", "1M", "2.5M", "12.5M", "50M", "1G", "1.000000001G", "100G"])
+def test_a_limit_is_shown_as_it_is_written(text: str) -> None:
+    assert tun6.format_limit(tun6.parse_rate(text)) == text
+
+
+def test_limits_are_in_the_status_where_there_are_any() -> None:
+    lines = tun6.format_status({**status_by_hand(3), "limit": 50 * MBIT}, 200)
+    assert any(line.endswith("prefixes free, each limited to 50M") for line in lines)
+    table = lines[lines.index("") + 1 :]
+    column = table[0].index("limit")
+    assert [line[column:].split()[0] for line in table[1:]] == ["none", "12.5M", "25M"]
+    assert not any("limited" in line for line in tun6.format_status(status_by_hand(3), 200))
+
+
+def test_only_a_known_id_is_limited_and_to_a_rate_that_makes_sense(open_store: OpenStore) -> None:
+    store, told = open_store(None), cast("list[str]", [])
+    handler = tun6.AdminRequestHandler(store, [], {}, lambda *_: None, apply_limit=told.append)
+    store.assign("a")
+    for rate, limit in {"50M": 50 * MBIT, "none": 0, "2.5M": 2_500_000, "default": None}.items():
+        assert handler.limit("a", rate)["limit"] == store.limit_of("a") == limit
+    assert told == ["a"] * 4
+    for rate in ("", "50", "50 M", "50m", "99k", "101G", "-5M", "1e3k", "None", "5\u0664M"):
+        with pytest.raises(tun6.RequestError, match=f"^limit {re.escape(rate)}: it must be bits a second.*2.5M.*; or none, or default"):
+            handler.limit("a", rate)
+    with pytest.raises(tun6.RequestError, match=r"^'b' is not known; `clients list` shows who is$"):
+        handler.limit("b", "50M")
+    assert (store.limit_of("a"), store.limit_of("b"), len(told)) == (None, None, 4)
 
 
 @pytest.mark.parametrize(
@@ -5405,6 +5719,7 @@ def test_metrics_are_what_prometheus_reads_and_an_id_is_a_label_whatever_it_is()
         ("tun6_loop_latency_seconds_sum", {}, 0.006), ("tun6_client_bytes_total", {"id": HOSTILE.format(2), "direction": "sent"}, 8),
         ("tun6_client_dropped_packets_total", {"id": HOSTILE.format(2)}, 2),
         ("tun6_client_round_trip_seconds", {"id": HOSTILE.format(1)}, 1e-4),
+        ("tun6_client_limit_bits", {"id": HOSTILE.format(1)}, 12_500_000),
     ):  # fmt: skip
         assert found[name, tuple(sorted(labels.items()))] == value, name
     assert ("process_open_fds", ()) in found
@@ -5723,7 +6038,9 @@ def test_the_address_that_clients_add_prints_is_the_operators_or_the_kernels() -
 def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_existed(machine: FileRoot) -> None:
     config = machine.here / "config.ini"
     settings = {**SERVER, "assignments": "who.json", "keys": "keys.json", "cert": "cert.pem"}
-    for name, text in (("who.json", '{"a": "2001:db8:1:2::/64"}'), ("who.json.bak", "{}"), ("keys.json", "{}")):
+    for name, text in (
+        ("who.json", '{"a": "2001:db8:1:2::/64"}'), ("who.json.bak", "{}"), ("who.json.limits", '{"a": 1000000}'), ("keys.json", "{}"),
+    ):  # fmt: skip
         (machine.here / name).write_text(text)
     make_certificate(machine.here / "cert.pem")
     inode = (machine.here / "who.json").stat().st_ino
@@ -5737,7 +6054,7 @@ def test_install_moves_what_a_server_has_and_refuses_to_begin_empty_where_any_ex
         assert "in use by another tun6 server" in machine.install("server", status=2)[0]
     said = machine.install("server")
     state = machine.root / "var/lib/tun6"
-    assert sorted(os.listdir(state)) == ["cert.pem", "keys.json", "who.json", "who.json.bak"]
+    assert sorted(os.listdir(state)) == ["cert.pem", "keys.json", "who.json", "who.json.bak", "who.json.limits"]
     assert (state / "who.json").stat().st_ino == inode
     assert sorted(os.listdir(machine.here)) == ["config.ini", "who.json.lock"]
     assert machine.config("server")["assignments"] == "/var/lib/tun6/who.json"
@@ -5850,7 +6167,7 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "assignments": None, "congestion": "auto", "offload": "auto", "tun": "tun6-%d", "mtu": 1500, "max_clients": 1000, "cert": None,
         "keys": None, "keys_required": True, "link": "auto", "control": "/run/tun6/server.sock", "new_ids_per_hour": 0,
         "client_to_client": True, "documentation_addresses": True, "address": None, "fingerprint": (), "hook": None, "ndp": None,
-        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35,
+        "log": "text", "metrics": None, "metrics_clients": False, "dead_after": 35, "limit": None,
         "store": None, "store_cache": "store-cache.json", "name": "",
         "file": path,
     }  # fmt: skip
@@ -5894,6 +6211,9 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("client", "log", "json", "json"),
         ("client", "metrics", "127.0.0.1:10116", ("127.0.0.1", 10116)),
         ("server", "metrics", "[2001:db8::1]:1", ("2001:db8::1", 1)),
+        ("server", "limit", "50M", 50_000_000),
+        ("server", "limit", "1.5G", 1_500_000_000),
+        ("server", "limit", "100k", 100_000),
     ],
 )
 def test_good_values_are_taken_without_their_comments(section: str, key: str, text: str, value: object, tmp_path: Path) -> None:
@@ -5936,6 +6256,10 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[(section, "metrics", text, "127.0.0.1:10116") for section in REQUIRED for text in ("10116", ":1", "::1:1", "[1.2.3.4]:1", "a:1")],
         *[("server", "metrics", text, "127.0.0.1:10116") for text in ("127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1", "[::1%lo]:1")],
         ("server", "log", "xml", "text or json"),
+        *[
+            ("server", "limit", text, "from 100k to 100G")
+            for text in ("50", "50m", "50 M", "50Mbit", "0M", "99.9k", "100.1G", "-1M", ".5M")
+        ],
         # An indented line is a part of the value above it.
         *[(section, key, f"{value}\n  mtu = 1400", "") for section in REQUIRED for key, value in REQUIRED[section].items()],
         ("server", "assignments", "a.json\n  mtu = 1400", ""),
@@ -9738,7 +10062,7 @@ def test_an_open_server_gets_keys_without_a_cut(lab: Lab, site: Site) -> None:
 
     key = site.clients("add", "old")["key"]  # its session goes on until the client is told
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("INFO keys and certificate read anew")
+    server.wait_for("INFO keys, limits and certificate read anew")
     ping(lab, "client", count=1)
     assert "gone, " not in server.log()
     assert site.tunnel.refusal("old")["Error"] == "tls-required"
@@ -9775,7 +10099,7 @@ def test_sighup_reads_keys_and_certificate_anew_and_ends_only_who_may_not_come_i
     certificate = make_certificate(site.cert)
     assert site.answer("added", added)["Error"] == "denied"
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("INFO keys and certificate read anew")
+    server.wait_for("INFO keys, limits and certificate read anew")
     for id_ in ("removed", "revoked", "has another key"):
         assert peers[id_].ended() == "closed"
         server.wait_for(f"'{id_}' from .*: gone, its key was taken away;")
@@ -10151,6 +10475,74 @@ def test_with_log_json_each_line_is_an_object_with_its_fields_in_order(lab: Lab,
         "CRITICAL",
         f"can't listen on 192.0.2.77 port {tunnel.port}: Cannot assign requested address",
     )
+
+
+@contextmanager
+def flood_between(lab: Lab, source: str, sink: str, address: str) -> Iterator[Callable[[], int]]:
+    """Meanwhile UDP goes to this address of the sink, several Mbit/s; yields what tells how many bytes of packets came so far."""
+    with socket_on(lab, source) as sender, socket_on(lab, sink) as receiver:
+        receiver.bind((address, 0))
+        target, came = receiver.getsockname()[:2], 0
+
+        def send() -> None:
+            for _ in range(5):
+                with suppress(OSError):
+                    sender.sendto(bytes(1200), target)
+
+        def count_bytes() -> int:
+            nonlocal came
+            with suppress(BlockingIOError):
+                while receiver.recv(2000, socket.MSG_DONTWAIT):
+                    came += 1248
+            return came
+
+        with repeated(send, 0.01):
+            yield count_bytes
+
+
+@pytest.mark.waits
+def test_a_client_gets_no_more_than_its_limit_each_way_and_the_limit_can_be_changed_while_it_runs(lab: Lab, site: Site) -> None:
+    server = site.serve(keys=None, cert=None, limit="300k")
+    client = site.tunnel.client(id="a")
+    address = str(client.prefix()[1])
+
+    def check(bits: int, seconds: float = 3) -> None:
+        """No more comes through than that, both ways at once."""
+        with flood_between(lab, "client", "internet", Lab.INTERNET) as up, flood_between(lab, "internet", "client", address) as down:
+            wait_until("something comes each way", lambda: up() and down())
+            began, before = time.monotonic(), (up(), down())
+            time.sleep(seconds)
+            came = up() - before[0], down() - before[1]
+            most = bits / 8 * (time.monotonic() - began + tun6.CATCH_UP_S + tun6.PAUSE_MAX_S) + tun6.PACKET_MAX
+        assert 0 < min(came) <= max(came) <= most, (came, most)
+
+    assert site.of("a")["limit"] is None
+    assert site.of("a")["session"]["limit"] == 300_000
+    check(300_000)
+    transfer(lab, "client", "internet", Lab.INTERNET, 20_000)
+    transfer(lab, "internet", "client", address, 20_000)
+    ping(lab, "client", count=3)
+    assert site.clients("limit", "a", "1M")["session"]["limit"] == 1_000_000
+    check(1_000_000, 1)
+    Path(f"{site.assignments}.limits").write_text('{"a": 200000}')
+    assert "was edited and is not read yet" in site.complaint("limit", "a", "none")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("INFO limits read anew")
+    assert (site.of("a")["limit"], site.of("a")["session"]["limit"]) == (200_000, 200_000)
+    site.clients("limit", "a", "none")
+    began = time.monotonic()
+    transfer(lab, "client", "internet", Lab.INTERNET, 2_000_000)
+    transfer(lab, "internet", "client", address, 2_000_000)
+    assert time.monotonic() - began < 2 * 2_000_000 * 8 / 300_000 / 2  # half of what it would take at the limit
+    assert "gone, " not in server.log()
+    server.stop()
+    site.serve(keys=None, cert=None, limit="300k")
+    client.prefix(times=2)
+    assert (site.of("a")["limit"], site.of("a")["session"]["limit"]) == (0, None)
+    site.clients("limit", "a", "default")
+    assert (site.of("a")["limit"], site.of("a")["session"]["limit"]) == (None, 300_000)
+    lines = run_tun6("clients", "-c", str(site.config), "limit", "a", "2.5M").stdout
+    assert ", limited to 2.5M, connected for " in lines
 
 
 # ---- end to end: LAN -------------------------------------------------------------------------------------------------
@@ -14898,7 +15290,7 @@ def check_crashes(machine: Machine) -> None:
 def check_reload_and_bad_configuration(machine: Machine) -> None:
     pid = machine.show("server", "MainPID")
     machine.run("systemctl", "reload", "tun6-server")
-    wait_until("the reload", lambda: "keys and certificate read anew" in machine.journal(), 10)
+    wait_until("the reload", lambda: "keys, limits and certificate read anew" in machine.journal(), 10)
     assert (machine.show("server", "MainPID"), machine.show("server", "ActiveState")) == (pid, "active")
     machine.sh("cp -p /etc/tun6/config.ini /root/kept; sed -i 's/^listenport = .*/listenport = x/' /etc/tun6/config.ini")
     assert "failed" in machine.run("systemctl", "restart", "tun6-server", status=1)

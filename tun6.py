@@ -750,6 +750,14 @@ FLOWS_MAX = 1024  # flows that have a queue of their own; Linux's fq_codel has a
 SEND_QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
 SHARED_BUFFER_MAX = 64 << 20  # bytes that may wait for all connections
 FRAME_COST = 150  # bytes of memory that a waiting frame takes beside its own: bytearray, tuple, float
+LARGE_FRAMES_BITS = 100_000_000  # bits/s: with a limit below that a peer gets and is offered no large packets, which take 5 ms and more
+CATCH_UP_S, BURST_S = 0.05, 0.005  # of a limit that was not used make up for a late event loop, and that are left after idleness
+SPARSE_FLOWS_MAX = 16  # of the flows whose turn is next, among which a sparse one is looked for
+PAUSE_MAX_S = 0.1  # until it is looked again whether something may pass: the limit may have been changed
+HELD_S, HELD_MIN = 0.2, 128 << 10  # of what comes from a limited peer, so many seconds of its limit or bytes may wait
+READ_GAIN, READ_MIN = 4, 10_000_000  # times its limit, or bits/s, that a limited peer is read at: TCP sends twice as much in slow start,
+#                                      and what fills the peer's own socket, 300 KB on a LAN, holds up its other packets
+DRAIN_S = 1.0  # in which it is read without that after a change: what its socket held would take minutes, and TCP would give up
 
 
 class FlowQueue:
@@ -797,7 +805,7 @@ class FqCodelQueue:
         shared: SharedBuffer | None = None,
     ) -> None:
         """`limit` is the number of bytes that may wait here, `shared` bounds them together with those of other queues."""
-        self._target, self._interval, self._limit = target, interval, limit
+        self._target, self._interval, self.limit = target, interval, limit
         self._shared = shared or SharedBuffer(8 * limit)
         self._flows: dict[bytes | int, FlowQueue] = {}
         self._new: deque[FlowQueue] = deque()
@@ -821,7 +829,7 @@ class FqCodelQueue:
         self._shared.free -= len(frame) + FRAME_COST
         self.frames += 1
         self._longest = max(self._longest, flow.bytes)
-        while self.bytes > min(self._limit, self._shared.free):
+        while self.bytes > min(self.limit, self._shared.free):
             self._take(self._find_long_flow(flow))
             self.dropped += 1
 
@@ -851,6 +859,15 @@ class FqCodelQueue:
             return frame
         self._longest = 0
         self._long.clear()
+        return None
+
+    def pop_sparse(self, now: float) -> bytearray | None:
+        """Like `pop`, but only a frame of a flow that has not used up its quantum, of which no flow gets a new one."""
+        for flow in (*itertools.islice(self._new, SPARSE_FLOWS_MAX), *itertools.islice(self._old, SPARSE_FLOWS_MAX)):
+            frame = self._codel(flow, now) if flow.frames and flow.deficit > 0 else None
+            if frame is not None:
+                flow.deficit -= len(frame)
+                return frame
         return None
 
     def clear(self) -> None:
@@ -948,6 +965,63 @@ class FqCodelQueue:
         return False
 
 
+def count_bytes(frame: bytearray | memoryview) -> int:
+    """Returns how many bytes the IPv6 packets have that a frame with offload header is: each segment of a large one has all headers."""
+    length, kind = len(frame) - OFFLOAD_HEADER.size, frame[1]
+    if kind == GSO_NONE:
+        return length
+    size, headers = cast("tuple[int, int]", OFFLOAD_HEADER.unpack_from(frame)[3:5])
+    data_offset = OFFLOAD_HEADER.size + headers + 12  # where TCP says how long its header is, RFC 9293 section 3.1
+    if kind == GSO_UDP_L4:
+        headers += UDP_HEADER
+    elif data_offset < len(frame):
+        headers += frame[data_offset] >> 4 << 2
+    return length + max((length - headers - 1) // size, 0) * headers
+
+
+class RateLimit:
+    """Lets frames leave a queue at no more than a rate, without bursts.
+
+    The size of a frame is known only when it leaves. Therefore it leaves as soon as the time of those before it is over, and its own
+    time runs afterwards. That of a large one may be long, 0.5 s at 1 Mbit/s, in which frames of sparse flows leave in advance.
+    """
+
+    def __init__(self, bits_per_s: int) -> None:
+        """`bits_per_s` are those of IPv6 packets."""
+        self.bits_per_s = bits_per_s
+        self._seconds_per_byte = 8 / bits_per_s
+        self._advance_s = PACKET_MAX * self._seconds_per_byte
+        self._free_at = -math.inf  # when the time of all that has left is over
+        self._slack_s = BURST_S
+
+    def pop(self, queue: FqCodelQueue, now: float) -> bytearray | None:
+        """Removes and returns the frame of the queue that may leave now, None when none may or there is none."""
+        ahead = self._free_at - now
+        frame = queue.pop(now) if ahead <= 0 else queue.pop_sparse(now) if ahead <= self._advance_s else None
+        if frame is not None:
+            self._free_at = max(self._free_at, now - self._slack_s) + count_bytes(frame) * self._seconds_per_byte
+            self._slack_s = CATCH_UP_S
+        elif ahead <= 0:
+            self._slack_s = BURST_S
+        return frame
+
+    def admits(self, size: int, now: float) -> bool:
+        """Returns whether packets of so many bytes, before which nothing waits, may leave together; then they count."""
+        end = max(self._free_at, now - self._slack_s) + size * self._seconds_per_byte
+        if end > now:
+            return False
+        self._free_at = end
+        return True
+
+    def take_back(self, size: int) -> None:
+        """Lets bytes that were admitted, and for which the connection had no room, count only when they leave."""
+        self._free_at -= size * self._seconds_per_byte
+
+    def pause(self, now: float) -> float:
+        """Returns after how many seconds to call `pop` again, 0 at once."""
+        return min(max(self._free_at - now, 0.0), PAUSE_MAX_S)
+
+
 class SendQueue:
     """What goes to one peer. While the connection takes everything nothing waits; when it does not, frames wait in an FqCodelQueue."""
 
@@ -967,6 +1041,9 @@ class SendQueue:
         """
         self._write, self._bare, self._encrypt, self._clock, self._whole_batches = write, bare, encrypt, clock, whole_batches
         self._queue = FqCodelQueue(shared=shared)
+        self._limit: RateLimit | None = None
+        self._pop: Callable[[float], bytearray | None] = self._queue.pop  # or what the limit lets pass of that
+        self._direct = whole_batches  # whether what finds nothing waiting is written without the queue
         self._partial = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # whether something waits for the connection
 
@@ -978,6 +1055,22 @@ class SendQueue:
     def pace(self, write: Write) -> None:
         """From now on uses this paced writer."""
         self._write, self._whole_batches = write, not self._encrypt
+        self.set_limit(self._limit)
+
+    def set_limit(self, limit: RateLimit | None) -> None:
+        """From now on sends only what this limit permits; the rest goes through the queue. None: there is no limit."""
+        self._limit = limit
+        self._pop = functools.partial(limit.pop, self._queue) if limit else self._queue.pop
+        self._direct = self._whole_batches and not limit
+
+    @property
+    def takes_large(self) -> bool:
+        """Whether datagrams may be coalesced."""
+        return not self._limit or self._limit.bits_per_s >= LARGE_FRAMES_BITS
+
+    def pause(self) -> float:
+        """Returns for how many seconds the limit lets nothing pass, 0 when what waits, waits for the connection."""
+        return self._limit.pause(self._clock()) if self._limit and not self._partial else 0.0
 
     def close(self) -> None:
         """Discards all that waits."""
@@ -985,8 +1078,8 @@ class SendQueue:
 
     def send(self, frames: memoryview, ends: list[int]) -> None:
         """Takes frames, each with its offload header, that lie one behind the other; `ends` are the places where they end."""
-        taken = 0
-        if not self.blocked and self._whole_batches:
+        taken, admitted = 0, False
+        if not self.blocked and (self._direct or (admitted := self._is_admitted(frames, ends))):
             if self._bare:
                 taken = self._send_each(frames, ends)
             elif self._encrypt:
@@ -999,6 +1092,8 @@ class SendQueue:
             if taken == len(ends) and not self._partial:
                 return
         self.blocked = True
+        if admitted and self._limit:
+            self._limit.take_back(self._count_bytes(frames, ends, taken))
         now = self._clock()
         begin = ends[taken - 1] if taken else 0
         for end in ends[taken:]:
@@ -1016,11 +1111,22 @@ class SendQueue:
                 return
         self.blocked = self._queue.frames > 0
 
+    def _is_admitted(self, frames: memoryview, ends: list[int]) -> bool:
+        """Returns whether a batch may be written whole although there is a limit."""
+        if not (self._limit and self._whole_batches):
+            return False
+        return self._limit.admits(self._count_bytes(frames, ends), self._clock())
+
+    @staticmethod
+    def _count_bytes(frames: memoryview, ends: list[int], first: int = 0) -> int:
+        """Returns how many bytes the packets of a batch have, from a certain frame on."""
+        return sum(count_bytes(frames[begin:end]) for begin, end in list(zip([0, *ends], ends))[first:])
+
     def _take_next(self, now: float) -> bool:
         """Takes the next few frames from the queue; only few, as what waits behind them could become more urgent."""
         frames: list[bytearray] = []
         size = 0
-        while size < FLUSH_BYTES and (frame := self._queue.pop(now)) is not None:
+        while size < FLUSH_BYTES and (frame := self._pop(now)) is not None:
             frames.append(frame)
             size += len(frame)
             if self._bare:
@@ -1052,6 +1158,72 @@ class SendQueue:
                 return number + begun
             begin = end
         return len(ends)
+
+
+def read_rate(bits_per_s: float) -> float:
+    """Returns the bits/s at which a peer with this limit is read at most."""
+    return max(bits_per_s * READ_GAIN, READ_MIN)
+
+
+class ReceiveQueue:
+    """What has come from one peer that is limited, and may not pass yet.
+
+    It is managed as the send queue is: CoDel slows down who sends too much, whatever the peer's own queues are like, and a sparse flow
+    does not wait. Who does not slow down is read no faster than at `read_rate`, so that TCP holds up the rest at the peer.
+    """
+
+    def __init__(self, shared: SharedBuffer | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`shared` is that of FqCodelQueue."""
+        self._clock = clock
+        self._queue = FqCodelQueue(shared=shared)
+        self._limit: RateLimit | None = None
+        self._read_at = self._drained_at = 0.0  # when to read again; until when everything is read
+        self.active = False  # whether frames must go through it
+
+    @property
+    def dropped(self) -> int:
+        """Number of packets that the queue dropped."""
+        return self._queue.dropped
+
+    def set_limit(self, limit: RateLimit | None) -> None:
+        """From now on frames leave it as this limit permits. None: there is no limit."""
+        self._limit, self._read_at = limit, 0.0
+        if limit:
+            self._queue.limit = min(max(int(limit.bits_per_s / 8 * HELD_S), HELD_MIN), SEND_QUEUE_MAX)
+            self._drained_at = self._clock() + DRAIN_S
+            self.active = True
+
+    def may_read(self, now: float) -> bool:
+        """Returns whether the socket may be read."""
+        return now >= self._read_at
+
+    def push(self, frames: Sequence[memoryview], bare: bool, now: float) -> Sequence[memoryview]:
+        """Adds frames, or with `bare` packets, that have just come. Returns those of them that may pass at once: all or none."""
+        if self._limit and now >= self._drained_at:
+            pause = sum(map(len, frames)) * 8 / read_rate(self._limit.bits_per_s)
+            self._read_at = max(self._read_at, now - CATCH_UP_S) + pause
+        if self._limit and not self._queue.frames and self._limit.admits(sum(map(len if bare else count_bytes, frames)), now):
+            return frames
+        for frame in frames:
+            self._queue.push(bytearray(EMPTY_OFFLOAD_HEADER + frame if bare else frame), now)
+        return ()
+
+    def pop(self, now: float) -> bytearray | None:
+        """Removes and returns the frame that may pass now, None when none may or there is none."""
+        if self._limit:
+            return self._limit.pop(self._queue, now)
+        frame = self._queue.pop(now)
+        self.active = frame is not None
+        return frame
+
+    def pause(self, now: float) -> float | None:
+        """Returns after how many seconds a frame may pass or the socket be read that must wait for that now, None when none must."""
+        pauses = [self._limit.pause(now) if self._limit else 0.0] if self._queue.frames else []
+        return min(pauses if self.may_read(now) else [*pauses, min(self._read_at - now, PAUSE_MAX_S)], default=None)
+
+    def close(self) -> None:
+        """Discards all that waits."""
+        self._queue.clear()
 
 
 # ---- network plans ---------------------------------------------------------------------------------------------------
@@ -1172,6 +1344,18 @@ BACKUP_S = 86_400  # between two backups of the assignments, at most
 METRIC_MAX = 2_147_483_647  # of the route of a session with an epoch: the largest value of the kernel and of BGP that BIRD's filters take
 CONTENTION_TAKEOVERS, CONTENTION_WINDOW_S = 3, 60  # so many takeovers of one Id in so many seconds mean that two clients have it
 TAKEOVERS_MAX = 1000  # Ids whose takeovers are remembered before those that are too old to matter are forgotten
+LIMIT_MIN, LIMIT_MAX = 100_000, 100_000_000_000  # bits/s that a client can be limited to
+LIMITS_SUFFIX = ".limits"  # of the file beside the assignments
+RATE_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}  # of the SI
+
+
+def parse_rate(text: str) -> int:
+    """Returns the bits/s that a text such as 50M means. Raises ValueError, which completes a sentence with "it"."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([kMG])", text)
+    rate = round(float(found[1]) * RATE_UNITS[found[2]]) if found else 0
+    if not LIMIT_MIN <= rate <= LIMIT_MAX:
+        raise ValueError("must be bits a second, from 100k to 100G, such as 2.5M, 50M or 1G")
+    return rate
 
 
 class GroupCommit(Generic[T, R]):
@@ -1332,6 +1516,62 @@ class JsonFile:
             os.close(folder)
 
 
+class EditedFile(JsonFile):
+    """A JsonFile that people may edit while a server runs: what they wrote is never replaced before it is read."""
+
+    _read_version: tuple[int, ...] = ()  # of the file that was read last
+
+    def read(self, parse: Callable[[str, Any], T]) -> dict[str, T]:
+        """Returns the entries, each by `parse`. Raises ConfigError, also that of `parse`."""
+        version = self.version()
+        entries = {id_: parse(id_, value) for id_, value in self.load()}
+        self._read_version = version
+        return entries
+
+    def save(self, entries: dict[str, Any]) -> None:
+        """As JsonFile does. Raises RequestError when somebody has edited the file, and StorageError."""
+        if self.version() not in ((), self._read_version):  # where there is no file, a save that fails says it better
+            raise RequestError(f"{self.path} was edited and is not read yet; tell the server to (`kill -HUP`), and try again")
+        super().save(entries)
+        self._read_version = self.version()
+
+
+class LimitStore:
+    """Which Ids have a limit of their own, in memory and, with a path, in a JSON file {"<id>": <bits a second>, ...}."""
+
+    def __init__(self, path: str | None) -> None:
+        """Reads the file. Raises ConfigError, which names the wrong entry."""
+        self._file = EditedFile(path, "limits", 0o644) if path else None
+        self._limits: dict[str, int] = {}
+        self._changing = gevent.lock.RLock()
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads the file again. Raises ConfigError; then the limits stay as they were."""
+        if self._file:
+            with self._changing:
+                self._limits = self._file.read(self._parse)
+
+    def find(self, id_: str) -> int | None:
+        """Returns the Id's own limit in bits/s, 0 when it is to have none, None when that of all others is its, too."""
+        return self._limits.get(id_)
+
+    def set(self, id_: str, bits_per_s: int | None) -> None:
+        """Sets what `find` returns, and saves it. Raises RequestError, StorageError; then nothing has changed."""
+        with self._changing:
+            limits = {**self._limits, id_: bits_per_s}
+            kept = {each: limit for each, limit in limits.items() if limit is not None}
+            if self._file and kept != self._limits:
+                self._file.save(kept)
+            self._limits = kept
+
+    def _parse(self, id_: str, value: Any) -> int:
+        if type(value) is not int or not (value == 0 or LIMIT_MIN <= value <= LIMIT_MAX):
+            assert self._file
+            raise self._file.entry_error(id_, f"the limit is neither 0 (none) nor bits a second from {LIMIT_MIN} to {LIMIT_MAX}")
+        return value
+
+
 @dataclass(frozen=True)
 class Claim:
     """A client that is to be served: what it says, and how to reach its session. `end` and `on_epoch` are called in the event loop."""
@@ -1430,6 +1670,17 @@ class Store:
         """Returns the times, by time.monotonic(), of the Id's last takeovers from sessions that lived: at most CONTENTION_TAKEOVERS."""
         raise NotImplementedError
 
+    def limit_of(self, id_: str) -> int | None:
+        """Returns the Id's own limit in bits/s each way, 0 when it is to have none, None when that of all others is its, too."""
+        return None
+
+    def set_limit(self, id_: str, bits_per_s: int | None) -> None:
+        """Sets what `limit_of` returns, and saves it. Raises RequestError, StorageError; then nothing has changed."""
+        raise RequestError("this store has no limits of single Ids; `limit` in config.ini is for all")
+
+    def reload_limits(self) -> None:
+        """Reads limits that somebody has edited. Raises ConfigError; then they stay as they were."""
+
     def holder(self, id_: str) -> str | None:
         """Returns the name of another server that has a session of this Id, as far as it is known here."""
         return None
@@ -1449,6 +1700,8 @@ class AssignmentStore(Store):
     One process at a time may use the file. The lock is on `<path>.lock`, as `<path>` itself is replaced by each save. The last good
     copy, `<path>.bak`, is made before each change of several entries and at the first change in BACKUP_S. A file that is empty beside
     such a copy has been lost by accident: all clients would be renumbered.
+
+    The limits of single Ids are in a file of their own beside it, `<path>.limits`, as older versions don't know them.
     """
 
     def __init__(
@@ -1473,10 +1726,12 @@ class AssignmentStore(Store):
         self._backed_up = -math.inf  # time of the last backup
         self._changing: dict[str, gevent.event.Event] = {}  # by Id, set when the change is done
         self._saves = GroupCommit(self._save_batch)
+        self._limits = LimitStore(None)
         if self._file:
             self._lock = self._lock_file(self._file.path) if lock else None
             try:
                 self._load(self._file)
+                self._limits = LimitStore(f"{self._file.path}{LIMITS_SUFFIX}")
             except ConfigError:
                 self.close()
                 raise
@@ -1485,6 +1740,18 @@ class AssignmentStore(Store):
     def path(self) -> Path | None:
         """Path of the file, without symbolic links."""
         return self._file.path if self._file else None
+
+    def limit_of(self, id_: str) -> int | None:
+        """Returns the Id's own limit in bits/s each way, 0 when it is to have none, None when that of all others is its, too."""
+        return self._limits.find(id_)
+
+    def set_limit(self, id_: str, bits_per_s: int | None) -> None:
+        """Sets what `limit_of` returns, and saves it. Raises RequestError, StorageError; then nothing has changed."""
+        self._limits.set(id_, bits_per_s)
+
+    def reload_limits(self) -> None:
+        """Reads the file of limits again. Raises ConfigError; then they stay as they were."""
+        self._limits.reload()
 
     @property
     def backup(self) -> Path | None:
@@ -1713,9 +1980,8 @@ class KeyStore(Keys):
 
     def __init__(self, path: str) -> None:
         """Reads the file. Raises ConfigError, which names the wrong entry."""
-        self._file = JsonFile(path, "keys", SECRET_MODE)
+        self._file = EditedFile(path, "keys", SECRET_MODE)
         self._entries: dict[str, KeyEntry] = {}
-        self._version: tuple[int, ...] = ()  # of the file that the entries are from
         self._changing = gevent.lock.RLock()
         self.reload()
 
@@ -1727,10 +1993,9 @@ class KeyStore(Keys):
     def reload(self) -> None:
         """Reads the file again. Raises ConfigError; then the entries stay as they were."""
         with self._changing:
-            version = self._file.version()
             if self._entries and not self.path.exists():
                 raise ConfigError(f"{self.path} is not there any more; put it back, or an empty one in its place to keep everybody out")
-            self._entries, self._version = {id_: self._parse(id_, value) for id_, value in self._file.load()}, version
+            self._entries = self._file.read(self._parse)
 
     def _parse(self, id_: str, value: Any) -> KeyEntry:
         fields = dict(value) if isinstance(value, list) and all(isinstance(item, tuple) for item in value) else {}
@@ -1752,11 +2017,9 @@ class KeyStore(Keys):
 
     def _change(self, id_: str, entry: KeyEntry) -> None:
         with self._changing:
-            if self._file.version() not in ((), self._version):  # where there is no file, a save that fails says it better
-                raise RequestError(f"{self.path} was edited and is not read yet; tell the server to (`kill -HUP`), and try again")
             entries = {**self._entries, id_: entry}
             self._file.save(encode_keys(entries))
-            self._entries, self._version = entries, self._file.version()
+            self._entries = entries
 
 
 # ---- cluster rules ---------------------------------------------------------------------------------------------------
@@ -2615,6 +2878,9 @@ LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs nei
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
 UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR counts the connection as application-limited
 PACING_UPDATE_S = 0.05  # between two computations of that
+RECEIVE_S = 0.05  # of what is read from a limited peer, besides a round trip, its receive buffer holds so many seconds
+RECEIVE_MIN, RECEIVE_MAX = 16 << 10, 1 << 20  # bytes, bounds of that; what is larger is left to the kernel
+SO_BUF_LOCK = 72  # asm-generic/socket.h; since Linux 5.14
 RECORD_DATA_MAX = 16 << 10  # bytes of data in a TLS record: RFC 8446 section 5.1
 RECORD_HEADER = 5  # bytes, the last two are the length of the record
 RECORD_MAX = 17 << 10  # bytes, more than a TLS record with its header: RFC 8446 section 5.2
@@ -3113,6 +3379,22 @@ def choose_congestion_control(sock: socket.socket, controls: CongestionControls)
     return lan
 
 
+def bound_receive_buffer(sock: socket.socket, bits_per_s: int | None) -> None:
+    """Bounds what waits in the receive buffer of a peer that is limited, and with it what waits in its send buffer. Raises OSError.
+
+    TCP needs a round trip's worth of window. The kernel doubles SO_RCVBUF, of which at least half is window, the rest its own costs.
+    """
+    round_trip_s = read_tcp_info(sock, "I", 68) / 1e6  # tcpi_rtt
+    size = read_rate(bits_per_s or math.inf) / 8 * (RECEIVE_S + round_trip_s)
+    if size < RECEIVE_MAX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, max(int(size), RECEIVE_MIN))
+        return
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)  # the kernel finds the size again
+    except OSError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_MAX)
+
+
 class PacedWriter:
     """Writes to a connection over a real link no more than the connection sends in UNSENT_S.
 
@@ -3179,6 +3461,7 @@ def wait_until_answer_is_read(sock: socket.socket) -> None:
 
 ICMP_ERRORS_MAX = 10  # ICMPv6 errors of a session in a second, RFC 4443 section 2.4 (f)
 BUSY_S = 0.004  # seconds of a round of the event loop in which those are called that move much; one call takes up to 5 ms more
+LIMITED_READ_BYTES = 64 << 10  # of one read from a peer that is limited
 REFUSED_FRAMES_MAX = 8  # frames of one GSO kind in a session that the kernel may refuse before the kind is not offered any more
 
 # One pair of buffers for the process, not for each session: no other greenlet runs while a pump has something in them.
@@ -3228,10 +3511,18 @@ class TrafficCounters:
     dropped: int = 0  # packets that the TUN or the peer could not take
     refused: Counter[str] = dataclasses.field(default_factory=Counter)  # those of them that the kernel refused, by GSO kind or "none"
     queue_dropped: int = 0  # packets that waited too long in the send queue
+    receive_queue_dropped: int = 0  # those that waited too long in the receive queue, for the limit
+
+    @property
+    def all_dropped(self) -> int:
+        """Packets that were dropped for any reason."""
+        return self.dropped + self.queue_dropped + self.receive_queue_dropped
 
 
 class ReadinessCallbacks:
     """Calls a function whenever `source` is readable and, while it `wants_write`, `sink` is writable, for the greenlet that runs it.
+
+    With a limit it is also called after a pause, and not when `source` is readable while nothing more may be read.
 
     The function is called in the hub, so it must not wait for anything. To switch to the greenlet and back for each call would
     cost 0.03 of 0.35 ms of an idle round trip. The watchers stay started; `hub.wait` would start and stop them each time, which
@@ -3252,7 +3543,8 @@ class ReadinessCallbacks:
         self._callback: Callable[[], None]
         self._waits = False  # whether it is in `_busy`
         self._greenlet: gevent.Greenlet
-        self.wants_write = False
+        self._timer: Any = None
+        self.wants_write, self.wants_read = False, True
 
     def run(self, callback: Callable[[], bool]) -> NoReturn:
         """Calls the function until it raises something, and raises that."""
@@ -3283,8 +3575,8 @@ class ReadinessCallbacks:
             raise failed.pop()
         finally:
             self._stop()
-            self._source.close()
-            self._sink.close()
+            for watcher in filter(None, (self._source, self._sink, self._timer)):
+                watcher.close()
             del self._call, self._callback, self._greenlet  # no cycle of references, see Session
 
     def _take_turns(self) -> None:
@@ -3308,9 +3600,25 @@ class ReadinessCallbacks:
         else:
             self._sink.stop()
 
+    def want_read(self, wanted: bool) -> None:
+        """Sets whether the function is called when `source` is readable."""
+        if wanted != self.wants_read:
+            self.wants_read = wanted
+            if wanted:
+                self._source.start(self._callback)
+            else:
+                self._source.stop()
+
+    def call_after(self, seconds: float) -> None:
+        """Calls the function once after so many seconds, in place of an earlier call of this kind. It takes no turns, as it comes once."""
+        if self._timer:
+            self._timer.close()
+        self._timer = self._hub.loop.timer(max(seconds, 0.0))
+        self._timer.start(self._call, update=True)
+
     def _stop(self) -> None:
-        self._source.stop()
-        self._sink.stop()
+        for watcher in filter(None, (self._source, self._sink, self._timer)):
+            watcher.stop()
         if self._waits:
             self._waits = False
             ReadinessCallbacks._busy.remove(self)
@@ -3364,7 +3672,8 @@ def pump_tun_to_tcp(
             raise tun_error(tun.name, error) from None
         found = len(ends)
         if found:
-            small = coalesces and found > 1 and have < found * COALESCED_BYTES_MAX // 2  # large frames are not coalesced
+            # Large frames are not coalesced.
+            small = coalesces and found > 1 and have < found * COALESCED_BYTES_MAX // 2 and send_queue.takes_large
             send_queue.send(view, coalesce_datagrams(view, ends) if small else ends)
             traffic.sent += have
             traffic.sent_packets += found
@@ -3373,15 +3682,30 @@ def pump_tun_to_tcp(
             traffic.queue_dropped = send_queue.dropped
         # Behind a single small packet mostly nothing waits: the next one is sent before the TUN is read again.
         most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
-        if send_queue.blocked != callbacks.wants_write:
-            callbacks.want_write(send_queue.blocked)
-        return send_queue.blocked or have >= BUSY_BYTES or found >= BUSY_FRAMES
+        blocked = send_queue.blocked
+        if blocked and (pause := send_queue.pause()):
+            callbacks.call_after(pause)
+            blocked = False
+        if blocked != callbacks.wants_write:
+            callbacks.want_write(blocked)
+        return blocked or have >= BUSY_BYTES or found >= BUSY_FRAMES
 
     callbacks.run(on_ready)
 
 
-def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing: bytes, bare: bool, traffic: TrafficCounters) -> NoReturn:
+def pump_tcp_to_tun(
+    fd: int,
+    read: Read,
+    tun: Tun,
+    deframer: Deframer,
+    trailing: bytes,
+    bare: bool,
+    traffic: TrafficCounters,
+    receive_queue: ReceiveQueue | None = None,
+) -> NoReturn:
     """Writes the frames that `read` brings from the connection `fd` into the TUN; `trailing` are the bytes behind the handshake.
+
+    They go through the receive queue while that is active.
 
     A frame that the kernel refuses is dropped, also while the TUN is down (EIO), which the DeviceMonitor finds and repairs. Raises
     EOFError or OSError when the connection ends, KernelError when the TUN fails,
@@ -3392,9 +3716,11 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
         return os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, packet])
 
     write: Write = write_bare if bare else tun.file.write
+    receive_queue = receive_queue or ReceiveQueue()
+    callbacks = ReadinessCallbacks(fd)
     size = BATCH_BYTES  # bytes of one read: fewer from a peer whose frames are small
 
-    def write_all(frames: list[memoryview]) -> None:
+    def write_all(frames: Sequence[memoryview]) -> None:
         traffic.received_packets += len(frames)
         for frame in frames:
             try:
@@ -3413,13 +3739,32 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
 
     def on_ready() -> bool:
         nonlocal size
-        frames, before = deframer.pull(read, size), traffic.received
+        before = traffic.received
+        if receive_queue.active:
+            pass_limited()
+            return traffic.received - before >= BUSY_BYTES
+        frames = deframer.pull(read, size)
         write_all(frames)
         size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
         return traffic.received - before >= BUSY_BYTES or len(frames) >= BUSY_FRAMES
 
+    def pass_limited() -> None:
+        now = time.monotonic()
+        if receive_queue.may_read(now):
+            write_all(receive_queue.push(deframer.pull(read, LIMITED_READ_BYTES), bare, now))
+        for _ in range(BATCH_FRAMES):
+            frame = receive_queue.pop(now)
+            if frame is None:
+                break
+            write_all([memoryview(frame)[OFFLOAD_HEADER.size if bare else 0 :]])
+        traffic.receive_queue_dropped = receive_queue.dropped
+        callbacks.want_read(receive_queue.may_read(now))
+        pause = receive_queue.pause(now)
+        if pause is not None:
+            callbacks.call_after(pause)
+
     write_all(deframer.push(trailing))
-    ReadinessCallbacks(fd).run(on_ready)
+    callbacks.run(on_ready)
 
 
 # ---- session ---------------------------------------------------------------------------------------------------------
@@ -3685,6 +4030,8 @@ class Session:
         self._sock: socket.socket | None = None
         self.lan = False  # whether the connection was taken for one over a LAN, by its round trip
         self._pace: Callable[[], None] = lambda: None  # set by `run`
+        self.limit: int | None = None  # bits/s of IPv6 packets each way, None without a limit
+        self._apply_limit: Callable[[int | None], None] = lambda bits_per_s: None  # set by `run`
         self.started = time.monotonic()
         self._end: gevent.event.AsyncResult = gevent.event.AsyncResult()
 
@@ -3732,6 +4079,18 @@ class Session:
             send_queue.pace(PacedWriter(sock, stream.write, whole=bare))
 
         self._pace = pace
+        receive_queue = ReceiveQueue(SHARED_BUFFER)
+
+        def apply_limit(bits_per_s: int | None) -> None:
+            for limited in (send_queue, receive_queue):
+                limited.set_limit(RateLimit(bits_per_s) if bits_per_s else None)
+            tun.set_offload(gso_kinds if send_queue.takes_large or bare else frozenset())
+            with suppress(OSError):  # the connection has just ended
+                bound_receive_buffer(sock, bits_per_s)
+
+        self._apply_limit = apply_limit
+        if self.limit:
+            apply_limit(self.limit)
 
         def tun_to_tcp() -> None:
             if bare and ingress_filter.from_client:
@@ -3739,7 +4098,9 @@ class Session:
             pump_tun_to_tcp(tun, sock.fileno(), send_queue, gso_kinds, ingress_filter.reverse(), self.traffic)
 
         pumps = [
-            gevent.spawn(self._guard, pump_tcp_to_tun, sock.fileno(), stream.readinto, tun, deframer, trailing, bare, self.traffic),
+            gevent.spawn(
+                self._guard, pump_tcp_to_tun, sock.fileno(), stream.readinto, tun, deframer, trailing, bare, self.traffic, receive_queue
+            ),
             gevent.spawn(self._guard, tun_to_tcp),
         ]
         try:
@@ -3747,7 +4108,9 @@ class Session:
                 reason: BaseException = self._end.get()
         finally:
             gevent.killall(pumps)
+            self._apply_limit = lambda bits_per_s: None
             send_queue.close()
+            receive_queue.close()
         return reason
 
     def unacknowledged_s(self) -> float:
@@ -3755,6 +4118,15 @@ class Session:
         if not self._sock or not is_unacknowledged(self._sock):
             return 0.0
         return read_tcp_info(self._sock, "I", 56) / 1e3  # tcpi_last_ack_recv
+
+    def set_limit(self, bits_per_s: int | None) -> None:
+        """Limits IPv6 packets each way from now on, also before `run`. None: no limit."""
+        if bits_per_s != self.limit:
+            self.limit = bits_per_s
+            try:
+                self._apply_limit(bits_per_s)
+            except KernelError as error:  # the TUN has just been removed
+                self.close(error)
 
     def use_real_link(self) -> None:
         """From now on treats the connection as one over a real link, whatever its round trip is."""
@@ -3766,8 +4138,8 @@ class Session:
         drops, traffic = Counter[str]() if others is None else others, self.traffic
         for reason, count in self.refused.items():
             drops[reason] += count
-        if traffic.dropped or traffic.queue_dropped:
-            drops["waited too long"] += traffic.queue_dropped
+        if traffic.all_dropped:
+            drops["waited too long"] += traffic.queue_dropped + traffic.receive_queue_dropped
             drops["not taken"] += traffic.dropped - sum(traffic.refused.values())
             for kind, count in traffic.refused.items():
                 drops[f"kernel refuses {kind}"] += count
@@ -3786,7 +4158,7 @@ class Session:
             "sent": traffic.sent,
             "received_packets": traffic.received_packets,
             "sent_packets": traffic.sent_packets,
-            "dropped": traffic.dropped + traffic.queue_dropped,
+            "dropped": traffic.all_dropped,
             "refused": dict(self.refused),
             "drops": dict(self.drops()),
             "rates": {name: round(value) for name, value in self.rates._asdict().items()},
@@ -3795,6 +4167,7 @@ class Session:
             **figures,
             "tls": self.tls,
             "offload": None if self.offload is None else sorted(self.offload),
+            "limit": self.limit,
         }
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
@@ -3809,7 +4182,7 @@ class Session:
     def event_fields(self, reason: BaseException) -> dict[str, object]:
         """Returns the fields of the event that it has ended."""
         traffic, seconds = self.traffic, round(time.monotonic() - self.started)
-        moved = {"received": traffic.received, "sent": traffic.sent, "dropped": traffic.dropped + traffic.queue_dropped}
+        moved = {"received": traffic.received, "sent": traffic.sent, "dropped": traffic.all_dropped}
         return {"reason": describe_end(reason), "seconds": seconds, **moved}
 
     def summary(self) -> str:
@@ -3817,7 +4190,7 @@ class Session:
         age = time.monotonic() - self.started
         traffic = self.traffic
         refused = "".join(f", {count} refused as {reason}" for reason, count in self.refused.items())
-        dropped = traffic.dropped + traffic.queue_dropped
+        dropped = traffic.all_dropped
         by_kernel = "".join(f" ({count} as the kernel refused them, offload {kind})" for kind, count in traffic.refused.items())
         return f"after {age:.0f} s, {traffic.received} bytes received, {traffic.sent} sent, {dropped} packets dropped{by_kernel}{refused}"
 
@@ -5237,6 +5610,7 @@ class ServerConfig:
     documentation_addresses: bool = False
     address: str | None = None  # as `remotehost` of its clients
     fingerprint: tuple[str, ...] = ()  # those of other servers in `address`
+    limit: int | None = None  # bits/s of IPv6 packets, each way of each client
     file: str = "config.ini"
 
 
@@ -5629,7 +6003,13 @@ class Server:
                     log.warning("somebody removed the %s; it is back", what)
 
     def reload(self) -> None:
-        """Reads keys and certificate again, and ends the sessions whose key was removed, revoked or replaced. Raises ConfigError."""
+        """Reads limits, keys and certificate again, and ends the sessions whose key was removed, revoked or replaced.
+
+        Raises ConfigError.
+        """
+        self.store.reload_limits()
+        for id_ in self.sessions:
+            self.apply_limit(id_)
         tls = server_tls_context(self._config.cert) if self._config.cert else None
         self._certificate = certificate_validity(self._config.cert) if self._config.cert else None
         if self.keys:
@@ -5649,6 +6029,7 @@ class Server:
             "listens": f"{self._config.localhost} port {self._config.listenport}",
             "pool": str(self._config.prefixrange),
             "free": self.store.pool.free,
+            "limit": self._config.limit,
             "contended": sorted(filter(self._is_contended, self._contended)),
             "handshakes": dict(self.handshakes),
             **self.store.figures(),
@@ -5684,6 +6065,12 @@ class Server:
             gevent.sleep(max(began + seconds * number / len(sessions) - time.monotonic(), 0))
             session.close(SessionError("this server is being drained"))
         log.info("drained: all sessions that there were have ended")
+
+    def apply_limit(self, id_: str) -> None:
+        """Limits the session of the Id, if there is one, to what the store or else the configuration says now."""
+        if id_ in self.sessions:
+            own = self.store.limit_of(id_)
+            self.sessions[id_].set_limit(self._config.limit if own is None else own or None)
 
     def end_session(self, id_: str, reason: str) -> None:
         """Ends the session of the Id, if there is one."""
@@ -5841,6 +6228,7 @@ class Server:
         has_key = self._has_key(id_)
         session, device = Session(peer), cast(Optional[ClientDevice], None)
         self.sessions[id_] = session
+        self.apply_limit(id_)
 
         def on_epoch(_: int) -> None:
             if device:  # else its route is still to be made
@@ -5872,6 +6260,8 @@ class Server:
                 undo.callback(self._monitor.unwatch, self._monitor.watch(tun.name, device.on_removal))
                 answer: dict[str, Any] = {"Prefix": str(prefix)}
                 offered = tun.gso_kinds & OFFLOADS[self._config.offload] - self._not_offered.get(id_, set())
+                if session.limit and session.limit < LARGE_FRAMES_BITS:
+                    offered = frozenset()
                 if gso_kinds is not None:
                     answer.update(Offload=sorted(offered), Dry=True)  # as the client knows extensions, it is told of this one
                     answer.update({"Epoch": lease.epoch} if lease.epoch else {})
@@ -7275,7 +7665,7 @@ class AdminRequestHandler(RequestHandler):
     """Does what an operator asks for with `tun6.py clients` and `status`: on the running server, or on its files when none runs."""
 
     SIDE, COMMAND = "server", "clients"
-    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore", "drain")
+    ACTIONS = ("list", "status", "add", "pin", "revoke", "restore", "limit", "drain")
 
     def __init__(
         self,
@@ -7286,13 +7676,15 @@ class AdminRequestHandler(RequestHandler):
         loop_latency: LoopLatency | None = None,
         figures: Callable[[], dict[str, Any]] = dict,
         drain: Callable[[float | None], None] = lambda seconds: None,
+        apply_limit: Callable[[str], None] = lambda id_: None,
     ) -> None:
-        """`files` is what files_of returns for this server; `end_session` ends the session of an Id for a reason.
+        """`files` is what files_of returns for this server; `end_session` ends the session of an Id for a reason,
+        `apply_limit` tells it of its limit.
 
         `loop_latency`, `figures` and `drain` are those of the running server.
         """
         super().__init__(figures, loop_latency)
-        self._drain = drain
+        self._drain, self._apply_limit = drain, apply_limit
         self._store, self._keys, self._files, self._sessions, self._end_session = store, store.keys, files, sessions, end_session
         self._one_at_a_time = gevent.lock.RLock()
 
@@ -7355,6 +7747,18 @@ class AdminRequestHandler(RequestHandler):
         self._set_revoked(id, False)
         return self._entry(id)
 
+    def limit(self, id: str, rate: str) -> dict[str, Any]:
+        """Limits an Id to this rate; `none` is without a limit, `default` as config.ini says for all."""
+        try:
+            limit = {"none": 0, "default": None}[rate] if rate in ("none", "default") else parse_rate(rate)
+        except ValueError as error:
+            raise RequestError(f"limit {rate}: it {error}; or none, or default, which is as config.ini says") from None
+        if not (self._store.pool.find(id) or id in self._sessions or (self._keys and self._keys.find(id))):
+            raise RequestError(f"{quote_id(id)} is not known; `clients list` shows who is")
+        self._store.set_limit(id, limit)
+        self._apply_limit(id)
+        return self._entry(id)
+
     def drain(self, minutes: float | None) -> int:
         """Sends newcomers to other servers and ends all sessions within so many minutes; None: serves as before. Returns their number."""
         number = len(self._sessions)
@@ -7379,6 +7783,7 @@ class AdminRequestHandler(RequestHandler):
     def _entry(self, id_: str) -> dict[str, Any]:
         prefix, key, session = self._store.pool.find(id_), self._keys and self._keys.find(id_), self._sessions.get(id_)
         entry: dict[str, Any] = {"id": id_, "prefix": prefix and str(prefix), "key": bool(key), "revoked": bool(key and key.revoked)}
+        entry["limit"] = self._store.limit_of(id_)
         entry.update(self._store.whereabouts(id_))
         if session:
             entry["session"] = {"peer": session.peer, "device": session.device, **session.figures()}
@@ -7517,6 +7922,12 @@ def format_rates(rates: dict[str, float]) -> str:
     return f"received {received}, sent {sent}"
 
 
+def format_limit(bits_per_s: int) -> str:
+    """Returns a limit as it is written in config.ini."""
+    unit = max((unit for unit in RATE_UNITS if bits_per_s >= RATE_UNITS[unit]), key=lambda unit: RATE_UNITS[unit])
+    return f"{bits_per_s / RATE_UNITS[unit]:.12g}{unit}"
+
+
 def format_time(moment: float | None) -> str:
     """Returns a Unix time in the local time of this machine."""
     return "-" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
@@ -7556,6 +7967,7 @@ CLIENT_COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {  # those that 
     "sent/s": _of_session(lambda session: format_amount(session["rates"]["sent_bits"], "b")),
     "rtt": _of_session(lambda session: format_seconds(session["round_trip"])),
     "drops": _of_session(lambda session: format_amount(sum(session["drops"].values()))),
+    "limit": _of_session(lambda session: format_limit(session["limit"]) if session["limit"] else "none"),
     "from": _of_session(lambda session: session["peer"].replace(" port ", ":")),
     "device": _of_session(lambda session: session["device"]),
     "received": _of_session(lambda session: format_amount(session["received"], "B")),
@@ -7603,9 +8015,10 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     resources = f", {status['memory'] / 2**20:.1f} MiB" if "memory" in status else ""
     rows: list[tuple[str, str]] = []
     if status["side"] == "server":
+        limit = f", each limited to {format_limit(status['limit'])}" if status["limit"] else ""
         rows += [
             ("server", f"up for {format_duration(status['seconds'])}, serves {status['pool']} on {status['listens']}"),
-            ("clients", f"{status['sessions']} connected, {status['assignments']} assignments, {status['free']} prefixes free"),
+            ("clients", f"{status['sessions']} connected, {status['assignments']} assignments, {status['free']} prefixes free{limit}"),
             *cluster_rows(status),
         ]
     else:
@@ -7729,6 +8142,7 @@ def metrics_of(status: dict[str, Any]) -> Iterator[Metric]:
         ("counter", "tun6_client_dropped_packets", "Packets of a session that were not delivered.", "drops", ""),
         ("gauge", "tun6_client_session_seconds", "Age of a session.", "seconds", ""),
         ("gauge", "tun6_client_round_trip_seconds", "Round trip to a client.", "round_trip", ""),
+        ("gauge", "tun6_client_limit_bits", "Bits a second that a client is limited to each way.", "limit", ""),
     ):
         samples: list[tuple[tuple[str, ...], float]] = []
         for entry in in_slices(status.get("clients", ())):
@@ -8242,7 +8656,7 @@ class Installer:
                     self._run("systemctl", "stop", self._service)
                 if key == "assignments":  # they are whole, and no server has them
                     AssignmentStore(PrefixPool(self._config.prefixrange), str(files[key])).close()
-                for suffix in (".bak", ""):
+                for suffix in (".bak", LIMITS_SUFFIX, ""):
                     if Path(f"{files[key]}{suffix}").exists():
                         shutil.move(f"{files[key]}{suffix}", f"{there[key]}{suffix}")
                 self._say(f"moved {files[key]} to {STATE_FOLDER / there[key].name}")
@@ -9592,6 +10006,7 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "documentation_addresses": _boolean,
         "address": _host_list,
         "fingerprint": _fingerprints,
+        "limit": parse_rate,
     },
     "client": {
         "remotehost": _hosts,
@@ -9729,7 +10144,7 @@ def server_command(options: argparse.Namespace) -> None:
     server = Server(config)
     ServerDoctor(config, server.keys is not None).warn()
     handler = AdminRequestHandler(
-        server.store, files_of(config), server.sessions, server.end_session, LoopLatency(), server.figures, server.drain
+        server.store, files_of(config), server.sessions, server.end_session, LoopLatency(), server.figures, server.drain, server.apply_limit
     )
     web = Web(config.metrics, handler, config.metrics_clients) if config.metrics else None
     collect_rarely()
@@ -9742,8 +10157,9 @@ def server_command(options: argparse.Namespace) -> None:
         try:
             with service_manager.reloading():
                 server.reload()
-            what = "keys and certificate read anew" if config.cert else "nothing to be read anew: there are neither keys nor a certificate"
-            log.info(what)
+            log.info(
+                "keys, limits and certificate read anew" if config.cert else "limits read anew: there are neither keys nor a certificate"
+            )
         except ConfigError as error:
             log.error("keys and certificate stay as they were: %s", error)
 
@@ -9980,6 +10396,8 @@ def format_client(entry: dict[str, Any], served_without_key: bool) -> str:
     """Returns one line of `clients list`."""
     session, times = entry.get("session"), {name: format_time(entry.get(name)) for name in ("since", "last")}
     state = "revoked" if entry["revoked"] else "has a key" if entry["key"] else "no key yet" if served_without_key else "no key"
+    if entry["limit"] is not None:
+        state += f", limited to {format_limit(entry['limit'])}" if entry["limit"] else ", without a limit"
     if session:
         refused = sum(session["refused"].values())
         state += f", connected for {session['seconds']} s from {session['peer']} on {session['device']}"
@@ -10295,7 +10713,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(commands, "server", "serve clients; on a host with a routed IPv6 range", config, function=server_command)
     add(commands, "client", "keep a tunnel to a server; on the machine that wants IPv6", config, function=client_command)
     clients = add(
-        commands, "clients", "list, add, pin, revoke or restore clients; on the server's machine", config, as_json, function=clients_command
+        commands,
+        "clients",
+        "list, add, pin, revoke, restore or limit clients; on the server's machine",
+        config,
+        as_json,
+        function=clients_command,
     )
     text = "show how the server or client that runs on this machine is"
     status = add(commands, "status", text, config, as_json, here, function=status_command)
@@ -10358,6 +10781,8 @@ def build_parser() -> argparse.ArgumentParser:
     pinned.add_argument("prefix", metavar="PREFIX", help="a free /64 of prefixrange")
     add(actions, "revoke", "keep an Id out from now on; its prefix stays reserved", config, as_json, id_)
     add(actions, "restore", "let a revoked Id in again", config, as_json, id_)
+    limited = add(actions, "limit", "let an Id have no more than a rate, each way", config, as_json, id_)
+    limited.add_argument("rate", metavar="RATE", help="bits a second, such as 50M; none; or default, which is as config.ini says")
     return parser
 
 

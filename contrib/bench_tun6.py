@@ -14,6 +14,8 @@ other, and figures of different runs are comparable only by their ratios to `dir
                 TCP up and down, and the round trip meanwhile
     neighbours  three tun6 clients of one server: one downloads, one pings, and the third gets datagrams, while it runs and
                 while it is stopped (SIGSTOP); the server's event-loop latency meanwhile, as `tun6.py status` reports it
+    limits      a client with the setting `limit`: how much of it TCP and UDP get, and the round trip of a ping meanwhile; on a LAN
+                and over a link with a round trip of 40 ms, plain, inside TLS, and as a legacy peer
     clients     1, 100, 1,000 and 4,000 plain sockets become clients of one tun6 server, at most 1,000 at once, and each has
                 a working tunnel when its echo request is answered; then the costs of one more client, and of the shutdown
     active      1 and 100 plain sockets of one process are clients of one tun6 server, and all of them are active: at 2 Mbit/s each
@@ -28,6 +30,7 @@ The file, top to bottom:
     the tunnels          Tunnel: the rows, and how each tunnel is started
     measuring            ping, iperf3, the bisection
     isolation            the section neighbours
+    limits               the section limits
     clients              the section clients
     active clients       the section active
     the run              Benchmark: the order of the measurements, figures and faults
@@ -65,7 +68,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
@@ -218,8 +221,21 @@ ACTIVE = Section(
     ),
 )
 ISOLATION_ROWS = {"runs": "the third runs", "stopped": "the third is stopped"}  # keys and labels
+LIMITS = Section(
+    "limits",
+    "tun6 with a limit: % of it that TCP and UDP get, headers included; and the round trip meanwhile, ms: mean and p95",
+    (
+        Metric("idle", "idle", 1),
+        *(
+            Metric(f"{protocol}_{way}{what}", title or f"{protocol.upper()} {way} %", 1)
+            for protocol in ("tcp", "udp")
+            for way in ("up", "down")
+            for what, title in (("", ""), ("_mean", "mean"), ("_p95", "p95"))
+        ),
+    ),
+)
 MACHINE_SECTIONS = (TCP, UDP, RTT)
-SECTIONS = (*MACHINE_SECTIONS, *WAN_SECTIONS, ISOLATION, CLIENTS, ACTIVE)
+SECTIONS = (*MACHINE_SECTIONS, *WAN_SECTIONS, ISOLATION, LIMITS, CLIENTS, ACTIVE)
 SECTION_GROUPS = {"machine": MACHINE_SECTIONS, "wan": WAN_SECTIONS}  # --only takes these names for several sections
 
 
@@ -234,11 +250,25 @@ class Settings:
     pings: int = 100  # for the idle round trip
     wan_seconds: int = 8  # of one TCP measurement over an emulated link
     wan_skip: int = 2  # of those seconds, before the goodput counts
+    limit_seconds: int = 5  # of each measurement with a limit
+    limit_skip: int = 2  # seconds before these, which do not count
+    limit_rows: tuple[str, ...] = ()  # of the section limits; () for all
     clients: tuple[int, ...] = (1, 100, 1000, 4000)  # the rows of the section clients
     active: tuple[int, ...] = (1, 100)  # the rows of the section active
 
 
-QUICK_SETTINGS = Settings(repeats=1, seconds=2, udp_seconds=1, udp_steps=3, pings=20, wan_seconds=4, wan_skip=1, clients=(100,))
+QUICK_SETTINGS = Settings(
+    repeats=1,
+    seconds=2,
+    udp_seconds=1,
+    udp_steps=3,
+    pings=20,
+    wan_seconds=4,
+    wan_skip=1,
+    limit_seconds=3,
+    limit_rows=("1M", "100M"),
+    clients=(100,),
+)
 
 
 # ---- the testbed -----------------------------------------------------------------------------------------------------
@@ -629,19 +659,20 @@ control = /run/tun6-bench-client.sock
 """
 
 
-def start_tun6(client_code: str, encrypted: bool = False) -> Callable[[Testbed], None]:
-    """Returns a function that starts tun6's server, and a client which runs this code."""
+def start_tun6(client_code: str, encrypted: bool = False, settings: str = "") -> Callable[[Testbed], None]:
+    """Returns a function that starts tun6's server, with these settings besides, and a client which runs this code."""
 
     def start(testbed: Testbed) -> None:
         config = testbed.folder / "config.ini"
-        config.write_text(TUN6_CONFIG)
+        text = TUN6_CONFIG.replace("[client]", f"{settings}\n[client]")
+        config.write_text(text)
         for file in testbed.folder.glob("assignments.json*"):  # so that the first client gets CLIENT_PREFIX
             file.unlink()
         if encrypted:
             (testbed.folder / "server.pem").unlink(missing_ok=True)
             output = testbed.run_program(f"{sys.executable} {REPOSITORY}/tun6.py keygen -c config.ini")
             (fingerprint,) = re.findall("fingerprint = .*", output)
-            config.write_text(TUN6_CONFIG.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
+            config.write_text(text.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
         start_tun6_program(testbed, "server", "server", listens="tcp 10000")
         start_tun6_program(testbed, "client", "client", client_code)
 
@@ -923,6 +954,72 @@ def measure_isolation(testbed: Testbed, settings: Settings, row: str) -> dict[st
         "loop_max": status["latency"]["max"] * 1e3,
         "mib": status["memory"] / 2**20,
     }
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+LIMIT_LINK = Link("limit", "200 Mbit/s, 40 ms, 100 ms of buffer", 200, 200, 40, 100, 0)
+LIMIT_DATAGRAM = 1200  # bytes of payload
+MTU, TCP_DATA = 1500, 1428  # bytes of a full packet, and of the data in it: 40 of IPv6, 20 of TCP, 12 of its timestamps
+
+
+class LimitRow(NamedTuple):
+    """A row of the section limits."""
+
+    label: str
+    mbit: int  # the limit
+    tunnel: Tunnel
+    link: Link | None
+
+
+def limit_rows() -> dict[str, LimitRow]:
+    """Returns the rows by their keys."""
+    rows = {}
+    for text, mbit in (("1M", 1), ("10M", 10), ("100M", 100), ("1G", 1000)):
+        for kind, label, code, encrypted, link in (
+            ("", "LAN", TUN6_UNCHANGED, False, None),
+            ("-tls", "LAN, TLS", TUN6_UNCHANGED, True, None),
+            ("-legacy", "LAN, legacy", TUN6_LEGACY, False, None),
+            ("-real", "40 ms", TUN6_UNCHANGED, False, LIMIT_LINK),
+            ("-real-tls", "40 ms, TLS", TUN6_UNCHANGED, True, LIMIT_LINK),
+        ):
+            if link is None or mbit < link.up:
+                start = start_tun6(code, encrypted, f"limit = {text}")
+                rows[text + kind] = LimitRow(f"{text}, {label}", mbit, Tunnel(text + kind, label, start, must_work=True), link)
+    return rows
+
+
+LIMIT_ROWS = limit_rows()
+
+
+def measure_limits(testbed: Testbed, settings: Settings, row: str) -> dict[str, float]:
+    """Returns the figures of one row of LIMITS, of a tunnel with that limit which runs."""
+    limit, seconds = LIMIT_ROWS[row].mbit, settings.limit_seconds
+    figures = {"idle": statistics.median(measure_round_trips(testbed, settings.pings // 5, 0.02))}
+    for protocol, options in (("tcp", ()), ("udp", ("-u", "-l", str(LIMIT_DATAGRAM), "-b", f"{1.5 * limit}M"))):
+        for way, more, receiver in (("up", (), "internet"), ("down", ("-R",), "client")):
+            skip = ("-O", str(settings.limit_skip)) if protocol == "tcp" else ()
+            length = seconds + (0 if skip else settings.limit_skip + 1)
+            with run_iperf3(testbed, length, *skip, *options, *more) as wait_for_figures:
+                time.sleep(settings.limit_skip)
+                with ping_meanwhile(testbed, "client", 0.05) as round_trips:
+                    began, before = time.monotonic(), count_datagrams(testbed, receiver)
+                    time.sleep(seconds)
+                    datagrams, took = count_datagrams(testbed, receiver) - before, time.monotonic() - began
+                rate = wait_for_figures()["sum_received"]["bits_per_second"] * MTU / TCP_DATA
+            if protocol == "udp":
+                rate = datagrams * 8 * (tun6.IPV6_HEADER + tun6.UDP_HEADER + LIMIT_DATAGRAM) / took
+            figures[f"{protocol}_{way}"] = rate / limit / 1e4
+            figures[f"{protocol}_{way}_mean"] = statistics.mean(round_trips)
+            figures[f"{protocol}_{way}_p95"] = sorted(round_trips)[len(round_trips) * 95 // 100]
+            time.sleep(1)  # what still waits must not meet the next measurement
+    return figures
+
+
+def count_datagrams(testbed: Testbed, host: str) -> int:
+    """Returns how many datagrams the host has received for one of its sockets, also those for which that had no room."""
+    counters = dict(line.split() for line in testbed.lab.run(host, "cat", "/proc/net/snmp6").stdout.splitlines())
+    return int(counters["Udp6InDatagrams"]) + int(counters["Udp6RcvbufErrors"])
 
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
@@ -1267,6 +1364,12 @@ class Benchmark:
             if section in self.sections:
                 with Lab() as lab:
                     self._measure_tun6(Testbed(lab, self._folder), section, measure_row)
+        if LIMITS in self.sections:
+            for emulated in (None, LIMIT_LINK):
+                rows = [row for row in self.rows(LIMITS) if LIMIT_ROWS[row].link == emulated]
+                if rows:
+                    with Lab() as lab, insert_link(lab, emulated) if emulated else nullcontext():
+                        self._measure_limits(Testbed(lab, self._folder), rows)
 
     def _measure_tunnels(self, where: str, testbed: Testbed, tunnels: Sequence[Tunnel], measure: Callable[[Testbed, Tunnel], None]) -> None:
         for repeat in range(self.settings.repeats):
@@ -1285,6 +1388,13 @@ class Benchmark:
                 log.info("%s, repeat %d of %d: %s", section.key, repeat + 1, self.settings.repeats, label)
                 with self._record_fault(section.key, row, must_work=True), testbed.run_tunnel(TUN6):
                     self._record(section.key, row, **measure(testbed, self.settings, row))
+
+    def _measure_limits(self, testbed: Testbed, rows: Sequence[str]) -> None:
+        for repeat in range(self.settings.repeats):
+            for row in rows:
+                log.info("limits, repeat %d of %d: %s", repeat + 1, self.settings.repeats, LIMIT_ROWS[row].label)
+                with self._record_fault("limits", row, must_work=True), testbed.run_tunnel(LIMIT_ROWS[row].tunnel):
+                    self._record("limits", row, **measure_limits(testbed, self.settings, row))
 
     def _measure_machine(self, testbed: Testbed, tunnel: Tunnel) -> None:
         settings, wanted = self.settings, {section.key for section in self.sections}
@@ -1338,6 +1448,8 @@ class Benchmark:
         """Returns the labels of the section's rows by their keys."""
         if section is ISOLATION:
             return ISOLATION_ROWS
+        if section is LIMITS:
+            return {row: LIMIT_ROWS[row].label for row in self.settings.limit_rows or LIMIT_ROWS}
         if section is CLIENTS:
             return {str(count): f"{count:,}" for count in self.settings.clients}
         if section is ACTIVE:
@@ -1522,6 +1634,14 @@ def parse_counts(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
+def parse_limits(text: str) -> tuple[str, ...]:
+    """Returns the rows in the value of --limits. Raises argparse.ArgumentTypeError."""
+    rows = tuple(text.split(","))
+    if set(rows) - set(LIMIT_ROWS):
+        raise argparse.ArgumentTypeError(f"{text!r} names other rows than {' '.join(LIMIT_ROWS)}")
+    return rows
+
+
 def main() -> int:
     """Runs the program and returns its exit status: 1 when something failed that must work, 2 for usage, 130 for a stop signal."""
     parser = argparse.ArgumentParser(
@@ -1537,6 +1657,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME,...", help="these rows and sections only")
     parser.add_argument("--repeats", type=int, metavar="N", help=f"default: {Settings.repeats}, with --quick {QUICK_SETTINGS.repeats}")
     parser.add_argument("--clients", metavar="N,...", type=parse_counts, help="the rows of the section clients")
+    parser.add_argument("--limits", metavar="ROW,...", type=parse_limits, help=f"the rows of the section limits: {' '.join(LIMIT_ROWS)}")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there, .png or .svg; needs matplotlib")
     options = parser.parse_args()
@@ -1547,6 +1668,7 @@ def main() -> int:
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     settings = QUICK_SETTINGS if options.quick else Settings()
     settings = dataclasses.replace(settings, repeats=options.repeats or settings.repeats, clients=options.clients or settings.clients)
+    settings = dataclasses.replace(settings, limit_rows=options.limits or settings.limit_rows)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     try:
