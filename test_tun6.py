@@ -4466,7 +4466,7 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("bits", [100_000, 100_000 * MBIT])
 def test_what_a_limited_peer_sends_reaches_the_tun_as_it_is(monkeypatch: pytest.MonkeyPatch, bare: bool, bits: int) -> None:
-    packets, written = [packet(bytes([number]) * 20) for number in range(5)], cast("list[bytes]", [])
+    packets, written = [packet(bytes([number]) * 1400) for number in range(5)], cast("list[bytes]", [])
 
     def write(frame: Bytes) -> int:
         written.append(bytes(frame))
