@@ -81,6 +81,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import inspect
 import io
 import ipaddress
 import itertools
@@ -1109,7 +1110,14 @@ class SharedPool:
 
     def server(self, *faults: str, **settings: object) -> Program:
         """The next one. The faults are as those of tun6_with."""
-        lines = [*faults, "import functools, test_tun6", f"tun6.open_store = functools.partial(test_tun6.SharedStore, {str(self.path)!r})"]
+        source = inspect.getsource(locked) + inspect.getsource(SharedStore)  # as an import of the tests takes seconds
+        lines = [
+            *faults,
+            "import __future__, fcntl, functools, gevent, json",
+            "from contextlib import contextmanager, suppress; from ipaddress import IPv6Network; from pathlib import Path",
+            f"exec(compile({source!r}, 'SharedStore', 'exec', __future__.annotations.compiler_flag))",
+            f"tun6.open_store = functools.partial(SharedStore, {str(self.path)!r})",
+        ]
         with tun6_with(self._folder, *lines):
             return self._tunnel.server("server", listenport=next(self._ports), assignments=None, **settings)
 
