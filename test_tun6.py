@@ -3473,6 +3473,31 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
         )
 
 
+def test_what_waits_is_sent_although_packets_come_without_end() -> None:
+    full, one = True, frame(1, size=LARGEST)
+
+    def read(view: memoryview) -> int:
+        view[: len(one)] = one
+        return len(one)
+
+    send_queue = tun6.SendQueue(lambda data: None if full else len(data), False)
+    near, far = socket.socketpair()
+    with near, far:
+        far.send(b"packets wait in the TUN")
+        tun = mock.Mock(fd=near.fileno())
+        tun.file.readinto = read
+        pump = spawn(tun6.pump_tun_to_tcp, tun, far.fileno(), send_queue, BOTH, PERMIT_ALL, tun6.TrafficCounters())
+        try:
+            with gevent.Timeout(10):
+                while send_queue._queue.frames < 50:
+                    gevent.sleep(0.001)
+                full = False
+                while send_queue.blocked:
+                    gevent.sleep(0.001)
+        finally:
+            pump.kill()
+
+
 # ---- hooks -----------------------------------------------------------------------------------------------------------
 
 

@@ -2744,8 +2744,10 @@ def pump_tun_to_tcp(
         nonlocal most
         have, room = 0, view
         ends: list[int] = []
+        # While something waits, less comes than one flush writes. Otherwise what waits would stay, though the connection takes all.
+        enough, reads = (BATCH_BYTES // 2, min(most, BATCH_FRAMES // 2)) if send_queue.blocked else (BATCH_BYTES, most)
         try:
-            for _ in range(most):
+            for _ in range(reads):
                 got = read(room)
                 if got is None:
                     break
@@ -2756,7 +2758,7 @@ def pump_tun_to_tcp(
                 else:
                     have += got
                     ends.append(have)
-                    if have >= BATCH_BYTES:
+                    if have >= enough:
                         break
                 room = view[have : have + frame_max]
         except OSError as error:
