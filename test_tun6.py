@@ -2357,18 +2357,6 @@ def test_queues_that_share_a_bound_keep_it_in_memory_too_however_small_their_fra
     assert shared.free == shared.size == bound
 
 
-class OutputBuffer:
-    """Holds bytes for a caller until the next call, which overwrites them, as TlsStream.encrypt does."""
-
-    def __init__(self) -> None:
-        self._last = bytearray()
-
-    def hold(self, data: bytes) -> memoryview:
-        self._last[:] = b"\xff" * len(self._last)
-        self._last = bytearray(data)
-        return memoryview(self._last)
-
-
 class Connection:
     """A connection that takes at each write as many bytes as `takes` says, and then everything; at 0 it is full.
 
@@ -2382,7 +2370,6 @@ class Connection:
         self.pieces: list[Bytes] = []  # what was to be encrypted, or to be written if nothing is encrypted
         self._records = bytearray()
         self._rest = b""
-        self._buffer = OutputBuffer()
 
     def send_queue(self, clock: Callable[[], float] = lambda: 0.0, whole_batches: bool = True) -> tun6.SendQueue:
         """The queue before this connection."""
@@ -2399,12 +2386,12 @@ class Connection:
         assert sum(map(len, out)) == len(stream) + self._bare * len(out) * len(PLAIN)  # no part of a frame is left
         return out
 
-    def _encrypt(self, data: Bytes) -> memoryview:
+    def _encrypt(self, data: Bytes) -> bytes:
         assert len(data)
         record = bytes([len(self.pieces) % 256]) + bytes(data)[::-1]
         self.pieces.append(bytes(data))
         self._records += record
-        return self._buffer.hold(record)
+        return record
 
     def _write(self, data: memoryview) -> int | None:
         assert len(data)
@@ -2551,11 +2538,11 @@ def test_real_tls_records_of_large_batches_arrive_whole(whole_batches: bool, ver
     context = tun6.client_tls_context(pinned=True)
     context.minimum_version = context.maximum_version = version
     sender, receiver, to_server = tls_pair(context, cert)
-    buffer, rng, link = OutputBuffer(), random.Random(1), bytearray()
+    rng, link = random.Random(1), bytearray()
 
-    def encrypt(data: Bytes) -> memoryview:
+    def encrypt(data: Bytes) -> bytes:
         sender.write(data)
-        return buffer.hold(to_server.read())
+        return to_server.read()
 
     def write(data: memoryview) -> int | None:
         took = rng.choice([0, 1, 5, 1000, 20_000, 1 << 20])
@@ -3389,10 +3376,19 @@ def test_a_peer_that_asks_for_new_keys_without_end_is_sent_away(cert: Path) -> N
         for _ in range(200):
             peer.raw.sendall(peer.new_keys(tun6.POST_HANDSHAKE_RECORDS_MAX, ask=True) + peer.encrypt(b"x"))
             assert next_read(stream) == b"x"
-            assert stream._outgoing.pending > most
-            most = stream._outgoing.pending
+            assert len(stream._outgoing) > most
+            most = len(stream._outgoing)
             assert most < tun6.RECORD_MAX + 1000
     assert most > tun6.RECORD_MAX - 1000
+
+
+def test_what_tls_itself_has_to_say_goes_to_its_own_peer_alone(cert: Path) -> None:
+    with tls_stream(cert) as (one, its_peer), tls_stream(cert) as (other, other_peer):
+        its_peer.raw.sendall(its_peer.new_keys(2, ask=True) + its_peer.encrypt(b"x"))
+        assert next_read(one) == b"x"
+        for stream, peer in ((other, other_peer), (one, its_peer)):
+            stream.send(b"what it has to say")
+            assert peer.recv(100) == b"what it has to say"
 
 
 def test_a_peer_that_says_nothing_but_new_keys_is_sent_away(cert: Path) -> None:

@@ -721,7 +721,7 @@ class PrefixPool:
 
 # ---- send queue ------------------------------------------------------------------------------------------------------
 
-Encrypt = Callable[[Union[bytes, bytearray, memoryview]], memoryview]  # plain text to TLS records, valid until the next call
+Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text to TLS records
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
 BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
@@ -965,7 +965,7 @@ class SendQueue:
             elif self._encrypt:
                 taken = len(ends)
                 data = self._encrypt(frames[: ends[-1]])
-                self._partial = memoryview(bytes(data[self._write(data) or 0 :]))
+                self._partial = memoryview(data[self._write(memoryview(data)) or 0 :])
             else:
                 sent = self._write(frames[: ends[-1]]) or 0
                 taken = len(ends) if sent == ends[-1] else self._count_taken(frames, ends, sent)
@@ -999,8 +999,10 @@ class SendQueue:
             if self._bare:
                 break
         if frames:
-            data = frames[0][OFFLOAD_HEADER.size :] if self._bare else b"".join(frames)
-            self._partial = memoryview(bytes(self._encrypt(data)) if self._encrypt else data)
+            data = memoryview(b"".join(frames) if len(frames) > 1 else frames[0])  # large ones are not copied
+            if self._bare:
+                data = data[OFFLOAD_HEADER.size :]
+            self._partial = memoryview(self._encrypt(data)) if self._encrypt else data
         return bool(frames)
 
     def _count_taken(self, frames: memoryview, ends: list[int], sent: int) -> int:
@@ -1015,7 +1017,7 @@ class SendQueue:
         begin = 0
         for number, end in enumerate(ends):
             packet = frames[begin + OFFLOAD_HEADER.size : end]
-            data = self._encrypt(packet) if self._encrypt else packet
+            data = memoryview(self._encrypt(packet)) if self._encrypt else packet
             sent = self._write(data) or 0
             if sent < len(data):
                 begun = bool(sent or self._encrypt)  # what is encrypted must be sent, as the peer counts records
@@ -2112,9 +2114,11 @@ class Stream:
         self.sock.sendall(data)
 
 
-# Buffers of the process: a read or a batch is never larger. To allocate that much memory each time would cost more than to encrypt.
-_ciphertext_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))
-_record_buffer = memoryview(bytearray(len(_ciphertext_buffer) + 3 * RECORD_MAX))
+_ciphertext_buffer = memoryview(bytearray(BATCH_BYTES + OFFLOAD_HEADER.size + PACKET_MAX))  # of the process: no read is larger
+# What TLS writes, of all connections: each takes what is its own before another one runs. A MemoryBIO never gives memory back, and
+# this one gets whole batches, as OpenSSL makes many records in one call.
+_outgoing_bio = ssl.MemoryBIO()
+_unpack_record_length = struct.Struct(">xxxH").unpack_from
 
 
 class TlsStream(Stream):
@@ -2132,13 +2136,14 @@ class TlsStream(Stream):
         Raises ProtocolError, EOFError, OSError.
         """
         super().__init__(sock)
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._incoming = ssl.MemoryBIO()
         self._header = b""  # the beginning of a record's header, which is not in `_incoming` yet
         self._missing = 0  # bytes that a record in `_incoming` lacks
+        self._outgoing = b""  # records that are to be sent
         self._handshake_bytes = 0  # that came before the pumps began
         self._read_divisor = 1  # a read takes the free bytes of the buffer divided by this
         server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, None if server_side else server_name)
+        self._tls = context.wrap_bio(self._incoming, _outgoing_bio, server_side, None if server_side else server_name)
         self._wait_for(self._tls.do_handshake)
 
     @property
@@ -2154,55 +2159,71 @@ class TlsStream(Stream):
         data = self._wait_for(self._tls.read, MESSAGE_MAX)
         if not data:
             raise EOFError
-        with _tls_errors(), suppress(ssl.SSLWantReadError):
+        with self._using_tls(), suppress(ssl.SSLWantReadError):
             while more := self._tls.read(RECORD_MAX):
                 data += more
         return data
 
     def send(self, data: bytes) -> None:
-        self.sock.sendall(bytes(self.encrypt(data)))
+        self.sock.sendall(self.encrypt(data))
 
-    def encrypt(self, data: bytes | bytearray | memoryview) -> memoryview:
-        """Returns the records of this data, behind those that TLS itself has to send; valid until the next call. Raises ProtocolError."""
-        filled = 0
-        with _tls_errors():
-            for at in range(0, len(data), RECORD_DATA_MAX):
-                self._tls.write(data[at : at + RECORD_DATA_MAX])
-                record = self._outgoing.read()
-                _record_buffer[filled : filled + len(record)] = record
-                filled += len(record)
-        return _record_buffer[:filled]
+    def encrypt(self, data: bytes | bytearray | memoryview) -> bytes:
+        """Returns the records of this data, behind those that TLS itself has to send. Raises ProtocolError."""
+        with self._using_tls():
+            self._tls.write(data)
+        return self._take_outgoing()
+
+    @contextmanager
+    def _using_tls(self) -> Iterator[None]:
+        """Turns what `ssl` raises meanwhile into errors of ours, and takes what is to be sent out of the buffer of all connections."""
+        try:
+            yield
+        except ssl.SSLWantReadError:
+            raise
+        except ssl.SSLZeroReturnError:
+            raise EOFError from None
+        except ssl.SSLCertVerificationError as error:
+            raise ProtocolError(f"the server's certificate is not to be trusted: {error.verify_message}") from None
+        except ssl.SSLError as error:
+            reason = "the other side does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else error.reason or str(error)
+            raise ProtocolError(f"TLS failed: {reason.replace('_', ' ').lower() if reason.isupper() else reason}") from None
+        finally:
+            self._outgoing += _outgoing_bio.read()
+
+    def _take_outgoing(self) -> bytes:
+        records, self._outgoing = self._outgoing, b""
+        return records
 
     def _wait_for(self, step: Callable[..., R], *args: Any) -> R:
         """Repeats a step of TLS until the peer has sent all that it needs, and sends what the step produces. Returns its result."""
-        with _tls_errors():
-            while True:
-                try:
+        while True:
+            try:
+                with self._using_tls():
                     return step(*args)
-                except ssl.SSLWantReadError:
-                    pass
-                finally:
-                    if self._outgoing.pending:
-                        self.sock.sendall(self._outgoing.read())
-                data = super().receive()
-                self._handshake_bytes += len(data)
-                if self._handshake_bytes > TLS_HANDSHAKE_BYTES_MAX:
-                    raise ProtocolError(f"more than {TLS_HANDSHAKE_BYTES_MAX} bytes of TLS, and the handshake is not over")
-                gevent.sleep()  # recv returns at once from a peer that floods, and nobody else would run
-                for piece in self._split_records(memoryview(self._header + data)):
-                    self._incoming.write(piece)
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                if self._outgoing:
+                    self.sock.sendall(self._take_outgoing())
+            data = super().receive()
+            self._handshake_bytes += len(data)
+            if self._handshake_bytes > TLS_HANDSHAKE_BYTES_MAX:
+                raise ProtocolError(f"more than {TLS_HANDSHAKE_BYTES_MAX} bytes of TLS, and the handshake is not over")
+            gevent.sleep()  # recv returns at once from a peer that floods, and nobody else would run
+            for piece in self._split_records(memoryview(self._header + data)):
+                self._incoming.write(piece)
 
     def _split_records(self, data: memoryview) -> Iterator[memoryview]:
         """Cuts data, which begins with `_header`, at the end of each record, where `_missing` is 0."""
-        at = 0
-        while at < len(data):
-            if not self._missing:
-                if len(data) - at < RECORD_HEADER:
+        at, end, missing = 0, len(data), self._missing
+        while at < end:
+            if not missing:
+                if end - at < RECORD_HEADER:
                     break
-                self._missing = RECORD_HEADER + int.from_bytes(data[at + RECORD_HEADER - 2 : at + RECORD_HEADER], "big")
-            piece = data[at : at + self._missing]
+                missing = RECORD_HEADER + _unpack_record_length(data, at)[0]
+            piece = data[at : at + missing]
             at += len(piece)
-            self._missing -= len(piece)
+            self._missing = missing = missing - len(piece)
             yield piece
         self._header = bytes(data[at:])
 
@@ -2213,38 +2234,23 @@ class TlsStream(Stream):
         got = self._read_socket(_ciphertext_buffer[begin : begin + (len(view) - RECORD_MAX - begin) // self._read_divisor])
         if not got:
             return got
-        if self._outgoing.pending > RECORD_MAX:
+        if len(self._outgoing) > RECORD_MAX:
             raise ProtocolError("the other side asks for more new keys than it takes")
         filled = records = post_handshake_records = 0
-        with _tls_errors():
+        room, feed, decrypt = len(view), self._incoming.write, cast(Callable[[int, memoryview], int], self._tls.read)
+        with self._using_tls():
             for piece in self._split_records(_ciphertext_buffer[: begin + got]):
-                self._incoming.write(piece)
+                feed(piece)
                 if not self._missing:
                     records += 1
                     try:
-                        filled += cast(int, self._tls.read(len(view) - filled, cast(bytearray, view[filled:])))
+                        filled += decrypt(room - filled, view[filled:])
                     except ssl.SSLWantReadError:  # a record without data
                         post_handshake_records += 1
                         if post_handshake_records > POST_HANDSHAKE_RECORDS_MAX:
                             raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
         self._read_divisor = 8 if records > BATCH_FRAMES // self._read_divisor else 1
         return filled or None
-
-
-@contextmanager
-def _tls_errors() -> Iterator[None]:
-    """Turns what `ssl` raises into errors of ours."""
-    try:
-        yield
-    except ssl.SSLWantReadError:
-        raise
-    except ssl.SSLZeroReturnError:
-        raise EOFError from None
-    except ssl.SSLCertVerificationError as error:
-        raise ProtocolError(f"the server's certificate is not to be trusted: {error.verify_message}") from None
-    except ssl.SSLError as error:
-        reason = "the other side does not speak TLS" if error.reason == "WRONG_VERSION_NUMBER" else error.reason or str(error)
-        raise ProtocolError(f"TLS failed: {reason.replace('_', ' ').lower() if reason.isupper() else reason}") from None
 
 
 def certificate_fingerprint(certificate: bytes) -> str:
