@@ -16,6 +16,8 @@ other, and figures of different runs are comparable only by their ratios to `dir
                 while it is stopped (SIGSTOP); the server's event-loop latency meanwhile, as `tun6.py status` reports it
     clients     1, 100, 1,000 and 4,000 plain sockets become clients of one tun6 server, at most 1,000 at once, and each has
                 a working tunnel when its echo request is answered; then the costs of one more client, and of the shutdown
+    active      1 and 100 plain sockets of one process are clients of one tun6 server, and all of them are active: at 2 Mbit/s each
+                way, then up and down as fast as they can; meanwhile one more, real client pings
 
 All hosts use the congestion control CUBIC, as most in the world do; a tunnel may choose another one for its own connection.
 
@@ -27,6 +29,7 @@ The file, top to bottom:
     measuring            ping, iperf3, the bisection
     isolation            the section neighbours
     clients              the section clients
+    active clients       the section active
     the run              Benchmark: the order of the measurements, figures and faults
     reports              machine, tables, JSON, plot
     command line         options, signals, exit status
@@ -197,9 +200,26 @@ ISOLATION = Section(
         Metric("mib", "server MiB", 1),
     ),
 )
+ACTIVE = Section(
+    "active",
+    "tun6 with active clients: at 2 Mbit/s each way, half of them in small packets, then up and down as fast as they can; ping beside it",
+    (
+        Metric("paced_back", "2 Mbit/s: % back", 1),
+        Metric("paced_cpu", "CPU %", 0),
+        Metric("paced_ping", "ping p99, ms", 1),
+        Metric("up", "up: Mbit/s", 0),
+        Metric("up_cpu", "CPU s/GB", 2),
+        Metric("up_jain", "Jain", 3),
+        Metric("up_ping", "ping p99", 1),
+        Metric("down", "down: Mbit/s", 0),
+        Metric("down_cpu", "CPU s/GB", 2),
+        Metric("down_jain", "Jain", 3),
+        Metric("down_ping", "ping p99", 1),
+    ),
+)
 ISOLATION_ROWS = {"runs": "the third runs", "stopped": "the third is stopped"}  # keys and labels
 MACHINE_SECTIONS = (TCP, UDP, RTT)
-SECTIONS = (*MACHINE_SECTIONS, *WAN_SECTIONS, ISOLATION, CLIENTS)
+SECTIONS = (*MACHINE_SECTIONS, *WAN_SECTIONS, ISOLATION, CLIENTS, ACTIVE)
 SECTION_GROUPS = {"machine": MACHINE_SECTIONS, "wan": WAN_SECTIONS}  # --only takes these names for several sections
 
 
@@ -215,6 +235,7 @@ class Settings:
     wan_seconds: int = 8  # of one TCP measurement over an emulated link
     wan_skip: int = 2  # of those seconds, before the goodput counts
     clients: tuple[int, ...] = (1, 100, 1000, 4000)  # the rows of the section clients
+    active: tuple[int, ...] = (1, 100)  # the rows of the section active
 
 
 QUICK_SETTINGS = Settings(repeats=1, seconds=2, udp_seconds=1, udp_steps=3, pings=20, wan_seconds=4, wan_skip=1, clients=(100,))
@@ -910,8 +931,16 @@ CLIENTS_AT_ONCE = 1000  # clients that connect at once; tun6.BACKLOG bounds how 
 _frame_buffer = bytearray(2 * (tun6.OFFLOAD_HEADER.size + tun6.PACKET_MAX))  # of all deframers
 
 
-def open_tunnels(testbed: Testbed, numbers: range, undo: ExitStack, seconds: float = 60) -> list[float]:
-    """Opens the tunnels of clients with these numbers at once. Returns the seconds that each took. Raises BenchError.
+class OpenTunnel(NamedTuple):
+    """The tunnel of a client that is a plain socket."""
+
+    seconds: float  # that it took until it worked
+    sock: gevent.socket.socket
+    address: bytes  # packed, the first one of its prefix
+
+
+def open_tunnels(testbed: Testbed, numbers: range, undo: ExitStack, seconds: float = 60) -> list[OpenTunnel]:
+    """Opens the tunnels of clients with these numbers at once. Raises BenchError.
 
     `undo` closes them. All must work within `seconds`.
     """
@@ -929,31 +958,35 @@ def open_tunnels(testbed: Testbed, numbers: range, undo: ExitStack, seconds: flo
     return [greenlet.value for greenlet in greenlets]
 
 
-def open_tunnel(sock: gevent.socket.socket, number: int) -> float:
-    """Makes the socket a client of tun6. Returns the seconds until its echo request, which it sends as a frame, is answered.
+def open_tunnel(sock: gevent.socket.socket, number: int) -> OpenTunnel:
+    """Makes the socket a client of tun6. Returns when its echo request, which it sends as a frame, is answered.
 
     Raises EOFError, OSError, and SessionError when the server refuses it or breaks a rule of the wire.
     """
     began = time.monotonic()
     sock.connect((Lab.SERVER, 10_000))
     stream = tun6.Stream(sock)
-    stream.send(tun6.encode_message({"Id": f"client {number}", "Offload": []}))
+    stream.send(tun6.encode_message({"Id": f"client {number}", "Offload": ["tso6", "uso6"]}))
     message, data = tun6.receive_message(stream)
     prefix, _ = tun6.parse_answer(message)
     stream.send(bytes(tun6.OFFLOAD_HEADER.size) + echo_request(prefix[1].packed))
     deframer = tun6.Deframer(_frame_buffer, frozenset(), tun6.IngressFilter(prefix, from_client=False))
     while not any(frame[16] == 58 and frame[50] == 129 for frame in deframer.push(data)):  # ICMPv6, echo reply
         data = stream.receive()
-    return time.monotonic() - began
+    return OpenTunnel(time.monotonic() - began, sock, prefix[1].packed)
 
 
-def echo_request(source: bytes) -> bytes:
-    """Returns an IPv6 packet from this packed address to the host internet: RFC 8200 sections 3 and 8.1, RFC 4443 section 4.1."""
+def echo_request(source: bytes, length: int = 48) -> bytes:
+    """Returns an IPv6 packet of so many bytes from this packed address to the host internet.
+
+    RFC 8200 sections 3 and 8.1, RFC 4443 section 4.1.
+    """
+    payload = length - tun6.IPV6_HEADER
     addresses = source + socket.inet_pton(socket.AF_INET6, Lab.INTERNET)
     echo = struct.Struct(">BBHHH")  # type, code, checksum, identifier, sequence number
-    summed = addresses + struct.pack(">II", echo.size, 58) + echo.pack(128, 0, 0, 1, 1)
+    summed = addresses + struct.pack(">II", payload, 58) + echo.pack(128, 0, 0, 1, 1)
     checksum = -int.from_bytes(summed, "big") % 0xFFFF  # 2**16 is 1, modulo 0xFFFF
-    return struct.pack(">IHBB", 6 << 28, echo.size, 58, 64) + addresses + echo.pack(128, 0, checksum, 1, 1)
+    return struct.pack(">IHBB", 6 << 28, payload, 58, 64) + addresses + echo.pack(128, 0, checksum, 1, 1) + bytes(payload - echo.size)
 
 
 def read_resident_kib(pid: int) -> int:
@@ -972,7 +1005,7 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
             began = time.monotonic()
             each = []
             for first in range(0, count, CLIENTS_AT_ONCE):
-                each += open_tunnels(testbed, range(first, min(first + CLIENTS_AT_ONCE, count)), undo)
+                each += [tunnel.seconds for tunnel in open_tunnels(testbed, range(first, min(first + CLIENTS_AT_ONCE, count)), undo)]
             figures["all_s"], figures["one_ms"] = time.monotonic() - began, statistics.median(each) * 1e3
             time.sleep(0.3)
         figures["ping_max"] = max(round_trips)
@@ -981,7 +1014,9 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
         before, began = read_cpu_seconds(server.pid), time.monotonic()
         time.sleep(2)
         figures["idle_cpu"] = (read_cpu_seconds(server.pid) - before) / (time.monotonic() - began) * 100
-        figures["next_ms"] = statistics.median(open_tunnels(testbed, range(count + n, count + n + 1), undo)[0] for n in range(5)) * 1e3
+        figures["next_ms"] = (
+            statistics.median(open_tunnels(testbed, range(count + n, count + n + 1), undo)[0].seconds for n in range(5)) * 1e3
+        )
         figures["rtt"] = statistics.median(measure_round_trips(testbed, settings.pings, 0.02))
         tcp = measure_tcp(testbed, settings.seconds)
         figures["tcp_up"], figures["cpu_gb"] = tcp.mbit, tcp.cpu["server"]
@@ -989,6 +1024,210 @@ def measure_clients(testbed: Testbed, settings: Settings, row: str) -> dict[str,
         end_program(server, clean_exit=True, seconds=120)
         figures["shutdown_s"] = time.monotonic() - began
     return figures
+
+
+# ---- active clients --------------------------------------------------------------------------------------------------
+
+PACED_BYTES_PER_S = 250_000  # of each client, each way, in the first part
+PACED_LENGTHS = (1_400, 200)  # bytes of a packet of every other client, and of the others
+PACED_ROUND_S = 0.01  # in which each client sends once
+FLOOD_DATAGRAM, FLOOD_DATAGRAMS = 1_400, 42  # bytes of payload, and how many travel as one frame, in the other parts
+FRAME_HEADERS = tun6.OFFLOAD_HEADER.size + tun6.IPV6_HEADER + tun6.UDP_HEADER  # bytes
+FLOOD_WINDOW = 1 << 20  # bytes of a client that are on their way down
+FLOOD_STALL_S = 0.05  # after which datagrams that have not come are lost
+WARM_UP_S = 1.0  # before each measurement
+UDP_SEGMENT = 103  # linux/udp.h
+NOWHERE = "2001:db8:fffe::1"  # the host internet, which does not forward, receives and drops what is sent to it
+_received = bytearray(1 << 20)  # by any client
+
+
+class ActiveClient:
+    """A client that is a plain socket. It sends one frame again and again, and counts the bytes of frames each way."""
+
+    def __init__(self, tunnel: OpenTunnel) -> None:
+        self.address, self.host = tunnel.address, socket.inet_ntop(socket.AF_INET6, tunnel.address)
+        self.fd = tunnel.sock.fileno()
+        self.sent = self.received = 0
+        self._frame_bytes, self._frames, self._at = 1, memoryview(b""), 0
+
+    def use_frame(self, frame: bytes) -> None:
+        """From now on sends this frame, when the one that was begun is sent."""
+        os.set_blocking(self.fd, True)
+        while self._at % self._frame_bytes:
+            self.send(-self._at % self._frame_bytes)
+        os.set_blocking(self.fd, False)
+        self._frame_bytes, self._frames, self._at = len(frame), memoryview(frame * (tun6.BATCH_BYTES // len(frame))), 0
+
+    def send(self, most: int = tun6.BATCH_BYTES) -> None:
+        """Sends the next bytes of its frames, as many as the socket takes."""
+        with suppress(BlockingIOError):
+            sent = os.write(self.fd, self._frames[self._at : self._at + most])
+            self._at = (self._at + sent) % len(self._frames)
+            self.sent += sent
+
+    def receive(self) -> None:
+        """Receives what is there, and forgets it."""
+        with suppress(BlockingIOError):
+            self.received += os.readv(self.fd, [_received])
+
+
+class Load:
+    """What active clients do: they receive what is there, and send as fast as they can."""
+
+    events = selectors.EVENT_READ | selectors.EVENT_WRITE
+
+    def __init__(self, clients: list[ActiveClient]) -> None:
+        self.clients = clients
+
+    def run(self, seconds: float) -> None:
+        """Does it for so many seconds."""
+        with selectors.DefaultSelector() as selector:
+            for client in self.clients:
+                selector.register(client.fd, self.events, client)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                for key, events in selector.select(0.001):
+                    if events & selectors.EVENT_READ:
+                        key.data.receive()
+                        self.after_receipt(key.data)
+                    if events & selectors.EVENT_WRITE:
+                        key.data.send()
+                self.after_turn()
+
+    def after_receipt(self, client: ActiveClient) -> None:
+        """Is called when a client has received something."""
+
+    def after_turn(self) -> None:
+        """Is called at least every millisecond."""
+
+
+class PacedLoad(Load):
+    """Clients that each send PACED_BYTES_PER_S, one after the other in each PACED_ROUND_S."""
+
+    events = selectors.EVENT_READ
+
+    def __init__(self, clients: list[ActiveClient]) -> None:
+        super().__init__(clients)
+        self._began, self._done = time.monotonic(), 0
+
+    def after_turn(self) -> None:
+        now = time.monotonic() - self._began
+        due = int(now / PACED_ROUND_S * len(self.clients))
+        for number in range(self._done, due):
+            client = self.clients[number % len(self.clients)]
+            client.send(int(now * PACED_BYTES_PER_S) - client.sent)
+        self._done = due
+
+
+class FloodFromInternet(Load):
+    """Clients to each of which the host internet sends as fast as it can, so that FLOOD_WINDOW bytes are on their way."""
+
+    events = selectors.EVENT_READ
+
+    def __init__(self, clients: list[ActiveClient], sock: socket.socket) -> None:
+        super().__init__(clients)
+        self._sock, self._payload = sock, bytes(FLOOD_DATAGRAMS * FLOOD_DATAGRAM)
+        self._looked_at = 0.0
+        self._received = [client.received for client in clients]  # at that time
+
+    def after_receipt(self, client: ActiveClient) -> None:
+        while client.sent - client.received < FLOOD_WINDOW:
+            self._sock.sendto(self._payload, (client.host, 9))
+            client.sent += len(self._payload) + FRAME_HEADERS
+
+    def after_turn(self) -> None:
+        if time.monotonic() < self._looked_at + FLOOD_STALL_S:
+            return
+        for client, received in zip(self.clients, self._received):
+            if client.received == received:
+                client.sent = received  # what was on its way is lost
+                self.after_receipt(client)
+        self._received, self._looked_at = [client.received for client in self.clients], time.monotonic()
+
+
+class LoadResult(NamedTuple):
+    """What was moved and what it cost."""
+
+    sent: list[int]  # bytes of each client
+    received: list[int]
+    delivered: int  # bytes that the host internet received
+    seconds: float
+    cpu: float  # seconds that the server took
+    ping_p99: float  # ms
+
+
+def measure_load(testbed: Testbed, load: Load, seconds: float) -> LoadResult:
+    """Runs the load for WARM_UP_S, and then for so many seconds that count. A host without load pings meanwhile."""
+    load.run(WARM_UP_S)
+    with ping_meanwhile(testbed, "client", 0.01) as round_trips:
+        sent, received = [client.sent for client in load.clients], [client.received for client in load.clients]
+        delivered, cpu, began = read_received_bytes(testbed), testbed.cpu_seconds("server"), time.monotonic()
+        load.run(seconds)
+        result = LoadResult(
+            [client.sent - before for client, before in zip(load.clients, sent)],
+            [client.received - before for client, before in zip(load.clients, received)],
+            read_received_bytes(testbed) - delivered,
+            time.monotonic() - began,
+            testbed.cpu_seconds("server") - cpu,
+            0,
+        )
+    return result._replace(ping_p99=statistics.quantiles(round_trips, n=100)[98])
+
+
+def read_received_bytes(testbed: Testbed) -> int:
+    """Returns the bytes that the host internet has received from the server."""
+    (device,) = json.loads(testbed.lab.ip("internet", "-json -stats link show eth0"))
+    return int(device["stats64"]["rx"]["bytes"])
+
+
+def flood_frame(source: bytes) -> bytes:
+    """Returns FLOOD_DATAGRAMS from this packed address to NOWHERE as one frame."""
+    length = tun6.UDP_HEADER + FLOOD_DATAGRAMS * FLOOD_DATAGRAM
+    addresses = source + socket.inet_pton(socket.AF_INET6, NOWHERE)
+    checksum = tun6.sum_words(addresses + struct.pack(">HH", length, 17))  # of the pseudo header; the kernel does the rest
+    return (
+        tun6.OFFLOAD_HEADER.pack(tun6.NEEDS_CSUM, tun6.GSO_UDP_L4, tun6.IPV6_HEADER + tun6.UDP_HEADER, FLOOD_DATAGRAM, tun6.IPV6_HEADER, 6)
+        + struct.pack(">IHBB", 6 << 28, length, 17, 64)
+        + addresses
+        + struct.pack(">HHHH", 9, 9, length, checksum)
+        + bytes(length - tun6.UDP_HEADER)
+    )
+
+
+def fairness(amounts: list[int]) -> float:
+    """Returns Jain's index: 1 when all got the same, 1 / n when one of n got everything."""
+    return sum(amounts) ** 2 / (len(amounts) * sum(amount**2 for amount in amounts) or 1)
+
+
+def measure_active(testbed: Testbed, settings: Settings, row: str) -> dict[str, float]:
+    """Returns the figures of one row of ACTIVE. Adds so many clients to a tunnel of tun6 that runs."""
+    testbed.lab.ip("server", f"-6 route replace {NOWHERE}/128 via {Lab.INTERNET}")
+    with ExitStack() as undo:
+        clients = [ActiveClient(tunnel) for tunnel in open_tunnels(testbed, range(int(row)), undo)]
+        with testbed.lab.inside("internet"):
+            sender = undo.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, FLOOD_DATAGRAM)
+        for number, client in enumerate(clients):
+            client.use_frame(bytes(tun6.OFFLOAD_HEADER.size) + echo_request(client.address, PACED_LENGTHS[number % 2]))
+        paced = measure_load(testbed, PacedLoad(clients), settings.seconds)
+        for client in clients:
+            client.use_frame(flood_frame(client.address))
+        up = measure_load(testbed, Load(clients), settings.seconds)
+        down = measure_load(testbed, FloodFromInternet(clients, sender), settings.seconds)
+    moved = sum(down.received)
+    return {
+        "paced_back": 100 * sum(paced.received) / sum(paced.sent),
+        "paced_cpu": 100 * paced.cpu / paced.seconds,
+        "paced_ping": paced.ping_p99,
+        "up": up.delivered * 8 / 1e6 / up.seconds,
+        "up_cpu": up.cpu / (up.delivered / 1e9),
+        "up_jain": fairness(up.sent),
+        "up_ping": up.ping_p99,
+        "down": moved * 8 / 1e6 / down.seconds,
+        "down_cpu": down.cpu / (moved / 1e9),
+        "down_jain": fairness(down.received),
+        "down_ping": down.ping_p99,
+    }
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -1023,7 +1262,7 @@ class Benchmark:
                 with Lab() as lab, insert_link(lab, link):
                     measure = functools.partial(self._measure_wan, link)
                     self._measure_tunnels(link.key, Testbed(lab, self._folder), self._wan_tunnels, measure)
-        for section, measure_row in ((ISOLATION, measure_isolation), (CLIENTS, measure_clients)):
+        for section, measure_row in ((ISOLATION, measure_isolation), (CLIENTS, measure_clients), (ACTIVE, measure_active)):
             if section in self.sections:
                 with Lab() as lab:
                     self._measure_tun6(Testbed(lab, self._folder), section, measure_row)
@@ -1100,6 +1339,8 @@ class Benchmark:
             return ISOLATION_ROWS
         if section is CLIENTS:
             return {str(count): f"{count:,}" for count in self.settings.clients}
+        if section is ACTIVE:
+            return {str(count): f"{count:,}" for count in self.settings.active}
         return {tunnel.key: tunnel.label for tunnel in self.tunnels}
 
     def median(self, section: str, row: str, key: str) -> float | None:
@@ -1269,7 +1510,7 @@ def parse_selection(names: str | None, quick: bool) -> Selection:
         named or [tunnel for tunnel in TUNNELS if tunnel.quick or not quick],
         named or [tunnel for tunnel in TUNNELS if tunnel.quick_wan or not quick],
         [section for section in SECTIONS if section.key in wanted]
-        or [section for section in SECTIONS if not quick or section not in (*WAN_SECTIONS, ISOLATION) or section.key == "loss1"],
+        or [section for section in SECTIONS if not quick or section not in (*WAN_SECTIONS, ISOLATION, ACTIVE) or section.key == "loss1"],
     )
 
 
