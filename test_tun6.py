@@ -2203,6 +2203,25 @@ def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, 9000), (1510, LARGEST)])
+class RoundByRound(tun6.FqCodelQueue):
+    """Does each round by itself, as in RFC 8290."""
+
+    def _skip_rounds(self) -> None:
+        pass
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([SMALLEST, 100, 1510, 5000, LARGEST]), st.booleans()), max_size=100))
+def test_rounds_that_are_done_at_once_change_no_order(frames: list[tuple[int, int, bool]]) -> None:
+    queue, reference = tun6.FqCodelQueue(target=NEVER), RoundByRound(target=NEVER)
+    for number, (flow, size, pops) in enumerate(frames):
+        for each in queue, reference:
+            push(each, 0.0, frame(flow, number, size))
+        if pops:
+            assert queue.pop(0.0) == reference.pop(0.0)
+    while queue.frames:
+        assert queue.pop(0.0) == reference.pop(0.0)
+
+
 def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, int]) -> None:
     link = Link(tun6.FqCodelQueue(), 4 * RATE)
     for flow, size in enumerate(sizes):
