@@ -108,7 +108,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from html.parser import HTMLParser
 from ipaddress import IPv6Address, IPv6Network
-from itertools import accumulate, chain, count, takewhile
+from itertools import accumulate, chain, count, groupby, takewhile
 from pathlib import Path
 from typing import Any, Callable, ClassVar, NamedTuple, Optional, TypeVar, Union, cast
 from unittest import mock
@@ -3431,8 +3431,8 @@ def test_records_of_a_byte_each_come_fewer_at_a_time(cert: Path) -> None:
             came += data
         sent.result()
         assert came == bytes(number % 251 for number in range(count))
-        first = next(number for number, size in enumerate(turns) if size > tun6.BATCH_FRAMES)
-        assert all(size < 1.5 * tun6.BATCH_FRAMES for size in turns[first + 1 :]), turns
+        first = next(number for number, size in enumerate(turns) if size > tun6.BATCH_RECORDS)
+        assert all(size < 1.5 * tun6.BATCH_RECORDS for size in turns[first + 1 :]), turns
 
 
 # ---- session ---------------------------------------------------------------------------------------------------------
@@ -3486,6 +3486,31 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
             f"this kernel refuses its {kind} frames, so it is not offered {kind} again; `offload = {setting}` in config.ini does so"
             " from the start"
         )
+
+
+def test_those_that_move_much_take_turns_and_the_others_do_not_wait_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tun6, "BUSY_S", 1e-6)  # one is called in each round
+    calls: list[int] = []
+
+    def call(number: int) -> bool:
+        calls.append(number)
+        return number > 0  # all but this one move much
+
+    with ExitStack() as undo:
+        for number in range(50):
+            near, far = map(undo.enter_context, socket.socketpair())
+            far.send(b"something is ready until it is read")
+            undo.callback(spawn(tun6.ReadinessCallbacks(near.fileno()).run, functools.partial(call, number)).kill)
+        with gevent.Timeout(10):
+            while len(calls) < 1100:
+                gevent.sleep(0.001)
+    calls = calls[100:]  # at first nobody is known to move much
+    between = [len(list(group)) for busy, group in groupby(calls, bool) if busy]
+    assert max(between) <= 2, "who moves little waited for many others"  # 2: a timer of the test can split a round
+    turns = Counter(filter(None, calls))
+    assert len(turns) == 49
+    assert max(turns.values()) - min(turns.values()) <= 1
+    assert not tun6.ReadinessCallbacks._busy
 
 
 def test_what_waits_is_sent_although_packets_come_without_end() -> None:

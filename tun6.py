@@ -724,7 +724,9 @@ class PrefixPool:
 Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text to TLS records
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
-BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
+BATCH_FRAMES = 250  # frames likewise: about 1 ms; with 1,000, a TUN's queue of 500 overflowed, and a flood moved a fifth less
+BATCH_RECORDS = 1_000  # TLS records likewise: about 5 ms
+BUSY_BYTES, BUSY_FRAMES = 32 << 10, 50  # a session that moved so much at once, or more, has much to move
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
@@ -2261,7 +2263,7 @@ class TlsStream(Stream):
                         post_handshake_records += 1
                         if post_handshake_records > POST_HANDSHAKE_RECORDS_MAX:
                             raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
-        self._read_divisor = 8 if records > BATCH_FRAMES // self._read_divisor else 1
+        self._read_divisor = 8 if records > BATCH_RECORDS // self._read_divisor else 1
         return filled or None
 
 
@@ -2634,6 +2636,7 @@ def wait_until_answer_is_read(sock: socket.socket) -> None:
 # ---- pumps -----------------------------------------------------------------------------------------------------------
 
 ICMP_ERRORS_MAX = 10  # ICMPv6 errors of a session in a second, RFC 4443 section 2.4 (f)
+BUSY_S = 0.004  # seconds of a round of the event loop in which those are called that move much
 REFUSED_FRAMES_MAX = 8  # frames of one GSO kind in a session that the kernel may refuse before the kind is not offered any more
 
 # One pair of buffers for the process, not for each session: no other greenlet runs while a pump has something in them.
@@ -2688,31 +2691,48 @@ class ReadinessCallbacks:
     The function is called in the hub, so it must not wait for anything. To switch to the greenlet and back for each call would
     cost 0.03 of 0.35 ms of an idle round trip. The watchers stay started; `hub.wait` would start and stop them each time, which
     costs another 0.1 ms.
+
+    The function returns whether it moved much. Those that did take turns, for BUSY_S in each round of the event loop, so that all
+    others wait no longer than that, however many move much.
     """
+
+    _busy: ClassVar[deque[ReadinessCallbacks]] = deque()  # those that moved much and are ready again, who waits longest first
+    _round, _round_ends = 0.0, 0.0  # of the event loop: what tells it from others, and until when the busy ones are called in it
 
     def __init__(self, source: int, sink: int | None = None) -> None:
         self._hub = gevent.get_hub()
         self._source = self._hub.loop.io(source, 1)
         self._sink = self._hub.loop.io(source if sink is None else sink, 2)
+        self._call: Callable[[], None]
         self._callback: Callable[[], None]
+        self._waits = False  # whether it is in `_busy`
         self._greenlet: gevent.Greenlet
         self.wants_write = False
 
-    def run(self, callback: Callable[[], None]) -> NoReturn:
+    def run(self, callback: Callable[[], bool]) -> NoReturn:
         """Calls the function until it raises something, and raises that."""
         self._greenlet = gevent.getcurrent()
         failed: list[BaseException] = []
+        moved_much = False
 
-        def guarded() -> None:
+        def call() -> None:
+            nonlocal moved_much
             try:
-                callback()
+                moved_much = callback()
             except BaseException as error:  # the greenlet raises it
                 self._stop()
                 failed.append(error)
                 self._greenlet.switch()
 
-        self._callback = guarded
-        self._source.start(guarded)
+        def on_event() -> None:
+            if moved_much:
+                self._take_turns()
+            else:
+                call()
+
+        self._call = call
+        self._callback = on_event
+        self._source.start(on_event)
         try:
             self._hub.switch()
             raise failed.pop()
@@ -2720,7 +2740,20 @@ class ReadinessCallbacks:
             self._stop()
             self._source.close()
             self._sink.close()
-            del self._callback, self._greenlet  # no cycle of references, see Session
+            del self._call, self._callback, self._greenlet  # no cycle of references, see Session
+
+    def _take_turns(self) -> None:
+        """Calls the function of the one that waits longest, if there is time in this round."""
+        common, current, now = ReadinessCallbacks, self._hub.loop.now(), time.monotonic()
+        if not self._waits:
+            self._waits = True
+            common._busy.append(self)
+        if current != common._round:
+            common._round, common._round_ends = current, now + BUSY_S
+        if now < common._round_ends:
+            first = common._busy.popleft()
+            first._waits = False
+            first._call()
 
     def want_write(self, wanted: bool) -> None:
         """Sets whether the function is called when `sink` is writable, too."""
@@ -2733,6 +2766,9 @@ class ReadinessCallbacks:
     def _stop(self) -> None:
         self._source.stop()
         self._sink.stop()
+        if self._waits:
+            self._waits = False
+            ReadinessCallbacks._busy.remove(self)
 
 
 def pump_tun_to_tcp(
@@ -2758,7 +2794,7 @@ def pump_tun_to_tcp(
                 with suppress(OSError):
                     os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, error])
 
-    def on_ready() -> None:
+    def on_ready() -> bool:
         nonlocal most
         have, room = 0, view
         ends: list[int] = []
@@ -2794,6 +2830,7 @@ def pump_tun_to_tcp(
         most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
         if send_queue.blocked != callbacks.wants_write:
             callbacks.want_write(send_queue.blocked)
+        return send_queue.blocked or have >= BUSY_BYTES or found >= BUSY_FRAMES
 
     callbacks.run(on_ready)
 
@@ -2829,11 +2866,12 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                     if kind != "none" and traffic.refused[kind] > REFUSED_FRAMES_MAX:
                         raise OffloadRefused(kind) from None
 
-    def on_ready() -> None:
+    def on_ready() -> bool:
         nonlocal size
-        frames = deframer.pull(read, size)
+        frames, before = deframer.pull(read, size), traffic.received
         write_all(frames)
         size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
+        return traffic.received - before >= BUSY_BYTES or len(frames) >= BUSY_FRAMES
 
     write_all(deframer.push(trailing))
     ReadinessCallbacks(fd).run(on_ready)
