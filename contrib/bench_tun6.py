@@ -1033,10 +1033,10 @@ PACED_LENGTHS = (1_400, 200)  # bytes of a packet of every other client, and of 
 PACED_ROUND_S = 0.01  # in which each client sends once
 FLOOD_DATAGRAM, FLOOD_DATAGRAMS = 1_400, 42  # bytes of payload, and how many travel as one frame, in the other parts
 FRAME_HEADERS = tun6.OFFLOAD_HEADER.size + tun6.IPV6_HEADER + tun6.UDP_HEADER  # bytes
-FLOOD_WINDOW = 1 << 20  # bytes of a client that are on their way down
+FLOOD_WINDOW = 1 << 20  # bytes of a client that are on their way, about
 FLOOD_STALL_S = 0.05  # after which datagrams that have not come are lost
 WARM_UP_S = 1.0  # before each measurement
-UDP_SEGMENT = 103  # linux/udp.h
+UDP_SEGMENT, SO_SNDBUFFORCE = 103, 32  # linux/udp.h, asm-generic/socket.h
 NOWHERE = "2001:db8:fffe::1"  # the host internet, which does not forward, receives and drops what is sent to it
 _received = bytearray(1 << 20)  # by any client
 
@@ -1047,6 +1047,7 @@ class ActiveClient:
     def __init__(self, tunnel: OpenTunnel) -> None:
         self.address, self.host = tunnel.address, socket.inet_ntop(socket.AF_INET6, tunnel.address)
         self.fd = tunnel.sock.fileno()
+        tunnel.sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, FLOOD_WINDOW)
         self.sent = self.received = 0
         self._frame_bytes, self._frames, self._at = 1, memoryview(b""), 0
 
