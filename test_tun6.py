@@ -4458,8 +4458,8 @@ def test_records_of_a_byte_each_come_fewer_at_a_time(cert: Path) -> None:
             came += data
         sent.result()
         assert came == bytes(number % 251 for number in range(count))
-        first = next(number for number, size in enumerate(turns) if size > tun6.BATCH_FRAMES)
-        assert all(size < 1.5 * tun6.BATCH_FRAMES for size in turns[first + 1 :]), turns
+        first = next(number for number, size in enumerate(turns) if size > tun6.BATCH_RECORDS)
+        assert all(size < 1.5 * tun6.BATCH_RECORDS for size in turns[first + 1 :]), turns
 
 
 # ---- session ---------------------------------------------------------------------------------------------------------

@@ -738,7 +738,8 @@ class PrefixPool:
 Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text to TLS records
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
-BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
+BATCH_FRAMES = 250  # frames likewise: about 1 ms; with 1,000, a TUN's queue of 500 overflowed, and a flood moved a fifth less
+BATCH_RECORDS = 1_000  # TLS records likewise: about 5 ms
 BUSY_BYTES, BUSY_FRAMES = 32 << 10, 50  # a session that moved so much at once, or more, has much to move
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
@@ -3064,7 +3065,7 @@ class TlsStream(Stream):
                         post_handshake_records += 1
                         if post_handshake_records > POST_HANDSHAKE_RECORDS_MAX:
                             raise ProtocolError("the other side says more of TLS itself than it has reason to") from None
-        self._read_divisor = 8 if records > BATCH_FRAMES // self._read_divisor else 1
+        self._read_divisor = 8 if records > BATCH_RECORDS // self._read_divisor else 1
         return filled or None
 
 
@@ -3460,7 +3461,7 @@ def wait_until_answer_is_read(sock: socket.socket) -> None:
 # ---- pumps -----------------------------------------------------------------------------------------------------------
 
 ICMP_ERRORS_MAX = 10  # ICMPv6 errors of a session in a second, RFC 4443 section 2.4 (f)
-BUSY_S = 0.004  # seconds of a round of the event loop in which those are called that move much; one call takes up to 5 ms more
+BUSY_S = 0.004  # seconds of a round of the event loop in which those are called that move much
 LIMITED_READ_BYTES = 64 << 10  # of one read from a peer that is limited
 REFUSED_FRAMES_MAX = 8  # frames of one GSO kind in a session that the kernel may refuse before the kind is not offered any more
 
