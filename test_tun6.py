@@ -81,6 +81,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import inspect
 import io
 import ipaddress
 import itertools
@@ -1109,7 +1110,14 @@ class SharedPool:
 
     def server(self, *faults: str, **settings: object) -> Program:
         """The next one. The faults are as those of tun6_with."""
-        lines = [*faults, "import functools, test_tun6", f"tun6.open_store = functools.partial(test_tun6.SharedStore, {str(self.path)!r})"]
+        source = inspect.getsource(locked) + inspect.getsource(SharedStore)  # as an import of the tests takes seconds
+        lines = [
+            *faults,
+            "import __future__, fcntl, functools, gevent, json",
+            "from contextlib import contextmanager, suppress; from ipaddress import IPv6Network; from pathlib import Path",
+            f"exec(compile({source!r}, 'SharedStore', 'exec', __future__.annotations.compiler_flag))",
+            f"tun6.open_store = functools.partial(SharedStore, {str(self.path)!r})",
+        ]
         with tun6_with(self._folder, *lines):
             return self._tunnel.server("server", listenport=next(self._ports), assignments=None, **settings)
 
@@ -4136,6 +4144,50 @@ def test_what_can_not_be_written_back_is_what_another_id_has_by_now() -> None:
     assert tun6.lost_rows([lost, other, stored["new"]], stored) == ([other], [lost])
 
 
+@pytest.mark.parametrize(
+    ("row", "after"),
+    [
+        ((4, "b", True), (5, "a", True)),  # an older one
+        ((5, "a", True), (5, "a", True)),  # its own: COMMIT was done, and not answered
+        ((5, "a", False), (6, "a", True)),
+        ((5, "b", True), (6, "a", True)),  # which of the two is newer is not known
+        ((5, "b", False), (6, "a", True)),
+        ((7, "b", False), (8, "a", True)),
+        ((7, "b", True), (7, "b", True)),  # it has lost
+    ],
+)
+def test_a_session_of_an_outage_goes_on_unless_a_higher_one_lives(row: tuple[int, str, bool], after: tuple[int, str, bool]) -> None:
+    epoch, server, live = row
+    settled = tun6.SessionSettlement("x", "a", 5).decide(row_of(epoch=epoch, server=server, live=live), 1.0)
+    assert (settled.epoch, settled.server, settled.live) == after
+
+
+@pytest.mark.parametrize(("epoch", "server", "lives"), [(5, "a", False), (4, "a", False), (6, "a", True), (5, "b", True), (4, "b", True)])
+def test_an_end_is_that_of_its_own_session_and_those_before(epoch: int, server: str, lives: bool) -> None:
+    row = tun6.SessionEnd("x", "a", 5, 10, 20).decide(row_of(epoch=epoch, server=server, live=True), 1.0)
+    assert (row.live, row.received, row.sent) == ((True, 0, 0) if lives else (False, 10, 20))
+
+
+def test_a_session_ends_whose_prefix_is_changed_even_while_the_store_does_not_know_it() -> None:
+    view = tun6.ClusterView("a")
+    view.hear(row_of())
+    begin = view.begin_change(tun6.Claim("x"))
+    assert view.hold(begin, view.begin_alone(begin) or row_of(), False)
+    assert view.hear(row_of(version=2)._replace(prefix=subnet(1))) == "its prefix was changed"
+    view.held["x"].settled = True
+    view.unsettle()  # commits may be lost
+    assert [type(debt) for debt in view.debts()] == [tun6.SessionSettlement]
+
+
+def test_a_pin_ends_sessions_also_when_it_is_undone_at_once_and_begins_above_all_that_routers_have_heard() -> None:
+    row = tun6.Pin("x", subnet(1)).decide(row_of(epoch=5, server="a", live=True), 1.0)
+    assert (row.epoch, row.live, row.former) == (6, False, (subnet(0),))
+    back = tun6.Pin("x", subnet(0)).decide(row, 1.0)
+    assert (back.epoch, back.former, back.version > row.version) == (7, (subnet(1),), True)
+    assert tun6.Pin("x", subnet(2), floor=900).decide(row, 1.0).epoch == 900
+    assert tun6.Pin("new", subnet(2), floor=900).create(1.0).epoch == 900
+
+
 def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
     for seed in range(1000):
         simulate(seed)
@@ -4466,7 +4518,7 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("bits", [100_000, 100_000 * MBIT])
 def test_what_a_limited_peer_sends_reaches_the_tun_as_it_is(monkeypatch: pytest.MonkeyPatch, bare: bool, bits: int) -> None:
-    packets, written = [packet(bytes([number]) * 20) for number in range(5)], cast("list[bytes]", [])
+    packets, written = [packet(bytes([number]) * 1400) for number in range(5)], cast("list[bytes]", [])
 
     def write(frame: Bytes) -> int:
         written.append(bytes(frame))
