@@ -12694,6 +12694,17 @@ def test_a_server_with_five_hundred_clients_told_to_stop_undoes_everything_in_th
     assert all(peer.ended() in ("closed", "reset") for peer in peers)
 
 
+def test_a_killed_servers_clients_hear_of_it_before_its_devices_are_gone(lab: Lab, tunnel: Tunnel, server: Program) -> None:
+    peers = tunnel.crowd(60)
+    server.process.kill()
+    assert {peer.ended() for peer in peers} <= {"closed", "reset"}
+    assert len(server_devices(lab)) > 30
+    server.process.wait()
+    server.start()  # which removes what is left
+    server.wait_for(" serving ", 2)
+    wait_until_no_sessions(lab, 10)
+
+
 def test_a_thousand_new_ids_at_once_cost_a_handful_of_fsyncs(tunnel: Tunnel, tmp_path: Path) -> None:
     disk, count = Disk(tmp_path), 1000
     server = disk.server(tunnel, prefixrange=IPv6Network(f"{tunnel.pool.network_address}/48"), max_clients=2000)
@@ -12974,7 +12985,9 @@ def test_without_descriptors_newcomers_hear_it_and_when_some_leave_there_is_room
 
 
 @pytest.mark.parametrize("room", [0, 1, 2])
-def test_a_server_without_descriptors_stops_in_time_and_undoes_everything(tunnel: Tunnel, server: Program, room: int) -> None:
+def test_a_server_without_descriptors_stops_in_time_and_undoes_everything(tunnel: Tunnel, tmp_path: Path, room: int) -> None:
+    with tun6_with(tmp_path, "tun6.with_high_descriptor = lambda sock: sock"):  # so that the limit is their number
+        server = tunnel.server()
     for number in range(5):  # one after the other: while hellos come at once, `ip` has descriptors too
         tunnel.peer(f"client {number}").connected()
     with descriptors(server, room):
