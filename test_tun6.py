@@ -15730,6 +15730,10 @@ class Hand:
             raise EOFError
         return cast(bytes, data)
 
+    def leave(self) -> None:
+        """Goes to the next server."""
+        self._greenlet.kill(EOFError, block=False)
+
     def close(self) -> None:
         self._greenlet.kill()
 
@@ -15959,7 +15963,10 @@ def connect_new_ids(cluster: Cluster, _: str) -> None:
 
 
 def move_a_thousand(cluster: Cluster, victim: str) -> None:
-    """1,000 clients of a server that is killed: each has packets from the Internet again."""
+    """1,000 clients leave a server at once whose host is dead: each has packets from the Internet again.
+
+    It is not killed, as all servers have one kernel here: it would remove 1,000 devices for 23 s and more, and let no other make one.
+    """
     others = [host for host in CLUSTER_SERVERS if host != victim]
     wanted = {f"many {number}": [victim, *random.sample(others, 2)] for number in range(1000)}
 
@@ -15973,12 +15980,16 @@ def move_a_thousand(cluster: Cluster, victim: str) -> None:
 
     with hands(cluster, wanted) as crowd:
         assert becomes_true(lambda: reached(1), 90), "not all of 1,000 clients are served"
+        cluster.lab.cut(victim, "wan", "peers", "store", "access")
         began = time.monotonic()
-        cluster.servers[victim].end(signal.SIGKILL)
+        for hand in crowd:
+            hand.leave()
         moved = becomes_true(lambda: reached(began), 60)
         cluster.note("1,000 clients moved", max(hand.reached for hand in crowd) - began)
         assert moved, f"{sum(hand.reached < began for hand in crowd)} of 1,000 clients are not served by another server"
-    cluster.start_server(victim)
+        cluster.lab.heal(victim, "wan", "peers", "store", "access")
+        gone = becomes_true(lambda: len(cluster.lab.session_routes(victim)) < 100, 60)
+        assert gone, "a server that comes back keeps the routes of clients that have left"
 
 
 def set_clock(cluster: Cluster, victim: str) -> None:
