@@ -38,6 +38,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     installation
     demo
     command line
+    cluster store                on a stub of its database
     sources and documents        maps, order of definitions, links
     packages                     what is in sdist and wheel, man page, completion
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
@@ -62,7 +63,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     systemd                      `test_tun6.py systemd`
     debian                       `test_tun6.py packages`: the .deb, and what the Dockerfile does
     cluster                      `test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults
-    cluster store                `test_tun6.py store`: against a real PostgreSQL
+    real store                   `test_tun6.py store`: the cluster's store and a real PostgreSQL
     main
 """
 
@@ -80,6 +81,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import inspect
 import io
 import ipaddress
 import itertools
@@ -390,7 +392,7 @@ def open_store() -> Iterator[OpenStore]:
         store.close()
 
 
-def refusal_of(store: tun6.KeyStore, id_: str, key: str) -> tuple[str, str]:
+def refusal_of(store: tun6.Keys, id_: str, key: str) -> tuple[str, str]:
     """Code and text that the client gets."""
     with pytest.raises(tun6.Refusal) as caught:
         store.check(id_, key)
@@ -1108,7 +1110,14 @@ class SharedPool:
 
     def server(self, *faults: str, **settings: object) -> Program:
         """The next one. The faults are as those of tun6_with."""
-        lines = [*faults, "import functools, test_tun6", f"tun6.open_store = functools.partial(test_tun6.SharedStore, {str(self.path)!r})"]
+        source = inspect.getsource(locked) + inspect.getsource(SharedStore)  # as an import of the tests takes seconds
+        lines = [
+            *faults,
+            "import __future__, fcntl, functools, gevent, json",
+            "from contextlib import contextmanager, suppress; from ipaddress import IPv6Network; from pathlib import Path",
+            f"exec(compile({source!r}, 'SharedStore', 'exec', __future__.annotations.compiler_flag))",
+            f"tun6.open_store = functools.partial(SharedStore, {str(self.path)!r})",
+        ]
         with tun6_with(self._folder, *lines):
             return self._tunnel.server("server", listenport=next(self._ports), assignments=None, **settings)
 
@@ -2348,25 +2357,6 @@ def test_a_flow_gains_nothing_by_being_empty_again_and_again() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1510, 1510), (1510, 9000), (1510, LARGEST)])
-class RoundByRound(tun6.FqCodelQueue):
-    """Does each round by itself, as in RFC 8290."""
-
-    def _skip_rounds(self) -> None:
-        pass
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([SMALLEST, 100, 1510, 5000, LARGEST]), st.booleans()), max_size=100))
-def test_rounds_that_are_done_at_once_change_no_order(frames: list[tuple[int, int, bool]]) -> None:
-    queue, reference = tun6.FqCodelQueue(target=NEVER), RoundByRound(target=NEVER)
-    for number, (flow, size, pops) in enumerate(frames):
-        for each in queue, reference:
-            push(each, 0.0, frame(flow, number, size))
-        if pops:
-            assert queue.pop(0.0) == reference.pop(0.0)
-    while queue.frames:
-        assert queue.pop(0.0) == reference.pop(0.0)
-
-
 def test_two_tcps_share_the_link_however_unlike_their_frames(sizes: tuple[int, int]) -> None:
     link = Link(tun6.FqCodelQueue(), 4 * RATE)
     for flow, size in enumerate(sizes):
@@ -3825,6 +3815,64 @@ def simulate(seed: int, steps: int = 100) -> None:
         raise Violation(f"seed {seed}: {violation}; after {', '.join(cluster.trace[-25:])}") from None
 
 
+def row_of(id_: str = "x", **fields: Any) -> tun6.Row:
+    return tun6.Row(id_, subnet(0), **fields)
+
+
+def test_what_rows_say_together_does_not_depend_on_which_was_read_first() -> None:
+    old = row_of(version=1, epoch=5, server="a", live=True)
+    ended = old._replace(live=False, last=9.0)
+    changed = row_of(version=2, key="k", epoch=4, server="b", live=True, former=(subnet(7),), moved=3.0)._replace(prefix=subnet(1))
+    both = changed._replace(epoch=5, server="a", live=False, last=9.0)
+    for rows in itertools.permutations([old, ended, changed]):
+        assert functools.reduce(tun6.merge_rows, rows) == both
+
+
+@pytest.mark.parametrize(
+    ("proved", "said", "floor"),
+    [
+        (True, 7, 7),
+        (True, 2, 3),
+        (False, 7, 3),
+        (True, 3 + tun6.EPOCH_LEAD_MAX, 3 + tun6.EPOCH_LEAD_MAX),
+        (True, 4 + tun6.EPOCH_LEAD_MAX, 3),
+    ],
+)
+def test_the_clients_epoch_counts_if_it_proved_its_key_and_within_a_bound(proved: bool, said: int, floor: int) -> None:
+    view = tun6.ClusterView("a")
+    view.hear(row_of(epoch=3))
+    assert view.begin_change(tun6.Claim("x", epoch=said, proved=proved)).floor == floor
+
+
+def test_a_session_does_not_begin_when_its_key_was_changed_meanwhile_or_its_epochs_are_used_up() -> None:
+    begin = tun6.SessionBegin("x", "a", 0, "old", tun6.Claim("x"))
+    for fields, code in (
+        ({"key": "new"}, "busy"),
+        ({"key": "old", "revoked": True}, "revoked"),
+        ({"key": "old", "epoch": tun6.EPOCH_MAX}, "server-error"),
+    ):
+        with pytest.raises(tun6.Refusal) as caught:
+            begin.decide(row_of(**fields), 1.0)
+        assert caught.value.code == code
+    assert tun6.Lease(subnet(0), begin.decide(row_of(key="old", epoch=tun6.EPOCH_MAX - 1), 1.0).epoch).metric == 1
+
+
+def test_takeovers_are_those_from_sessions_that_lived_and_the_last_few_are_kept() -> None:
+    row = row_of()
+    for now, (server, ends) in enumerate([("a", True), ("b", False), ("a", False), ("a", False), ("b", False), ("c", False)]):
+        row = tun6.SessionBegin("x", server, 0, None, tun6.Claim("x")).decide(row, now)
+        if ends:
+            row = tun6.SessionEnd("x", server, row.epoch).decide(row, now)
+    assert row.takeovers == (2, 4, 5)  # not from a to a: who took over there says its server
+    assert tun6.SessionBegin("x", "c", 0, None, tun6.Claim("x", took_over=True)).decide(row, 6).takeovers == (4, 5, 6)
+
+
+def test_what_can_not_be_written_back_is_what_another_id_has_by_now() -> None:
+    stored = {"new": row_of("new")}
+    lost, other = row_of("lost"), row_of("other")._replace(prefix=subnet(1))
+    assert tun6.lost_rows([lost, other, stored["new"]], stored) == ([other], [lost])
+
+
 def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
     for seed in range(1000):
         simulate(seed)
@@ -3849,19 +3897,22 @@ def test_what_a_client_says_of_its_epoch_counts_within_a_bound_and_only_with_its
 
 
 @pytest.mark.parametrize(
-    "said, took_over, server, times",
+    "said, proved, took_over, server, times",
     [
-        (0, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
-        (6, False, "other", (1.0, 9.0)),  # one that had an older session
-        (7, False, "other", (1.0,)),
-        (7, True, "here", (1.0,)),
-        (6, True, "here", (1.0, 9.0)),
-        (6, False, "here", (1.0,)),  # nobody had it
+        (0, True, False, "other", (1.0, 9.0)),  # of a legacy client nobody knows
+        (6, True, False, "other", (1.0, 9.0)),  # one that had an older session
+        (7, True, False, "other", (1.0,)),
+        (7, False, False, "other", (1.0, 9.0)),  # anybody could say so
+        (7, True, True, "here", (1.0,)),
+        (6, True, True, "here", (1.0, 9.0)),
+        (6, True, False, "here", (1.0,)),  # nobody had it
     ],
 )
-def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(said: int, took_over: bool, server: str, times: object) -> None:
+def test_a_client_that_moves_with_its_own_session_takes_it_from_nobody(
+    said: int, proved: bool, took_over: bool, server: str, times: object
+) -> None:
     row = tun6.Row("a", subnet(0), epoch=7, server=server, live=True, takeovers=(1.0,))
-    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, took_over=took_over))
+    begin = tun6.SessionBegin("a", "here", 7, None, tun6.Claim("a", said, proved, took_over=took_over))
     assert begin.decide(row, 9.0).takeovers == times
 
 
@@ -4147,32 +4198,6 @@ def test_a_frame_that_the_kernel_refuses_is_dropped_and_many_of_a_gso_kind_end_t
             f"this kernel refuses its {kind} frames, so it is not offered {kind} again; `offload = {setting}` in config.ini does so"
             " from the start"
         )
-
-
-def test_the_more_have_something_to_move_the_less_each_moves_in_a_round() -> None:
-    shares: list[tuple[int, int]] = []
-    running: list[Any] = []
-
-    def shares_with(count: int) -> tuple[int, int]:
-        """What each is to move when so many have something to move."""
-        with ExitStack() as undo:
-            for _ in range(count):
-                near, far = map(undo.enter_context, socket.socketpair())
-                far.send(b"there is something to read as long as nobody does")
-                callbacks = tun6.ReadinessCallbacks(near.fileno())
-                running.append(spawn(callbacks.run, lambda: shares.append(tun6.ReadinessCallbacks.share)))
-                undo.callback(running[-1].kill)
-            gevent.sleep(0.01)
-            shares.clear()
-            with gevent.Timeout(10):
-                while len(shares) < 3 * count:
-                    gevent.sleep(0.001)
-            return min(shares)
-
-    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
-    assert shares_with(100) == (tun6.ROUND_BYTES // 100, tun6.BATCH_FRAMES_MIN)
-    assert shares_with(500) == (tun6.BATCH_BYTES_MIN, tun6.BATCH_FRAMES_MIN)
-    assert shares_with(1) == (tun6.BATCH_BYTES, tun6.BATCH_FRAMES)
 
 
 def test_what_waits_is_sent_although_packets_come_without_end() -> None:
@@ -4760,6 +4785,20 @@ def test_who_was_sent_away_at_the_last_moment_is_not_served(admission: Admission
     with pytest.raises(tun6.Refusal, match="busy"):  # this greenlet has no place in the server's admission control
         server._serve_client(cast(tun6.Stream, None), "peer", tun6.Hello("a", None, ""), b"")
     assert (server.sessions, server.store.pool.owners()) == ({}, [])
+
+
+@pytest.mark.parametrize("said, has_key, slowed", [(7, True, False), (6, True, True), (8, True, True), (0, True, True), (7, False, True)])
+def test_of_a_contended_id_only_the_client_of_the_newest_session_is_not_slowed(
+    said: int, has_key: bool, slowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = cast(Any, tun6.Server(tun6.ServerConfig("127.0.0.1", 1, POOL)))
+    monkeypatch.setattr(server, "store", store := mock.Mock())
+    monkeypatch.setattr(server, "keys", mock.Mock(find=lambda _: has_key or None))
+    monkeypatch.setattr(tun6, "CONTENTION_PAUSE_S", 0)
+    store.holder.return_value, store.whereabouts.return_value = "other", {"epoch": 7}
+    store.takeovers.return_value = [time.monotonic()] * tun6.CONTENTION_TAKEOVERS
+    assert server._take_over(tun6.Hello("a", None, "", epoch=said), "peer") is False
+    assert ("a" in server._contended) == slowed
 
 
 @pytest.mark.parametrize("about", ["disk", "store"])
@@ -6071,6 +6110,206 @@ def test_offload_is_auto_tso6_or_no(tmp_path: Path, section: str) -> None:
     assert tun6.read_config(write_config(tmp_path, **{section: settings}), section).offload == "auto"
     with pytest.raises(tun6.ConfigError, match=r"offload = uso6: it must be auto, tso6 or no"):
         tun6.read_config(write_config(tmp_path, **{section: {**settings, "offload": "uso6"}}), section)
+
+
+# ---- cluster store ---------------------------------------------------------------------------------------------------
+
+
+class StubError(Exception):
+    """What psycopg.Error is."""
+
+
+class StubDatabase:
+    """Database's interface, with rows in memory that all of them share, and faults."""
+
+    rows: ClassVar[dict[str, tun6.Row]] = {}
+    notified: ClassVar[dict[StubDatabase, list[str]]] = {}  # by who listens
+    is_down: ClassVar[bool] = False
+    change_s: ClassVar[float] = 0.0  # before each COMMIT
+    answer_s: ClassVar[float] = 0.0  # behind it
+    keys: ClassVar[str] = "none"
+
+    def __init__(self, url: str, application: str) -> None:
+        self._closed = threading.Event()
+
+    def open(self, known: Sequence[tun6.Row]) -> tuple[tun6.PoolRow, list[tun6.Row], float]:
+        self._fail()
+        self.notified[self] = []
+        return tun6.PoolRow(uuid.UUID(int=1), tun6.SCHEMA_VERSION, POOL, self.keys, 0, "1", "1"), list(self.rows.values()), 0.0
+
+    def close(self) -> None:
+        self._closed.set()
+        self.notified.pop(self, None)
+
+    def enter(self, name: str, address: str, known: Sequence[tun6.Row]) -> tuple[int, str, list[tun6.Row]]:
+        self._fail()
+        return 0, "1", []
+
+    def beat(self, name: str) -> tuple[float, str, list[tuple[str, str, float]]]:
+        self._fail()
+        return 0.0, "1", []
+
+    def listen(self, ids: Sequence[str]) -> list[tun6.Row]:
+        heard = list(ids)
+        for _ in range(20):
+            self._fail()
+            heard += self.notified.get(self, [])
+            self.notified.get(self, heard).clear()
+            if heard:
+                break
+            time.sleep(0.01)
+        return [self.rows[id_] for id_ in heard if id_ in self.rows]
+
+    def change(self, batch: tun6.Batch, new_ids_per_hour: int) -> None:
+        self._fail()
+        time.sleep(self.change_s)
+        rows = {}
+        for number, change in enumerate(batch.changes):
+            try:
+                row = change.decide(self.rows.get(change.id) or change.create(1.0), 1.0)
+            except (tun6.Tun6Error, EOFError, KeyError) as error:
+                batch.results.append(error)
+                continue
+            rows[change.id] = row._replace(prefix=subnet(len(self.rows) + number)) if row.prefix == tun6.UNASSIGNED else row
+            batch.results.append(rows[change.id])
+        if not batch.begin_commit():
+            return
+        self.rows.update(rows)
+        for each in self.notified.values():
+            each += rows
+        time.sleep(self.answer_s)
+
+    def _fail(self) -> None:
+        if self.is_down or self._closed.is_set():
+            raise StubError("it is\nnot there")
+
+
+OpenCluster = Callable[..., tun6.ClusterStore]
+
+
+@pytest.fixture
+def open_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenCluster]:
+    """Opens the ClusterStore of a server of this name, on a StubDatabase."""
+    stub = type("Stub", (StubDatabase,), {"rows": {}, "notified": {}})
+    monkeypatch.setattr(tun6, "Database", stub)
+    monkeypatch.setattr(tun6, "require_psycopg", lambda: mock.Mock(Error=StubError))
+    monkeypatch.setattr(tun6, "COMMIT_S", 1.0)
+    monkeypatch.setattr(tun6, "RETRY_S", 0.05)
+    with ExitStack() as undo:
+
+        def open_(name: str) -> tun6.ClusterStore:
+            store = tun6.ClusterStore("postgresql://u:secret@db/x", POOL, "required", str(tmp_path / f"{name}.json"), name)
+            undo.callback(store.close)
+            store.start()
+            return store
+
+        yield open_
+
+
+def stub() -> type[StubDatabase]:
+    return cast("type[StubDatabase]", tun6.Database)
+
+
+def test_the_newest_session_of_a_cluster_wins_and_ends_are_told(open_cluster: OpenCluster) -> None:
+    a, b, ends = open_cluster("a"), open_cluster("b"), list[str]()
+    with a.begin(tun6.Claim("x", end=ends.append)) as first, b.begin(tun6.Claim("x")) as second:
+        assert (first.epoch, second.epoch, first.prefix) == (1, 2, second.prefix)
+        assert becomes_true(lambda: ends, 3)
+        with pytest.raises(tun6.Refusal, match="newer session"):
+            first.require_newest()
+        second.require_newest()
+        second.received = 7
+    assert becomes_true(lambda: not stub().rows["x"].live, 3)
+    assert stub().rows["x"].received == 7
+    assert a.find("x") == first.prefix and str(a.path) == "postgresql://db/x"
+
+
+@pytest.mark.parametrize("lands", [False, True])
+def test_a_store_that_does_not_commit_in_time_is_down_until_it_answers_again(open_cluster: OpenCluster, lands: bool) -> None:
+    a = open_cluster("a")
+    with a.begin(tun6.Claim("x")):
+        pass
+    setattr(stub(), "answer_s" if lands else "change_s", 2.0)
+    with a.begin(tun6.Claim("x")) as lease:
+        epoch = 3 if lands else 2  # above the one that was heard of
+        assert lease.epoch == epoch and "no answer" in a.figures()["store"]["down"]
+        with pytest.raises(tun6.StorageError, match="store is down"):
+            a.assign("new")
+        stub().answer_s = stub().change_s = 0.0
+        assert becomes_true(lambda: not a.figures()["store"]["down"] and not a.figures()["store"]["owed"], 5)
+        assert (stub().rows["x"].epoch, stub().rows["x"].live) == (epoch, True)
+        gevent.sleep(2)  # until the thread that was given up is at its end
+        assert stub().rows["x"].epoch == lease.epoch == epoch
+
+
+def test_of_two_sessions_of_an_outage_the_one_that_is_told_last_goes_on_when_their_epochs_are_the_same(open_cluster: OpenCluster) -> None:
+    servers, epochs, ends = [open_cluster(name) for name in "ab"], list[int](), list[str]()
+    with servers[0].begin(tun6.Claim("x")):
+        pass
+    assert becomes_true(lambda: servers[1].find("x"), 3)
+    stub().is_down = True
+    assert becomes_true(lambda: all(server.figures()["store"]["down"] for server in servers), 3)
+    with ExitStack() as undo:
+        leases = [undo.enter_context(server.begin(tun6.Claim("x", on_epoch=epochs.append, end=ends.append))) for server in servers]
+        assert [lease.epoch for lease in leases] == [2, 2]
+        stub().is_down = False
+        assert becomes_true(lambda: epochs and ends, 5)
+        assert len(ends) == 1 and epochs == [3]
+        assert sorted(lease.metric or 0 for lease in leases) == [tun6.METRIC_MAX - 3, tun6.METRIC_MAX - 2]
+        assert [bool(lease.superseded) for lease in leases] == [lease.epoch == 2 for lease in leases]
+
+
+def test_who_is_killed_while_it_begins_leaves_no_session(open_cluster: OpenCluster) -> None:
+    a = open_cluster("a")
+    stub().answer_s = 0.2
+
+    def visit() -> None:
+        with a.begin(tun6.Claim("x")):
+            pytest.fail("nobody waits for it any more")
+
+    begins = gevent.spawn(visit)
+    assert becomes_true(lambda: "x" in stub().rows, 3)
+    begins.kill()
+    assert becomes_true(lambda: not stub().rows["x"].live and not a.figures()["store"]["owed"], 5)
+
+
+def test_a_server_starts_from_a_cache_that_others_can_not_read(
+    open_cluster: OpenCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub().keys = "required"
+    a = open_cluster("a")
+    a.assign("x")
+    a.pin("x", subnet(9))
+    assert a.keys
+    key, own = a.keys.issue("x"), a.keep()
+    a.close()
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o600
+    stub().is_down = True
+    again = open_cluster("a")
+    assert again.keys and (again.find("x"), again.keep()) == (subnet(9), own)
+    again.keys.check("x", key)
+    assert refusal_of(again.keys, "x", "wrong")[0] == refusal_of(again.keys, "y", key)[0] == "denied"
+    for damaged in ("{", "[]", '{"": {}, "x": {"prefix": 7}}'):
+        (tmp_path / "b.json").write_text(damaged)
+        caplog.clear()
+        with pytest.raises(tun6.StorageError, match="it is not there"):
+            open_cluster("b")
+        assert "can't be used" in caplog.text
+
+
+def test_what_is_wrong_with_a_store_in_the_configuration_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    for given_settings, complaint in (
+        ({"store": "mysql://db"}, "must be an address such as postgresql://"),
+        ({"store": "postgresql://db/x", "assignments": "a.json"}, "`tun6.py cluster import`"),
+        ({"store": "postgresql://db/x"}, r"install it with: .* -m pip install 'psycopg\[binary\]'"),
+    ):
+        with pytest.raises(tun6.ConfigError, match=complaint):
+            tun6.open_store(tun6.read_config(write_config(tmp_path, server={**SERVER, **given_settings}), "server"))
+
+
+def test_a_cluster_command_without_a_store_is_a_sentence(tmp_path: Path) -> None:
+    assert "store is missing" in only_line(run_tun6("cluster", "init", "-c", write_config(tmp_path, server=SERVER)), 2)
 
 
 # ---- sources and documents -------------------------------------------------------------------------------------------
@@ -16326,7 +16565,7 @@ def soak_cluster(minutes: float, size: int, seed: int) -> int:
     return status
 
 
-# ---- cluster store ---------------------------------------------------------------------------------------------------
+# ---- real store ------------------------------------------------------------------------------------------------------
 
 STORE_KEY = "0" * 64  # a digest of a key
 

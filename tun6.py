@@ -739,8 +739,6 @@ Encrypt = Callable[[Union[bytes, bytearray, memoryview]], bytes]  # plain text t
 
 BATCH_BYTES = 256 << 10  # bytes that one session moves before the other sessions continue
 BATCH_FRAMES = 1_000  # frames, or TLS records, likewise: about 5 ms
-ROUND_BYTES = 4 << 20  # bytes that all sessions together move in a round of the event loop, about 4 ms; BATCH_FRAMES likewise
-BATCH_BYTES_MIN, BATCH_FRAMES_MIN = 32 << 10, 32  # but each of them moves so much: below, the calls cost more than the copies
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
@@ -828,17 +826,12 @@ class FqCodelQueue:
 
     def pop(self, now: float) -> bytearray | None:
         """Removes and returns the frame to be sent next, None when there is none."""
-        passed_over = 0
         while self._new or self._old:
             queue = self._new or self._old
             flow = queue[0]
             if flow.deficit <= 0:
                 flow.deficit += QUANTUM
                 self._old.append(queue.popleft())
-                passed_over += 1
-                if passed_over >= len(self._old) and not self._new:
-                    self._skip_rounds()
-                    passed_over = 0
                 continue
             frame = self._codel(flow, now)
             if frame is None:
@@ -860,13 +853,6 @@ class FqCodelQueue:
         self.bytes = self.frames = self._longest = 0
         for each in (self._flows, self._new, self._old, self._long):
             each.clear()
-
-    def _skip_rounds(self) -> None:
-        """Does at once the rounds in which each flow is passed over: over 40 of them behind a frame of 64 KiB, which took 7 us."""
-        rounds = 1 + min(-flow.deficit // QUANTUM for flow in self._old)
-        if rounds > 0:
-            for flow in self._old:
-                flow.deficit += rounds * QUANTUM
 
     def _find_long_flow(self, flow: FlowQueue) -> FlowQueue:
         """Returns this flow or another, with at least half of the bytes of the longest one.
@@ -1345,6 +1331,10 @@ class Claim:
     is_alive: Callable[[], bool] = lambda: True  # whether it is still there; called in another thread
     end: Callable[[str], None] = lambda reason: None  # ends its session, for this reason
     on_epoch: Callable[[int], None] = lambda epoch: None  # its session has a higher epoch from now on: its route needs another metric
+
+    def is_of(self, epoch: int | None) -> bool:
+        """Returns whether the client proved that it is the one of the session of this epoch, which moves and takes nothing from another."""
+        return self.proved and 0 < self.epoch == epoch
 
 
 class Lease:
@@ -1850,9 +1840,9 @@ class SessionBegin(Assignment):
         if row.key != self.key:
             raise Refusal("busy", "the key of this Id has just been changed", f"{quote_id(self.id)}, its key was changed just now")
         epoch = max(row.epoch, self.floor) + 1
-        if epoch >= METRIC_MAX:
+        if epoch > EPOCH_MAX:
             raise Refusal("server-error", "this Id has begun too often", f"{quote_id(self.id)}, its epochs are used up")
-        takeovers, is_same = row.takeovers, 0 < self.claim.epoch == row.epoch  # the client that has the session itself says that it moves
+        takeovers, is_same = row.takeovers, self.claim.is_of(row.epoch)
         if not is_same and (self.claim.took_over or (row.live and row.server != self.server)):
             takeovers = (*takeovers, now)[-CONTENTION_TAKEOVERS:]
         return row._replace(epoch=epoch, server=self.server, live=True, since=now, last=now, takeovers=takeovers)
@@ -3232,14 +3222,7 @@ class ReadinessCallbacks:
     The function is called in the hub, so it must not wait for anything. To switch to the greenlet and back for each call would
     cost 0.03 of 0.35 ms of an idle round trip. The watchers stay started; `hub.wait` would start and stop them each time, which
     costs another 0.1 ms.
-
-    `share` is how much the function should move in one call, bytes and frames. The more calls a round of the event loop has, the less
-    it is, so that whoever has little to move waits for a few milliseconds only, however many move much.
     """
-
-    share: ClassVar[tuple[int, int]] = BATCH_BYTES, BATCH_FRAMES
-    _round_began: ClassVar[float] = 0.0
-    _calls: ClassVar[int] = 1  # in this round, of all that are running
 
     def __init__(self, source: int, sink: int | None = None) -> None:
         self._hub = gevent.get_hub()
@@ -3255,7 +3238,6 @@ class ReadinessCallbacks:
         failed: list[BaseException] = []
 
         def guarded() -> None:
-            self._count_call()
             try:
                 callback()
             except BaseException as error:  # the greenlet raises it
@@ -3273,18 +3255,6 @@ class ReadinessCallbacks:
             self._source.close()
             self._sink.close()
             del self._callback, self._greenlet  # no cycle of references, see Session
-
-    def _count_call(self) -> None:
-        began = self._hub.loop.now()
-        if began == ReadinessCallbacks._round_began:
-            ReadinessCallbacks._calls += 1
-            return
-        calls = ReadinessCallbacks._calls  # of the round before
-        ReadinessCallbacks._round_began, ReadinessCallbacks._calls = began, 1
-        ReadinessCallbacks.share = (
-            min(max(ROUND_BYTES // calls, BATCH_BYTES_MIN), BATCH_BYTES),
-            max(BATCH_FRAMES // calls, BATCH_FRAMES_MIN),
-        )
 
     def want_write(self, wanted: bool) -> None:
         """Sets whether the function is called when `sink` is writable, too."""
@@ -3310,7 +3280,7 @@ def pump_tun_to_tcp(
     view, frame_max, read = _tun_buffer, OFFLOAD_HEADER.size + PACKET_MAX, tun.file.readinto
     coalesces = gso_kinds is not None and "uso6" in gso_kinds
     callbacks = ReadinessCallbacks(tun.fd, fd)
-    single = True  # whether the TUN is read once only
+    most = 1  # reads of the TUN
     errors = TokenBucket(ICMP_ERRORS_MAX, 1)
 
     def reject(packet: memoryview) -> None:
@@ -3323,14 +3293,13 @@ def pump_tun_to_tcp(
                     os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, error])
 
     def on_ready() -> None:
-        nonlocal single
+        nonlocal most
         have, room = 0, view
         ends: list[int] = []
-        enough, reads = callbacks.share
-        if send_queue.blocked:  # less comes than one flush writes, or what waits would stay, though the connection takes all
-            enough, reads = enough // 2, reads // 2
+        # While something waits, less comes than one flush writes. Otherwise what waits would stay, though the connection takes all.
+        enough, reads = (BATCH_BYTES // 2, min(most, BATCH_FRAMES // 2)) if send_queue.blocked else (BATCH_BYTES, most)
         try:
-            for _ in range(1 if single else reads):
+            for _ in range(reads):
                 got = read(room)
                 if got is None:
                     break
@@ -3356,7 +3325,7 @@ def pump_tun_to_tcp(
             send_queue.flush()
             traffic.queue_dropped = send_queue.dropped
         # Behind a single small packet mostly nothing waits: the next one is sent before the TUN is read again.
-        single = found <= 1 and not single and have < QUANTUM
+        most = 1 if found <= 1 < most and have < QUANTUM else BATCH_FRAMES
         if send_queue.blocked != callbacks.wants_write:
             callbacks.want_write(send_queue.blocked)
 
@@ -3375,8 +3344,7 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
         return os.writev(tun.fd, [EMPTY_OFFLOAD_HEADER, packet])
 
     write: Write = write_bare if bare else tun.file.write
-    callbacks = ReadinessCallbacks(fd)
-    small = False  # whether its frames are small
+    size = BATCH_BYTES  # bytes of one read: fewer from a peer whose frames are small
 
     def write_all(frames: list[memoryview]) -> None:
         traffic.received_packets += len(frames)
@@ -3396,16 +3364,13 @@ def pump_tcp_to_tun(fd: int, read: Read, tun: Tun, deframer: Deframer, trailing:
                         raise OffloadRefused(kind) from None
 
     def on_ready() -> None:
-        nonlocal small
-        size, most = callbacks.share
-        if small:
-            size, most = max(size // 8, BATCH_BYTES_MIN), most // 8
+        nonlocal size
         frames = deframer.pull(read, size)
         write_all(frames)
-        small = len(frames) >= most
+        size = BATCH_BYTES if len(frames) < BATCH_FRAMES * size // BATCH_BYTES else BATCH_BYTES // 8
 
     write_all(deframer.push(trailing))
-    callbacks.run(on_ready)
+    ReadinessCallbacks(fd).run(on_ready)
 
 
 # ---- session ---------------------------------------------------------------------------------------------------------
@@ -5812,11 +5777,15 @@ class Server:
                 "moved" if hello.moved else "busy", "this server is being drained", f"{quote_id(hello.id)}, as this server drains"
             )
 
+    def _has_key(self, id_: str) -> bool:
+        """Returns whether the Id has a key: a client that `_check_key` let pass has proved it."""
+        return self.keys is not None and self.keys.find(id_) is not None
+
     def _require_room(self, id_: str) -> None:
         """Raises Refusal when there is no room for this Id, which may be a new one."""
         if len(self.sessions) >= self._config.max_clients and id_ not in self.sessions:
             raise Refusal("busy", f"{self._config.max_clients} clients are connected already")
-        self.store.require_room(id_, counted=not (self.keys and self.keys.find(id_)))
+        self.store.require_room(id_, counted=not self._has_key(id_))
 
     def _answer_dry(self, stream: Stream, peer: str, hello: Hello, _: bytes) -> None:
         """Tells a client whether it would be served, and changes nothing. Raises Refusal, OSError."""
@@ -5837,7 +5806,7 @@ class Server:
         self._check_key(hello, stream)  # the takeover may have waited, and the key may have been removed meanwhile
         self._send_elsewhere(hello)  # only now, as its old session is over anyway
         self._require_room(id_)
-        has_key = self.keys is not None and self.keys.find(id_) is not None  # which was the right one, then
+        has_key = self._has_key(id_)
         session, device = Session(peer), cast(Optional[ClientDevice], None)
         self.sessions[id_] = session
 
@@ -5920,7 +5889,8 @@ class Server:
             return False
         superseded = self._superseded[id_] = gevent.event.Event()  # set when a newer connection waits
         live = id_ in self.sessions and not self.sessions[id_].ending
-        if (live or holder) and self._is_contended(id_):
+        moves = Claim(id_, hello.epoch, self._has_key(id_)).is_of(self.store.whereabouts(id_).get("epoch"))
+        if (live or holder) and not moves and self._is_contended(id_):
             if id_ not in self._contended:
                 self._contended.add(id_)
                 other = self.sessions[id_].peer if live else f"the server {holder}"
