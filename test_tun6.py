@@ -16659,7 +16659,7 @@ def pin_a_freed_prefix(cluster: Cluster, victim: str) -> None:
     first, second, newcomer = (cluster.new_id() for _ in range(3))
     with hands(cluster, {first: [victim], second: [other]}) as crowd:
         assert becomes_true(lambda: all(hand.answers for hand in crowd), 15), "new Ids are not served"
-        freed, spare = cluster.told.pop(first), CLUSTER_RANGE[0xF000 << 64]
+        freed, spare = cluster.told.pop(first), CLUSTER_RANGE[0xF000 + int(first.split()[1]) << 64]
         with paused(cluster.servers[victim]):
             asked(Path(config), "clients", "pin", first, f"{spare}/64")
             with hands(cluster, {newcomer: [other]}) as new:
