@@ -9962,7 +9962,7 @@ def test_an_operator_lists_adds_pins_revokes_and_restores_clients(site: Site, ru
     assert site.clients("pin", "a", "--", fifth)["prefix"] == fifth
     nobody = {"key": False, "revoked": False, "limit": None}
     assert site.clients("pin", "not yet here", first) == {**nobody, "id": "not yet here", "prefix": first}
-    assert site.clients("revoke", "b c") == {"id": "b c", "prefix": third, "key": True, "revoked": True}
+    assert site.clients("revoke", "b c") == {**nobody, "id": "b c", "prefix": third, "key": True, "revoked": True}
     assert sorted(entry["id"] for entry in site.clients("list")) == ["a", "b c", "not yet here"]
     assert site.of("b c")["revoked"]
     assert site.clients("restore", "b c") == {**nobody, "id": "b c", "prefix": third, "key": True}
