@@ -13155,6 +13155,11 @@ def test_the_doctor_names_what_is_wrong_with_a_server(lab: Lab, tunnel: Tunnel, 
         second.shows(*proc, faults=["tun6.RELEASED *= 2"], machine=of_container, **lacking)
     second.shows(*mounting("-t tmpfs none /proc/sys/net/ipv6"), machine="FAIL this kernel has no IPv6; boot it without", **lacking)
     server.edit(control="none.sock").shows(server="FAIL another program listens on 0.0.0.0 port .*none.sock")
+    with tun6_with(tmp_path, "tun6.open_icmpv6 = lambda *kinds: os.open('/dev/none', 0)"):
+        good_server.stop()
+        good_server.start()
+        good_server.wait_for(" serving ", 2)
+    server.shows(warnings="warn dead paths behind relays can't be noticed: No such file or directory")
 
 
 @pytest.mark.waits

@@ -8916,16 +8916,20 @@ class Doctor:
     FATAL: frozenset[str] = frozenset()  # checks of which each warning is a FAIL; an error, or what is raised, is one anyway
     AT_START: tuple[str, ...] = ()  # those that server and client make when they start, too
     hint = ""  # what the user may do meanwhile
+    standing: Sequence[str] = ()  # what the program that runs has warned of, as its `status` has it
 
     def is_running(self) -> bool:
         """Returns whether the program that it is about runs."""
         raise NotImplementedError
 
     def run(self) -> Iterator[Finding]:
-        """Makes all checks."""
+        """Makes all checks, and adds what the program itself has warned of, if none of them has said it."""
+        said: set[str] = set()
         for method in vars(type(self)):
-            if method.startswith("_check_"):
-                yield from self._make(method[7:].replace("_", " "), getattr(self, method))
+            for found in self._make(method[7:].replace("_", " "), getattr(self, method)) if method.startswith("_check_") else ():
+                said.add(found.text)
+                yield found
+        yield from (Finding("warnings", "warn", text) for text in self.standing if text not in said)
 
     def warn(self) -> None:
         """Makes those of the start, whose warnings go to the log. What one raises, the start itself raises, or it is no harm."""
@@ -9090,12 +9094,14 @@ class ServerDoctor(Doctor):
                 status: dict[str, Any] = {}
                 with suppress(OSError, RequestError):
                     status = ask_server(self._config.control, {"do": "status", "files": files_of(self._config)})
-                if status.get("state") == "draining":
-                    log.warning("this server is being drained, and sends its clients to others; `tun6.py drain --stop` ends that")
+                self.standing = status.get("warnings", ())
                 for id_ in status.get("contended", ()):
                     log.warning("several clients have the Id %s, and take it from each other; give each an `id` of its own", quote_id(id_))
                 return f"process {self._pid} listens on {host} port {port}"
-            raise KernelError(f"another program listens on {host} port {port}: nobody has {self._config.control}; see `ss -tlnp`")
+            raise KernelError(
+                f"another program listens on {host} port {port}, or the server could not make {self._config.control}, where nobody is;"
+                " see `ss -tlnp` and the log"
+            )
         raise KernelError(f"no server listens on {host} port {port}; start it, and see what its log says")
 
     def _check_forwarding(self) -> str:
@@ -9230,6 +9236,7 @@ class ClientDoctor(Doctor):
         """Makes all checks. Asks the client that runs, if it does, what it knows."""
         with suppress(OSError, RequestError):
             self._status = ask_server(self._config.control, {"do": "status"})
+        self.standing = self._status.get("warnings", ())
         yield from super().run()
         for sock in self._socks.values():
             sock.close()
