@@ -15837,7 +15837,7 @@ class Cluster:
             for prefix in re.findall(r": has (\S+) on", client.program.log()):
                 self.tell(client.id, IPv6Network(prefix))
         for program in (*self.servers.values(), *(client.program for client in self.clients)):
-            for line in re.findall(".*(?:Traceback|internal error).*", program.new_lines()):
+            for line in re.findall(".*(?:Traceback|internal error|the store is down: the store is down).*", program.new_lines()):
                 self.violated(f"in the log of {program.host}: {line}")
         while self.traffic.violations:
             self.violated(self.traffic.violations.pop())
