@@ -5513,7 +5513,7 @@ class ClusterStore(Store):
             if database is not self._database:  # what it has committed, the one of now may lack
                 raise StoreDown(f"the store is down: {self._down}")
         except StoreDown as down:
-            if database is self._database:
+            if database and database is self._database:
                 self._go_down(down)
             unknown = "; whether it was done is not known" if batch.give_up() else ""
             return [StoreDown(f"{down}{unknown}") for _ in changes]  # one each, as each that raises it adds to its traceback
