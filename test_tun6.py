@@ -16493,6 +16493,7 @@ def end_and_start(cluster: Cluster, victim: str) -> None:
 
 def pause_server(cluster: Cluster, victim: str, seconds: float) -> None:
     """Its kernel acknowledges what clients send, and its routes stay, until it wakes up as the loser."""
+    gevent.sleep(3)  # clients that have come only now have no sign of life yet that they could miss
     with paused(cluster.servers[victim]):
         gevent.sleep(seconds)
 
