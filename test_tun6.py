@@ -6978,6 +6978,7 @@ def test_the_debian_package_is_of_this_version() -> None:
 # ---- end to end: lifecycle -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("server_mtu", "client_mtu"), [(1500, 1500), (1280, 1280), (1280, 1500), (1500, 1280), (1400, 9000), (65_500, 65_500)]
 )
@@ -6996,6 +6997,7 @@ def test_a_lan_host_behind_the_nat_pings_and_moves_bulk_both_ways(lab: Lab, tunn
         transfer(lab, "internet", "lan", address, bulk)
 
 
+@pytest.mark.waits
 def test_two_clients_at_once_have_their_own_prefixes_and_both_move_bulk(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     hosts = ("client", "second")
     prefixes = [client.prefix() for client in [tunnel.client(host) for host in hosts]]
@@ -7010,6 +7012,7 @@ def test_two_clients_at_once_have_their_own_prefixes_and_both_move_bulk(lab: Lab
             moved.result(60)
 
 
+@pytest.mark.waits
 def test_the_id_is_the_mac_of_the_interface_with_the_default_route_unless_it_is_set(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     tunnel.client().prefix()
     tunnel.client("second", id="pi in the attic").prefix()
@@ -7023,6 +7026,7 @@ def expect_answer(lab: Lab, address: IPv6Address, text: str) -> None:
     wait_until(f"{address} answers {text}", lambda: text in lab.run("internet", *ping_once).stdout)
 
 
+@pytest.mark.waits
 def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel) -> None:
     its_router = changed(lab, "server", f"-6 route add default via {Lab.INTERNET}")
     with its_router, sysctl(lab, "internet", "net.ipv6.conf.all.forwarding", "1"):  # the provider's, which sends the pool back to us
@@ -7034,6 +7038,7 @@ def test_an_unassigned_prefix_is_unreachable_and_does_not_loop(lab: Lab, tunnel:
         expect_answer(lab, tunnel.pool[1], "Time exceeded")  # without the server, it loops
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("length", [56, 64])
 @pytest.mark.parametrize("devices", [("newer", "older"), ("older", "newer")])
 def test_of_the_routes_of_two_sessions_the_kernel_takes_the_newer_ones_before_the_pools(
@@ -7060,6 +7065,7 @@ def test_of_the_routes_of_two_sessions_the_kernel_takes_the_newer_ones_before_th
         assert way() == "rejected"
 
 
+@pytest.mark.waits
 def test_a_client_says_the_last_epoch_that_it_was_told_to_each_server(lab: Lab, tunnel: Tunnel) -> None:
     with ServerByHand(lab, tunnel) as server:
         tunnel.client()
@@ -7069,10 +7075,12 @@ def test_a_client_says_the_last_epoch_that_it_was_told_to_each_server(lab: Lab, 
                 assert server.hello.get("Epoch") == said
 
 
+@pytest.mark.waits
 def test_an_address_in_no_lan_of_the_client_is_unreachable_and_does_not_loop(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     expect_answer(lab, tunnel.client().prefix()[0xDEAD], "Destination unreachable")
 
 
+@pytest.mark.waits
 def test_a_client_without_default_route_leaves_the_way_to_the_internet_alone(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     prefix = tunnel.client(default_route="no").prefix()
     with pytest.raises(tun6.KernelError, match="unreachable"):
@@ -7081,6 +7089,7 @@ def test_a_client_without_default_route_leaves_the_way_to_the_internet_alone(lab
     ping(lab, "internet", str(prefix[1]))
 
 
+@pytest.mark.waits
 def test_an_existing_default_route_is_in_effect_again_when_the_client_has_gone(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     with changed(lab, "client", "-6 route add default dev eth1 metric 1024"):
         client = tunnel.client()
@@ -7090,6 +7099,7 @@ def test_an_existing_default_route_is_in_effect_again_when_the_client_has_gone(l
         assert way_to_internet(lab) == "eth1"
 
 
+@pytest.mark.waits
 def test_a_start_that_fails_says_why_and_leaves_the_others_alone(lab: Lab, tunnel: Tunnel, server: Program, tmp_path: Path) -> None:
     tunnel.client().prefix()
     peer = tunnel.peer("by-hand").connected()
@@ -7120,12 +7130,14 @@ def test_a_start_that_fails_says_why_and_leaves_the_others_alone(lab: Lab, tunne
     tunnel.visit("newcomer")
 
 
+@pytest.mark.waits
 def test_without_ipv6_in_the_kernel_nothing_starts(lab: Lab, tunnel: Tunnel) -> None:
     with sysctl(lab, "second", "net.ipv6.conf.default.disable_ipv6", "1"):
         for role in ("server", "client"):
             assert tunnel.failure_at_start(role, 1, "second").startswith("IPv6 is off in this kernel")
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("host", "options", "warning"),
     [
@@ -7145,6 +7157,7 @@ BARE_HELLO: dict[str, object] = {"Id": "cut } { anyhow"}
 OFFLOAD_HELLO: dict[str, object] = {"Offload": ["tso6"], "Id": 'a "quoted" one'}
 
 
+@pytest.mark.waits
 @FEW_EXAMPLES
 @example(hello=BARE_HELLO, cuts=set(range(1, 40)))  # each byte of the hello in a segment of its own
 @example(hello=BARE_HELLO, cuts=set())  # the packets in the same segment as the hello
@@ -7161,6 +7174,7 @@ def test_however_hello_and_packets_are_cut_all_arrives(tunnel: Tunnel, server: P
         peer.echo()
 
 
+@pytest.mark.waits
 def test_garbage_instead_of_a_hello_is_refused_and_the_server_lives(tunnel: Tunnel, server: Program) -> None:
     for garbage in (
         b"GET / HTTP/1.0\r\n\r\n",
@@ -7180,6 +7194,7 @@ def test_garbage_instead_of_a_hello_is_refused_and_the_server_lives(tunnel: Tunn
         tunnel.visit("by-hand")
 
 
+@pytest.mark.waits
 def test_a_refused_peer_that_goes_on_sending_is_cut_off(tunnel: Tunnel, server: Program) -> None:
     peer = tunnel.connect()
     peer.sock.sendall(b"{}")
@@ -7212,6 +7227,7 @@ def test_a_peer_without_whole_hello_is_dropped_after_ten_seconds_and_disturbs_no
     server.said("left during the handshake: no answer within 10 s", 4)
 
 
+@pytest.mark.waits
 def test_a_newcomer_with_the_id_of_a_live_session_takes_over(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     first, other = tunnel.peer("same").connected(), tunnel.peer("other").connected()
     first.echo()
@@ -7225,6 +7241,7 @@ def test_a_newcomer_with_the_id_of_a_live_session_takes_over(lab: Lab, tunnel: T
     server.wait_for("'same' from .*: gone, a newcomer from")
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("number", [10, 100])
 def test_of_many_hellos_with_one_id_at_once_one_session_is_left(lab: Lab, tunnel: Tunnel, server: Program, number: int) -> None:
     began = time.monotonic()
@@ -7266,6 +7283,7 @@ def test_two_clients_that_take_one_id_from_each_other_are_slowed_and_the_log_say
     assert found["server"] == ["warn several clients have the Id 'twin', and take it from each other; give each an `id` of its own"]
 
 
+@pytest.mark.waits
 def test_a_lone_client_that_comes_back_again_and_again_is_not_slowed(tunnel: Tunnel, server: Program) -> None:
     for number in range(12):
         began = time.monotonic()
@@ -7277,6 +7295,7 @@ def test_a_lone_client_that_comes_back_again_and_again_is_not_slowed(tunnel: Tun
     assert "take it from each other" not in server.log()
 
 
+@pytest.mark.waits
 def test_a_client_started_before_the_server_connects_when_it_comes(lab: Lab, tunnel: Tunnel) -> None:
     client = tunnel.client()
     client.wait_for("DEBUG no connection")  # the second attempt
@@ -7287,6 +7306,7 @@ def test_a_client_started_before_the_server_connects_when_it_comes(lab: Lab, tun
     assert len(re.findall("WARNING no", client.log())) == 1
 
 
+@pytest.mark.waits
 def test_a_server_killed_and_started_again_gives_the_same_prefix_and_what_waited_is_delivered(lab: Lab, tunnel: Tunnel) -> None:
     server = tunnel.server()
     client = tunnel.client()
@@ -7309,6 +7329,7 @@ def test_a_server_killed_and_started_again_gives_the_same_prefix_and_what_waited
     assert len(re.findall("WARNING no", client.log())) == 1  # once, and not every two seconds
 
 
+@pytest.mark.waits
 def test_prefixes_outlive_the_server_whatever_order_the_clients_come_back_in(tunnel: Tunnel, server: Program) -> None:
     def prefixes(*ids: str) -> dict[str, IPv6Network]:
         return {id_: tunnel.peer(id_).connected().prefix for id_ in ids}
@@ -7326,6 +7347,7 @@ def test_prefixes_outlive_the_server_whatever_order_the_clients_come_back_in(tun
     assert prefixes("new", "b", "c", "a").items() > before.items()
 
 
+@pytest.mark.waits
 def test_the_address_follows_when_the_server_gives_another_prefix(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client()
     old = client.prefix()
@@ -7339,6 +7361,7 @@ def test_the_address_follows_when_the_server_gives_another_prefix(lab: Lab, tunn
     ping(lab, "client")
 
 
+@pytest.mark.waits
 def test_a_server_removes_the_route_that_a_killed_one_left_and_not_that_of_one_that_lives(lab: Lab, tunnel: Tunnel) -> None:
     living, left = tunnel.new_pool(), tunnel.new_pool()
     tunnel.server(prefixrange=living, assignments=None, listenport=tunnel.port + 5000)
@@ -7348,6 +7371,7 @@ def test_a_server_removes_the_route_that_a_killed_one_left_and_not_that_of_one_t
     assert server_routes(lab, "unreachable") == {str(living), str(tunnel.pool)}
 
 
+@pytest.mark.waits
 def test_a_client_started_after_a_killed_one_has_its_prefix_and_removes_its_route(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     def unreachable() -> set[tuple[str, int]]:
         found = json.loads(lab.ip("client", f"-6 -j route show type unreachable proto {tun6.ROUTE_PROTOCOL}"))
@@ -7371,6 +7395,7 @@ def test_a_client_started_after_a_killed_one_has_its_prefix_and_removes_its_rout
     assert unreachable() == set()
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
@@ -7395,6 +7420,7 @@ def test_whatever_a_peer_does_ends_its_own_session_alone(lab: Lab, tunnel: Tunne
     tunnel.visit("culprit")  # may come back
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_told_to_stop_undoes_everything_in_two_seconds(lab: Lab, tunnel: Tunnel, server: Program, number: int) -> None:
     client = tunnel.client()
@@ -7409,6 +7435,7 @@ def test_a_server_told_to_stop_undoes_everything_in_two_seconds(lab: Lab, tunnel
     client.wait_for("WARNING no connection .*: (the peer closed the connection|Connection reset by peer)")
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("devices", [0, 1, 20])
 def test_a_server_told_to_stop_while_clients_connect_stops_in_time(lab: Lab, tunnel: Tunnel, server: Program, devices: int) -> None:
     for number in range(40):
@@ -7417,6 +7444,7 @@ def test_a_server_told_to_stop_while_clients_connect_stops_in_time(lab: Lab, tun
     assert server.stop() < SERVER_ENDS_S
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("said", [b'{"Id": "half', b'{"Id": "caf\xc3', b"\x16\x03\x01"], ids=["hello", "character", "TLS"])
 def test_a_server_told_to_stop_in_the_midst_of_a_hello_ends_in_time(tunnel: Tunnel, site: Site, said: bytes) -> None:
     server = site.serve(keys=None)
@@ -7428,6 +7456,7 @@ def test_a_server_told_to_stop_in_the_midst_of_a_hello_ends_in_time(tunnel: Tunn
     assert peer.ended() in ("closed", "reset")
 
 
+@pytest.mark.waits
 def test_a_server_stops_in_time_while_a_client_does_not_read(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     not_reading, other = tunnel.crowd(2)
     (device,) = [route["dev"] for route in json.loads(lab.ip("server", f"-6 -j route show {not_reading.prefix}"))]
@@ -7441,6 +7470,7 @@ def test_a_server_stops_in_time_while_a_client_does_not_read(lab: Lab, tunnel: T
         assert server.stop() < SERVER_ENDS_S
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("when", ["it has its TUN", "connected", "outage"])
 def test_a_client_told_to_stop_undoes_everything_in_two_seconds(lab: Lab, tunnel: Tunnel, number: int, when: str) -> None:
@@ -7455,6 +7485,7 @@ def test_a_client_told_to_stop_undoes_everything_in_two_seconds(lab: Lab, tunnel
     wait_until_no_sessions(lab)
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("said", [b"", b'{"Prefix": "2001:db8'])
 def test_a_client_told_to_stop_in_the_midst_of_the_answer_ends_in_time(lab: Lab, tunnel: Tunnel, said: bytes) -> None:
     with ServerByHand(lab, tunnel) as server:
@@ -7493,6 +7524,7 @@ def bulk(lab: Lab, source: str, sink: str, address: str) -> Iterator[list[int]]:
                     sock.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_told_to_stop_while_bulk_moves_both_ways_it_stops_in_time(lab: Lab, tunnel: Tunnel, role: str) -> None:
     programs = {"server": tunnel.server(), "client": tunnel.client()}
@@ -7502,6 +7534,7 @@ def test_told_to_stop_while_bulk_moves_both_ways_it_stops_in_time(lab: Lab, tunn
         assert programs[role].stop() < SERVER_ENDS_S
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     "routes",
     [
@@ -7526,6 +7559,7 @@ def test_the_default_id_is_the_mac_of_the_interface_with_whatever_default_route(
         lab.ip("client", "route replace default via 10.8.0.1 dev eth0")
 
 
+@pytest.mark.waits
 def test_a_client_and_its_operator_may_spell_its_mac_address_differently(tunnel: Tunnel, server: Program) -> None:
     prefix = tunnel.visit(SPELLINGS[3])
     assert tunnel.visit(MAC) == prefix
@@ -7535,6 +7569,7 @@ def test_a_client_and_its_operator_may_spell_its_mac_address_differently(tunnel:
     assert tunnel.visit(SPELLINGS[1]) == pinned
 
 
+@pytest.mark.waits
 def test_a_mac_address_that_may_change_is_warned_of_and_so_is_one_that_did(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client()  # veth devices have random addresses
     client.prefix()
@@ -7554,6 +7589,7 @@ def test_a_mac_address_that_may_change_is_warned_of_and_so_is_one_that_did(lab: 
     assert last.read_text() != "00:11:22:33:44:55\n"
 
 
+@pytest.mark.waits
 def test_an_id_that_is_set_is_not_warned_of(tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(id="set", firewall="no")
     client.prefix()
@@ -7581,6 +7617,7 @@ def talks(lab: Lab, source: str, address: str = Lab.INTERNET) -> bool:
     return lab.run("client", "ping", "-6", "-c", "1", "-W", "0.5", "-I", source, address).returncode == 0
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("default_route", ["yes", "no"])
 def test_native_ipv6_and_the_tunnel_work_beside_each_other(lab: Lab, tunnel: Tunnel, server: Program, default_route: str) -> None:
     with native_ipv6(lab) as native:
@@ -7605,6 +7642,7 @@ def test_native_ipv6_and_the_tunnel_work_beside_each_other(lab: Lab, tunnel: Tun
         assert talks(lab, native)
 
 
+@pytest.mark.waits
 def test_a_unique_local_address_that_has_a_way_of_its_own_keeps_it(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     with native_ipv6(lab), changed(lab, "internet", "addr add fd00:9::1/64 dev eth1 nodad"):  # as of a VPN
         lab.ip("client", "addr add fd00:9::5/64 dev eth2 nodad")
@@ -7615,6 +7653,7 @@ def test_a_unique_local_address_that_has_a_way_of_its_own_keeps_it(lab: Lab, tun
         wait_until("the local address still works", lambda: talks(lab, "fd00:9::5"), 5)
 
 
+@pytest.mark.waits
 def test_a_second_client_of_one_machine_leaves_the_first_ones_rules_alone(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     def rules() -> str:
         return lab.ip("client", "-6 rule show")
@@ -7631,6 +7670,7 @@ def test_a_second_client_of_one_machine_leaves_the_first_ones_rules_alone(lab: L
     ping(lab, "client")
 
 
+@pytest.mark.waits
 def test_ipv4_that_comes_inside_ipv6_lives_and_carries_the_tunnel(lab: Lab, tunnel: Tunnel) -> None:
     tunnel.server()
     with native_ipv6(lab):
@@ -7670,6 +7710,7 @@ def connect_time(lab: Lab, host: str, source: str = "") -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.waits
 def test_without_a_tunnel_new_connections_fail_at_once_and_nothing_old_arrives_later(lab: Lab, tunnel: Tunnel) -> None:
     client = tunnel.client(grace=1)
     client.wait_for("no connection")
@@ -7695,6 +7736,7 @@ def test_without_a_tunnel_new_connections_fail_at_once_and_nothing_old_arrives_l
             assert arrived.recv(16) == b"new"
 
 
+@pytest.mark.waits
 def test_an_outage_within_the_grace_is_a_pause_that_loses_nothing(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(id="c")
     client.prefix()
@@ -7708,6 +7750,7 @@ def test_an_outage_within_the_grace_is_a_pause_that_loses_nothing(lab: Lab, tunn
         assert arrived.recv(16) == b"waits"
 
 
+@pytest.mark.waits
 def test_with_grace_off_packets_wait_for_ever(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     client = tunnel.client(grace="off")
     client.prefix()
@@ -7717,6 +7760,7 @@ def test_with_grace_off_packets_wait_for_ever(lab: Lab, tunnel: Tunnel, server: 
     tunnel.server()
 
 
+@pytest.mark.waits
 def test_rules_and_routes_of_a_killed_client_are_removed_at_the_next_start(lab: Lab, tunnel: Tunnel, server: Program) -> None:
     def rules() -> int:
         return lab.ip("client", "-6 rule show").count("proto 116")
@@ -7733,6 +7777,7 @@ def test_rules_and_routes_of_a_killed_client_are_removed_at_the_next_start(lab: 
     assert (rules(), lab.ip("client", "-6 route show table all proto 116")) == (0, "")
 
 
+@pytest.mark.waits
 def test_serving_says_how_many_assignments_there_are(tunnel: Tunnel, server: Program) -> None:
     server.wait_for(r" serving .*, with 0 assignments")
     tunnel.visit("a")
@@ -7805,6 +7850,7 @@ def longest_stall(arrivals: list[float]) -> float:
     return max(late - early for early, late in zip(arrivals, arrivals[1:]))
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_when_its_server_is_killed_a_client_goes_on_at_the_next_one_at_once_and_tcp_with_it(lab: Lab, pair: Pair, way: str) -> None:
     client = pair.client()
@@ -7823,6 +7869,7 @@ def test_when_its_server_is_killed_a_client_goes_on_at_the_next_one_at_once_and_
     assert asked(client.config, "status")["server"] == f"{Lab.SERVER} port {pair.ports[1 - first]}"
 
 
+@pytest.mark.waits
 def test_when_no_server_serves_the_log_says_it_once_and_the_first_that_is_back_is_taken(pair: Pair) -> None:
     client = pair.client()
     first = pair.serving(client)
@@ -7836,6 +7883,7 @@ def test_when_no_server_serves_the_log_says_it_once_and_the_first_that_is_back_i
     assert pair.serving(client, 2) == first
 
 
+@pytest.mark.waits
 def test_a_server_that_does_not_answer_is_tried_last_and_holds_nobody_up_for_long(lab: Lab, tunnel: Tunnel, pair: Pair) -> None:
     client = pair.client()
     dead = pair.serving(client)
@@ -7856,6 +7904,7 @@ def test_a_server_that_does_not_answer_is_tried_last_and_holds_nobody_up_for_lon
         assert pair.serving(client, 4) == dead
 
 
+@pytest.mark.waits
 def test_one_servers_refusal_for_good_does_not_keep_a_client_from_the_other(tunnel: Tunnel, site: Site, pair: Pair) -> None:
     pair.servers[0].stop()
     keyed = pair.start(0, **{**site.settings, "assignments": "assignments-0.json"})
@@ -7875,6 +7924,7 @@ def test_one_servers_refusal_for_good_does_not_keep_a_client_from_the_other(tunn
         assert len(re.findall("tls-required", server.log())) <= 2
 
 
+@pytest.mark.waits
 def test_only_a_client_with_a_list_says_that_it_may_be_sent_to_another_server(lab: Lab, tunnel: Tunnel) -> None:
     with ServerByHand(lab, tunnel) as server:
         for remotehost, moved in ((Lab.SERVER, None), (f"{Lab.SERVER}, {Lab.SERVER}:1", True)):
@@ -7911,6 +7961,7 @@ def status_while_draining(server: Program) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.waits
 def test_a_server_that_drains_sends_its_clients_to_others_and_none_is_long_without_a_tunnel(lab: Lab, tunnel: Tunnel, pair: Pair) -> None:
     old, new = pair.servers
     new.stop()
@@ -7919,6 +7970,11 @@ def test_a_server_that_drains_sends_its_clients_to_others_and_none_is_long_witho
     for client in (*clients.values(), single):
         client.prefix()
     pair.start(1)
+
+    def have_lasted() -> bool:
+        return all(asked(client.config, "status")["state_seconds"] > tun6.RETRY_S for client in clients.values())
+
+    wait_until("the sessions count as such", have_lasted)
     with steady_stream(lab, "client", "internet", Lab.INTERNET) as arrivals:
         said = drained(old, "--minutes", "0.03")
         assert "its 4 sessions end within 0.03 minutes" in said
@@ -7953,6 +8009,7 @@ def test_a_server_that_drains_sends_its_clients_to_others_and_none_is_long_witho
         assert len(re.findall(": has ", client.log())) == 2
 
 
+@pytest.mark.waits
 def test_a_restart_ends_a_drain_and_a_signal_begins_none(tunnel: Tunnel, pair: Pair) -> None:
     server = pair.servers[0]
     drained(server, "--minutes", "60")
@@ -7967,6 +8024,7 @@ def test_a_restart_ends_a_drain_and_a_signal_begins_none(tunnel: Tunnel, pair: P
     assert "moved" not in client.log() and server.log().count("draining since") == 1
 
 
+@pytest.mark.waits
 def test_sessions_of_a_server_that_drains_end_one_by_one_and_a_second_drain_takes_its_own_time(tunnel: Tunnel, server: Program) -> None:
     peers = tunnel.crowd(4)
     drained(server, "--minutes", "60")
@@ -7980,6 +8038,7 @@ def test_sessions_of_a_server_that_drains_end_one_by_one_and_a_second_drain_take
     assert sum(warning.startswith("draining") for warning in status_while_draining(server)["warnings"]) == 1
 
 
+@pytest.mark.waits
 def test_a_client_that_all_servers_send_away_does_not_spin_and_is_served_when_one_has_ended_that(tunnel: Tunnel, pair: Pair) -> None:
     client = pair.client()
     pair.serving(client)
@@ -7998,6 +8057,7 @@ def test_a_client_that_all_servers_send_away_does_not_spin_and_is_served_when_on
     assert pair.serving(client, len(re.findall(": has ", client.log())) + 1, 40) == 0
 
 
+@pytest.mark.waits
 def test_drain_needs_a_server_that_runs_and_a_time_that_makes_sense(tunnel: Tunnel) -> None:
     config = str(tunnel.config("server"))
     assert only_line(run_tun6("drain", "-c", config), 1).startswith("tun6: no server listens at ")
@@ -8007,6 +8067,7 @@ def test_drain_needs_a_server_that_runs_and_a_time_that_makes_sense(tunnel: Tunn
         assert done.stderr.endswith("error: argument --minutes: must be a number from 0 to 1440\n")
 
 
+@pytest.mark.waits
 def test_two_servers_that_give_other_prefixes_are_of_use_too_and_hook_and_routes_follow(
     lab: Lab, tunnel: Tunnel, pair: Pair, tmp_path: Path
 ) -> None:
@@ -8031,6 +8092,7 @@ def test_two_servers_that_give_other_prefixes_are_of_use_too_and_hook_and_routes
     wait_until("the hook ran", lambda: told(tmp_path)[: len(expected)] == expected)
 
 
+@pytest.mark.waits
 def test_a_token_carries_the_list_of_servers_and_certificates_and_each_lets_its_client_in(
     lab: Lab, tunnel: Tunnel, site: Site, tmp_path: Path
 ) -> None:
