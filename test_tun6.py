@@ -16729,7 +16729,8 @@ def pin_a_freed_prefix(cluster: Cluster, victim: str) -> None:
         assert becomes_true(lambda: all(hand.answers for hand in crowd), 15), "new Ids are not served"
         freed, spare = cluster.told.pop(first), CLUSTER_RANGE[0xF000 + int(first.split()[1]) << 64]
         with paused(cluster.servers[victim]):
-            asked(Path(config), "clients", "pin", first, f"{spare}/64")
+            moved = becomes_true(lambda: run_tun6("clients", "-c", config, "pin", first, f"{spare}/64").returncode == 0, 10)
+            assert moved, "an Id can't be pinned while a server stands still, perhaps in the middle of a transaction"
             with hands(cluster, {newcomer: [other]}) as new:
                 assert becomes_true(lambda: bool(new[0].answers), 15), "a new Id is not served"
             done = run_tun6("clients", "-c", config, "pin", second, str(freed))

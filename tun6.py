@@ -4605,6 +4605,7 @@ DATABASE_SETTINGS = {
     "tcp_keepalives_interval": "1",
     "tcp_keepalives_count": "3",
     "statement_timeout": f"{COMMIT_S:.0f}s",
+    "idle_in_transaction_session_timeout": f"{500 * COMMIT_S:.0f}ms",  # of a server that stands still, its locks would stop all others
     "search_path": "public",
 }
 TIMELINE = (
