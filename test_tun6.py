@@ -6768,6 +6768,16 @@ def uses_before_definition(path: Path) -> list[str]:
     return faults
 
 
+def test_no_name_of_the_module_is_given_twice() -> None:
+    """The later one would count for what stands above it, too."""
+    names: Counter[str] = Counter()
+    for node in ast.parse(Path(TUN6).read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        given = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+        names.update([node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else given)
+    assert [name for name, times in names.items() if times > 1] == []
+
+
 @pytest.mark.parametrize("name", ["tun6.py", "test_tun6.py", "contrib/bench_tun6.py"])
 def test_the_map_in_a_files_docstring_names_its_sections_in_their_order(name: str) -> None:
     path = Path(__file__).parent / name

@@ -4578,11 +4578,11 @@ create index on client using gin (former) where former <> '{}';
 """
 UPGRADES: dict[int, str] = {}  # by version: what makes the next one of it
 COMMIT_S = 2.0  # for a transaction with its COMMIT; without it by then, the store counts as down
-CONNECT_S = 10.0  # for connections to one of the hosts, and for reading all
+DATABASE_CONNECT_S = 10.0  # for connections to one of the hosts, and for reading all
 BATCH_MAX = 100  # changes in one transaction
 THREADS_MAX = 8  # one listens, one works; the others connect, or close what hangs
 POLL_S = 2.0  # between two looks at the rows of the sessions here, beside what is notified
-RETRY_S = 0.5  # between two attempts to reach a store that is down
+DATABASE_RETRY_S = 0.5  # between two attempts to reach a store that is down
 HEARTBEAT_S = 5.0  # between two heartbeats of a server
 CACHE_S, CACHE_PAUSE_S = 5.0, 1.0  # between two saves of the cache: at most, at least
 SILENT_S = 86_400  # a server without a heartbeat for so long is not waited for
@@ -5396,7 +5396,7 @@ class ClusterStore(Store):
         """Connects and takes in all rows. Raises StoreDown, ConfigError."""
         database = Database(self._url, self._application)
         try:
-            pool, rows, now = self._in_thread(CONNECT_S, database.open, list(self._view.rows.values()))
+            pool, rows, now = self._in_thread(DATABASE_CONNECT_S, database.open, list(self._view.rows.values()))
             self._check(pool)
             self._clock_offset = now - time.monotonic()
             for row in in_slices(rows):
@@ -5418,7 +5418,9 @@ class ClusterStore(Store):
 
     def _enter(self, database: Database) -> None:
         """Enters this server among the others. Raises StoreDown."""
-        number, timeline, lost = self._in_thread(CONNECT_S, database.enter, self._name, self._address, list(self._view.rows.values()))
+        number, timeline, lost = self._in_thread(
+            DATABASE_CONNECT_S, database.enter, self._name, self._address, list(self._view.rows.values())
+        )
         for row in lost:
             log.error("%s: the store has lost it, and its %s is another's by now", quote_id(row.id), row.prefix)
             self._end(row.id, "its prefix is another's by now")
@@ -5458,7 +5460,7 @@ class ClusterStore(Store):
                 self._listen(cast(Database, self._database))
             except (StoreDown, ConfigError) as error:
                 self._go_down(error)
-            gevent.sleep(RETRY_S)
+            gevent.sleep(DATABASE_RETRY_S)
 
     def _listen(self, database: Database) -> None:
         """Hears from a database until it is not the one any more. Raises StoreDown."""
@@ -5467,14 +5469,14 @@ class ClusterStore(Store):
             now = time.monotonic()
             if now - beaten >= HEARTBEAT_S:
                 beaten = now
-                there, timeline, self._servers = self._in_thread(CONNECT_S, database.beat, self._name)
+                there, timeline, self._servers = self._in_thread(DATABASE_CONNECT_S, database.beat, self._name)
                 self._clock_offset = there - time.monotonic()
                 if timeline != self._timeline:
                     raise StoreDown(f"{self.path} is another copy of the database now")
             ids: list[str] = []
             if now - polled >= POLL_S:
                 polled, ids = now, list(self._view.held)
-            for row in in_slices(self._in_thread(CONNECT_S, database.listen, ids)):
+            for row in in_slices(self._in_thread(DATABASE_CONNECT_S, database.listen, ids)):
                 self._hear(row)
 
     def _hear(self, row: Row) -> None:
@@ -8314,7 +8316,7 @@ PACKAGE_UNITS = Path("/usr/lib/systemd/system")
 COPIED = "copied-from"  # the file in PROGRAM_FOLDER that says that `install` made it
 SERVICE_USER = "tun6"
 START_S = 60.0  # for `systemctl`, which waits until the service is ready
-CONNECT_S = 10.0  # for the first connection after that
+FIRST_CONNECTION_S = 10.0  # for the first connection after that
 TOKEN_VERSION, TOKEN_CHECK = 1, 4  # of what is in a token; bytes of SHA-256 at its end, against typing errors
 TOKEN_KEYS = ("remotehost", "remoteport", "id", "key", "fingerprint")  # settings of [client]
 NEW_CONFIG = {  # of a machine that has no config.ini yet
@@ -8737,7 +8739,7 @@ class Installer:
             self._run("systemctl", "restart", self._service)
         except KernelError as error:
             raise KernelError(f"{error}; `journalctl -u {self._service}` says why") from None
-        deadline, state = time.monotonic() + CONNECT_S, ""
+        deadline, state = time.monotonic() + FIRST_CONNECTION_S, ""
         while not (state.startswith("has ") or (state and self._role == "server")) and time.monotonic() < deadline:
             time.sleep(0.1)
             state = self._run("systemctl", "show", "-P", "StatusText", self._service).strip()
