@@ -41,6 +41,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     cluster store                on a stub of its database
     sources and documents        maps, order of definitions, links
     packages                     what is in sdist and wheel, man page, completion
+    benchmark                    contrib/bench_tun6.py: options, tables, the emulated link
     end to end: lifecycle        with root, from here on: how sessions begin and end, takeovers, outages
     end to end: several servers  a client with a list, drain
     end to end: hooks
@@ -137,6 +138,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import tun6
 from tun6 import Lab, wait_until
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "contrib"))
+# isort: split
+import bench_tun6
 
 settings.register_profile("tun6", deadline=None)
 settings.load_profile("tun6")
@@ -6984,6 +6989,114 @@ def test_bash_completes_each_command_option_and_choice() -> None:
 
 def test_the_debian_package_is_of_this_version() -> None:
     assert (CHECKOUT / "contrib/debian/changelog").read_text().startswith(f"tun6 ({tun6.__version__}) ")
+
+
+# ---- benchmark -------------------------------------------------------------------------------------------------------
+
+
+def start_benchmark(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, CHECKOUT / "contrib/bench_tun6.py", *options], capture_output=True, text=True)
+
+
+def test_the_benchmarks_help_names_its_rows_sections_and_links() -> None:
+    words = set(re.findall(r"[\w.-]+", start_benchmark("--help").stdout))
+    assert {tunnel.key for tunnel in bench_tun6.TUNNELS} <= words
+    assert {section.key for section in bench_tun6.SECTIONS} <= words
+    assert {"lte", "adsl", "dsl", "cable", "wlan", "fibre", "beside-cubic", "changing"} <= words
+
+
+@pytest.mark.parametrize("options", [("--only", "nothing"), ("--links", "lte,nothing"), ("--limits", "nothing"), ("--beside", "nothing")])
+def test_the_benchmark_refuses_names_that_it_does_not_know(options: tuple[str, str]) -> None:
+    done = start_benchmark(*options)
+    assert done.returncode == 2
+    assert "nothing" in done.stderr
+
+
+def test_each_link_of_the_benchmark_is_measured_plain_and_inside_tls() -> None:
+    keys = [link.key for link in bench_tun6.BUFFERBLOAT_LINKS]
+    assert list(bench_tun6.TUN6_BUFFERBLOAT_ROWS) == [f"{key}{kind}" for key in keys for kind in ("", "-tls")]
+    assert bench_tun6.BUFFERBLOAT_ROWS["lte-wireguard-go"].tunnel.key == "wireguard-go"
+
+
+def test_the_quick_benchmark_leaves_out_what_takes_long() -> None:
+    quick = bench_tun6.parse_selection(None, quick=True).sections
+    assert [section.key for section in quick] == ["tcp", "udp", "rtt", "loss1", "limits", "clients"]
+    assert list(bench_tun6.parse_selection(None, quick=False).sections) == list(bench_tun6.SECTIONS)
+
+
+def test_another_version_is_measured_next_to_what_it_is_compared_with() -> None:
+    def rows(names: str | None, beside: bool) -> list[str]:
+        return [tunnel.key for tunnel in bench_tun6.parse_selection(names, quick=False, beside=beside).tunnels]
+
+    assert rows("tun6-tls,tun6,tcp", beside=True) == ["tun6", "other", "tun6-tls", "other-tls"]
+    assert [key for key in rows(None, beside=True) if not key.startswith("other")] == rows(None, beside=False)
+    with pytest.raises(ValueError, match="other"):
+        rows("other", beside=False)
+
+
+def test_the_ratio_to_another_version_is_the_median_over_the_pairs(tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text("# tun6")
+    selection = bench_tun6.parse_selection("bufferbloat,tun6,tcp", quick=False, beside=True)
+    settings_ = bench_tun6.Settings(bufferbloat_rows=("lte", "lte-direct"), beside=str(tmp_path / "old.py"))
+    benchmark = bench_tun6.Benchmark(settings_, selection, tmp_path)
+    assert (tmp_path / "other/tun6.py").read_text() == "# tun6"
+    assert list(benchmark.rows(bench_tun6.BUFFERBLOAT)) == ["lte", "lte-other", "lte-direct"]
+    for mine, other in ((10.0, 5.0), (3.0, 2.0), (8.0, 8.0)):  # ratios 2, 1.5 and 1; that of the medians is 1.6
+        benchmark.samples["bufferbloat"]["lte"]["up"].append(mine)
+        benchmark.samples["bufferbloat"]["lte-other"]["up"].append(other)
+        benchmark.samples["tcp"]["tun6"]["tcp_up"].append(mine)
+        benchmark.samples["tcp"]["other"]["tcp_up"].append(other)
+    (row,) = [line for line in bench_tun6.format_table(benchmark, bench_tun6.BUFFERBLOAT) if line.startswith("lte: 10/50")]
+    assert " 8.0  1.500" in row
+    assert list(bench_tun6.format_pairs(benchmark)) == ["tun6 / other, tcp: up 1.500"]
+
+
+@given(st.floats(0.1, 1e4), st.floats(0, 1e6))
+def test_a_changing_rate_says_the_same_of_times_and_of_bytes(half_s: float, when: float) -> None:
+    rate = bench_tun6.Rate(1e6, half_s)
+    assert rate.time_of(rate.bytes_until(when)) == pytest.approx(when, abs=1e-4)
+
+
+def test_a_changing_rate_is_full_and_half_in_turn() -> None:
+    rate = bench_tun6.Rate(100, 10)
+    assert [rate.bytes_until(when) for when in (0, 10, 20, 30, 40)] == [0, 1000, 1500, 2500, 3000]
+    assert [rate.halves_between(begin, begin + 1) for begin in (8.9, 9.5, 10.5, 19.5, 29.5)] == [False, True, False, False, True]
+    constant = bench_tun6.Rate(100, 0)
+    assert (constant.bytes_until(25), constant.time_of(2500), constant.halves_between(0, 100)) == (2500, 25, False)
+
+
+def through_emulated_link(link: bench_tun6.Link, packets: int, seconds: float) -> list[float]:
+    """When those of so many packets of 1,000 bytes, which are sent at once, arrive that are not lost: seconds from then on."""
+    clock, arrivals = [0.0], []
+    ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    with ExitStack() as undo:
+        for sock in chain.from_iterable(ends):
+            undo.enter_context(sock).setblocking(False)
+        (sender, source), (sink, receiver) = ends
+        direction = bench_tun6.LinkDirection(source.fileno(), sink.fileno(), link.up, link)
+        with mock.patch("time.monotonic", lambda: clock[0]):
+            for _ in range(packets):
+                sender.send(bytes(1000))
+                direction.accept_packets()
+            while clock[0] < seconds:
+                next_arrival = direction.deliver_packets()
+                with suppress(BlockingIOError):
+                    while receiver.recv(2000):
+                        arrivals.append(clock[0])
+                clock[0] = next_arrival
+    return arrivals
+
+
+def test_an_emulated_link_has_its_rate_delay_and_buffer() -> None:
+    link = bench_tun6.Link("", "", up=8, down=8, rtt=40, buffer=50, loss=0)  # a packet takes 1 ms; 50 wait behind the first
+    arrivals = through_emulated_link(link, 100, 1)
+    assert arrivals == [pytest.approx(0.021 + number / 1000) for number in range(51)]
+
+
+def test_what_waits_for_an_emulated_link_meets_its_change() -> None:
+    link = bench_tun6.Link("", "", up=8, down=8, rtt=40, buffer=50, loss=0, half_s=0.010)
+    arrivals = through_emulated_link(link, 100, 1)
+    assert arrivals[:16] == [pytest.approx(0.020 + at / 1000) for at in (*range(1, 11), 12, 14, 16, 18, 20, 21)]
 
 
 # ---- end to end: lifecycle -------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """bench_tun6: measures tun6 beside direct routing, the same data path in C, and other tunnels where they are installed.
 
-Usage, as root: `contrib/bench_tun6.py [--quick] [--only NAME,...] [--json FILE] [--plot FILE]`; `--help` lists the names.
+Usage, as root: `contrib/bench_tun6.py [--quick] [--only NAME,...] [--beside FILE] [--json FILE] [--plot FILE]`; `--help` lists the names.
 
 Each tunnel carries IPv6 between the hosts `client` and `internet` of a tun6.Lab, over IPv4 and through its NAT. `direct` routes
 IPv6 over the same links. The speed of a machine changes with time. Therefore each repeat measures all tunnels, one after the
@@ -16,10 +16,14 @@ other, and figures of different runs are comparable only by their ratios to `dir
                 while it is stopped (SIGSTOP); the server's event-loop latency meanwhile, as `tun6.py status` reports it
     limits      a client with the setting `limit`: how much of it TCP and UDP get, and the round trip of a ping meanwhile; on a LAN
                 and over a link with a round trip of 40 ms, plain, inside TLS, and as a legacy peer
+    bufferbloat latency under load: a ping beside an upload and then a download, over the emulated links lte, adsl, dsl, cable, wlan,
+                fibre; beside another upload from the same house (beside-cubic); and while the rate halves and doubles (changing)
     clients     1, 100, 1,000 and 4,000 plain sockets become clients of one tun6 server, at most 1,000 at once, and each has
                 a working tunnel when its echo request is answered; then the costs of one more client, and of the shutdown
     active      1 and 100 plain sockets of one process are clients of one tun6 server, and all of them are active: at 2 Mbit/s each
                 way, then up and down as fast as they can; meanwhile one more, real client pings
+
+With `--beside FILE`, another version's tun6.py is measured in turn with this one, and the figures have their ratio.
 
 All hosts use the congestion control CUBIC, as most in the world do; a tunnel may choose another one for its own connection.
 
@@ -31,6 +35,7 @@ The file, top to bottom:
     measuring            ping, iperf3, the bisection
     isolation            the section neighbours
     limits               the section limits
+    bufferbloat          the section bufferbloat
     clients              the section clients
     active clients       the section active
     the run              Benchmark: the order of the measurements, figures and faults
@@ -43,7 +48,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import heapq
 import importlib.metadata
 import importlib.util
 import json
@@ -66,7 +70,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -123,6 +127,7 @@ class Link:
     rtt: float  # ms, half of it in each direction
     buffer: float  # ms in each direction: a packet that would wait longer for its turn is dropped
     loss: float  # per cent in each direction
+    half_s: float = 0  # for so many seconds in turn it has its rates and half of them; 0 for always its rates
 
 
 LINKS = (
@@ -234,8 +239,28 @@ LIMITS = Section(
         ),
     ),
 )
+BUFFERBLOAT = Section(
+    "bufferbloat",
+    "Latency under load: round trip idle and beside an upload or download as fast as it can, ms; its Mbit/s (x the other version's)",
+    (
+        Metric("idle", "idle", 0),
+        *(
+            Metric(f"{way}{what}", title, decimals, ratio)
+            for way in ("up", "down")
+            for what, title, decimals, ratio in (
+                ("_floor_mean", f"at half {way}:", 0, False),  # with losses only: what their repair costs without any queue
+                ("_floor_p95", "p95", 0, False),
+                ("", way, 1, True),
+                ("_early_mean", "at first", 0, False),
+                ("_mean", "mean", 0, False),
+                ("_p95", "p95", 0, False),
+            )
+        ),
+        Metric("share", "share %", 0),
+    ),
+)
 MACHINE_SECTIONS = (TCP, UDP, RTT)
-SECTIONS = (*MACHINE_SECTIONS, *WAN_SECTIONS, ISOLATION, LIMITS, CLIENTS, ACTIVE)
+SECTIONS = (*MACHINE_SECTIONS, *WAN_SECTIONS, ISOLATION, LIMITS, BUFFERBLOAT, CLIENTS, ACTIVE)
 SECTION_GROUPS = {"machine": MACHINE_SECTIONS, "wan": WAN_SECTIONS}  # --only takes these names for several sections
 
 
@@ -253,6 +278,10 @@ class Settings:
     limit_seconds: int = 5  # of each measurement with a limit
     limit_skip: int = 2  # seconds before these, which do not count
     limit_rows: tuple[str, ...] = ()  # of the section limits; () for all
+    load_skip: int = 3  # seconds of a load in the section bufferbloat until what counts; the first one of them is not shown
+    load_seconds: int = 11  # of it that count
+    bufferbloat_rows: tuple[str, ...] = ()  # of the section bufferbloat; () for all of tun6
+    beside: str = ""  # another tun6.py that is measured, too
     clients: tuple[int, ...] = (1, 100, 1000, 4000)  # the rows of the section clients
     active: tuple[int, ...] = (1, 100)  # the rows of the section active
 
@@ -267,6 +296,8 @@ QUICK_SETTINGS = Settings(
     wan_skip=1,
     limit_seconds=3,
     limit_rows=("1M", "100M"),
+    load_seconds=5,
+    bufferbloat_rows=("lte", "cable"),
     clients=(100,),
 )
 
@@ -424,6 +455,35 @@ def allow_cubic() -> Iterator[None]:
         path.write_text(before)
 
 
+class Rate:
+    """What a link can send: its full rate for `half_s` seconds, half of it for as long, and so on; with 0 always the full rate.
+
+    Times are those of time.monotonic(), so every process knows when the rate changes: at multiples of half_s.
+    """
+
+    def __init__(self, bytes_per_s: float, half_s: float) -> None:
+        self._bytes_per_s, self._half_s = bytes_per_s, half_s
+
+    def bytes_until(self, when: float) -> float:
+        """Returns the bytes that it could have sent since the clock's 0."""
+        if not self._half_s:
+            return when * self._bytes_per_s
+        periods, since = divmod(when, 2 * self._half_s)
+        return self._bytes_per_s * (1.5 * self._half_s * periods + min(since, (since + self._half_s) / 2))
+
+    def time_of(self, sent: float) -> float:
+        """Returns when it could have sent so many bytes since the clock's 0."""
+        if not self._half_s:
+            return sent / self._bytes_per_s
+        periods, seconds = divmod(sent / self._bytes_per_s, 1.5 * self._half_s)  # seconds at the full rate
+        return 2 * self._half_s * periods + max(seconds, 2 * seconds - self._half_s)
+
+    def halves_between(self, begin: float, end: float) -> bool:
+        """Returns whether the rate becomes half of what it was in this time."""
+        period = 2 * self._half_s
+        return period > 0 and (begin - self._half_s) // period < (end - self._half_s) // period
+
+
 class LinkDirection:
     """One direction of an emulated link: a rate with a drop-tail buffer before it, and a delay and losses behind it."""
 
@@ -433,30 +493,30 @@ class LinkDirection:
     def __init__(self, source: int, sink: int, mbit: float, link: Link) -> None:
         """`source` and `sink` are the descriptors of two TUNs, `mbit` is the rate in Mbit/s."""
         self.source, self._sink = source, sink
-        self._bytes_per_s = mbit * 1e6 / 8
-        self._delay_s, self._buffer_s, self._loss = link.rtt / 2e3, link.buffer / 1e3, link.loss / 100
-        self._free_at = 0.0  # when all packets accepted so far have been sent
-        self._in_flight: list[tuple[float, bytes]] = []  # a heap of times of arrival and packets
+        self._rate = Rate(mbit * 1e6 / 8, link.half_s)
+        self._delay_s, self._buffer, self._loss = link.rtt / 2e3, link.buffer / 1e3 * mbit * 1e6 / 8, link.loss / 100
+        self._accepted = 0.0  # the bytes that the link could have sent, when all packets accepted so far have been sent
+        self._in_flight: deque[tuple[float, bytes]] = deque()  # times of arrival and packets
 
     def accept_packets(self) -> None:
         """Reads the packets that wait at the source, at most BATCH. Drops those that are lost or exceed the buffer."""
-        now = time.monotonic()
+        sent = self._rate.bytes_until(time.monotonic())
         for _ in range(self.BATCH):
             try:
                 packet = os.read(self.source, self.PACKET_MAX)
             except BlockingIOError:
                 return
-            begins = max(now, self._free_at)
-            if begins - now <= self._buffer_s and random.random() >= self._loss:
-                self._free_at = begins + len(packet) / self._bytes_per_s
-                heapq.heappush(self._in_flight, (self._free_at + self._delay_s, packet))
+            begins = max(sent, self._accepted)
+            if begins - sent <= self._buffer and (not self._loss or random.random() >= self._loss):
+                self._accepted = begins + len(packet)
+                self._in_flight.append((self._rate.time_of(self._accepted) + self._delay_s, packet))
 
     def deliver_packets(self) -> float:
         """Writes the packets that have arrived to the sink, and returns when the next one arrives."""
         now, in_flight = time.monotonic(), self._in_flight
         while in_flight and in_flight[0][0] <= now:
             with suppress(OSError):  # the queue of the device is full, so the packet is lost
-                os.write(self._sink, heapq.heappop(in_flight)[1])
+                os.write(self._sink, in_flight.popleft()[1])
         return in_flight[0][0] if in_flight else now + 1
 
 
@@ -643,6 +703,7 @@ encode_message = tun6.encode_message
 tun6.encode_message = lambda message: encode_message({key: value for key, value in message.items() if key != "Offload"})
 sys.exit(tun6.main())
 """
+TUN6_OTHER = f"import sys; sys.path.insert(0, 'other'); {TUN6_UNCHANGED}"  # the tun6.py of --beside, of which the folder has a copy
 TUN6_CONFIG = """
 [server]
 localhost = 0.0.0.0
@@ -659,8 +720,10 @@ control = /run/tun6-bench-client.sock
 """
 
 
-def start_tun6(client_code: str, encrypted: bool = False, settings: str = "") -> Callable[[Testbed], None]:
-    """Returns a function that starts tun6's server, with these settings besides, and a client which runs this code."""
+def start_tun6(
+    client_code: str, encrypted: bool = False, settings: str = "", server_code: str = TUN6_UNCHANGED
+) -> Callable[[Testbed], None]:
+    """Returns a function that starts tun6's server, with these settings besides, and a client. Each of them runs its code."""
 
     def start(testbed: Testbed) -> None:
         config = testbed.folder / "config.ini"
@@ -673,7 +736,7 @@ def start_tun6(client_code: str, encrypted: bool = False, settings: str = "") ->
             output = testbed.run_program(f"{sys.executable} {REPOSITORY}/tun6.py keygen -c config.ini")
             (fingerprint,) = re.findall("fingerprint = .*", output)
             config.write_text(text.replace("[client]", f"cert = server.pem\n[client]\n{fingerprint}"))
-        start_tun6_program(testbed, "server", "server", listens="tcp 10000")
+        start_tun6_program(testbed, "server", "server", server_code, listens="tcp 10000")
         start_tun6_program(testbed, "client", "client", client_code)
 
     return start
@@ -782,7 +845,11 @@ TUNNELS = (
     Tunnel("wireguard-go", "wireguard-go", start_wireguard_go, ("wireguard-go", "wg")),
     Tunnel("ssh", "ssh -w", start_ssh, ("ssh", "sshd", "ssh-keygen")),
 )
-TUN6 = next(tunnel for tunnel in TUNNELS if tunnel.key == "tun6")
+TUN6, TUN6_TLS = (tunnel for tunnel in TUNNELS if tunnel.key in ("tun6", "tun6-tls"))
+OTHERS = {  # with --beside, by what they are measured in turn with
+    TUN6.key: Tunnel("other", "the other tun6", start_tun6(TUN6_OTHER, server_code=TUN6_OTHER), quick=True, quick_wan=True),
+    TUN6_TLS.key: Tunnel("other-tls", "the other inside TLS", start_tun6(TUN6_OTHER, True, server_code=TUN6_OTHER), ("openssl",)),
+}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -805,17 +872,24 @@ def measure_round_trips(testbed: Testbed, count: int, interval: float) -> list[f
 
 
 @contextmanager
-def ping_meanwhile(testbed: Testbed, host: str, interval: float) -> Iterator[list[float]]:
-    """Pings internet from a host meanwhile. Afterwards the list that is yielded has the round trips in ms. Raises BenchError likewise."""
+def ping_meanwhile(testbed: Testbed, host: str, interval: float, sent_at: list[float] | None = None) -> Iterator[list[float]]:
+    """Pings internet from a host meanwhile. Afterwards the list that is yielded has the round trips in ms. Raises BenchError likewise.
+
+    `sent_at` gets for each of them when the request was sent, as time.monotonic() tells it.
+    """
     round_trips: list[float] = []
     with tempfile.TemporaryFile("w+") as output:  # a pipe is full after some hundred answers, and ping would wait
-        with testbed.lab.popen(host, "ping", "-6", "-i", str(interval), Lab.INTERNET, stdout=output) as process:
+        with testbed.lab.popen(host, "ping", "-6", "-D", "-i", str(interval), Lab.INTERNET, stdout=output) as process:
             try:
                 yield round_trips
             finally:
                 process.send_signal(signal.SIGINT)
         output.seek(0)
-        round_trips += parse_round_trips(output.read())
+        round_trips += parse_round_trips(text := output.read())
+    if sent_at is not None:
+        ahead = time.time() - time.monotonic()
+        answered_at = map(float, re.findall(r"^\[([\d.]+)\].* time=", text, re.MULTILINE))
+        sent_at += [answer - ahead - round_trip / 1e3 for answer, round_trip in zip(answered_at, round_trips)]
 
 
 def parse_round_trips(output: str) -> list[float]:
@@ -1020,6 +1094,158 @@ def count_datagrams(testbed: Testbed, host: str) -> int:
     """Returns how many datagrams the host has received for one of its sockets, also those for which that had no room."""
     counters = dict(line.split() for line in testbed.lab.run(host, "cat", "/proc/net/snmp6").stdout.splitlines())
     return int(counters["Udp6InDatagrams"]) + int(counters["Udp6RcvbufErrors"])
+
+
+# ---- bufferbloat -----------------------------------------------------------------------------------------------------
+
+BUFFERBLOAT_LINKS = (
+    Link("lte", "10/50 Mbit/s, 120 ms, 600 ms of buffer, 0.2 % loss", 10, 50, 120, 600, 0.2),
+    Link("adsl", "2/16 Mbit/s, 80 ms, 1,500 ms", 2, 16, 80, 1500, 0),
+    Link("dsl", "5/20 Mbit/s, 80 ms, 300 ms", 5, 20, 80, 300, 0),
+    Link("cable", "20/100 Mbit/s, 60 ms, 1,000 ms", 20, 100, 60, 1000, 0),
+    Link("wlan", "50/50 Mbit/s, 50 ms, 200 ms, 0.5 % loss", 50, 50, 50, 200, 0.5),
+    Link("fibre", "300/300 Mbit/s, 20 ms, 50 ms, 0.01 % loss", 300, 300, 20, 50, 0.01),
+    Link("beside-cubic", "20/100 Mbit/s, 60 ms, 1,000 ms, and an upload beside it", 20, 100, 60, 1000, 0),
+    Link("changing", "40/40 and 20/20 Mbit/s, 10 s each, 40 ms, 300 ms", 40, 40, 40, 300, 0, half_s=10),
+)
+CHANGE_S = 2.0  # after the rate became half of what it was, in which the round trips do not count
+AFTER_LOAD_S = 3.0  # until what waits in tunnel and link is gone: more than the longest buffer holds
+EARLY_S = 1.0  # of a load that are never shown
+SO_MAX_PACING_RATE = 47  # asm-generic/socket.h
+
+
+class BufferbloatRow(NamedTuple):
+    """A row of the section bufferbloat."""
+
+    label: str
+    link: Link
+    tunnel: Tunnel
+    other: Tunnel | None  # the same of another version of tun6
+
+
+def bufferbloat_rows() -> dict[str, BufferbloatRow]:
+    """Returns the rows by their keys: LINK for tun6, LINK-tls for tun6 inside TLS, and LINK-TUNNEL for all others."""
+    rows = {}
+    for link in BUFFERBLOAT_LINKS:
+        for tunnel in TUNNELS:
+            name = {TUN6.key: "", TUN6_TLS.key: "-tls"}.get(tunnel.key, f"-{tunnel.key}")
+            label = f"{link.key}: {link.label if tunnel is TUN6 else tunnel.label}"
+            rows[link.key + name] = BufferbloatRow(label, link, tunnel, OTHERS.get(tunnel.key))
+    return rows
+
+
+BUFFERBLOAT_ROWS = bufferbloat_rows()
+TUN6_BUFFERBLOAT_ROWS = tuple(key for key, row in BUFFERBLOAT_ROWS.items() if row.tunnel in (TUN6, TUN6_TLS))
+
+
+@contextmanager
+def send_meanwhile(testbed: Testbed, source: str, address: str, down: bool = False, mbit: float = 0) -> Iterator[Callable[[], int]]:
+    """Sends over one TCP connection from a host to this address of internet or server, or from there to it with `down`, meanwhile.
+
+    It sends as fast as it can, or, with `mbit`, so many Mbit/s of data, evenly. Yields a function that returns the bytes received so far.
+    """
+    received, block, done = 0, bytes(128 << 10), threading.Event()
+
+    def move() -> None:
+        nonlocal received
+        buffer = bytearray(1 << 20)
+        with selectors.DefaultSelector() as selector, suppress(ConnectionError):
+            selector.register(sender, selectors.EVENT_WRITE)
+            selector.register(receiver, selectors.EVENT_READ)
+            while not done.is_set():
+                for key, _ in selector.select(0.1):
+                    if key.fileobj is sender:
+                        sender.send(block)
+                    else:
+                        received += receiver.recv_into(buffer)
+
+    with ExitStack() as undo:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with testbed.lab.inside("internet" if address == Lab.INTERNET else "server"):
+            listener = undo.enter_context(socket.create_server((address, 0), family=family))
+        with testbed.lab.inside(source):
+            near = undo.enter_context(socket.create_connection(listener.getsockname()[:2], timeout=10))
+        listener.settimeout(10)
+        far = undo.enter_context(listener.accept()[0])
+        sender, receiver = (far, near) if down else (near, far)
+        for sock in (sender, receiver):
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # at the end, nothing unsent is sent any more
+        if mbit:
+            sender.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, int(mbit * 1e6 / 8))
+        thread = threading.Thread(target=move)
+        thread.start()
+        undo.callback(thread.join)
+        undo.callback(done.set)
+        yield lambda: received
+
+
+class UnderLoad(NamedTuple):
+    """What a load moved, and what a ping met beside it, after the first `skip` seconds, and before that since EARLY_S."""
+
+    mbit: float  # of data
+    early_mbit: float
+    round_trips: list[float]  # ms
+    early_round_trips: list[float]  # ms
+    beside_mbit: float  # of a CUBIC upload outside of the tunnel
+
+
+def measure_under_load(testbed: Testbed, link: Link, skip: float, seconds: float, down: bool = False, mbit: float = 0) -> UnderLoad:
+    """Sends from client to internet, or back with `down`, as send_meanwhile does, and pings. Raises BenchError."""
+    sent_at: list[float] = []
+    with ExitStack() as undo:
+        beside = undo.enter_context(send_meanwhile(testbed, "second", Lab.SERVER)) if link.key == "beside-cubic" else None
+        moved = undo.enter_context(send_meanwhile(testbed, "client", Lab.INTERNET, down, mbit))
+        began = time.monotonic()
+        round_trips = undo.enter_context(ping_meanwhile(testbed, "client", 0.1, sent_at))
+        marks = []
+        for after in (EARLY_S, skip, skip + seconds):
+            time.sleep(max(0.0, began + after - time.monotonic()))
+            marks.append((time.monotonic(), moved(), beside() if beside else 0))
+        time.sleep(link.buffer / 1e3)  # what was sent at the end meets no less of the load
+    (begin, *_), (middle, *_), (end, *_) = marks
+    rate = Rate(1, link.half_s)
+
+    def between(begin: float, end: float) -> list[float]:
+        return [
+            round_trip
+            for at, round_trip in zip(sent_at, round_trips)
+            if begin <= at < end and not rate.halves_between(at - CHANGE_S, at + round_trip / 1e3)
+        ]
+
+    def mbits(column: int, first: int) -> float:
+        return (marks[first + 1][column] - marks[first][column]) * 8 / 1e6 / (marks[first + 1][0] - marks[first][0])
+
+    return UnderLoad(mbits(1, 1), mbits(1, 0), between(middle, end), between(begin, middle), mbits(2, 1))
+
+
+def measure_bufferbloat(testbed: Testbed, settings: Settings, link: Link) -> dict[str, float]:
+    """Returns the figures of one row of BUFFERBLOAT, of a tunnel over that link which runs. Raises BenchError."""
+    skip, seconds = settings.load_skip, settings.load_seconds
+    if link.half_s:
+        seconds = int(-(-seconds // (2 * link.half_s)) * 2 * link.half_s)  # whole periods
+    figures = {"idle": statistics.median(measure_round_trips(testbed, 10, 0.1))}
+    for way, mbit in (("up", link.up), ("down", link.down)):
+        down = way == "down"
+        if link.loss:
+            floor = measure_under_load(testbed, link, skip, seconds, down, mbit / 2)
+            figures |= summarize(f"{way}_floor", floor.round_trips)
+            time.sleep(AFTER_LOAD_S)
+        load = measure_under_load(testbed, link, skip, seconds, down)
+        figures |= {way: load.mbit, f"{way}_early": load.early_mbit}
+        figures |= summarize(way, load.round_trips) | summarize(f"{way}_early", load.early_round_trips)
+        if link.key == "beside-cubic":
+            figures |= {"share": 100 * load.mbit / link.up, "beside": load.beside_mbit}
+            break  # the upload beside a download is the business of that upload's own sender
+        time.sleep(AFTER_LOAD_S)
+    return figures
+
+
+def summarize(name: str, round_trips: list[float]) -> dict[str, float]:
+    """Returns mean and 95th percentile of the round trips, by names of metrics. Raises BenchError when there is none."""
+    if not round_trips:
+        raise BenchError(f"no ping was answered beside the {name}")
+    return {f"{name}_mean": statistics.mean(round_trips), f"{name}_p95": sorted(round_trips)[len(round_trips) * 95 // 100]}
 
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
@@ -1349,6 +1575,9 @@ class Benchmark:
         #              by section, row and metric
         self.faults: dict[str, dict[str, str]] = defaultdict(dict)  # the first one by section and row; "machine" is one section here
         self.failed = False  # whether something failed that must work
+        if settings.beside:
+            (folder / "other").mkdir()
+            shutil.copy(settings.beside, folder / "other" / "tun6.py")
 
     def run(self) -> None:
         """Measures everything. A fault ends only its measurement, or all those of a tunnel that does not start."""
@@ -1364,6 +1593,12 @@ class Benchmark:
             if section in self.sections:
                 with Lab() as lab:
                     self._measure_tun6(Testbed(lab, self._folder), section, measure_row)
+        if BUFFERBLOAT in self.sections:
+            for link in BUFFERBLOAT_LINKS:
+                rows = [row for row in self.settings.bufferbloat_rows or TUN6_BUFFERBLOAT_ROWS if BUFFERBLOAT_ROWS[row].link == link]
+                if rows:
+                    with Lab() as lab, insert_link(lab, link):
+                        self._measure_bufferbloat(Testbed(lab, self._folder), rows, link)
         if LIMITS in self.sections:
             for emulated in (None, LIMIT_LINK):
                 rows = [row for row in self.rows(LIMITS) if LIMIT_ROWS[row].link == emulated]
@@ -1395,6 +1630,21 @@ class Benchmark:
                 log.info("limits, repeat %d of %d: %s", repeat + 1, self.settings.repeats, LIMIT_ROWS[row].label)
                 with self._record_fault("limits", row, must_work=True), testbed.run_tunnel(LIMIT_ROWS[row].tunnel):
                     self._record("limits", row, **measure_limits(testbed, self.settings, row))
+
+    def _measure_bufferbloat(self, testbed: Testbed, rows: Sequence[str], link: Link) -> None:
+        """Measures the rows of one link. Records a row and the same of the other version only together, so that they are pairs."""
+        for repeat in range(self.settings.repeats):
+            for row in rows:
+                _, _, tunnel, other = BUFFERBLOAT_ROWS[row]
+                versions = {row: tunnel, **({f"{row}-other": other} if other and self.settings.beside else {})}
+                figures = {}
+                with self._record_fault("bufferbloat", row, tunnel.must_work):
+                    for key in sorted(versions, reverse=repeat % 2 > 0):  # in turn each is the first one
+                        log.info("bufferbloat, repeat %d of %d: %s, %s", repeat + 1, self.settings.repeats, link.key, versions[key].label)
+                        with testbed.run_tunnel(versions[key]):
+                            figures[key] = measure_bufferbloat(testbed, self.settings, link)
+                    for key, values in figures.items():
+                        self._record("bufferbloat", key, **values)
 
     def _measure_machine(self, testbed: Testbed, tunnel: Tunnel) -> None:
         settings, wanted = self.settings, {section.key for section in self.sections}
@@ -1450,6 +1700,13 @@ class Benchmark:
             return ISOLATION_ROWS
         if section is LIMITS:
             return {row: LIMIT_ROWS[row].label for row in self.settings.limit_rows or LIMIT_ROWS}
+        if section is BUFFERBLOAT:
+            labels = {}
+            for row in self.settings.bufferbloat_rows or TUN6_BUFFERBLOAT_ROWS:
+                labels[row] = BUFFERBLOAT_ROWS[row].label
+                if self.settings.beside and BUFFERBLOAT_ROWS[row].other:
+                    labels[f"{row}-other"] = "  the other version"
+            return labels
         if section is CLIENTS:
             return {str(count): f"{count:,}" for count in self.settings.clients}
         if section is ACTIVE:
@@ -1465,9 +1722,17 @@ class Benchmark:
         return statistics.median(values) if values else None
 
     def ratio(self, section: str, row: str, key: str) -> float | None:
-        """Returns the ratio of the median to that of direct, None when one of them has no figures."""
+        """Returns the ratio to direct, and in the section bufferbloat to the other version: None when one of them has no figures."""
+        if section == BUFFERBLOAT.key:
+            return self.pair_ratio(section, row, f"{row}-other", key)
         mine, direct = self.median(section, row, key), self.median(section, "direct", key)
         return None if mine is None or not direct else mine / direct
+
+    def pair_ratio(self, section: str, row: str, other: str, key: str) -> float | None:
+        """Returns the median of the ratios of what was measured in the same repeats, None when one of the rows lacks figures."""
+        mine, others = (self.samples.get(section, {}).get(name, {}).get(key, []) for name in (row, other))
+        ratios = [value / base for value, base in zip(mine, others) if base]
+        return statistics.median(ratios) if ratios and len(mine) == len(others) else None
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
@@ -1514,6 +1779,19 @@ def format_table(benchmark: Benchmark, section: Section) -> Iterator[str]:
             yield from textwrap.wrap(f"! {fault}", 118, initial_indent=" " * (left + 2), subsequent_indent=" " * (left + 4))
 
 
+def format_pairs(benchmark: Benchmark) -> Iterator[str]:
+    """Yields lines with the ratios of tun6 to the other version, for what the tables show beside direct."""
+    for section in benchmark.sections:
+        for mine, other in OTHERS.items():
+            ratios = [
+                f"{metric.title} {ratio:.3f}"
+                for metric in section.metrics
+                if metric.ratio and (ratio := benchmark.pair_ratio(section.key, mine, other.key, metric.key)) is not None
+            ]
+            if ratios:
+                yield f"{mine} / {other.key}, {section.key}: {', '.join(ratios)}"
+
+
 def format_figure(benchmark: Benchmark, section: str, row: str, metric: Metric, width: int) -> str:
     """Returns the text of one figure, with its ratio to direct where the metric wants that."""
     value = benchmark.median(section, row, metric.key)
@@ -1529,7 +1807,7 @@ def to_json(benchmark: Benchmark, machine: dict[str, str]) -> dict[str, Any]:
     return {
         "machine": machine,
         "settings": dataclasses.asdict(benchmark.settings),
-        "links": [dataclasses.asdict(link) for link in LINKS],
+        "links": [dataclasses.asdict(link) for link in LINKS + BUFFERBLOAT_LINKS],
         "faults": benchmark.faults,
         "sections": {
             section.key: {
@@ -1570,7 +1848,14 @@ def draw_plot(benchmark: Benchmark, path: str, machine: dict[str, str]) -> None:
             for name, marker in (("up", "^"), ("down", "v")):
                 goodput, delay = (benchmark.median(link.key, tunnel.key, key) for key in (name, f"{name}_rtt"))
                 if goodput is not None and delay is not None:
-                    axes.plot(delay, goodput, marker, color=colours[tunnel.key], label=tunnel.label if name == "up" else None, alpha=0.8)
+                    axes.plot(
+                        delay,
+                        goodput,
+                        marker,
+                        color=colours.get(tunnel.key, "grey"),
+                        label=tunnel.label if name == "up" else None,
+                        alpha=0.8,
+                    )
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("{x:,g}")
         axes.set_ylim(0, 1.1 * axes.dataLim.y1)
@@ -1610,20 +1895,27 @@ def draw_plot(benchmark: Benchmark, path: str, machine: dict[str, str]) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def parse_selection(names: str | None, quick: bool) -> Selection:
-    """Returns the rows and sections that --only names, and where it names no row or no section the default. Raises ValueError."""
+def parse_selection(names: str | None, quick: bool, beside: bool = False) -> Selection:
+    """Returns the rows and sections that --only names, and where it names no row or no section the default. Raises ValueError.
+
+    `beside`: another version is measured, too.
+    """
+    tunnels = [each for tunnel in TUNNELS for each in (tunnel, OTHERS.get(tunnel.key) if beside else None) if each]
     wanted = set(names.split(",")) if names else set()
     for group in wanted & set(SECTION_GROUPS):
         wanted |= {section.key for section in SECTION_GROUPS[group]}
-    unknown = wanted - {tunnel.key for tunnel in TUNNELS} - {section.key for section in SECTIONS} - set(SECTION_GROUPS)
+    if beside:
+        wanted |= {OTHERS[key].key for key in wanted & set(OTHERS)}
+    unknown = wanted - {tunnel.key for tunnel in tunnels} - {section.key for section in SECTIONS} - set(SECTION_GROUPS)
     if unknown:
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}; see --help for the names")
-    named = [tunnel for tunnel in TUNNELS if tunnel.key in wanted]
+    named = [tunnel for tunnel in tunnels if tunnel.key in wanted]
+    slow = (*WAN_SECTIONS, ISOLATION, ACTIVE, BUFFERBLOAT)
     return Selection(
-        named or [tunnel for tunnel in TUNNELS if tunnel.quick or not quick],
-        named or [tunnel for tunnel in TUNNELS if tunnel.quick_wan or not quick],
+        named or [tunnel for tunnel in tunnels if tunnel.quick or not quick],
+        named or [tunnel for tunnel in tunnels if tunnel.quick_wan or not quick],
         [section for section in SECTIONS if section.key in wanted]
-        or [section for section in SECTIONS if not quick or section not in (*WAN_SECTIONS, ISOLATION, ACTIVE) or section.key == "loss1"],
+        or [section for section in SECTIONS if not quick or section not in slow or section.key == "loss1"],
     )
 
 
@@ -1634,11 +1926,12 @@ def parse_counts(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def parse_limits(text: str) -> tuple[str, ...]:
-    """Returns the rows in the value of --limits. Raises argparse.ArgumentTypeError."""
+def parse_rows(known: Sequence[str], text: str) -> tuple[str, ...]:
+    """Returns the rows in the value of --limits or --links, of those that are known. Raises argparse.ArgumentTypeError."""
     rows = tuple(text.split(","))
-    if set(rows) - set(LIMIT_ROWS):
-        raise argparse.ArgumentTypeError(f"{text!r} names other rows than {' '.join(LIMIT_ROWS)}")
+    unknown = set(rows) - set(known)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; there are {' '.join(known)}")
     return rows
 
 
@@ -1657,20 +1950,40 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME,...", help="these rows and sections only")
     parser.add_argument("--repeats", type=int, metavar="N", help=f"default: {Settings.repeats}, with --quick {QUICK_SETTINGS.repeats}")
     parser.add_argument("--clients", metavar="N,...", type=parse_counts, help="the rows of the section clients")
-    parser.add_argument("--limits", metavar="ROW,...", type=parse_limits, help=f"the rows of the section limits: {' '.join(LIMIT_ROWS)}")
+    parser.add_argument(
+        "--limits",
+        metavar="ROW,...",
+        type=functools.partial(parse_rows, tuple(LIMIT_ROWS)),
+        help=f"the rows of the section limits: {' '.join(LIMIT_ROWS)}",
+    )
+    parser.add_argument(
+        "--links",
+        metavar="ROW,...",
+        type=functools.partial(parse_rows, tuple(BUFFERBLOAT_ROWS)),
+        help=f"the rows of the section bufferbloat: {' '.join(link.key for link in BUFFERBLOAT_LINKS)}, "
+        "each also with -tls, -direct, and the other rows' names behind it",
+    )
+    parser.add_argument("--beside", metavar="FILE", help="another version's tun6.py, which is measured in turn with this one")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there, .png or .svg; needs matplotlib")
     options = parser.parse_args()
     try:
-        selection = parse_selection(options.only, options.quick)
+        selection = parse_selection(options.only, options.quick, bool(options.beside))
     except ValueError as error:
         parser.error(str(error))
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     settings = QUICK_SETTINGS if options.quick else Settings()
     settings = dataclasses.replace(settings, repeats=options.repeats or settings.repeats, clients=options.clients or settings.clients)
-    settings = dataclasses.replace(settings, limit_rows=options.limits or settings.limit_rows)
+    settings = dataclasses.replace(
+        settings,
+        limit_rows=options.limits or settings.limit_rows,
+        bufferbloat_rows=options.links or settings.bufferbloat_rows,
+        beside=options.beside or "",
+    )
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
+    if options.beside and not os.path.isfile(options.beside):
+        parser.error(f"--beside: {options.beside} is no file")
     try:
         tun6.require_privilege()
         if options.plot and not importlib.util.find_spec("matplotlib"):
@@ -1692,6 +2005,7 @@ def main() -> int:
         return 1
     for section in benchmark.sections:
         print(*format_table(benchmark, section), sep="\n", flush=True)
+    print(*format_pairs(benchmark), sep="\n", flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(to_json(benchmark, machine), indent=1) + "\n")
     if options.plot:
