@@ -4603,6 +4603,45 @@ def test_what_waits_is_sent_although_packets_come_without_end() -> None:
             pump.kill()
 
 
+def test_a_busy_session_is_probed_until_it_has_answered_and_then_only_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, sent = mock.Mock(return_value=1000.0), cast("list[float]", [])
+    monkeypatch.setattr(time, "monotonic", clock)
+    monitor, session = tun6.PathMonitor(tun6.DEAD_AFTER_S), mock.Mock(lan=False)
+    session.unacknowledged_s.return_value = session.traffic.received = 0
+    path = tun6.PeerPath("lo", IPv6Address(0), IPv6Address(1), 255)
+
+    def probe(*_: object) -> None:
+        path.asked = clock()
+        sent.append(path.asked)
+
+    monkeypatch.setattr(monitor, "_probe", probe)
+
+    def pass_time(seconds: int, received: int) -> list[float]:
+        """When it was probed in so many seconds, in each of which it received so many bytes; then from 0 again."""
+        sent.clear()
+        began = clock.return_value
+        for _ in range(seconds):
+            clock.return_value += 1
+            session.traffic.received += received
+            monitor._check(7, session, path)
+        return [at - began for at in sent]
+
+    assert pass_time(45, 100) == [10, 20, 30, 40]
+    path.answers = 1
+    assert pass_time(45, 100) == []
+    assert pass_time(29, 0) == [10, 20]
+    session.close.assert_not_called()
+    pass_time(1, 0)
+    assert str(session.close.call_args[0][0]) == "no sign of life for 30 s"
+
+
+@pytest.mark.parametrize(("dead_after", "earliest", "latest"), [(6, 0.17, 0.35), (35, 1, 2), (350, 1, 2)])
+def test_the_first_probe_comes_the_sooner_the_sooner_a_dead_path_is_to_be_noticed(dead_after: int, earliest: float, latest: float) -> None:
+    path = tun6.PeerPath("lo", IPv6Address(0), IPv6Address(1), 255)
+    with mock.patch("gevent.spawn_later") as spawn_later, tun6.PathMonitor(dead_after).watch(mock.Mock(), path):
+        assert earliest < spawn_later.call_args[0][0] < latest
+
+
 # ---- hooks -----------------------------------------------------------------------------------------------------------
 
 
@@ -16680,7 +16719,7 @@ def end_and_start(cluster: Cluster, victim: str) -> None:
 
 def pause_server(cluster: Cluster, victim: str, seconds: float) -> None:
     """Its kernel acknowledges what clients send, and its routes stay, until it wakes up as the loser."""
-    gevent.sleep(3)  # clients that have come only now have no sign of life yet that they could miss
+    gevent.sleep(1)  # clients that have come only now have no sign of life yet that they could miss
     with paused(cluster.servers[victim]):
         gevent.sleep(seconds)
 

@@ -3774,10 +3774,10 @@ def pump_tcp_to_tun(
 HANDSHAKE_S = 10.0  # for the whole handshake
 # GSO kinds that a peer is offered at most, by the setting `offload`:
 OFFLOADS: dict[str, frozenset[str]] = {"auto": frozenset({"tso6", "uso6"}), "tso6": frozenset({"tso6"}), "no": frozenset()}
-PROBE_AFTER_S = 10.0  # * of silence, and between two probes
+PROBE_AFTER_S = 10.0  # * of silence, and between two probes; until one was answered, also without silence
 DEAD_PATH_S = 30.0  # * of silence, in which probes were not answered
 UNACKNOWLEDGED_S = 32.0  # * of silence of the peer's TCP, which has to acknowledge something
-PROBE_FIRST_S = 1.0, 2.0  # from the begin of a session to its first probe: at random between these
+PROBE_FIRST_S = 1.0, 2.0  # * from the begin of a session to its first probe: at random between these
 PROBES_TO_BELIEVE, PROBE_AGAIN_S = 3, 0.2  # probes with a long round trip on a path that looked like a LAN; between two of them
 PATH_CHECK_S = 1.0  # * between two looks at all sessions
 FAR_ADDRESS = IPv6Address("2000::1")  # to which probes go whose hop limit ends at the server
@@ -3828,8 +3828,7 @@ class PeerPath:
         self.packet_info = source.packed + struct.pack("i", system_socket.if_nametoindex(device))  # struct in6_pktinfo, linux/ipv6.h
         self.answers = 0  # probes that were answered
         self.round_trip_s = math.inf  # the shortest one
-        self.asked = 0.0  # time of the last probe
-        self.heard = time.monotonic()  # when anything came last
+        self.asked = self.heard = time.monotonic()  # when the last probe was sent; when anything came last
         self.received = 0  # bytes until then
 
 
@@ -3871,7 +3870,8 @@ class PathMonitor:
 
     When nothing has come for PROBE_AFTER_S, it sends an echo request into the tunnel, which the kernel at the other end answers: the
     client's with a reply, the server's, as the hop limit is 1, with Time Exceeded; so does that of the original program. A session
-    from which nothing comes for DEAD_PATH_S ends, if a probe was ever answered there.
+    from which nothing comes for DEAD_PATH_S ends, if a probe was ever answered there. Until then a busy one is asked, too: the
+    first probe may be lost.
 
     A session whose peer's TCP is silent ends after UNACKNOWLEDGED_S. TCP's own patience begins only with the first data that is lost,
     the probe perhaps, and a router's "host unreachable" makes it longer (RFC 6069).
@@ -3888,7 +3888,7 @@ class PathMonitor:
         """Monitors a session meanwhile."""
         number = self._number = (self._number + 1) % 2**32
         self._sessions[number] = session, path
-        first = gevent.spawn_later(random.uniform(*PROBE_FIRST_S), self._probe, number, path)
+        first = gevent.spawn_later(random.uniform(*PROBE_FIRST_S) * min(self._scale, 1), self._probe, number, path)
         try:
             yield
         finally:
@@ -3928,7 +3928,7 @@ class PathMonitor:
             session.close(PeerSilent(f"no sign of life for {DEAD_PATH_S * self._scale:.0f} s"))
         elif session.unacknowledged_s() >= UNACKNOWLEDGED_S * self._scale:
             session.close(TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
-        elif now - max(path.heard, path.asked) >= PROBE_AFTER_S * self._scale:
+        if now - max(path.heard if path.answers else 0, path.asked) >= PROBE_AFTER_S * self._scale:
             self._probe(number, path)
 
     def _probe(self, number: int, path: PeerPath) -> None:
