@@ -1041,8 +1041,8 @@ def locked(path: Path) -> Iterator[dict[str, list[Any]]]:
 class SharedStore(tun6.Store):
     """A cluster's store without PostgreSQL, for servers on one machine: a file that each looks at every 20 ms.
 
-    It has {Id: [prefix, epoch, server]}, and can't be reached while it is renamed. What a server does is as true as with the real one;
-    what the real one does is not shown by it.
+    It has {Id: [prefix, epoch, server, limit]}, and can't be reached while it is renamed. What a server does is as true as with the real
+    one; what the real one does is not shown by it.
     """
 
     def __init__(self, path: str, config: tun6.ServerConfig) -> None:
@@ -1050,10 +1050,18 @@ class SharedStore(tun6.Store):
         self._path, self._name = Path(path), f"server {config.listenport}"
         self._rows: dict[str, list[Any]] = {}
         self._held: dict[str, tuple[tun6.Claim, tun6.Lease]] = {}
+        self._limits: dict[str, int | None] = {}  # of Ids that have or had a session here
 
     @property
     def path(self) -> object:
         return None
+
+    def limit_of(self, id_: str) -> int | None:
+        return self._limits.get(id_)
+
+    def set_limit(self, id_: str, bits_per_s: int | None) -> None:
+        with self._locked() as rows:
+            rows[id_][3] = bits_per_s
 
     def start(self) -> None:
         gevent.spawn(self._watch)
@@ -1069,15 +1077,15 @@ class SharedStore(tun6.Store):
         said = claim.epoch if claim.proved else 0
         try:
             with self._locked() as rows:
-                prefix, epoch, _ = rows.get(claim.id) or (str(self.pool.assign(claim.id)), 0, "")
-                rows[claim.id] = [prefix, max(epoch, said) + 1, self._name]
+                prefix, epoch, _, limit = rows.get(claim.id) or (str(self.pool.assign(claim.id)), 0, "", None)
+                rows[claim.id] = [prefix, max(epoch, said) + 1, self._name, limit]
         except FileNotFoundError:
             if claim.id not in self._rows:
                 raise tun6.StorageError("the store can't be reached") from None
-            prefix, epoch, _ = self._rows[claim.id]
-            self._rows[claim.id] = [prefix, max(epoch, said) + 1, self._name]
+            prefix, epoch, _, limit = self._rows[claim.id]
+            self._rows[claim.id] = [prefix, max(epoch, said) + 1, self._name, limit]
         lease = tun6.Lease(IPv6Network(prefix), max(epoch, said) + 1)
-        self._held[claim.id] = claim, lease
+        self._held[claim.id], self._limits[claim.id] = (claim, lease), limit
         yield lease
         if self._held[claim.id][1] is lease:
             del self._held[claim.id]
@@ -1094,7 +1102,10 @@ class SharedStore(tun6.Store):
             gevent.sleep(0.02)
             with suppress(FileNotFoundError), self._locked() as rows:
                 for id_, (claim, lease) in self._held.items():
-                    _, epoch, server = rows[id_]
+                    _, epoch, server, limit = rows[id_]
+                    if limit != self._limits[id_]:
+                        self._limits[id_] = limit
+                        claim.on_limit()
                     if epoch > (lease.epoch or 0) and server == self._name:
                         lease.epoch = epoch
                         claim.on_epoch(epoch)
@@ -1102,7 +1113,7 @@ class SharedStore(tun6.Store):
                         lease.superseded = f"{server} has it now"
                         claim.end(lease.superseded)
                     elif epoch < (lease.epoch or 0):
-                        rows[id_][1:] = lease.epoch, self._name
+                        rows[id_][1:3] = lease.epoch, self._name
 
 
 class SharedPool:
@@ -1137,12 +1148,12 @@ class SharedPool:
 
     def row(self, id_: str = "a") -> list[Any]:
         with locked(self.path) as rows:
-            return list(rows.get(id_, ["", 0, ""]))
+            return list(rows.get(id_, ["", 0, "", None]))
 
     def change(self, id_: str, epoch: int, server: int) -> None:
         """As if this server had begun another session of the Id."""
         with locked(self.path) as rows:
-            rows[id_][1:] = epoch, f"server {self._tunnel.port + server}"
+            rows[id_][1:3] = epoch, f"server {self._tunnel.port + server}"
 
     @contextmanager
     def down(self) -> Iterator[None]:
@@ -3914,9 +3925,10 @@ class SimulatedCluster:
         self._owner: dict[IPv6Network, str] = {}  # who was last told of it
         self._epochs: dict[IPv6Network, int] = {}  # the highest that routers have heard
         self._pinned: set[tuple[str, IPv6Network]] = set()
+        self._limits: dict[str, int | None] = {}  # those that the operator has set last
         self.trace: list[str] = []
         often = {"ask": 25, "transact": 35, "finish": 30, "notify": 15, "take": 15, "pay": 15, "connect": 15}
-        seldom = {"leave": 4, "cut": 4, "outage": 2, "late": 6, "pin": 3, "revoke": 2, "restart": 2, "save": 2, "remember": 4}
+        seldom = {"leave": 4, "cut": 4, "outage": 2, "late": 6, "pin": 3, "revoke": 2, "limit": 2, "restart": 2, "save": 2, "remember": 4}
         seldom["fail over"] = 2
         self._weights = {
             **often,
@@ -3984,6 +3996,10 @@ class SimulatedCluster:
         elif what == "revoke" and client.id in database.rows and database.reachable:
             row = database.rows[client.id]
             database.changes([tun6.KeyChange(client.id, row.key or "", not row.revoked)])
+        elif what == "limit" and client.id in database.rows and database.reachable:
+            limit = rng.choice((None, 0, MBIT))
+            if database.changes([tun6.LimitChange(client.id, limit)]):
+                self._limits[client.id] = limit
         elif what == "restart":
             server.restart()
         elif what == "save":
@@ -4064,6 +4080,8 @@ class SimulatedCluster:
 
     def _check(self, client: SimulatedClient, is_gone: bool) -> None:
         row = self.database.rows.get(client.id)
+        if row and not self.lost_commits and row.limit != self._limits.get(client.id):
+            raise Violation(f"{client.id} was limited to {self._limits.get(client.id)}, and the store says {row}")
         holders = [server for server in self.servers if client.id in server.holds]
         for each in self.servers:
             if each.view.rows.get(client.id) != row:
@@ -4098,7 +4116,8 @@ def row_of(id_: str = "x", **fields: Any) -> tun6.Row:
 def test_what_rows_say_together_does_not_depend_on_which_was_read_first() -> None:
     old = row_of(version=1, epoch=5, server="a", live=True)
     ended = old._replace(live=False, last=9.0)
-    changed = row_of(version=2, key="k", epoch=4, server="b", live=True, former=(subnet(7),), moved=3.0)._replace(prefix=subnet(1))
+    operators: dict[str, Any] = {"version": 2, "key": "k", "limit": MBIT, "former": (subnet(7),), "moved": 3.0}
+    changed = row_of(epoch=4, server="b", live=True, **operators)._replace(prefix=subnet(1))
     both = changed._replace(epoch=5, server="a", live=False, last=9.0)
     for rows in itertools.permutations([old, ended, changed]):
         assert functools.reduce(tun6.merge_rows, rows) == both
@@ -4191,6 +4210,17 @@ def test_a_pin_ends_sessions_also_when_it_is_undone_at_once_and_begins_above_all
     assert (back.epoch, back.former, back.version > row.version) == (7, (subnet(1),), True)
     assert tun6.Pin("x", subnet(2), floor=900).decide(row, 1.0).epoch == 900
     assert tun6.Pin("new", subnet(2), floor=900).create(1.0).epoch == 900
+
+
+def test_a_limit_is_another_version_of_its_row_only_where_it_changes() -> None:
+    row = row_of(epoch=5, server="a", live=True)
+    for limit in (MBIT, 0, None):
+        changed = tun6.LimitChange("x", limit).decide(row, 1.0)
+        assert changed == row._replace(limit=limit, version=changed.version) and changed.version > row.version
+        row = tun6.LimitChange("x", limit).decide(changed, 2.0)
+        assert row is changed
+    with pytest.raises(KeyError):
+        tun6.LimitChange("x", MBIT).create(1.0)
 
 
 def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
@@ -5610,6 +5640,7 @@ def status_by_hand(clients: int, id_: str = "{:02x}:22:33:44:55:66") -> dict[str
         {
             "id": id_.format(number),
             "prefix": str(subnet(number)),
+            "limit": None,
             "session": {
                 "peer": f"192.0.2.{number % 256} port {number}", "device": f"tun6-{number}", "seconds": number * 977, "tls": True,
                 "received": number**4, "sent": number**3, "received_packets": number, "sent_packets": number, "round_trip": number / 1e4,
@@ -5694,6 +5725,13 @@ def test_limits_are_in_the_status_where_there_are_any() -> None:
     column = table[0].index("limit")
     assert [line[column:].split()[0] for line in table[1:]] == ["none", "12.5M", "25M"]
     assert not any("limited" in line for line in tun6.format_status(status_by_hand(3), 200))
+
+
+@pytest.mark.parametrize(
+    ("own", "here", "shown"), [(None, 0, "-"), (0, 0, "none"), (MBIT, 0, "1M"), (None, MBIT, "1M"), (MBIT, None, "none")]
+)
+def test_of_another_servers_client_the_limit_is_shown_if_it_is_its_own(own: int | None, here: int | None, shown: str) -> None:
+    assert tun6.client_limit({"limit": own, **({} if here == 0 else {"session": {"limit": here}})}) == shown
 
 
 def test_only_a_known_id_is_limited_and_to_a_rate_that_makes_sense(open_store: OpenStore) -> None:
@@ -6752,6 +6790,45 @@ def test_a_server_starts_from_a_cache_that_others_can_not_read(
         with pytest.raises(tun6.StorageError, match="it is not there"):
             open_cluster("b")
         assert "can't be used" in caplog.text
+
+
+def test_a_limit_that_any_server_sets_reaches_the_session_and_is_known_without_the_store(open_cluster: OpenCluster) -> None:
+    a, b, told = open_cluster("a"), open_cluster("b"), list[Optional[int]]()
+    handler = tun6.AdminRequestHandler(b, [], {}, lambda *_: None)
+    with a.begin(tun6.Claim("x", on_limit=lambda: told.append(a.limit_of("x")))):
+        b.assign("y")
+        assert becomes_true(lambda: a.find("y") and b.find("x"), 3)
+        for rate, limit in {"none": 0, "2.5M": 2_500_000, "default": None, "50M": 50 * MBIT}.items():
+            assert handler.limit("x", rate)["limit"] == b.limit_of("x") == stub().rows["x"].limit == limit
+            assert becomes_true(functools.partial(lambda limit: told[-1:] == [limit], limit), 1)
+        handler.limit("y", "none")
+        assert becomes_true(lambda: a.limit_of("y") == 0, 1)
+        with pytest.raises(tun6.RequestError, match="'z' is not known; `clients list` shows who is"):
+            handler.limit("z", "50M")
+        b._view.rows["z"] = row_of("z")  # as if the database had lost it
+        with pytest.raises(tun6.RequestError, match="the store does not know 'z' yet"):
+            handler.limit("z", "50M")
+        stub().is_down = True
+        assert becomes_true(lambda: b.figures()["store"]["down"], 3)
+        with pytest.raises(tun6.StorageError, match=r"^the store is down: postgresql://db/x: it is not there$"):
+            handler.limit("x", "default")
+        assert (b.limit_of("x"), stub().rows["x"].limit) == (50 * MBIT, 50 * MBIT)
+    a.close()
+    again = open_cluster("a")
+    assert [again.limit_of(id_) for id_ in "xyz"] == [50 * MBIT, 0, None]
+
+
+def test_a_cache_of_the_version_that_had_no_limits_is_used(open_cluster: OpenCluster, tmp_path: Path) -> None:
+    a = open_cluster("a")
+    prefix = a.assign("x")
+    a.close()
+    cache = tmp_path / "a.json"
+    entries = json.loads(cache.read_text())
+    del entries["x"]["limit"]
+    cache.write_text(json.dumps(entries))
+    stub().is_down = True
+    again = open_cluster("a")
+    assert (again.find("x"), again.limit_of("x")) == (prefix, None)
 
 
 def test_what_is_wrong_with_a_store_in_the_configuration_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -10126,6 +10203,24 @@ def test_while_the_store_is_down_sessions_go_on_known_clients_are_served_and_new
     for each in (stays, peer, shared.peer(0, "new").connected()):
         each.echo()
     assert not re.search("stays.*gone", server.log())
+
+
+def test_a_limit_holds_on_whichever_server_the_session_is_and_the_default_is_that_servers(tunnel: Tunnel, shared: SharedPool) -> None:
+    servers = [shared.server(limit="200M"), shared.server(limit="300M")]
+
+    def holds(number: int, own: int | None, limit: int | None) -> bool:
+        (entry,) = asked(servers[number].config, "clients", "list", "--here")
+        return [entry["limit"], entry["session"]["limit"]] == [own, limit]
+
+    first = shared.peer(0, Offload=["tso6"])
+    assert "tso6" in first.answer()["Offload"] and holds(0, None, 200 * MBIT)
+    for rate, own, limit in (("300k", 300_000, 300_000), ("none", 0, None), ("default", None, 200 * MBIT), ("10M", 10 * MBIT, 10 * MBIT)):
+        asked(servers[1].config, "clients", "limit", "a", rate)
+        wait_until(f"{rate} holds", functools.partial(holds, 0, own, limit), 2)
+    second = shared.peer(1, Offload=["tso6"])
+    assert (second.answer()["Offload"], holds(1, 10 * MBIT, 10 * MBIT)) == ([], True)  # from its beginning on
+    asked(servers[0].config, "clients", "limit", "a", "default")
+    wait_until("the default of this server holds", functools.partial(holds, 1, None, 300 * MBIT), 2)
 
 
 def test_a_session_whose_epoch_is_raised_has_the_new_metric_without_a_gap_and_without_a_warning(
@@ -17048,12 +17143,25 @@ def administer_anywhere(cluster: Cluster, victim: str) -> None:
         held = client.prefix()
         found = next(each for each in asked(other, "clients", "list") if each["id"] == id_)
         assert (found["server"], found["connected"], found["prefix"]) == ("s1", True, str(held)), found
+        knows_all = becomes_true(lambda: len(asked(third, "status")["servers"]) == 3, tun6.HEARTBEAT_S + 3)  # if all have just started
         status = asked(third, "status")
-        assert [(each["name"], each["here"]) for each in status["servers"]] == [("s1", False), ("s2", False), ("s3", True)], status
+        servers = [(each["name"], each["here"]) for each in status["servers"]]
+        assert knows_all and servers == [("s1", False), ("s2", False), ("s3", True)], status
         assert status["store"]["down"] is None
         here = {host: asked(cluster.servers[host].config, "status", "--here")["clients"] for host in CLUSTER_SERVERS}
         assert [host for host, clients in here.items() if any(each["id"] == id_ for each in clients)] == ["s1"]
         assert any(each["id"] == id_ and each["server"] == "s1" for each in status["clients"])
+
+        def limits(host: str) -> list[list[int | None]]:
+            """Its own one and the one that holds, as a server shows them."""
+            found = [each for each in asked(cluster.servers[host].config, "status")["clients"] if each["id"] == id_]
+            return [[each["limit"], each["session"]["limit"] if "session" in each else None] for each in found]
+
+        for rate, own in (("300k", 300_000), ("none", 0), ("2.5M", 2_500_000), ("default", None)):
+            assert asked(other, "clients", "limit", id_, rate)["limit"] == own
+            heard = becomes_true(functools.partial(lambda own: limits("s1") == [[own, own or None]], own), 2)
+            assert heard, f"a limit of {rate}, set on s2, does not hold on s1: {limits('s1')}"
+            assert becomes_true(functools.partial(lambda own: limits("s3") == [[own, None]], own), 2), limits("s3")
         before = cluster.servers["s1"].log().count("gone, it was revoked")
         asked(third, "clients", "revoke", id_)
         began = time.monotonic()
@@ -17539,6 +17647,49 @@ def check_what_an_operator_changes_is_heard_everywhere(bench: StoreBench) -> Non
     wait_for_store("b knows that it is revoked", lambda: b.keys and b.keys.find("revoked").revoked)  # type: ignore[union-attr]
 
 
+def check_a_limit_is_heard_within_a_second_by_who_has_the_session_and_lasts(bench: StoreBench) -> None:
+    bench.fresh("required")
+    a, b = (bench.store(name, keys="required") for name in "ab")
+    assert a.keys
+    for id_ in ("x", "y"):
+        a.assign(id_)
+    wait_for_store("b knows both", lambda: b.find("x") and b.find("y"))
+    heard: list[tuple[int | None, float]] = []
+    with bench.session(a, "x", on_limit=lambda: heard.append((a.limit_of("x"), time.monotonic()))) as (lease, ends):
+        for limit in (MBIT, 0, None, tun6.LIMIT_MAX, 50 * MBIT):
+            began = time.monotonic()
+            b.set_limit("x", limit)
+            wait_for_store(f"a hears of {limit}", functools.partial(lambda limit: heard and heard[-1][0] == limit, limit), 1)
+            took = next(when for value, when in heard if when > began and value == limit) - began
+            print(f"    {limit}: heard after {1000 * took:.0f} ms", flush=True)
+            assert b.limit_of("x") == limit and bench.sql("SELECT rate FROM client WHERE id = 'x'") == ("" if limit is None else str(limit))
+        assert not ends and lease.epoch == 1
+        b.set_limit("y", 0)
+        a.pin("x", subnet(40))  # ends the session; the changes of an operator leave each other alone
+    a.keys.issue("x")
+    a.keys.set_revoked("x", True)
+    a.keys.set_revoked("x", False)
+    with bench.session(b, "x"):  # a takeover, and its end
+        pass
+    wait_for_store("all is told to the store", lambda: is_settled(a) and is_settled(b))
+    assert bench.sql("SELECT id, rate FROM client ORDER BY id") == f"x|{50 * MBIT}\ny|0"
+    bench.sql("UPDATE client SET rate = 7000000, version = version + 1 WHERE id = 'x'")  # without a word
+    with bench.session(a, "x"):
+        wait_for_store("it is found by looking", lambda: a.limit_of("x") == 7 * MBIT, tun6.POLL_S + 3)
+    with pytest.raises(tun6.RequestError, match="does not know 'nobody'"):
+        a.set_limit("nobody", MBIT)
+    bench.postgres.kill(signal.SIGQUIT)
+    with pytest.raises(tun6.StorageError, match=r"store|postgresql"):
+        a.set_limit("x", None)
+    bench.close_all()
+    a = bench.store("a", keys="required")
+    assert is_down(a) and [a.limit_of(id_) for id_ in ("x", "y", "nobody")] == [7 * MBIT, 0, None]
+    with bench.session(a, "x"):
+        bench.postgres.start()
+        wait_for_store("it is told to the store", lambda: is_settled(a), 10)
+    assert bench.sql("SELECT id, rate FROM client ORDER BY id") == "x|7000000\ny|0"
+
+
 def check_what_is_not_notified_is_found_by_looking(bench: StoreBench) -> None:
     a = bench.store("a")
     with bench.session(a, "x") as (_, ends):
@@ -17646,7 +17797,9 @@ def check_lost_commits_are_written_back_before_anybody_is_new(bench: StoreBench)
     bench.postgres.start()
     wait_for_store("both are back", lambda: is_settled(a) and is_settled(b), 15)
     with bench.session(a, "lost") as (lease, ends):
-        wait_for_store("b knows it, too", lambda: b.find("lost"))
+        b.set_limit("old", 0)
+        b.set_limit("lost", MBIT)
+        wait_for_store("both know it, and the limits", lambda: b.find("lost") and a.limit_of("lost") and a.limit_of("old") == 0)
         bench.postgres.kill(signal.SIGQUIT)
         shutil.rmtree(bench.postgres._data)
         shutil.move(copy, bench.postgres._data)
@@ -17658,6 +17811,7 @@ def check_lost_commits_are_written_back_before_anybody_is_new(bench: StoreBench)
         bench.postgres.promote()
         wait_for_store("a has written back", lambda: bench.row("lost") == ["1", "a", "t"], 20)
         assert not ends and lease.prefix == subnet(1)
+        assert bench.sql("SELECT id, rate FROM client ORDER BY id") == f"lost|{MBIT}\nold|0"
         wait_for_store("a is back", lambda: is_settled(a))
         with pytest.raises(tun6.StorageError, match="cluster accept"):
             bench.visit(a, "new")
@@ -17668,7 +17822,8 @@ def check_lost_commits_are_written_back_before_anybody_is_new(bench: StoreBench)
 
 def check_import_and_export(bench: StoreBench) -> None:
     bench.sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-    files = {name: bench.folder / name for name in ("assignments.json", "keys.json", "a.json", "k.json")}
+    names_of_files = ("assignments.json", "keys.json", "assignments.json.limits", "a.json", "k.json", "a.json.limits")
+    files = {name: bench.folder / name for name in names_of_files}
     make_certificate(bench.folder / "server.pem")
     names = {"assignments": "assignments.json", "keys": "keys.json", "cert": "server.pem"}
     config = str(write_ini(bench.folder / "config.ini", server={**SERVER, **names, "store": bench.url}))
@@ -17678,6 +17833,8 @@ def check_import_and_export(bench: StoreBench) -> None:
     for id_ in ("é", "z"):
         keys.issue(id_)
     keys.set_revoked("z", True)
+    limits = {"é": 50 * MBIT, "y": 0}
+    files["assignments.json.limits"].write_text(json.dumps(limits))
 
     def cluster(*words: str) -> subprocess.CompletedProcess[str]:
         return run_tun6("cluster", *words, "-c", config)
@@ -17688,7 +17845,12 @@ def check_import_and_export(bench: StoreBench) -> None:
     assert "took in 3 Ids" in cluster("import").stdout
     assert "took in 0 Ids" in cluster("import").stdout
     assert "import" in only_line(run_tun6("clients", "list", "-c", config), 2)
-    assert "3 assignments and 2 keys" in cluster("export", str(files["a.json"]), str(files["k.json"])).stdout
+    assert bench.sql("SELECT id, rate FROM client ORDER BY id") == f"y|0\nz|\né|{50 * MBIT}"
+    files["a.json.limits"].touch()
+    assert "a.json.limits is there already" in only_line(cluster("export", str(files["a.json"]), str(files["k.json"])), 2)
+    files["a.json.limits"].unlink()
+    assert "3 assignments, 2 keys and 2 limits" in cluster("export", str(files["a.json"]), str(files["k.json"])).stdout
+    assert json.loads(files["a.json.limits"].read_text()) == limits
     assert json.loads(files["a.json"].read_text()) == before
     assert json.loads(files["k.json"].read_text()) == json.loads(files["keys.json"].read_text())
     assert stat.S_IMODE(files["k.json"].stat().st_mode) == 0o600
@@ -17697,13 +17859,21 @@ def check_import_and_export(bench: StoreBench) -> None:
         files["assignments.json"].write_text(json.dumps(wrong))
         assert complaint in only_line(cluster("import"), 2)
         assert bench.sql("SELECT count(*) FROM client") == "3"
+    files["assignments.json"].write_text(json.dumps(before))
+    files["assignments.json.limits"].write_text(json.dumps({"z": MBIT, "y": MBIT}))
+    assert "'y' has another limit" in only_line(cluster("import"), 2)
+    assert bench.sql("SELECT rate FROM client WHERE id = 'z'") == ""
+    files["assignments.json.limits"].write_text(json.dumps({"z": MBIT}))
+    assert "took in 1 Ids" in cluster("import").stdout
+    assert bench.sql("SELECT id, rate FROM client ORDER BY id") == f"y|0\nz|{MBIT}\né|{50 * MBIT}"
     assert "version 1 already" in cluster("upgrade").stdout
     assert "nothing to accept" in cluster("accept").stdout
     write_ini(Path(config), server={**SERVER, "cert": "server.pem", "store": bench.url})
     added = asked(Path(config), "clients", "add", "w")
     assert added["prefix"] == str(subnet(1))
-    listed = {entry["id"]: entry["revoked"] for entry in asked(Path(config), "clients", "list")}
-    assert listed == {"é": False, "y": False, "z": True, "w": False}
+    assert asked(Path(config), "clients", "limit", "w", "none")["limit"] == 0
+    listed = {entry["id"]: (entry["revoked"], entry["limit"]) for entry in asked(Path(config), "clients", "list")}
+    assert listed == {"é": (False, 50 * MBIT), "y": (False, 0), "z": (True, MBIT), "w": (False, 0)}
 
 
 STORE_CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_") and "bench" in check.__annotations__]

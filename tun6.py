@@ -1558,6 +1558,10 @@ class LimitStore:
         """Returns the Id's own limit in bits/s, 0 when it is to have none, None when that of all others is its, too."""
         return self._limits.get(id_)
 
+    def all(self) -> dict[str, int]:
+        """Returns the limits of those Ids that have one of their own."""
+        return dict(self._limits)
+
     def set(self, id_: str, bits_per_s: int | None) -> None:
         """Sets what `find` returns, and saves it. Raises RequestError, StorageError; then nothing has changed."""
         with self._changing:
@@ -1576,7 +1580,7 @@ class LimitStore:
 
 @dataclass(frozen=True)
 class Claim:
-    """A client that is to be served: what it says, and how to reach its session. `end` and `on_epoch` are called in the event loop."""
+    """A client that is to be served: what it says, and how to reach its session. The last three are called in the event loop."""
 
     id: str
     epoch: int = 0  # the one that its last answer had, as it says; 0: it says none
@@ -1586,6 +1590,7 @@ class Claim:
     is_alive: Callable[[], bool] = lambda: True  # whether it is still there; called in another thread
     end: Callable[[str], None] = lambda reason: None  # ends its session, for this reason
     on_epoch: Callable[[int], None] = lambda epoch: None  # its session has a higher epoch from now on: its route needs another metric
+    on_limit: Callable[[], None] = lambda: None  # what `limit_of` returns of it may have changed
 
     def is_of(self, epoch: int | None) -> bool:
         """Returns whether the client proved that it is the one of the session of this epoch, which moves and takes nothing from another."""
@@ -1674,11 +1679,11 @@ class Store:
 
     def limit_of(self, id_: str) -> int | None:
         """Returns the Id's own limit in bits/s each way, 0 when it is to have none, None when that of all others is its, too."""
-        return None
+        raise NotImplementedError
 
     def set_limit(self, id_: str, bits_per_s: int | None) -> None:
         """Sets what `limit_of` returns, and saves it. Raises RequestError, StorageError; then nothing has changed."""
-        raise RequestError("this store has no limits of single Ids; `limit` in config.ini is for all")
+        raise NotImplementedError
 
     def reload_limits(self) -> None:
         """Reads limits that somebody has edited. Raises ConfigError; then they stay as they were."""
@@ -1744,12 +1749,16 @@ class AssignmentStore(Store):
         return self._file.path if self._file else None
 
     def limit_of(self, id_: str) -> int | None:
-        """Returns the Id's own limit in bits/s each way, 0 when it is to have none, None when that of all others is its, too."""
+        """As Store has it."""
         return self._limits.find(id_)
 
     def set_limit(self, id_: str, bits_per_s: int | None) -> None:
-        """Sets what `limit_of` returns, and saves it. Raises RequestError, StorageError; then nothing has changed."""
+        """As Store has it."""
         self._limits.set(id_, bits_per_s)
+
+    def limits(self) -> dict[str, int]:
+        """Returns what `limit_of` does for those Ids that have a limit of their own."""
+        return self._limits.all()
 
     def reload_limits(self) -> None:
         """Reads the file of limits again. Raises ConfigError; then they stay as they were."""
@@ -2038,6 +2047,7 @@ class Row(NamedTuple):
     prefix: IPv6Network
     key: str | None = None  # its digest
     revoked: bool = False
+    limit: int | None = None  # as Store.limit_of returns it
     version: int = 0  # of all up to `moved`: when it was changed, in milliseconds, or more
     former: tuple[IPv6Network, ...] = ()  # /64s that it had before
     moved: float | None = None  # when it got the one that it has in place of another
@@ -2174,6 +2184,17 @@ class KeyChange(Change):
     def decide(self, row: Row, now: float) -> Row:
         """As Change has it."""
         return row._replace(key=self.digest, revoked=self.revoked, version=next_version(row, now))
+
+
+@dataclass(frozen=True)
+class LimitChange(Change):
+    """The Id gets another limit of its own, or none any more: as Store.limit_of returns it."""
+
+    limit: int | None
+
+    def decide(self, row: Row, now: float) -> Row:
+        """As Change has it."""
+        return row if row.limit == self.limit else row._replace(limit=self.limit, version=next_version(row, now))
 
 
 @dataclass(frozen=True)
@@ -4561,7 +4582,7 @@ create table client (
     version bigint not null default 1,
     former cidr[] not null default '{}',  -- which only `pin` gives again
     moved timestamptz,
-    rate bigint,  -- not used yet
+    rate bigint,  -- bits a second, each way; 0: without a limit; null: as `limit` of the server says that has the session
     epoch bigint not null default 0,
     server text,
     live bool not null default false,
@@ -4613,16 +4634,18 @@ TIMELINE = (
     "substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)"  # pg_control_checkpoint() has the old one for a while after a failover
 )
 ROW = (
-    "id, prefix, key, revoked, version, former, extract(epoch from moved)::float8, epoch, server, live,"
+    "id, prefix, key, revoked, rate, version, former, extract(epoch from moved)::float8, epoch, server, live,"
     " extract(epoch from since)::float8, extract(epoch from last)::float8, received, sent, takeovers"
 )
 WRITE_ROW = """
-insert into client (id, prefix, key, revoked, version, former, moved, epoch, server, live, since, last, received, sent, takeovers, counted)
-values (%(id)s, %(prefix)s, %(key)s, %(revoked)s, %(version)s, %(former)s::cidr[], to_timestamp(%(moved)s), %(epoch)s, %(server)s, %(live)s,
-        to_timestamp(%(since)s), to_timestamp(%(last)s), %(received)s, %(sent)s, %(takeovers)s::float8[], %(counted)s)
-on conflict (id) do update set (prefix, key, revoked, version, former, moved, epoch, server, live, since, last, received, sent, takeovers)
-    = (excluded.prefix, excluded.key, excluded.revoked, excluded.version, excluded.former, excluded.moved, excluded.epoch, excluded.server,
-       excluded.live, excluded.since, excluded.last, excluded.received, excluded.sent, excluded.takeovers)
+insert into client
+    (id, prefix, key, revoked, rate, version, former, moved, epoch, server, live, since, last, received, sent, takeovers, counted)
+values (%(id)s, %(prefix)s, %(key)s, %(revoked)s, %(limit)s, %(version)s, %(former)s::cidr[], to_timestamp(%(moved)s), %(epoch)s,
+        %(server)s, %(live)s, to_timestamp(%(since)s), to_timestamp(%(last)s), %(received)s, %(sent)s, %(takeovers)s::float8[], %(counted)s)
+on conflict (id) do update
+set (prefix, key, revoked, rate, version, former, moved, epoch, server, live, since, last, received, sent, takeovers)
+    = (excluded.prefix, excluded.key, excluded.revoked, excluded.rate, excluded.version, excluded.former, excluded.moved, excluded.epoch,
+       excluded.server, excluded.live, excluded.since, excluded.last, excluded.received, excluded.sent, excluded.takeovers)
 """
 
 
@@ -5054,8 +5077,8 @@ class Database:
             self._accept(self._worker, pool, anyway=True)
         return pool.timeline != pool.current
 
-    def take_in(self, prefixes: Mapping[str, IPv6Network], keys: Mapping[str, KeyEntry]) -> int:
-        """Takes in what is in files, all or nothing; an Id that has only a key gets a /64. Returns how many rows changed.
+    def take_in(self, prefixes: Mapping[str, IPv6Network], keys: Mapping[str, KeyEntry], limits: Mapping[str, int]) -> int:
+        """Takes in what is in files, all or nothing; an Id that has only a key or a limit gets a /64. Returns how many rows changed.
 
         Raises RequestError, which names the Id, when something else is in the store.
         """
@@ -5068,8 +5091,8 @@ class Database:
             wanted = set(prefixes.values())
             now, free = self._clock(self._worker), (each for each in self._free_prefixes(pool) if each not in wanted)
             changed: list[Row] = []
-            for id_ in {**prefixes, **keys}:
-                old, prefix, key = stored.get(id_), prefixes.get(id_), keys.get(id_)
+            for id_ in {**prefixes, **keys, **limits}:
+                old, prefix, key, limit = stored.get(id_), prefixes.get(id_), keys.get(id_), limits.get(id_)
                 if prefix is None:
                     prefix = old.prefix if old else self._new_prefix(pool, free)
                 if old and old.prefix != prefix:
@@ -5080,18 +5103,23 @@ class Database:
                     )
                 if old and old.key and key and key != KeyEntry(old.key, old.revoked):
                     raise RequestError(f"{quote_id(id_)} has another key in the store, or is revoked in one of both; nothing was taken")
+                if old and old.limit is not None and limit is not None and old.limit != limit:
+                    raise RequestError(f"{quote_id(id_)} has another limit in the store; nothing was taken")
                 row = old or first_row(id_, prefix, now)
                 if key and not row.key:
                     row = KeyChange(id_, key.digest, key.revoked).decide(row, now)
+                if limit is not None:
+                    row = LimitChange(id_, limit).decide(row, now)
                 if row != old:
                     changed.append(row)
             self._write(changed)
         return len(changed)
 
-    def give_out(self) -> tuple[dict[str, IPv6Network], dict[str, KeyEntry]]:
-        """Returns the prefixes and keys of all Ids."""
+    def give_out(self) -> tuple[dict[str, IPv6Network], dict[str, KeyEntry], dict[str, int]]:
+        """Returns the prefixes of all Ids, and the keys and limits of those that have one."""
         rows = [self._row(columns) for columns in self._worker.execute(f"select {ROW} from client order by id")]
-        return {row.id: row.prefix for row in rows}, {row.id: KeyEntry(row.key, row.revoked) for row in rows if row.key}
+        keys = {row.id: KeyEntry(row.key, row.revoked) for row in rows if row.key}
+        return {row.id: row.prefix for row in rows}, keys, {row.id: row.limit for row in rows if row.limit is not None}
 
 
 def require_fit(pool: PoolRow, address: str, network: IPv6Network, keys: str) -> None:
@@ -5344,6 +5372,18 @@ class ClusterStore(Store):
         row = self._view.rows.get(id_)
         return [moment - self._clock_offset for moment in row.takeovers] if row else ()
 
+    def limit_of(self, id_: str) -> int | None:
+        """As Store has it."""
+        row = self._view.rows.get(id_)
+        return row.limit if row else None
+
+    def set_limit(self, id_: str, bits_per_s: int | None) -> None:
+        """As Store has it. The server that has the Id's session hears of it."""
+        try:
+            self._change(LimitChange(id_, bits_per_s))
+        except KeyError:
+            raise RequestError(f"the store does not know {quote_id(id_)} yet; try again when it has a prefix") from None
+
     def holder(self, id_: str) -> str | None:
         """As Store has it."""
         row = self._view.rows.get(id_)
@@ -5489,6 +5529,8 @@ class ClusterStore(Store):
         self._is_cached = False
         if reason:
             self._end(row.id, reason)
+        elif row.id in self._leases:
+            self._leases[row.id][0].on_limit()
 
     def _end(self, id_: str, reason: str) -> None:
         if id_ in self._leases:
@@ -6250,7 +6292,6 @@ class Server:
         has_key = self._has_key(id_)
         session, device = Session(peer), cast(Optional[ClientDevice], None)
         self.sessions[id_] = session
-        self.apply_limit(id_)
 
         def on_epoch(_: int) -> None:
             if device:  # else its route is still to be made
@@ -6265,11 +6306,13 @@ class Server:
             is_alive=lambda: is_connected(stream.sock),
             end=lambda reason: session.close(SessionError(reason)),
             on_epoch=on_epoch,
+            on_limit=functools.partial(self.apply_limit, id_),
         )
         try:
             with ExitStack() as undo:
                 lease = undo.enter_context(self.store.begin(claim))
                 prefix = session.prefix = lease.prefix
+                self.apply_limit(id_)  # only here, as its row may have been unknown to this server
                 self._killable.discard(gevent.getcurrent())  # only here, so that the server's end does not wait for a disk that hangs
                 tun = Tun(self._config.tun)
                 undo.callback(tun.close)
@@ -7975,6 +8018,12 @@ def client_rate(entry: dict[str, Any]) -> float:
     return float(sum(entry["session"]["rates"][way] for way in ("received_bits", "sent_bits")) if "session" in entry else 0)
 
 
+def client_limit(entry: dict[str, Any]) -> str:
+    """Returns what a client is limited to; for one of another server "-" when that server's `limit` holds, which is not known here."""
+    limit = entry["session"]["limit"] if "session" in entry else entry["limit"]
+    return format_limit(limit) if limit else "none" if "session" in entry or limit == 0 else "-"
+
+
 CLIENT_ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "id": lambda entry: entry["id"],
     "rate": lambda entry: (-client_rate(entry), entry["id"]),
@@ -7989,7 +8038,7 @@ CLIENT_COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {  # those that 
     "sent/s": _of_session(lambda session: format_amount(session["rates"]["sent_bits"], "b")),
     "rtt": _of_session(lambda session: format_seconds(session["round_trip"])),
     "drops": _of_session(lambda session: format_amount(sum(session["drops"].values()))),
-    "limit": _of_session(lambda session: format_limit(session["limit"]) if session["limit"] else "none"),
+    "limit": client_limit,
     "from": _of_session(lambda session: session["peer"].replace(" port ", ":")),
     "device": _of_session(lambda session: session["device"]),
     "received": _of_session(lambda session: format_amount(session["received"], "B")),
@@ -10486,24 +10535,29 @@ def _import_cluster(database: Database, config: ServerConfig, options: argparse.
     try:
         entries = KeyStore(keys) if keys else None
         prefixes = {id_: cast(IPv6Network, store.pool.find(id_)) for id_ in store.pool.owners()}
-        number = database.take_in(prefixes, {id_: cast(KeyEntry, entries.find(id_)) for id_ in entries.ids()} if entries else {})
+        found = {id_: cast(KeyEntry, entries.find(id_)) for id_ in entries.ids()} if entries else {}
+        number = database.take_in(prefixes, found, store.limits())
     finally:
         store.close()
     return f"took in {number} Ids; remove `assignments` and `keys` from {config.file}, and keep the files as a copy"
 
 
 def _export_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
-    for path in filter(None, (options.assignments, options.keys)):
+    assignments = JsonFile(options.assignments, "assignments", 0o644)
+    limits_path = f"{assignments.path}{LIMITS_SUFFIX}"
+    for path in filter(None, (options.assignments, options.keys, limits_path)):
         if os.path.exists(path):
             raise RequestError(f"{path} is there already; name another file")
     database.require_pool()
-    prefixes, keys = database.give_out()
+    prefixes, keys, limits = database.give_out()
     if keys and not options.keys:
         raise RequestError("there are keys; name a file for them, too")
-    JsonFile(options.assignments, "assignments", 0o644).save({id_: str(prefix) for id_, prefix in prefixes.items()})
+    assignments.save({id_: str(prefix) for id_, prefix in prefixes.items()})
     if options.keys:
         JsonFile(options.keys, "keys", SECRET_MODE).save(encode_keys(keys))
-    return f"wrote {len(prefixes)} assignments and {len(keys)} keys"
+    if limits:
+        JsonFile(limits_path, "limits", 0o644).save(limits)
+    return f"wrote {len(prefixes)} assignments, {len(keys)} keys and {len(limits)} limits"
 
 
 def _upgrade_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
