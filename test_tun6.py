@@ -1622,6 +1622,19 @@ def test_an_epoch_that_could_be_none_is_ignored_and_each_that_counts_makes_a_met
     assert 0 < tun6.METRIC_MAX - epoch < tun6.REJECT_BASE
 
 
+@pytest.mark.parametrize(
+    "value, rate",
+    [
+        *((each, each) for each in (tun6.WIRE_RATE_MIN, 9_500_000, tun6.WIRE_RATE_MAX)),
+        *((each, None) for each in (0, -1, tun6.WIRE_RATE_MIN - 1, tun6.WIRE_RATE_MAX + 1, 10**400, -(10**400), True, False)),
+        *((each, None) for each in (1e7, math.inf, math.nan, "10000000", "10M", [10**7], {"a": 10**7}, None)),
+    ],
+)
+def test_a_rate_that_could_be_none_is_ignored(value: object, rate: int | None) -> None:
+    assert tun6.parse_hello({"Id": "x", "Rate": value}).rate == rate
+    assert tun6.parse_wire_rate({"Prefix": "2001:db8::/64", "Rate": value}) == rate
+
+
 @pytest.mark.parametrize(("value", "kinds"), [(None, None), ([], frozenset()), (["tso6"], {"tso6"}), (["tso6", "new"], {"tso6", "new"})])
 def test_offload_is_a_list_of_kinds_and_its_absence_is_a_legacy_peer(value: object, kinds: object) -> None:
     assert tun6.parse_hello({"Id": "x", "Offload": value})[1] == kinds
@@ -4397,6 +4410,46 @@ def test_the_addresses_of_the_machine_are_those_that_ip_shows() -> None:
 # ---- connections -----------------------------------------------------------------------------------------------------
 
 
+class FakeTcp:
+    """A socket that tells of its segments what a test says."""
+
+    def __init__(self) -> None:
+        self.mss, self.segments, self.with_data = 1448, 1000, 900
+
+    def getsockopt(self, *_: int) -> bytes:
+        info = bytearray(200)
+        for at, value in ((16, self.mss), (136, self.segments % 2**32), (156, self.with_data % 2**32)):
+            struct.pack_into("I", info, at, value)
+        return bytes(info)
+
+
+def test_a_rate_on_the_wire_has_room_for_headers_and_for_acknowledgements() -> None:
+    tcp = FakeTcp()
+    rate, now, second = tun6.WireRate(cast(gevent.socket.socket, tcp), 12_000_000), 100.0, 1_500_000.0
+    assert rate.payload(now) == pytest.approx(second * 1448 / 1500)  # from the first second on
+    tcp.segments = tcp.with_data = 2**32 - 500  # a connection may be old
+    rate = tun6.WireRate(cast(gevent.socket.socket, tcp), 12_000_000)
+    for _ in range(100):
+        payload, now = rate.payload(now), now + 0.05
+        tcp.with_data += round(payload * 0.05 / 1448)
+        tcp.segments += round(payload * 0.05 / 1448) + 100  # 2,000 acknowledgements a second
+    assert payload * 1500 / 1448 + 2000 * 52 == pytest.approx(second, rel=0.001)
+    now += 5  # in which nothing was sent
+    assert rate.payload(now) > 0.99 * second * 1448 / 1500
+    tcp.segments += 10**6
+    assert rate.payload(now + 0.05) == pytest.approx(second / 2 * 1448 / 1500)  # whatever comes, data go on
+    tcp.mss = 536
+    assert rate.payload(now + 50) == pytest.approx(second * 536 / 588, rel=0.02)
+
+
+@pytest.mark.parametrize("bytes_per_s", [12_500, 12_500_000_000, 1e30])
+def test_the_kernel_holds_a_pacing_rate_however_large_it_is(bytes_per_s: float) -> None:
+    with gevent.socket.socket() as sock:
+        tun6.set_pacing_rate(sock, bytes_per_s)
+        held = sock.getsockopt(socket.SOL_SOCKET, tun6.SO_MAX_PACING_RATE, 8)
+        assert int.from_bytes(held, sys.byteorder) == min(bytes_per_s, 2 ** (8 * len(held)) - 2)
+
+
 @pytest.mark.parametrize(("aes", "ciphers"), [(True, "AES"), (False, "CHACHA20")])
 def test_a_client_gets_the_cipher_that_is_fast_on_its_cpu(aes: bool, ciphers: str, cert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tun6, "has_aes_instructions", lambda: aes)
@@ -6310,6 +6363,7 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         "remotehost": (("tun6.example", None),), "remoteport": 10000,
         "id": None, "congestion": "auto", "offload": "auto", "tun": "tun6", "mtu": 1500, "default_route": True, "tls": False,
         "lan": None, "lan_dns": (), "lan_preference": "auto", "firewall": None, "open": (), "link": "auto", "grace": 10, "mss": None,
+        "rate_up": None, "rate_down": None,
         "fingerprint": (), "key": None, "hook": None, "control": "/run/tun6/client.sock", "log": "text", "metrics": None,
         "documentation_addresses": False, "dead_after": 35, "file": path,
     }  # fmt: skip
@@ -6349,6 +6403,8 @@ def test_what_a_config_leaves_out_has_the_documented_defaults(tmp_path: Path) ->
         ("server", "limit", "50M", 50_000_000),
         ("server", "limit", "1.5G", 1_500_000_000),
         ("server", "limit", "100k", 100_000),
+        ("client", "rate_up", "2.5M ; ADSL", 2_500_000),
+        ("client", "rate_down", "100G", 100_000_000_000),
     ],
 )
 def test_good_values_are_taken_without_their_comments(section: str, key: str, text: str, value: object, tmp_path: Path) -> None:
@@ -6392,7 +6448,8 @@ def test_good_values_are_taken_without_their_comments(section: str, key: str, te
         *[("server", "metrics", text, "127.0.0.1:10116") for text in ("127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1", "[::1%lo]:1")],
         ("server", "log", "xml", "text or json"),
         *[
-            ("server", "limit", text, "from 100k to 100G")
+            (section, key, text, "from 100k to 100G")
+            for section, key in (("server", "limit"), ("client", "rate_up"), ("client", "rate_down"))
             for text in ("50", "50m", "50 M", "50Mbit", "0M", "99.9k", "100.1G", "-1M", ".5M")
         ],
         # An indented line is a part of the value above it.
@@ -10919,6 +10976,98 @@ def test_a_client_gets_no_more_than_its_limit_each_way_and_the_limit_can_be_chan
     assert ", limited to 2.5M, connected for " in lines
 
 
+def wire_bytes(lab: Lab) -> tuple[int, int]:
+    """Bytes of IPv4 packets that the client has sent and received."""
+    (device,) = json.loads(lab.ip("client", "-json -stats link show eth0"))
+    return cast(
+        "tuple[int, int]", tuple(device["stats64"][way]["bytes"] - 14 * device["stats64"][way]["packets"] for way in ("tx", "rx"))
+    )  # without Ethernet's headers
+
+
+@pytest.fixture
+def single_segments(lab: Lab) -> Iterator[None]:
+    """What counts the packets between client and server counts each segment of TCP with its headers."""
+    for host, most in (("client", 1), ("server", 1)):
+        lab.ip(host, f"link set eth0 gso_max_segs {most}")
+    yield
+    for host in ("client", "server"):
+        lab.ip(host, "link set eth0 gso_max_segs 65535")
+
+
+@pytest.mark.waits
+@pytest.mark.usefixtures("single_segments")
+@pytest.mark.parametrize(("link", "tls"), [("auto", False), ("auto", True), ("real", False)])
+def test_a_line_that_the_client_knows_is_not_filled_either_way(lab: Lab, site: Site, link: str, tls: bool) -> None:
+    site.serve(keys=None, link=link, cert=site.cert.name if tls else None)
+    client = site.tunnel.client(rate_up="1M", rate_down="2M", link=link, fingerprint=site.fingerprint if tls else None)
+    address = str(client.prefix()[1])
+    with flood_between(lab, "client", "internet", Lab.INTERNET) as up, flood_between(lab, "internet", "client", address) as down:
+        wait_until("something comes each way", lambda: up() and down())
+        began, before = time.monotonic(), wire_bytes(lab)
+        time.sleep(4)
+        seconds = time.monotonic() - began
+        rates = [(now - earlier) * 8 / seconds for now, earlier in zip(wire_bytes(lab), before)]
+    for rate, setting in zip(rates, (1_000_000, 2_000_000)):
+        assert 0.8 * setting < rate < 0.98 * setting, rates
+    print("RATES", rates)
+    status = status_of(client)
+    assert (status["session"]["rate"], status["session"]["peer_rate"]) == (950_000, 1_900_000)
+    assert not any("rate_down" in text for text in status["warnings"])
+    assert any(line.endswith(", up shaped to 950k, down shaped to 1.9M") for line in tun6.format_status(status, 300))
+
+
+@pytest.mark.waits
+@pytest.mark.usefixtures("single_segments")
+def test_with_a_legacy_server_a_client_holds_its_own_direction_and_says_that_the_server_does_not(lab: Lab, tunnel: Tunnel) -> None:
+    with ServerByHand(lab, tunnel) as server, ThreadPoolExecutor() as threads:
+        client = tunnel.client(rate_up="1M", rate_down="2M")
+        with server.accept(None) as sock:
+            reads = threads.submit(all_of, sock)
+            client.wait_for(f"WARNING .*{Lab.SERVER} port {tunnel.port} does not know rate_down")
+            with socket_on(lab, "client") as sender, repeated(lambda: sender.sendto(bytes(1200), (Lab.INTERNET, 9)), 0.002):
+                wait_until("something comes", lambda: wire_bytes(lab)[0] > 100_000)
+                began, (before, _) = time.monotonic(), wire_bytes(lab)
+                time.sleep(2)
+                rate = (wire_bytes(lab)[0] - before) * 8 / (time.monotonic() - began)
+            session = status_of(client)["session"]
+            client.stop()
+            reads.result()
+    assert 0.8e6 < rate < 0.98e6
+    assert (session["rate"], session["peer_rate"]) == (950_000, None)
+
+
+@pytest.mark.waits
+def test_a_client_asks_each_server_for_its_rate_and_warns_while_one_does_not_know_it(lab: Lab, tunnel: Tunnel) -> None:
+    with ServerByHand(lab, tunnel) as server:
+        client = tunnel.client(rate_down="10M")
+        answers: list[tuple[dict[str, object], int | None]] = [({}, None), ({"Rate": 9_500_000}, 9_500_000), ({"Rate": "9.5M"}, None)]
+        for number, (answer, known) in enumerate(answers, 1):
+            with server.accept([], **answer):
+                assert server.hello["Rate"] == 9_500_000
+                client.prefix(times=number)
+                wait_until("it is up", lambda: status_of(client)["session"])
+                status = status_of(client)
+                assert (status["session"]["rate"], status["session"]["peer_rate"]) == (None, known)
+                assert any("does not know rate_down" in text for text in status["warnings"]) == (known is None)
+    assert len(re.findall("does not know rate_down", client.log())) == 2
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("offload", [None, []])
+def test_a_server_answers_a_rate_that_it_holds_and_no_other(tunnel: Tunnel, server: Program, offload: list[str] | None) -> None:
+    for number, (value, answered) in enumerate(
+        [(10**7, 10**7), (-(10**7), None), (10**30, None), (True, None), ("10M", None), (1e7, None)]
+    ):
+        with tunnel.connect() as peer:
+            fields = {} if offload is None else {"Offload": offload}
+            peer.sock.sendall(json.dumps({"Id": f"rate {number}", "Rate": value, **fields}).encode())
+            answer = peer.answer()
+            assert "Prefix" in answer
+            assert answer.get("Rate") == answered
+    with tunnel.peer("says none", offload=offload) as peer:
+        assert "Rate" not in peer.answer()
+
+
 # ---- end to end: LAN -------------------------------------------------------------------------------------------------
 
 LISTEN_SHORTLY = "tun6.LISTEN_S = 0.3"
@@ -14078,8 +14227,8 @@ class Fuzz:
         b'{"Id": "',
         b"",
     )
-    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Dry", "Moved", "Epoch")
-    VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
+    FIELDS = ("Id", "Key", "Prefix", "Offload", "Error", "Text", "Dry", "Moved", "Epoch", "Rate")
+    VALUES: tuple[object, ...] = (None, True, 64, -1, 2**125, 10**7, 1.5, 1e999, [], [None], ["tso6"], [["::/64", 64]], {}, {"": []})
     TEXTS = ("", "\0", "\ud800", "x" * 4000, "fe80::/64", "2001:db8::%a\nb/64")
     TOKENS = (b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"\xff", b"\0", b"%", b"/", b"::", b"null", b"1e999", b"-", b",", b":", b'"Id"')
     PLACES = (  # of addresses
@@ -14175,9 +14324,10 @@ class Fuzz:
         if self.random.random() < 0.5:
             message[self.random.choice(self.FIELDS)] = self.random.choice(self.VALUES + self.TEXTS)
         try:
-            id_, kinds, key, dry, epoch, moved = tun6.parse_hello(message)
+            id_, kinds, key, dry, epoch, moved, rate = tun6.parse_hello(message)
             assert isinstance(dry, bool) and isinstance(moved, bool)
             assert 0 <= epoch <= tun6.EPOCH_MAX
+            assert rate is None or (type(rate) is int and tun6.WIRE_RATE_MIN <= rate <= tun6.WIRE_RATE_MAX)
             assert tun6.is_valid_id(id_)
             assert isinstance(key, str)
             assert kinds is None or all(isinstance(kind, str) for kind in kinds)

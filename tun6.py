@@ -151,6 +151,7 @@ GSO_NONE, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 0, 4, 5, 0x80  # values of gso_type
 GSO_KINDS = {GSO_TCPV6: "tso6", GSO_TCPV6 | GSO_ECN: "tso6", GSO_UDP_L4: "uso6"}  # gso_type -> its name in "Offload"
 GSO_SEGMENTS_MAX = 128  # segments of one GSO frame: UDP_MAX_SEGMENTS of linux/udp.h, and what we set for TCP on our TUNs
 EXTENSIONS_MAX = 256  # bytes of extension headers in a GSO frame
+WIRE_RATE_MIN, WIRE_RATE_MAX = 50_000, 100_000_000_000  # bits/s of a Rate
 EPOCH_MAX = 0x7FFFFFFE  # of an Epoch, which counts the sessions of an Id in a cluster: METRIC_MAX - epoch is a metric yet
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -323,6 +324,15 @@ def parse_epoch(message: dict[str, Any]) -> int:
     return epoch if type(epoch) is int and 0 < epoch <= EPOCH_MAX else 0  # True is an int, too
 
 
+def parse_wire_rate(message: dict[str, Any]) -> int | None:
+    """Returns the Rate in a message of either side: bits/s, headers included, that the server sends at most. None: as much as it can.
+
+    What could be none is ignored.
+    """
+    rate = message.get("Rate")
+    return rate if type(rate) is int and WIRE_RATE_MIN <= rate <= WIRE_RATE_MAX else None  # True is an int, too
+
+
 class Hello(NamedTuple):
     """The message of a client."""
 
@@ -332,6 +342,7 @@ class Hello(NamedTuple):
     dry: bool = False  # whether the client only asks if it would be served
     epoch: int = 0  # as parse_epoch returns it
     moved: bool = False  # whether it may be told to go to another server
+    rate: int | None = None  # as parse_wire_rate returns it
 
 
 def parse_hello(message: dict[str, Any]) -> Hello:
@@ -341,8 +352,8 @@ def parse_hello(message: dict[str, Any]) -> Hello:
     key = message.get("Key", "")
     if not isinstance(key, str):
         raise ProtocolError("Key is not a string")
-    moved = message.get("Moved") is True
-    return Hello(canonical_id(message["Id"]), parse_offload(message), key, message.get("Dry") is True, parse_epoch(message), moved)
+    dry, moved = (message.get(name) is True for name in ("Dry", "Moved"))
+    return Hello(canonical_id(message["Id"]), parse_offload(message), key, dry, parse_epoch(message), moved, parse_wire_rate(message))
 
 
 def parse_answer(message: dict[str, Any]) -> tuple[IPv6Network, frozenset[str] | None]:
@@ -2901,6 +2912,9 @@ LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs nei
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
 UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR counts the connection as application-limited
 PACING_UPDATE_S = 0.05  # between two computations of that
+SO_MAX_PACING_RATE = 47  # asm-generic/socket.h: bytes/s of payload, tcp_update_skb_after_send in net/ipv4/tcp_output.c
+SEGMENT_HEADERS = 52  # bytes: IPv4, TCP, its timestamps
+ACKNOWLEDGEMENTS_S = 0.5  # over which the rate of acknowledgements, which the kernel does not pace, is measured
 RECEIVE_S = 0.05  # of what is read from a limited peer, besides a round trip, its receive buffer holds so many seconds
 RECEIVE_MIN, RECEIVE_MAX = 16 << 10, 1 << 20  # bytes, bounds of that; what is larger is left to the kernel
 SO_BUF_LOCK = 72  # asm-generic/socket.h; since Linux 5.14
@@ -3418,6 +3432,34 @@ def bound_receive_buffer(sock: socket.socket, bits_per_s: int | None) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_MAX)
 
 
+class WireRate:
+    """A rate on the wire that a connection never exceeds, all headers included, as a rate of payload, which the kernel can hold."""
+
+    def __init__(self, sock: socket.socket, bits_per_s: float) -> None:
+        self._sock, self._bytes_per_s = sock, bits_per_s / 8
+        self._acknowledgements, self._measured_at = 0, -math.inf
+        self._acknowledgements_per_s = 0.0
+
+    def payload(self, now: float) -> float:
+        """Returns the bytes/s of payload that make the rate together with their headers and what acknowledges the peer's data."""
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256).ljust(256, b"\0")
+        mss: int = struct.unpack_from("I", info, 16)[0]  # tcpi_snd_mss
+        segments, with_data = struct.unpack_from("I16xI", info, 136)  # tcpi_segs_out, tcpi_data_segs_out
+        acknowledgements, elapsed = (segments - with_data) % 2**32, now - self._measured_at
+        if elapsed < math.inf:
+            per_s = (acknowledgements - self._acknowledgements) % 2**32 / max(elapsed, PACING_UPDATE_S)
+            self._acknowledgements_per_s += (per_s - self._acknowledgements_per_s) * min(elapsed / ACKNOWLEDGEMENTS_S, 1.0)
+        self._acknowledgements, self._measured_at = acknowledgements, now
+        rest = self._bytes_per_s - self._acknowledgements_per_s * SEGMENT_HEADERS
+        return max(rest, self._bytes_per_s / 2) * mss / (mss + SEGMENT_HEADERS)
+
+
+def set_pacing_rate(sock: socket.socket, bytes_per_s: float) -> None:
+    """Makes the kernel send no more than so many bytes of payload a second. Raises OSError."""
+    size = struct.calcsize("L")
+    sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, int(min(bytes_per_s, 2 ** (8 * size) - 2)).to_bytes(size, sys.byteorder))
+
+
 class PacedWriter:
     """Writes to a connection over a real link no more than the connection sends in UNSENT_S.
 
@@ -3425,9 +3467,9 @@ class PacedWriter:
     64 KiB more in.
     """
 
-    def __init__(self, sock: socket.socket, write: Write, whole: bool) -> None:
-        """`write` is that of the connection. `whole`: each write must be passed on uncut."""
-        self._sock, self._write, self._whole = sock, write, whole
+    def __init__(self, sock: socket.socket, write: Write, whole: bool, wire_rate: WireRate | None) -> None:
+        """`write` is that of the connection. `whole`: each write must be passed on uncut. `wire_rate` is not exceeded."""
+        self._sock, self._write, self._whole, self._wire_rate = sock, write, whole, wire_rate
         self._limit = UNSENT_MIN
         self._unsent = bytearray(4)
         self._update_at = 0.0
@@ -3437,6 +3479,8 @@ class PacedWriter:
         now = time.monotonic()
         if now >= self._update_at:
             self._update_at = now + PACING_UPDATE_S
+            if self._wire_rate:
+                set_pacing_rate(self._sock, self._wire_rate.payload(now))
             bytes_per_s = read_tcp_info(self._sock, "Q", 104)  # tcpi_pacing_rate
             self._limit = min(max(int(bytes_per_s * UNSENT_S), UNSENT_MIN), UNSENT_MAX)
             self._sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, self._limit)
@@ -4055,6 +4099,7 @@ class Session:
         self._pace: Callable[[], None] = lambda: None  # set by `run`
         self.limit: int | None = None  # bits/s of IPv6 packets each way, None without a limit
         self._apply_limit: Callable[[int | None], None] = lambda bits_per_s: None  # set by `run`
+        self.wire_rate: int | None = None  # bits/s that the connection sends at most, headers included; set before `run`
         self.started = time.monotonic()
         self._end: gevent.event.AsyncResult = gevent.event.AsyncResult()
 
@@ -4092,14 +4137,16 @@ class Session:
         self.refused, self.tls = ingress_filter.refused, stream.encrypt is not None
         self.offload = None if gso_kinds is None else gso_kinds | offered
         lan = choose_congestion_control(sock, congestion)
-        write = stream.write if lan else PacedWriter(sock, stream.write, whole=bare)
-        send_queue = SendQueue(write, bare, stream.encrypt, whole_batches=lan or not stream.encrypt, shared=SHARED_BUFFER)
+        wire_rate = WireRate(sock, self.wire_rate) if self.wire_rate else None
+        paced = not lan or wire_rate is not None
+        write = PacedWriter(sock, stream.write, bare, wire_rate) if paced else stream.write
+        send_queue = SendQueue(write, bare, stream.encrypt, whole_batches=not (paced and stream.encrypt), shared=SHARED_BUFFER)
         deframer = Deframer(_tcp_buffer, None if bare else offered, ingress_filter)
         self.lan = lan and congestion.kind == "auto" and not bare
 
         def pace() -> None:
             choose_congestion_control(sock, congestion._replace(kind="real"))
-            send_queue.pace(PacedWriter(sock, stream.write, whole=bare))
+            send_queue.pace(PacedWriter(sock, stream.write, bare, wire_rate))
 
         self._pace = pace
         receive_queue = ReceiveQueue(SHARED_BUFFER)
@@ -4191,6 +4238,7 @@ class Session:
             "tls": self.tls,
             "offload": None if self.offload is None else sorted(self.offload),
             "limit": self.limit,
+            "rate": self.wire_rate,
         }
 
     def _guard(self, pump: Callable[..., None], *args: object) -> None:
@@ -6291,6 +6339,7 @@ class Server:
         self._require_room(id_)
         has_key = self._has_key(id_)
         session, device = Session(peer), cast(Optional[ClientDevice], None)
+        session.wire_rate = hello.rate
         self.sessions[id_] = session
 
         def on_epoch(_: int) -> None:
@@ -6330,6 +6379,7 @@ class Server:
                 if gso_kinds is not None:
                     answer.update(Offload=sorted(offered), Dry=True)  # as the client knows extensions, it is told of this one
                     answer.update({"Epoch": lease.epoch} if lease.epoch else {})
+                answer.update({"Rate": hello.rate} if hello.rate else {})
                 lease.require_newest()
                 stream.send(encode_message(answer))
                 self.handshakes["served"] += 1
@@ -7081,6 +7131,7 @@ BUSY_RETRY_MAX_S = 30.0  # to which pauses are doubled when there was one of tho
 CONNECT_S = 10.0  # for one TCP connect
 CONNECT_NEXT_S = 3.0  # the same, while another server could be tried instead: two SYNs, RFC 6298 section 2
 SMALL_MSS = 1220  # bytes of a TCP segment that most paths take: it makes IPv4 packets of 1,260
+SHAPED = 0.95  # of the line's rate, so that what waits waits here and not in its modem
 LOOKUP_S = 2.0  # for a lookup of the server's name before its last good address, or another server, is tried
 
 
@@ -7111,6 +7162,8 @@ class ClientConfig:
     open: tuple[Opening, ...] = ()
     grace: int | None = 10  # seconds; None: for ever
     mss: int | None = None
+    rate_up: int | None = None  # bits/s of the line to the Internet
+    rate_down: int | None = None
     dead_after: int = DEAD_AFTER_S
     tls: bool = False
     fingerprint: tuple[str, ...] = ()  # each server has to have one of them
@@ -7348,6 +7401,7 @@ class Client:
         self._changes = gevent.lock.RLock()  # held while address and routes are changed, so that nobody restores half of them
         self._session: Session | None = None
         self._not_offered: set[str] = set()  # GSO kinds of which our kernel refused frames
+        self._peer_rate: int | None = None  # bits/s that the server sends at most, as it has said
         self._logged_outage: str | None = None  # kind of the outage that the log told of; None while connected
         self.handshakes: Counter[str] = Counter()  # by outcome: served, failed, or the code of the refusal
         self._since = time.monotonic()  # when the tunnel was there or was not any more
@@ -7509,6 +7563,8 @@ class Client:
                     hello["Epoch"] = self._epoch
                 if len(self.remotes) > 1:
                     hello["Moved"] = True
+                if self._config.rate_down:
+                    hello["Rate"] = round(SHAPED * self._config.rate_down)
                 stream.send(encode_message(hello))
                 message, trailing = receive_message(stream)
             prefix, gso_kinds = parse_answer(message)
@@ -7528,11 +7584,21 @@ class Client:
             self._state = f"has {prefix} on {tun.name} from {remote.name}{stream.security}"
             self._remember_last(remote)
             self._session = Session("the server")
+            self._session.wire_rate = self._config.rate_up and round(SHAPED * self._config.rate_up)
+            self._note_peer_rate(parse_wire_rate(message))
             if self._tun_error:
                 raise self._tun_error
             with self._announce(self._id, prefix, tun), self._paths.watch(self._session, PeerPath(tun.name, prefix[1], FAR_ADDRESS, 1)):
                 ingress_filter = IngressFilter(prefix, from_client=False)
                 raise self._session.run(stream, tun, ingress_filter, self._congestion, offered, gso_kinds, trailing)
+
+    def _note_peer_rate(self, rate: int | None) -> None:
+        """Takes down what the server has said that it sends at most, and warns if it has not said so."""
+        self._peer_rate = rate
+        standing_warnings.pop("rate_down", None)
+        if self._config.rate_down and rate is None:
+            text = "%s does not know rate_down, as it is older than this setting: downloads may wait before the line"
+            warn_standing("rate_down", text, self.remote.name)
 
     @contextmanager
     def _announce(self, id_: str, prefix: IPv6Network, tun: Tun) -> Iterator[None]:
@@ -7615,6 +7681,8 @@ class Client:
         waits = bool(self._routes) or self._config.grace is None
         session = self._session.figures() if self._session and self._up else {}
         session.pop("seconds", None)
+        if session:
+            session["peer_rate"] = self._peer_rate
         address = self.remote.last_good[0] if self.remote.last_good else None
         return {
             "side": "client",
@@ -8103,6 +8171,8 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         if session:
             offload = "no" if session["offload"] is None else ", ".join(session["offload"]) or "no"
             how = f"{'TLS' if session['tls'] else 'plain'}, congestion control {session['congestion']}, offload {offload}"
+            rates = ((way, session.get(key)) for way, key in (("up", "rate"), ("down", "peer_rate")))
+            how += "".join(f", {way} shaped to {format_limit(rate)}" for way, rate in rates if rate)
             rows.append(("path", f"round trip {format_seconds(session['round_trip'])}, {how}"))
         if outage:
             lasts = "until now" if outage["seconds"] is None else f"for {format_duration(outage['seconds'])}"
@@ -10115,6 +10185,8 @@ _PARSERS: dict[str, dict[str, Callable[[str], Any]]] = {
         "open": parse_openings,
         "grace": _grace,
         "mss": _integer(536, 1460),  # RFC 9293 section 3.7.1
+        "rate_up": parse_rate,
+        "rate_down": parse_rate,
         "tls": _boolean,
         "fingerprint": _fingerprints,
         "key": _matching("[A-Za-z0-9_-]{43}", "must be the 43 characters that `tun6.py clients add` printed on the server"),
