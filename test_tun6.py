@@ -7189,6 +7189,8 @@ def test_each_link_of_the_benchmark_is_measured_plain_and_inside_tls() -> None:
     keys = [link.key for link in bench_tun6.BUFFERBLOAT_LINKS]
     assert list(bench_tun6.TUN6_BUFFERBLOAT_ROWS) == [f"{key}{kind}" for key in keys for kind in ("", "-tls")]
     assert bench_tun6.BUFFERBLOAT_ROWS["lte-wireguard-go"].tunnel.key == "wireguard-go"
+    assert "cable-rate" in bench_tun6.BUFFERBLOAT_ROWS
+    assert "changing-rate" not in bench_tun6.BUFFERBLOAT_ROWS
 
 
 def test_the_quick_benchmark_leaves_out_what_takes_long() -> None:
@@ -11008,8 +11010,7 @@ def test_a_line_that_the_client_knows_is_not_filled_either_way(lab: Lab, site: S
         seconds = time.monotonic() - began
         rates = [(now - earlier) * 8 / seconds for now, earlier in zip(wire_bytes(lab), before)]
     for rate, setting in zip(rates, (1_000_000, 2_000_000)):
-        assert 0.8 * setting < rate < 0.98 * setting, rates
-    print("RATES", rates)
+        assert 0.8 * setting < rate < 0.97 * setting, rates
     status = status_of(client)
     assert (status["session"]["rate"], status["session"]["peer_rate"]) == (950_000, 1_900_000)
     assert not any("rate_down" in text for text in status["warnings"])
@@ -11032,7 +11033,7 @@ def test_with_a_legacy_server_a_client_holds_its_own_direction_and_says_that_the
             session = status_of(client)["session"]
             client.stop()
             reads.result()
-    assert 0.8e6 < rate < 0.98e6
+    assert 0.8e6 < rate < 0.97e6
     assert (session["rate"], session["peer_rate"]) == (950_000, None)
 
 

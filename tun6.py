@@ -330,7 +330,7 @@ def parse_wire_rate(message: dict[str, Any]) -> int | None:
     What could be none is ignored.
     """
     rate = message.get("Rate")
-    return rate if type(rate) is int and WIRE_RATE_MIN <= rate <= WIRE_RATE_MAX else None  # True is an int, too
+    return rate if isinstance(rate, int) and WIRE_RATE_MIN <= rate <= WIRE_RATE_MAX else None
 
 
 class Hello(NamedTuple):

@@ -721,13 +721,13 @@ control = /run/tun6-bench-client.sock
 
 
 def start_tun6(
-    client_code: str, encrypted: bool = False, settings: str = "", server_code: str = TUN6_UNCHANGED
+    client_code: str, encrypted: bool = False, settings: str = "", server_code: str = TUN6_UNCHANGED, client_settings: str = ""
 ) -> Callable[[Testbed], None]:
-    """Returns a function that starts tun6's server, with these settings besides, and a client. Each of them runs its code."""
+    """Returns a function that starts tun6's server and a client, with these settings besides. Each of them runs its code."""
 
     def start(testbed: Testbed) -> None:
         config = testbed.folder / "config.ini"
-        text = TUN6_CONFIG.replace("[client]", f"{settings}\n[client]")
+        text = f"{TUN6_CONFIG}{client_settings}\n".replace("[client]", f"{settings}\n[client]")
         config.write_text(text)
         for file in testbed.folder.glob("assignments.json*"):  # so that the first client gets CLIENT_PREFIX
             file.unlink()
@@ -1124,13 +1124,20 @@ class BufferbloatRow(NamedTuple):
 
 
 def bufferbloat_rows() -> dict[str, BufferbloatRow]:
-    """Returns the rows by their keys: LINK for tun6, LINK-tls for tun6 inside TLS, and LINK-TUNNEL for all others."""
+    """Returns the rows by their keys: LINK for tun6, LINK-tls for tun6 inside TLS, and LINK-TUNNEL for all others.
+
+    LINK-rate is for tun6 that is told the rates of the link.
+    """
     rows = {}
     for link in BUFFERBLOAT_LINKS:
         for tunnel in TUNNELS:
             name = {TUN6.key: "", TUN6_TLS.key: "-tls"}.get(tunnel.key, f"-{tunnel.key}")
             label = f"{link.key}: {link.label if tunnel is TUN6 else tunnel.label}"
             rows[link.key + name] = BufferbloatRow(label, link, tunnel, OTHERS.get(tunnel.key))
+        if not link.half_s:
+            known = start_tun6(TUN6_UNCHANGED, client_settings=f"rate_up = {link.up}M\nrate_down = {link.down}M")
+            tunnel = Tunnel("tun6-rate", "tun6 with rate_up, rate_down", known, must_work=True)
+            rows[f"{link.key}-rate"] = BufferbloatRow(f"{link.key}: {tunnel.label}", link, tunnel, None)
     return rows
 
 
@@ -1963,7 +1970,7 @@ def main() -> int:
         metavar="ROW,...",
         type=functools.partial(parse_rows, tuple(BUFFERBLOAT_ROWS)),
         help=f"the rows of the section bufferbloat: {' '.join(link.key for link in BUFFERBLOAT_LINKS)}, "
-        "each also with -tls, -direct, and the other rows' names behind it",
+        "each also with -tls, -rate (rate_up, rate_down), -direct, and the other rows' names behind it",
     )
     parser.add_argument("--beside", metavar="FILE", help="another version's tun6.py, which is measured in turn with this one")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
