@@ -5191,8 +5191,13 @@ class Admission:
 
     def _begin(self, sock: socket.socket, peer: str) -> Any:
         self.peers.append(peer)
-        self.greenlets[peer] = gevent.spawn(gevent.sleep, 60)
+        self.greenlets[peer] = gevent.spawn(self._read, sock)
         return self.greenlets[peer]
+
+    @staticmethod
+    def _read(sock: socket.socket) -> None:
+        sock.recv(10)
+        gevent.sleep(60)
 
     def admit(self, host: str, number: int = 0, says: bytes = b"{") -> str:
         """A connection from this host, which says so much; gives the peer's name."""
@@ -5239,6 +5244,35 @@ def test_after_a_second_whoever_waits_outside_takes_the_place_of_the_oldest(admi
     names = [admission.admit("a", number) for number in range(9)]
     assert admission.inside() == names[:8]
     wait_until("it comes in", lambda: admission.inside() == names[1:], 3)
+
+
+@pytest.mark.parametrize(
+    ("segments", "reads", "answers", "goes"),
+    [
+        (1, "not yet", 0, False),
+        (1, "is about to", 0, False),
+        (1, "has read", 0, False),  # and is at work on it
+        (30, "not yet", 0, True),  # the peer plays for time
+        (30, "has read", 0, True),
+        (0, "waits", 0, True),  # the peer is silent
+        (0, "waits", 1, False),  # it has had no time yet
+    ],
+)
+def test_a_handshake_is_slow_only_while_we_wait_for_the_peer(segments: int, reads: str, answers: int, goes: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as theirs:
+        theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with gevent.socket.socket(fileno=listener.accept()[0].detach()) as ours:
+            time.sleep(0.3)
+            reader = None if reads == "not yet" else spawn(ours.recv, 99)
+            gevent.sleep(0.01)
+            for way, number in ((theirs, segments), (ours, answers)):
+                for _ in range(number):
+                    way.sendall(b"a")
+            if reads == "has read":
+                gevent.sleep(0.01)
+            assert tun6.is_waited_for(ours, 0.2) is goes
+            if reader:
+                reader.kill()
 
 
 @pytest.mark.parametrize(
@@ -9949,6 +9983,24 @@ def test_peers_that_stop_in_the_handshake_keep_their_host_out_for_a_second(site:
 
 
 @pytest.mark.waits
+def test_a_server_that_is_slow_itself_sends_nobody_away(site: Site, tmp_path: Path) -> None:
+    slow = ("wait = tun6.TlsStream._wait_for", "tun6.TlsStream._wait_for = lambda *arguments: time.sleep(0.02) or wait(*arguments)")
+    with tun6_with(tmp_path, *slow):
+        site.serve(keys=None)
+
+    def come(number: int, peer: Peer) -> dict[str, Any]:
+        peer.sock.settimeout(30)
+        peer.sock = cast(socket.socket, TlsSocket(peer.sock))
+        peer.hello(f"client {number}", [])
+        return peer.answer()
+
+    peers = [site.tunnel.connect("server", f"127.0.4.{1 + number}") for number in range(tun6.HANDSHAKES_MAX + 32)]
+    with ThreadPoolExecutor(len(peers)) as pool:
+        answers = list(pool.map(come, count(), peers))
+    assert [answer for answer in answers if "Prefix" not in answer] == []
+
+
+@pytest.mark.waits
 def test_who_talks_tls_without_end_instead_of_hello_is_refused_and_delays_nobody(site: Site, open_server: Program) -> None:
     live = site.tunnel.peer("live", host="second").connected()
     live.echo()
@@ -13987,6 +14039,19 @@ def test_connections_that_are_reset_while_others_come_do_no_harm(tunnel: Tunnel,
             peer.reset()
     tunnel.visit("by-hand")
     assert server.process.poll() is None
+
+
+def test_who_left_while_it_waited_for_a_place_is_not_served(tunnel: Tunnel, server: Program) -> None:
+    places = [tunnel.connect() for _ in range(tun6.HANDSHAKES_PER_HOST_MAX)]
+    for peer in places:
+        peer.sock.sendall(b"{")
+    wait_until("all places are taken", lambda: pending(server) >= len(places))
+    tunnel.peer("left").close()
+    for peer in places:
+        peer.close()
+    server.wait_for("left during the handshake", len(places) + 1)
+    tunnel.visit("stays")
+    assert "'left'" not in server.log()
 
 
 def test_those_who_say_a_byte_and_no_more_lock_nobody_out(tunnel: Tunnel, server: Program) -> None:

@@ -5668,7 +5668,8 @@ HIGH_DESCRIPTOR = 16_384  # from which on connections have theirs; the kernel's 
 ACCEPT_PAUSE_S = 0.5  # after an accept that failed for want of descriptors or memory
 DEFER_ACCEPT_S = 5  # that the kernel keeps a connection without data from us, TCP_DEFER_ACCEPT; it rounds this up
 HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all, of one IPv4 address
-SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer may be ended to admit another
+SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer, while it is the peer that we wait for, may be ended to admit another
+SEGMENTS_MAX = 16  # in which the peer's part of a handshake comes, usually in up to four; what comes in more is a peer that plays for time
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
 NOTHING_NEW = "the server can't serve a new client at the moment"
@@ -5839,6 +5840,16 @@ def has_data(sock: socket.socket) -> bool:
         return False
 
 
+def is_waited_for(sock: socket.socket, seconds: float) -> bool:
+    """Returns whether in a handshake the peer has been silent for so long since we sent something, and it is not our turn."""
+    with suppress(OSError):
+        ours = has_data(sock) or not sock._read_event.active  # its greenlet does not wait to read
+        if ours and read_tcp_info(sock, "I", 152) <= SEGMENTS_MAX:  # tcpi_data_segs_in
+            return False
+        return read_tcp_info(sock, "I", 44) >= 1e3 * seconds  # tcpi_last_data_sent
+    return True
+
+
 def with_high_descriptor(sock: socket.socket) -> socket.socket:
     """Returns the connection with a descriptor above those of the TUNs, if there is room for it, so that a kill is heard of at once.
 
@@ -5858,13 +5869,13 @@ class AdmissionControl:
 
     Further connections of a host wait until a handshake of that host is over. So neither a host that says nothing nor a
     thousand clients behind one NAT that reconnect at once delay the clients of other hosts. When all places are taken, a
-    slow handshake is ended, or else the newest of the host that has most of them.
+    slow handshake is ended, or else the newest of the host that has most of them. One that waits for us is not slow.
     """
 
     def __init__(self, start: Callable[[socket.socket, str], gevent.Greenlet]) -> None:
         """`start` starts the handshake with this peer and returns its greenlet, which calls `release`."""
         self._start_handshake = start
-        self._handshakes: dict[gevent.Greenlet, tuple[str, float]] = {}  # host, time of its start; oldest first
+        self._handshakes: dict[gevent.Greenlet, tuple[str, float, socket.socket]] = {}  # host, time of its start; oldest first
         self._number_of: Counter[str] = Counter()  # handshakes, by host
         self._waiting: dict[str, deque[tuple[socket.socket, str]]] = {}  # by host
 
@@ -5887,9 +5898,9 @@ class AdmissionControl:
 
     def release(self, greenlet: gevent.Greenlet, start_next: bool = True) -> bool:
         """Frees the place of a handshake that is over, for the next of its host. Returns False when it had no place any more."""
-        host, _ = self._handshakes.pop(greenlet, ("", 0.0))
-        if not host:
+        if greenlet not in self._handshakes:
             return False
+        host, *_ = self._handshakes.pop(greenlet)
         self._number_of[host] -= 1
         if not self._number_of[host]:
             del self._number_of[host]
@@ -5913,7 +5924,7 @@ class AdmissionControl:
 
     def _start(self, sock: socket.socket, host: str, peer: str) -> None:
         greenlet = self._start_handshake(sock, peer)
-        self._handshakes[greenlet] = host, time.monotonic()
+        self._handshakes[greenlet] = host, time.monotonic(), sock
         self._number_of[host] += 1
 
         def clean_up(_: object) -> None:  # it may be killed before it has begun
@@ -5923,11 +5934,12 @@ class AdmissionControl:
         greenlet.rawlink(clean_up)
 
     def _end_slow(self, host: str) -> bool:
-        """Ends the oldest handshake of the host ("": of any host) if it is slow."""
-        oldest = next((greenlet for greenlet, (its, _) in self._handshakes.items() if host in ("", its)), None)
-        if oldest is None or time.monotonic() - self._handshakes[oldest][1] < SLOW_HANDSHAKE_S:
+        """Ends the oldest slow handshake of the host ("": of any host), if there is one."""
+        since = time.monotonic() - SLOW_HANDSHAKE_S
+        old = ((greenlet, its, sock) for greenlet, (its, began, sock) in self._handshakes.items() if host in ("", its) and began <= since)
+        oldest, its = next(((greenlet, its) for greenlet, its, sock in old if is_waited_for(sock, SLOW_HANDSHAKE_S)), (None, ""))
+        if oldest is None:
             return False
-        its = self._handshakes[oldest][0]
         oldest.kill(block=False)
         self.release(oldest, start_next=bool(host) or self._number_of[its] == 1)  # the last of a host must start those that wait
         return True
@@ -5937,7 +5949,7 @@ class AdmissionControl:
         host, most = self._number_of.most_common(1)[0]
         if most == 1:
             return False
-        newest = [greenlet for greenlet, (its, _) in self._handshakes.items() if its == host][-1]
+        newest = [greenlet for greenlet, (its, *_) in self._handshakes.items() if its == host][-1]
         newest.kill(block=False)
         self.release(newest, start_next=False)
         return True
@@ -6266,7 +6278,7 @@ class Server:
     def _open_stream(self, sock: socket.socket) -> Stream:
         """Returns a plain stream or one inside TLS, as the first byte says. Raises ProtocolError, EOFError, OSError."""
         first = sock.recv(1, socket.MSG_PEEK)
-        if not first:
+        if not first or not is_connected(sock):  # it may have left while it waited for its turn
             raise EOFError
         if first[0] != TLS_HANDSHAKE_RECORD:
             return Stream(sock)
