@@ -3018,9 +3018,14 @@ def test_plans_name_the_device_its_mtu_its_routes_and_the_first_address_of_the_p
     pool, server = said(tun6.pool_plan(POOL, 7)), said(tun6.server_plan("tun6-0", 1400, subnet(3), None))
     assert f"unreachable {POOL} " in pool
     listing = pool.replace("route add ", "") + " dev lo pref medium\n2001:db8:1:3::/64 dev tun6-0 metric 1024\n"
-    assert tun6.parse_rejects(listing) == [(str(POOL), 7)]
+    assert tun6.parse_rejects(listing) == [(str(POOL), 7, tun6.REJECT_BASE)]
     rejects = said(tun6.address_plan("tun6", subnet(3), 7)).replace("route add ", "").replace("; ", "\n")
-    assert tun6.parse_rejects(rejects) == [(str(subnet(3)), 7), ("default", 7)]
+    assert tun6.parse_rejects(rejects) == [(str(subnet(3)), 7, tun6.REJECT_BASE), ("default", 7, tun6.REJECT_BASE)]
+    for base in (0x7400_0000, 0xE400_0000):  # what older ones have left, too
+        rejects = f"unreachable {POOL} dev lo proto 116 metric {base + 7} pref medium\n"
+        assert tun6.parse_rejects(rejects) == [(str(POOL), 7, base)]
+        assert tun6.reject_step(str(POOL), 7, base).undo == f"route del unreachable {POOL} metric {base + 7} proto 116"
+    assert not tun6.parse_rejects(f"unreachable {POOL} dev lo proto 116 metric {tun6.METRIC_MAX} pref medium\n")
     rules = said(tun6.reject_plan(subnet(3), 7)).replace("rule add priority ", "").replace("; ", "\n").replace(" from", ": from")
     assert tun6.parse_sources(rules) == [(f"from {subnet(3)}", 7)]
     assert re.search(r"mtu 1400 .*addrgenmode none.*; link set dev tun6-0 up; .*route replace 2001:db8:1:3::/64 dev", server)
@@ -7696,10 +7701,12 @@ def test_the_address_follows_when_the_server_gives_another_prefix(lab: Lab, tunn
 
 @pytest.mark.waits
 def test_a_server_removes_the_route_that_a_killed_one_left_and_not_that_of_one_that_lives(lab: Lab, tunnel: Tunnel) -> None:
-    living, left = tunnel.new_pool(), tunnel.new_pool()
+    living, left, older = tunnel.new_pool(), tunnel.new_pool(), tunnel.new_pool()
     tunnel.server(prefixrange=living, assignments=None, listenport=tunnel.port + 5000)
-    tunnel.server(prefixrange=left, assignments=None).kill()
-    assert server_routes(lab, "unreachable") == {str(living), str(left)}
+    killed = tunnel.server(prefixrange=left, assignments=None)
+    killed.kill()
+    lab.ip("server", f"-6 route add unreachable {older} metric {0x7400_0000 + killed.process.pid} proto 116")  # of an older tun6
+    assert server_routes(lab, "unreachable") == {str(living), str(left), str(older)}
     tunnel.server()
     assert server_routes(lab, "unreachable") == {str(living), str(tunnel.pool)}
 

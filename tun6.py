@@ -1244,6 +1244,8 @@ class ReceiveQueue:
 ROUTE_PROTOCOL = 116  # marks our routes, `ip -6 route show proto 116`; free in iproute2's rt_protos
 OWNER_BASE = 0x74000000  # with our process id: our device group, our routing table, the metric of our address on lo
 REJECT_BASE = 0xE4000000  # with our process id: the metric of a route that rejects, behind all others
+REJECT_BASES = REJECT_BASE, OWNER_BASE  # the last one is what tun6 had before sessions had epochs
+PROCESSES_MAX = 1 << 22  # process ids, PID_MAX_LIMIT of linux/threads.h
 BEGUN_HERE = "not from 2000::/3"  # what this machine begins, whose source is not chosen yet
 RULE_PRIORITY = 11_600  # of the client's rules, which have this and the next one; the rule for the table main has 32766
 
@@ -1255,9 +1257,9 @@ class Step(NamedTuple):
     undo: str | None = None
 
 
-def reject_step(what: str, process: int) -> Step:
+def reject_step(what: str, process: int, base: int = REJECT_BASE) -> Step:
     """A route, behind all others, by which the kernel rejects packets."""
-    route = f"unreachable {what} metric {REJECT_BASE + process} proto {ROUTE_PROTOCOL}"
+    route = f"unreachable {what} metric {base + process} proto {ROUTE_PROTOCOL}"
     return Step(f"route add {route}", f"route del {route}")
 
 
@@ -1266,10 +1268,10 @@ def pool_plan(pool: IPv6Network, process: int) -> list[Step]:
     return [reject_step(str(pool), process)]
 
 
-def parse_rejects(routes: str) -> list[tuple[str, int]]:
-    """Returns prefix and process of each reject_step in the output of `ip -6 route show proto 116`."""
+def parse_rejects(routes: str) -> list[tuple[str, int, int]]:
+    """Returns the arguments of each reject_step in the output of `ip -6 route show proto 116`."""
     found = re.findall(r"^unreachable (\S+) .*metric (\d+)", routes, re.MULTILINE)
-    return [(what, int(metric) - REJECT_BASE) for what, metric in found if int(metric) > REJECT_BASE]
+    return [(what, int(metric) - base, base) for what, metric in found for base in REJECT_BASES if 0 < int(metric) - base <= PROCESSES_MAX]
 
 
 def own_address_step(prefix: IPv6Network, process: int) -> Step:
@@ -2446,11 +2448,12 @@ class Kernel:
             addresses = run_in_thread(self._ip, "addr show dev lo").stdout
         except (OSError, subprocess.TimeoutExpired):  # the next command reports it
             return
-        stale = [(f"the route of {what}", process, [reject_step(what, process)]) for what, process in parse_rejects(routes)]
+        stale = [(f"the route of {what}", process, [reject_step(what, process, base)]) for what, process, base in parse_rejects(routes)]
         own = parse_own_addresses(addresses)
         stale += [(f"the address {prefix[1]}", process, [own_address_step(prefix, process)]) for prefix, process in own]
         for source, process in parse_sources(rules):
-            left = [*source_plan(source, process), reject_step(f"default table {OWNER_BASE + process}", process)]
+            default = f"default table {OWNER_BASE + process}"
+            left = [*source_plan(source, process), *(reject_step(default, process, base) for base in REJECT_BASES)]
             stale.append((f"the rules for packets {source}", process, left))
         for what, process, plan in stale:
             if process == os.getpid() or not Path(f"/proc/{process}").exists():  # in a container each start has the same process id
