@@ -17920,6 +17920,22 @@ def check_what_is_not_notified_is_found_by_looking(bench: StoreBench) -> None:
         wait_for_store("it is told to end", lambda: ends, tun6.POLL_S + 3)
 
 
+def check_a_server_with_many_descriptors_hears_what_is_notified(bench: StoreBench) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as undo:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        undo.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        null = undo.enter_context(open(os.devnull))
+        while (descriptor := os.dup(null.fileno())) <= 1023:  # which select() takes
+            undo.callback(os.close, descriptor)
+        undo.callback(os.close, descriptor)
+        a, b = bench.store("a"), bench.store("b")
+        with bench.session(a, "x") as (_, ends), bench.session(b, "x"):
+            wait_for_store("the older one is told to end", lambda: ends, 1)
+        assert not is_down(a) and not is_down(b)
+        bench.close_all()
+
+
 def check_a_64_that_was_anothers_is_given_only_by_pin_and_above_its_epochs(bench: StoreBench) -> None:
     a = bench.store("a")
     bench.visit(a, "x")
