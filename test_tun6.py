@@ -17936,6 +17936,33 @@ def check_a_server_with_many_descriptors_hears_what_is_notified(bench: StoreBenc
         bench.close_all()
 
 
+STOPS_IN_TRANSACTION = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import tun6
+database = tun6.Database(sys.argv[2], "stopped")
+database.connect()
+database._worker.execute("begin")
+database.require_pool("for update")
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def check_a_server_that_stops_in_a_transaction_does_not_stop_the_others(bench: StoreBench) -> None:
+    a = bench.store("a")
+    command = [sys.executable, "-c", STOPS_IN_TRANSACTION, str(Path(tun6.__file__).resolve().parent), bench.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stopped:
+        try:
+            assert stopped.stdout and stopped.stdout.readline() == "locked\n"
+            stopped.send_signal(signal.SIGSTOP)
+            began = time.monotonic()
+            assert bench.visit(a, "new").prefix == subnet(0)
+            print(f"    served {time.monotonic() - began:.1f} s after the other one had stopped", flush=True)
+        finally:
+            stopped.kill()
+
+
 def check_a_64_that_was_anothers_is_given_only_by_pin_and_above_its_epochs(bench: StoreBench) -> None:
     a = bench.store("a")
     bench.visit(a, "x")
