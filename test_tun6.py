@@ -15939,8 +15939,9 @@ def check_lan(machine: Machine) -> None:
     """What a client with `lan` does inside the same sandbox. Without an Internet, radvd stays out of it."""
     machine.run("systemctl", "stop", "tun6-client")
     machine.sh("ip link add lan0 type veth peer name host0; ip link set lan0 up; ip link set host0 up")
-    wait_until("link-local addresses", lambda: machine.sh("ip -6 addr show dev lan0 scope link -tentative"), 10)
-    before = machine.network() + machine.sh("nft list tables")
+    for device in ("lan0", "host0"):
+        wait_until("link-local addresses", functools.partial(machine.sh, f"ip -6 addr show dev {device} scope link -tentative"), 10)
+    before, tables = machine.network(), machine.sh("nft list tables")
     machine.run("tun6", "install", "client", "--set", "lan=lan0")
     prefix = IPv6Network(machine.connected())
     wait_until("the address on the LAN", lambda: f"{prefix[1]}/64" in machine.sh("ip -6 addr show dev lan0"), 10)
@@ -15949,7 +15950,8 @@ def check_lan(machine: Machine) -> None:
     wait_until("the next one clears up", lambda: "killed tun6 has left for its LAN lan0" in machine.sh("journalctl -u tun6-client"), 30)
     assert IPv6Network(machine.connected()) == prefix
     machine.run("systemctl", "stop", "tun6-client")
-    assert machine.network() + machine.sh("nft list tables") == before
+    machine.must_be(before)
+    assert machine.sh("nft list tables") == tables
     machine.sh("sed -i '/^lan = /d' /etc/tun6/config.ini; ip link del lan0; systemctl start tun6-client")
     machine.connected()
 
