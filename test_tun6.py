@@ -16936,6 +16936,8 @@ class GrowingCluster(Cluster):
 
     def grow(self) -> None:
         """Server one moves into the store, by the commands of the document; then there are two more."""
+        id_ = self.client_id(0)
+        asked(self.servers["s1"].config, "clients", "limit", id_, "50M")
         self.servers["s1"].end(signal.SIGTERM)
         config = self.servers["s1"].config
         new = {name: self._settings("s1")[name] for name in ("store", "store_cache", "name")}
@@ -16946,7 +16948,11 @@ class GrowingCluster(Cluster):
         done = self.lab.run("s1", "sh", "-euc", commands)
         assert done.returncode == 0, done.stderr
         self.start_server("s1")
+        back = becomes_true(lambda: {self.server_of(client) for client in self.clients} == {"s1"}, 15)
+        assert back, "the clients do not come back to the first server"
         super()._start_servers_of("s2", "s3")
+        limits = [each["limit"] for each in asked(self.servers["s3"].config, "clients", "list") if each["id"] == id_]
+        assert limits == [50 * MBIT], limits
 
 
 class Hand:
@@ -17412,7 +17418,7 @@ def administer_anywhere(cluster: Cluster, victim: str) -> None:
 
 
 def check_growth() -> None:
-    """From one server to three: clients keep prefix and key, and go on when the first server dies."""
+    """From one server to three: clients keep prefix, key and limit, and go on when the first server dies."""
     with tempfile.TemporaryDirectory(prefix="tun6-cluster-") as name, GrowingCluster(Path(name), 2) as cluster:
         cluster.grow()
         cluster.settle()
@@ -18053,6 +18059,34 @@ def check_who_does_not_fit_does_not_start(bench: StoreBench) -> None:
     assert not is_down(a)
 
 
+def check_tables_of_an_older_version_are_upgraded_whole_or_not_at_all(bench: StoreBench) -> None:
+    a = bench.store("a")
+    held = bench.visit(a, "x")
+    a.set_limit("x", MBIT)
+    bench.close_all()
+    newer, steps = tun6.SCHEMA_VERSION + 2, "alter table client add column one int; alter table client add column two int"
+    first, second = steps.split("; ")
+    upgrades = {newer - 2: first, newer - 1: second}
+    columns = "SELECT string_agg(attname, ' ') FROM pg_attribute WHERE attrelid = 'client'::regclass AND attname IN ('one', 'two')"
+    with mock.patch.multiple(tun6, SCHEMA_VERSION=newer, UPGRADES=upgrades):
+        with pytest.raises(
+            tun6.ConfigError, match=f"of version {newer - 2}, and not {newer}; `tun6.py cluster upgrade` brings it up to date"
+        ):
+            bench.store("a")
+        with mock.patch.dict(upgrades, {newer - 1: "nonsense"}), bench.database() as database, pytest.raises(Exception, match="syntax"):
+            database.upgrade()
+        assert (bench.sql(columns), bench.sql("SELECT version FROM pool")) == ("", str(newer - 2))
+        for before in (newer - 2, newer):
+            with bench.database() as database:
+                assert database.upgrade() == before
+        assert (bench.sql(columns), bench.sql("SELECT version FROM pool")) == ("one two", str(newer))
+        a = bench.store("a")
+        assert (bench.visit(a, "x").prefix, a.limit_of("x")) == (held.prefix, MBIT)
+        bench.close_all()
+    with bench.database() as database, pytest.raises(tun6.RequestError, match=f"of version {newer}, and this tun6 knows only"):
+        database.upgrade()
+
+
 def check_lost_commits_are_written_back_before_anybody_is_new(bench: StoreBench) -> None:
     a, b = bench.store("a"), bench.store("b")
     bench.visit(a, "old")
@@ -18163,7 +18197,7 @@ def store_command(arguments: list[str]) -> int:
             began = time.monotonic()
             try:
                 check(bench)
-            except Exception:
+            except (Exception, pytest.fail.Exception):  # the other one is of `pytest.raises`
                 failed.append(check.__name__)
                 traceback.print_exc()
             print(f"{'FAIL' if check.__name__ in failed else '  ok'}  {check.__name__}, {time.monotonic() - began:.1f} s", flush=True)
