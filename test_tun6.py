@@ -17695,6 +17695,7 @@ class StoreBench:
     def locked(self, id_: str) -> Iterator[None]:
         """Somebody has locked the row of this Id, in a transaction that does not end."""
         with self.database() as other:
+            other._worker.execute("set idle_in_transaction_session_timeout = 0")
             other._worker.execute("begin")
             other._worker.execute("select 1 from client where id = %s for update", (id_,))
             yield
