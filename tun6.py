@@ -5047,13 +5047,17 @@ class Database:
             at, width = at + width, width * 2
 
     @staticmethod
-    def _new_prefix(pool: PoolRow, free: Iterator[IPv6Network]) -> IPv6Network:
-        """Returns the next one of `_free_prefixes`. Raises Refusal, StorageError."""
+    def _require_whole(pool: PoolRow) -> None:
+        """Raises StorageError while a server may know the owner of a /64 that the store has none for."""
         if pool.timeline != pool.current:
             raise StorageError(
-                "the store may have lost changes, and not all servers have written back what they know; until then nobody new is served."
+                "the store may have lost changes, and not all servers have written back what they know; until then nobody gets another /64."
                 " `tun6.py cluster accept` goes on without those that are missing"
             )
+
+    def _new_prefix(self, pool: PoolRow, free: Iterator[IPv6Network]) -> IPv6Network:
+        """Returns the next one of `_free_prefixes`. Raises Refusal, StorageError."""
+        self._require_whole(pool)
         prefix = next(free, None)
         if prefix is None:
             raise Refusal("pool-exhausted", f"no free /64 in {pool.prefix}")
@@ -5065,8 +5069,9 @@ class Database:
             raise Refusal("busy", f"more than {new_ids_per_hour} new Ids in an hour")
 
     def _check_pin(self, pin: Pin, pool: PoolRow | None) -> Pin:
-        """Returns the pin with the floor for its epochs. Raises ValueError when that can't be given."""
+        """Returns the pin with the floor for its epochs. Raises ValueError when that can't be given, StorageError."""
         assert pool
+        self._require_whole(pool)
         check_prefix(pin.prefix, pool.prefix)
         owner = self._worker.execute("select id from client where prefix && %s and id <> %s", (pin.prefix, pin.id)).fetchone()
         if owner:
@@ -5131,10 +5136,11 @@ class Database:
     def take_in(self, prefixes: Mapping[str, IPv6Network], keys: Mapping[str, KeyEntry], limits: Mapping[str, int]) -> int:
         """Takes in what is in files, all or nothing; an Id that has only a key or a limit gets a /64. Returns how many rows changed.
 
-        Raises RequestError, which names the Id, when something else is in the store.
+        Raises RequestError, which names the Id, when something else is in the store, StorageError.
         """
         with self._worker.transaction():
             pool = self.require_pool("for update")
+            self._require_whole(pool)
             if keys and pool.keys == "none":
                 raise RequestError("the pool is open to everybody, and there are keys; make it without --open")
             stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
