@@ -6914,6 +6914,30 @@ def test_a_limit_that_any_server_sets_reaches_the_session_and_is_known_without_t
     assert [again.limit_of(id_) for id_ in "xyz"] == [50 * MBIT, 0, None]
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_a_server_that_ends_while_its_cache_is_written_leaves_the_whole_of_it(
+    open_cluster: OpenCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: bool
+) -> None:
+    began, done, overlaps, replace = list[bytes](), list[bytes](), list[bool](), tun6.CacheFile._replace
+
+    def write_slowly(self: tun6.CacheFile, path: Path, content: bytes) -> None:
+        overlaps.append(len(began) > len(done))
+        began.append(content)
+        time.sleep(0.3)
+        replace(self, path, content)
+        done.append(content)
+
+    monkeypatch.setattr(tun6.CacheFile, "_replace", write_slowly)
+    a = open_cluster("a")
+    known = {"", a.assign("x") and "x"}
+    assert becomes_true(lambda: len(began) > len(done), 3)
+    if more:
+        known.add(a.assign("y") and "y")
+    a.close()
+    assert began == done and not any(overlaps)
+    assert json.loads((tmp_path / "a.json").read_text()).keys() == known
+
+
 def test_a_cache_of_the_version_that_had_no_limits_is_used(open_cluster: OpenCluster, tmp_path: Path) -> None:
     a = open_cluster("a")
     prefix = a.assign("x")

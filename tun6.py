@@ -4658,6 +4658,7 @@ POLL_S = 2.0  # between two looks at the rows of the sessions here, beside what 
 DATABASE_RETRY_S = 0.5  # between two attempts to reach a store that is down
 HEARTBEAT_S = 5.0  # between two heartbeats of a server
 CACHE_S, CACHE_PAUSE_S = 5.0, 1.0  # between two saves of the cache: at most, at least
+LAST_SAVE_S = 10.0  # for that of a server that ends
 SILENT_S = 86_400  # a server without a heartbeat for so long is not waited for
 SERVERS_MAX = 64  # /64s at the end of the pool that are the servers' own, at most a quarter of it
 HEARD_S = 10.0  # a server with a heartbeat so long after a change has heard of it
@@ -5308,6 +5309,7 @@ class ClusterStore(Store):
         self._owing = gevent.event.Event()  # set when there are debts
         self._greenlets = gevent.pool.Group()
         self._cache, self._is_cached = CacheFile(cache), True
+        self._saving = gevent.lock.RLock()
         self._has_new = gevent.event.Event()  # set when an Id is known that was not
         self._facts: dict[str, Any] = {}  # of the pool, for the cache: "pool", its id, "keys", and "own", this server's /64
         self._clock_offset = 0.0  # of the database's clock, against time.monotonic()
@@ -5351,8 +5353,10 @@ class ClusterStore(Store):
         if self._serving:
             with gevent.Timeout(COMMIT_S, False):
                 self._pay()
+            with gevent.Timeout(LAST_SAVE_S, False), self._saving:  # one that is killed meanwhile goes on in its thread
+                self._greenlets.kill()
+                self._save()
             self._greenlets.kill()
-            self._save()
         if self._database:
             self._threads.spawn(self._database.close)
             self._database = None
@@ -5657,16 +5661,17 @@ class ClusterStore(Store):
             gevent.sleep(CACHE_PAUSE_S)
 
     def _save(self) -> None:
-        if self._is_cached:
-            return
-        self._is_cached = True
-        try:
-            self._cache.save_rows(self._facts, self._view.rows)
-            standing_warnings.pop("cache", None)
-        except StorageError as error:
-            self._is_cached = False
-            if "cache" not in standing_warnings:
-                warn_standing("cache", "%s; after a restart without the store, clients would be refused", error)
+        with self._saving:
+            if self._is_cached:
+                return
+            self._is_cached = True
+            try:
+                self._cache.save_rows(self._facts, self._view.rows)
+                standing_warnings.pop("cache", None)
+            except StorageError as error:
+                self._is_cached = False
+                if "cache" not in standing_warnings:
+                    warn_standing("cache", "%s; after a restart without the store, clients would be refused", error)
 
 
 # ---- server ----------------------------------------------------------------------------------------------------------
