@@ -64,6 +64,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     systemd                      `test_tun6.py systemd`
     debian                       `test_tun6.py packages`: the .deb, and what the Dockerfile does
     cluster                      `test_tun6.py cluster`: three servers, BIRD, PostgreSQL, and faults
+    cluster on machines          `test_tun6.py machines`: docs/cluster.md to the letter, on machines that boot
     real store                   `test_tun6.py store`: the cluster's store and a real PostgreSQL
     main
 """
@@ -107,6 +108,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import traceback
@@ -15661,7 +15663,8 @@ MACHINE_PACKAGES = (
     "systemd,systemd-sysv,dbus,iproute2,python3,python3-venv,python3-gevent,python3-netifaces,openssl,procps,iputils-ping,nftables,radvd"
 )
 MACHINE = r"""  # $1: the root below the overlay; $2: its name; $3: this checkout. It boots again when it reboots.
-# $4: the network namespace where its wire ends, $5: its name there, $6: what systemd-networkd is to know of its other end, eth0; or none
+# $4: the network namespace where its wires end, or none; then for each wire its name there, and what systemd-networkd is to know of its
+# other end: eth0, eth1 ...
 mount --make-rprivate /
 mkdir -p /run/systemd && mount -t tmpfs tmpfs /run/systemd  # of which nspawn wants to be sure that it is none of the disk
 mount -t cgroup2 none /sys/fs/cgroup
@@ -15669,10 +15672,14 @@ mkdir "/sys/fs/cgroup/$2" && echo $$ > "/sys/fs/cgroup/$2/cgroup.procs"
 over=$(mktemp -d) && mount -t tmpfs tmpfs "$over" && mkdir "$over"/{upper,work,root}
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$over/upper,workdir=$over/work" "$over/root"
 echo 'z /dev/net/tun 0666 - - -' > "$over/root/etc/tmpfiles.d/tun.conf"  # as udev has it on a machine
-start=() wire=()
+start=() wires=()
 if [ "$4" ]; then
-    start=(nsenter "--net=$4") wire=("--network-veth-extra=$5:eth0")
-    printf '[Match]\nName=eth0\n[Network]\n%s\n' "$6" > "$over/root/etc/systemd/network/eth0.network"
+    start=(nsenter "--net=$4")
+    for ((i = 5; i < $#; i += 2)); do
+        eth="eth$((${#wires[@]}))"
+        wires+=("--network-veth-extra=${!i}:$eth") next=$((i + 1))
+        printf '[Match]\nName=%s\n[Network]\n%s\n' "$eth" "${!next}" > "$over/root/etc/systemd/network/$eth.network"
+    done
     for unit in networkd.service:multi-user networkd-wait-online.service:network-online; do
         mkdir -p "$over/root/etc/systemd/system/${unit#*:}.target.wants"
         ln -s "/lib/systemd/system/systemd-${unit%:*}" "$over/root/etc/systemd/system/${unit#*:}.target.wants/"
@@ -15681,7 +15688,7 @@ fi
 status=133
 while [ $status = 133 ]; do
     status=0
-    "${start[@]}" systemd-nspawn -q -D "$over/root" -M "$2" -b --private-network "${wire[@]}" --console=pipe --register=no --keep-unit \
+    "${start[@]}" systemd-nspawn -q -D "$over/root" -M "$2" -b --private-network "${wires[@]}" --console=pipe --register=no --keep-unit \
         --bind-ro="$3:/mnt" || status=$?
 done
 umount -R "$over" && rmdir "$over"
@@ -15722,15 +15729,21 @@ def debian_root(suite: str, cache: Path) -> Path:
 class Machine:
     """A Debian that boots with systemd as process 1 in namespaces of its own. What it writes is gone with it.
 
-    It has no network, or `wire` leads from its eth0 to an interface that has the machine's name, in that network namespace.
+    It has no network, or wires lead from its eth0, eth1 ... to interfaces in a network namespace.
     """
 
     def __init__(
-        self, root: Path, name: str = "systemd", wire: str = "", network: str = "", plug: Callable[[], object] = lambda: None
+        self,
+        root: Path,
+        name: str = "systemd",
+        namespace: str = "",
+        wires: Mapping[str, str] | None = None,
+        plug: Callable[[], object] = lambda: None,
     ) -> None:
-        """`network`: that section of eth0.network, systemd.network(5); `plug` is called at each boot, when the wire is there."""
+        """`wires`: by the interface there, [Network] of a systemd.network(5); `plug` is called at each boot, when they are there."""
         self._name, self._plug = f"tun6-{name}-{os.getpid()}", plug
-        where = [str(root), self._name, str(Path(__file__).resolve().parent), wire and f"/run/netns/{wire}", name, network]
+        where = [str(root), self._name, str(Path(__file__).resolve().parent), namespace and f"/run/netns/{namespace}"]
+        where += chain.from_iterable((wires or {}).items())
         command = ["unshare", "-m", "-C", "bash", "-euc", MACHINE, "machine", *where]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         self._init = 0
@@ -15740,12 +15753,14 @@ class Machine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.kill(self._init, signal.SIGRTMIN + 4)  # systemd(1): power off
-            self._process.wait(30)
+        if self._process.poll() is None and not self._init:
+            self.wait_for_boot()
         if self._process.poll() is None:
-            os.kill(self._init, signal.SIGKILL)  # and with it all that it contains
-            self._process.wait(30)
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.kill(self._init, signal.SIGRTMIN + 4)  # systemd(1): power off
+                self._process.wait(30)
+        if self._process.poll() is None:
+            self.kill()
 
     def wait_for_boot(self) -> None:
         """Returns when it has booted, with a process 1 that is not the one of before."""
@@ -15766,15 +15781,22 @@ class Machine:
         wait_until("systemd", lambda: self.run("systemctl", "is-system-running", status=None) in ("running", "degraded"), 60)
 
     def run(self, *command: str, status: int | None = 0, text: str = "") -> str:
-        """What a command says on standard output, with this exit status (None: any)."""
+        """What a command, which has no terminal, says on standard output, with this exit status (None: any)."""
         path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         inside = ["nsenter", "-t", str(self._init), "-a", "--wd=/root", "env", "-i", f"PATH={path}", "HOME=/root", *command]
-        done = subprocess.run(inside, capture_output=True, text=True, input=text, timeout=600)
+        done = subprocess.run(
+            inside, capture_output=True, text=True, input=text, timeout=600, start_new_session=True
+        )  # without our terminal
         assert status in (None, done.returncode), f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}{self.journal()}"
         return done.stdout.strip() if status is None or not status else done.stderr.strip()
 
-    def sh(self, script: str) -> str:
-        return self.run("bash", "-euc", script)
+    def sh(self, script: str, text: str = "") -> str:
+        return self.run("bash", "-euc", script, text=text)
+
+    def kill(self) -> None:
+        """Ends it without a word to anybody inside."""
+        os.kill(self._init, signal.SIGKILL)  # and with it all that it contains
+        self._process.wait(30)
 
     def journal(self) -> str:
         done = subprocess.run(
@@ -15808,6 +15830,11 @@ class Machine:
         return found[0]
 
 
+def network_section(*lines: str) -> str:
+    """The lines of a .network, where one that has several values becomes several."""
+    return "\n".join(f"{key}={value}" for line in lines for key, _, values in [line.partition("=")] for value in values.split())
+
+
 class Home(Lab):
     """A VPS and a home: Machines `server` and `client` among namespaces.
 
@@ -15827,9 +15854,8 @@ class Home(Lab):
     def machine(self, name: str, root: Path) -> Machine:
         """The Machine of this name, not yet booted."""
         host, bridge, *network = self.WIRES[name]
-        lines = (f"{key}={value}" for line in network for key, _, values in [line.partition("=")] for value in values.split())
         plug = functools.partial(self.ip, host, f"link set {name} master {bridge} up")
-        return Machine(root, name, self._names[host], "\n".join(lines), plug)
+        return Machine(root, name, self._names[host], {name: network_section(*network)}, plug)
 
     def _build(self) -> None:
         for host in self.HOSTS:
@@ -17645,6 +17671,335 @@ def soak_cluster(minutes: float, size: int, seed: int) -> int:
     return status
 
 
+# ---- cluster on machines ---------------------------------------------------------------------------------------------
+
+TOWN_SERVERS = ("one", "two", "three")
+TOWN_PACKAGES = "postgresql bird2 keepalived"  # are only fetched: docs/cluster.md installs them
+README_HOME = "## A VPS and a Raspberry Pi: IPv6 for a home"
+LATE_S = 3.0  # until a link carries packets, as a real one takes it
+
+
+def code_blocks(document: Path, heading: str) -> list[str]:
+    """The blocks of code below a heading of a Markdown file, without their indentation."""
+    text = document.read_text(encoding="utf-8")
+    level = heading.partition(" ")[0]
+    (section,) = re.findall(rf"^{re.escape(heading)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in re.findall(r"^ *```\w+\n(.*?)^ *```$", section, re.DOTALL | re.MULTILINE)]
+
+
+def town_root(cache: Path) -> str:
+    """The folders of a root, topmost first, that has README's packages, and those of docs/cluster.md to be installed without a network."""
+    root, folder = debian_root("bookworm", cache), cache / "bookworm-town"
+    if not (folder / "ready").exists():
+        print(f"making {folder}, which takes a minute", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        wheels = folder / "upper/srv/wheels"
+        layer = Layer(folder, root, root / "root/wheels")
+        shutil.copytree(root / "root/wheels", wheels)
+        fetch = ["download", "-q", "--only-binary", ":all:", "--python-version", DEBIANS["bookworm"], "-d", str(wheels), "psycopg[binary]"]
+        subprocess.run([sys.executable, "-m", "pip", *fetch], check=True)
+        (packages,) = re.findall("apt-get install -y (git .*)", code_blocks(CHECKOUT / "README", README_HOME)[0])
+        layer.sh(f"apt-get update; apt-get install -y {packages}; apt-get install -y --download-only {TOWN_PACKAGES}")
+        shutil.copytree(
+            cache / "bookworm-downloads", layer.upper / "var/cache/apt/archives", ignore=shutil.ignore_patterns("lock"), dirs_exist_ok=True
+        )
+        (layer.upper / "etc/pip.conf").write_text("[global]\nno-index = true\nfind-links = /srv/wheels\n")
+        (folder / "ready").touch()
+    return f"{folder}/upper:{root}"
+
+
+class Town(Lab):
+    """The picture of docs/cluster.md, with its addresses, of Machines; and a client's machine.
+
+    internet, 2001:db8:ffff::2 --- core --- router --- wan --- one, two, three, in this order
+        |                                                       |    |    |
+        +--- home --- client, behind a NAT                    inner -+----+---- db1, db2
+    """
+
+    HOSTS = ("internet", "switch")
+    WIRES: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {  # of each Machine: the bridge, and what systemd-networkd is to know
+        **{
+            host: {
+                "wan": (f"Address=203.0.113.{number}/24 2001:db8:fffe::1{number}/64", "Gateway=203.0.113.254 2001:db8:fffe::1"),
+                "inner": (f"Address=10.5.0.{number}/24 fd00:116::{number}/64",),
+            }
+            for number, host in enumerate(TOWN_SERVERS, 1)
+        },
+        "db1": {"inner": ("Address=10.5.0.11/24",)},
+        "db2": {"inner": ("Address=10.5.0.12/24",)},
+        "router": {
+            "wan": ("Address=203.0.113.254/24 2001:db8:fffe::1/64", "IPForward=yes"),
+            "core": ("Address=198.51.100.1/24 2001:db8:ffff::1/64", "Gateway=198.51.100.2 2001:db8:ffff::2", "IPForward=yes"),
+        },
+        "client": {"home": ("Address=192.168.1.2/24", "Gateway=192.168.1.1")},
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late_s = 0.0  # at a boot, until links carry packets
+
+    def machine(self, name: str, root: str) -> Machine:
+        """The Machine of this name, not yet booted."""
+        host = "internet" if name == "client" else "switch"
+
+        def plug() -> None:
+            time.sleep(self.late_s)
+            for bridge in self.WIRES[name]:
+                self.ip(host, f"link set {name}-{bridge} master {bridge} up")
+
+        wires = {f"{name}-{bridge}": network_section("IPv6AcceptRA=no", *lines) for bridge, lines in self.WIRES[name].items()}
+        return Machine(Path(root), name, self._names[host], wires, plug)
+
+    def _build(self) -> None:
+        for host in self.HOSTS:
+            self.set_sysctl(host, "net.ipv6.conf.default.dad_transmits", "0")
+            self.ip(host, "link set lo up")
+        for host, bridge in (("switch", "wan"), ("switch", "inner"), ("switch", "core"), ("internet", "home")):
+            self.ip(host, f"link add {bridge} type bridge")
+            self.ip(host, f"link set {bridge} up")
+        self.ip("internet", f"link add eth0 type veth peer name internet netns {self._names['switch']}")
+        self.ip("internet", "link set eth0 up")
+        self.ip("switch", "link set internet master core up")
+        for device, address in (("eth0", "198.51.100.2/24"), ("eth0", f"{self.INTERNET}/64"), ("home", "192.168.1.1/24")):
+            self.ip("internet", f"addr add {address} dev {device}")
+        self.ip("internet", "route add 203.0.113.0/24 via 198.51.100.1")
+        self.ip("internet", "-6 route add 2001:db8::/32 via 2001:db8:ffff::1")
+        self.set_sysctl("internet", "net.ipv4.ip_forward", "1")
+        nat = "table ip nat { chain out { type nat hook postrouting priority 100; oifname eth0 masquerade; }; }"
+        self._check(["ip", "netns", "exec", self._names["internet"], "nft", nat])
+
+    @contextmanager
+    def pinged(self, address: IPv6Address, limit_s: float, what: str) -> Iterator[None]:
+        """Meanwhile the Internet pings it; fails when there was no answer for so long."""
+        with tempfile.TemporaryFile("w+") as output:
+            with self.popen("internet", "ping", "-6", "-D", "-i", "0.1", str(address), stdout=output) as ping:
+                time.sleep(1)
+                try:
+                    yield
+                    time.sleep(1)
+                finally:
+                    ping.send_signal(signal.SIGINT)
+            output.seek(0)
+            times = list(map(float, re.findall(r"(?m)^\[([\d.]+)\] \d+ bytes from", output.read())))
+        assert len(times) > 5, f"{what}: {len(times)} pings were answered"
+        gap = max(after - before for before, after in zip(times, times[1:]))
+        print(f"    {what}: the client's longest time without an answer to a ping is {gap:.1f} s", flush=True)
+        assert gap < limit_s and time.time() - times[-1] < 3, what
+
+
+class Newcomer:
+    """Does on the Machines of a Town what README and docs/cluster.md say, to the letter but for what they tell to set."""
+
+    def __init__(self, town: Town, machines: Mapping[str, Machine]) -> None:
+        self.town, self.machines = town, machines
+        self.secrets = {name: f"{random.getrandbits(128):x}" for name in ("tun6", "standby")}
+        self.prefix = IPv6Network("::/64")
+
+    def follow(self, name: str, block: str, changes: Mapping[str, str] | None = None, text: str = "") -> str:
+        """Runs a block of code in a root shell on a machine, with changes that each have to be possible, and gives what it says."""
+        for old, new in (changes or {}).items():
+            assert old in block, f"{old} is not in\n{block}"
+            block = block.replace(old, new)
+        return self.machines[name].sh(f"export DEBIAN_FRONTEND=noninteractive; cd\n[ ! -d /opt/tun6 ] || cd /opt/tun6\n{block}", text)
+
+    def all_of(self, names: Iterable[str], step: Callable[[str], object]) -> None:
+        """Does a step on several machines at once."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(step, names))
+
+    def serving(self) -> str:
+        """The server that has the client, or ""."""
+        found = re.findall(r"^has (\S+) on tun6 from 203\.0\.113\.(\d) ", self.machines["client"].show("client", "StatusText"))
+        assert not found or IPv6Network(found[0][0]) == self.prefix
+        return TOWN_SERVERS[int(found[0][1]) - 1] if found else ""
+
+    def must_work(self, *servers: str) -> None:
+        """All servers know each other, the store is up, the client has its prefix and the Internet reaches it."""
+        self.all_of(servers, lambda host: wait_until(f"{host} knows all servers", functools.partial(self.knows, host, servers), 60))
+        self.all_of(servers, lambda host: wait_until(f"{host} is well", functools.partial(self._is_well, host), 60))
+        wait_until("the client is served", self.serving, 30)
+        wait_until("the Internet reaches the client", lambda: self.town.pings("internet", str(self.prefix[1])), 30)
+
+    def knows(self, host: str, servers: Iterable[str]) -> bool:
+        """Whether a server has its store, and has heard of these less than a minute ago."""
+        said = self.machines[host].run("tun6", "status", status=None)  # which it also is while tun6 does not run
+        ages = dict(re.findall(r"(?m)^ +(\w+): 203\.0\.113\.\d, .*?(this one|heard \S+ ago)$", said))
+        return ", up for" in " ".join(said.split()) and all(re.match(r"this one|heard \d+s", ages.get(each, "")) for each in servers)
+
+    def _is_well(self, host: str) -> bool:
+        found = json.loads(self.machines[host].run("tun6", "doctor", "--json", status=None))["server"]
+        (store,) = (each for each in found if each["check"] == "store")
+        return store["result"] == "ok" and "commits wait for a synchronous standby" in store["text"] and "FAIL" not in str(found)
+
+    def talk(self, *names: str) -> bool:
+        """Whether BIRD there has all its neighbours."""
+        said = {name: re.findall(r"(?m)^\w+ +BGP .* (\w+) *$", self.machines[name].run("birdc", "show", "protocols")) for name in names}
+        return all(states == ["Established"] * 3 for states in said.values())
+
+    def reboot(self, name: str) -> None:
+        self.machines[name].run("systemctl", "reboot", status=None)
+        self.machines[name].wait_for_boot()
+
+
+SAMPLES = "--set documentation_addresses=yes"  # is what the test needs beside what the documents say
+
+
+def follow_readme(person: Newcomer) -> None:
+    """Server one, which is then as README leaves it, and its client."""
+    both, server, client = code_blocks(CHECKOUT / "README", README_HOME)[:3]
+    clone = {"git clone <this repository> /opt/tun6": "cp -r /srv/tun6 /opt/tun6", "apt-get update && ": ""}
+    person.all_of((*TOWN_SERVERS, "client"), lambda name: person.follow(name, both, clone))
+    said = person.follow("one", server, {"203.0.113.5": "203.0.113.1", "--prefix 2001:db8:1::/48": f"--prefix 2001:db8:1::/48 {SAMPLES}"})
+    person.machines["router"].sh("ip -6 route add 2001:db8:1::/48 via 2001:db8:fffe::11")  # which is the provider's part
+    said = person.follow("client", client, {"--set lan=eth0": SAMPLES}, said.splitlines()[-1].strip("# ") + "\n")
+    person.prefix = IPv6Network(re.findall(r"has (\S+) on tun6 from 203\.0\.113\.1 port 10000, over TLS", said)[0])
+    wait_until("the Internet reaches the client", lambda: person.town.pings("internet", str(person.prefix[1])), 30)
+
+
+def follow_databases(person: Newcomer) -> None:
+    first, standby, last = code_blocks(CHECKOUT / "docs/cluster.md", "### 1. PostgreSQL with a synchronous standby")
+    person.all_of(("db1", "db2"), lambda name: person.follow(name, first.splitlines()[0]))  # at the same time, what both begin with
+    parts = re.split("(?m)^(.*--pwprompt.*\n)", first)  # the first one of two that ask would read all that there is
+    for part, password in zip(parts, ("", person.secrets["tun6"], "", person.secrets["standby"], "")):
+        person.follow("db1", part, text=f"{password}\n" * 2)
+    person.follow("db2", standby, {"SECRET": person.secrets["standby"]})
+    person.follow("db1", last)
+    wait_until("db2 is synchronous", lambda: re.search(r" db2 +\| sync", person.follow("db1", last.splitlines()[-1])), 10)
+
+
+def follow_servers(person: Newcomer) -> None:
+    secret = person.secrets["tun6"]
+    stop, lines, move = code_blocks(CHECKOUT / "docs/cluster.md", "### 2. Server one moves into the store")
+    person.follow("one", stop)
+    person.machines["one"].run("sed", "-i", "/^\\[server\\]/r /dev/stdin", "/etc/tun6/config.ini", text=lines.replace("SECRET", secret))
+    person.follow("one", move)
+    (block,) = code_blocks(CHECKOUT / "docs/cluster.md", "### 3. Servers two and three")
+    certificate = person.machines["one"].run("cat", "/var/lib/tun6/server.pem")
+    copy = {"scp one:/var/lib/tun6/server.pem": "cp /root/server.pem", "--prefix 2001:db8:1::/48": f"--prefix 2001:db8:1::/48 {SAMPLES}"}
+
+    def install(name: str) -> None:
+        person.machines[name].run("sh", "-ec", "umask 077; cat > /root/server.pem", text=f"{certificate}\n")
+        person.follow(name, block, {**copy, "SECRET": secret, "name=two": f"name={name}"})
+
+    person.all_of(("two", "three"), install)
+    person.must_work(*TOWN_SERVERS)
+
+
+def follow_bird(person: Newcomer) -> None:
+    put, networkd, ask = code_blocks(CHECKOUT / "docs/cluster.md", "### 4. BIRD")
+    names = dict(zip(("router", *TOWN_SERVERS), ("router", *CLUSTER_SERVERS)))  # and those in the other test of this configuration
+
+    def configure(name: str) -> None:
+        person.machines[name].sh("ln -sfn /srv/tun6 /opt/tun6") if name == "router" else None
+        person.follow(name, put, {"contrib/bird.conf": "contrib/bird-router.conf"} if name == "router" else {})
+        sample = person.machines[name].run("cat", "/etc/bird/bird.conf")
+        assert sample in (CHECKOUT / f"contrib/{'bird-router' if name == 'router' else 'bird'}.conf").read_text()
+        person.machines[name].run("sh", "-ec", "cat > /etc/bird/bird.conf", text=Bird.configuration(names[name], "ibgp"))
+        person.follow(name, networkd)
+        person.follow(name, ask)
+
+    person.all_of(names, configure)
+    wait_until("BIRD is Established everywhere", lambda: person.talk(*names), 30)
+    for name in names:
+        person.machines[name].sh("sed -i '/^Gateway=2001:/d' /etc/systemd/network/eth*.network; networkctl reload")
+    person.machines["router"].sh("ip -6 route del 2001:db8:1::/48 via 2001:db8:fffe::11")
+    must = "default via 2001:db8:fffe::1 dev eth0 proto bird"
+    for name in TOWN_SERVERS:
+        assert must in person.machines[name].sh("ip -6 route show default"), name
+    assert str(person.prefix) in person.machines["router"].run("birdc", "show", "route")
+    person.must_work(*TOWN_SERVERS)
+    (client,) = code_blocks(CHECKOUT / "docs/cluster.md", "### 5. The clients")
+    person.follow("client", client)
+    person.must_work(*TOWN_SERVERS)
+
+
+def check_town_faults(person: Newcomer) -> None:
+    """A server is killed and stopped; then each machine of the cluster is rebooted."""
+    address = person.prefix[1]
+    victim = person.serving()
+    with person.town.pinged(address, 10, "tun6 killed and its service stopped"):
+        person.machines[victim].sh("systemctl kill -s KILL --kill-whom=main tun6-server; systemctl stop tun6-server")
+        wait_until("another server has the client", lambda: person.serving() not in ("", victim), 10)
+    person.machines[victim].run("systemctl", "start", "tun6-server")
+    person.must_work(*TOWN_SERVERS)
+    person.town.late_s = LATE_S
+    for what in (person.serving(), "db1", "db2"):
+        with person.town.pinged(address, 10, f"{what} rebooted"):
+            person.reboot(what)
+        wait_until("BIRD is Established everywhere", lambda: person.talk("router", *TOWN_SERVERS), 30)
+        person.must_work(*TOWN_SERVERS)
+
+
+def check_town_failover(person: Newcomer) -> None:
+    """PostgreSQL ends on db1; db2 is promoted, and db1 becomes its standby, as docs/cluster.md says."""
+    _, standby, last = code_blocks(CHECKOUT / "docs/cluster.md", "### 1. PostgreSQL with a synchronous standby")
+    person.machines["db1"].run("systemctl", "stop", "postgresql@15-main")
+    (command,) = re.findall(r"`(pg_ctlcluster 15 main promote)`", (CHECKOUT / "docs/cluster.md").read_text())
+    person.machines["db2"].run(*command.split())
+    for name in TOWN_SERVERS:
+        wait_until("the store is up", functools.partial(person.knows, name, ()), 60)
+    wait_until("a new client is added", lambda: "tun6:" in person.machines["two"].run("tun6", "clients", "add", "new", status=None), 30)
+    swapped = {"10.5.0.12'": "10.5.0.11'", "host=10.5.0.11": "host=10.5.0.12", "application_name=db2": "application_name=db1"}
+    person.follow("db1", standby, {**swapped, "SECRET": person.secrets["standby"]})
+    person.follow("db2", last, {"'db2'": "'db1'"})
+    person.must_work(*TOWN_SERVERS)
+
+
+def check_small_version(person: Newcomer) -> None:
+    """The same with keepalived on servers one and two, without BGP; the machine of the active one dies."""
+    put, start = code_blocks(CHECKOUT / "docs/cluster.md", "## The small version: two servers without BGP")
+    person.machines["three"].kill()
+    person.machines["router"].sh("systemctl disable --now bird; ip -6 route add 2001:db8:1::/48 via 2001:db8:fffe::10")
+    person.machines["router"].sh("ip -6 route replace default via 2001:db8:ffff::2")
+    for name in ("one", "two"):
+        person.machines[name].sh("systemctl disable --now bird; printf 'Gateway=2001:db8:fffe::1\\n' >> /etc/systemd/network/eth0.network")
+        person.machines[name].sh("networkctl reload")
+        person.follow(name, put)
+    for name in ("one", "two"):
+        person.follow(name, start)
+    (client,) = code_blocks(CHECKOUT / "docs/cluster.md", "### 5. The clients")
+    person.follow("client", client, {", 203.0.113.3": ""})
+
+    def active() -> list[str]:
+        return [name for name in ("one", "two") if person.machines[name].show("server", "ActiveState") == "active"]
+
+    wait_until("one of them is active", active, 30)
+    wait_until("the client is there", lambda: [person.serving()] == active(), 60)
+    wait_until("the Internet reaches the client", lambda: person.town.pings("internet", str(person.prefix[1])), 30)
+    (waiting,) = {"one", "two"}.difference(active())
+    person.machines[waiting].run("tun6", "install", "server")
+    person.follow(waiting, start)  # as the document says
+    (first,) = active()
+    with person.town.pinged(person.prefix[1], 30, "the active one rebooted"):
+        person.reboot(first)
+        wait_until("the other one has the client", lambda: person.serving() == waiting, 60)
+    assert active() == [waiting]
+    with person.town.pinged(person.prefix[1], 30, "the active one's machine killed"):
+        person.machines[waiting].kill()
+        wait_until("the other one has the client", lambda: person.serving() == first, 60)
+
+
+def machines_command(arguments: list[str]) -> int:
+    """`test_tun6.py machines`: docs/cluster.md to the letter, on Debian 12 that really boots; takes root. Gives the exit status."""
+    parser = argparse.ArgumentParser(prog="test_tun6.py machines", description=machines_command.__doc__)
+    parser.add_argument("--cache", type=Path, default=Path("/var/cache/tun6-systemd"), help="folder for the roots, made once")
+    options = parser.parse_args(arguments)
+    root = town_root(options.cache)
+    steps = (follow_readme, follow_databases, follow_servers, follow_bird, check_town_faults, check_town_failover, check_small_version)
+    town = Town()
+    with tempfile.TemporaryDirectory(dir=options.cache) as top, town, ExitStack() as undo:
+        copy_checkout(Path(top, "srv/tun6"))
+        machines = {name: undo.push(town.machine(name, f"{top}:{root}")) for name in town.WIRES}
+        for machine in machines.values():
+            machine.wait_for_boot()
+        person = Newcomer(town, machines)
+        for step in steps:
+            began = time.monotonic()
+            step(person)
+            print(f"  ok  {step.__name__}, {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
 # ---- real store ------------------------------------------------------------------------------------------------------
 
 STORE_KEY = "0" * 64  # a digest of a key
@@ -18281,6 +18636,8 @@ def main() -> int:
         return packages_command(sys.argv[2:])
     if sys.argv[1:2] == ["cluster"]:
         return cluster_command(sys.argv[2:])
+    if sys.argv[1:2] == ["machines"]:
+        return machines_command(sys.argv[2:])
     if sys.argv[1:2] == ["store"]:
         return store_command(sys.argv[2:])
     if sys.argv[1:2] == ["waits"]:
