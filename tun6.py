@@ -10521,11 +10521,11 @@ def doctor_command(options: argparse.Namespace) -> int:
     found: dict[str, list[Finding]] = {}
     for side, doctor in doctors.items():
         if not options.json:
-            print(f"The {side} of {path}. {doctor.hint}".rstrip(), flush=True)
+            print_lines([f"The {side} of {path}. {doctor.hint}".rstrip()])
         for finding in doctor.run():
             found.setdefault(side, []).append(finding)
             if not options.json:
-                print(finding.format(), flush=True)
+                print_lines([finding.format()])
     if options.json:
         print(json.dumps({side: [each._asdict() for each in findings] for side, findings in found.items()}, indent=1))
     return int(any(each.result == "FAIL" for findings in found.values() for each in findings))
@@ -10555,8 +10555,8 @@ def clients_command(options: argparse.Namespace) -> None:
     elif options.action == "add":
         print(format_client_section(settings, done["prefix"]))
     else:
-        for entry in done if isinstance(done, list) else [done]:
-            print(format_client(entry, config.keys is not None and not config.keys_required))
+        entries = done if isinstance(done, list) else [done]
+        print_lines(format_client(entry, config.keys is not None and not config.keys_required) for entry in entries)
 
 
 def public_address(config: ServerConfig) -> str:
