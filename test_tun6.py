@@ -5280,6 +5280,7 @@ def test_a_handshake_is_slow_only_while_we_wait_for_the_peer(segments: int, read
             assert tun6.is_waited_for(ours, 0.2) is goes
             if reader:
                 reader.kill()
+    assert not tun6.is_waited_for(ours, 0)  # closed
 
 
 @pytest.mark.parametrize(
@@ -15596,7 +15597,7 @@ def figures_of(lab: Lab, query: str) -> list[float]:
 
 
 def observe(lab: Lab, folder: Path, screenshot: Path) -> list[str]:
-    """A real Prometheus and a real browser look at a server and a client; gives what is wrong, a sentence each."""
+    """A real Prometheus and a real browser look at a server of a cluster and a client; gives what is wrong, a sentence each."""
     faults = []
     cert = folder / "server.pem"
     make_certificate(cert, "-subj", "/CN=tun6")
@@ -15604,8 +15605,13 @@ def observe(lab: Lab, folder: Path, screenshot: Path) -> list[str]:
     tunnel = Tunnel(lab, folder)
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/browser", "--enable-logging=stderr"]
     with ExitStack() as undo:
+        bench = undo.enter_context(StoreBench(lab, folder, "server"))
+        bench.fresh("optional", tunnel.pool)
+        bench.store("other", network=tunnel.pool, keys="optional")
+        bench.close_all()  # a server that is silent from now on
         undo.callback(tunnel.kill)
-        tunnel.server(metrics="10.9.0.1:10116", metrics_clients="yes", cert=cert, new_ids_per_hour=100)
+        shared: dict[str, Any] = {"store": bench.url, "name": "one", "assignments": None, "keys_required": "no", "limit": "900M"}
+        tunnel.server(metrics="10.9.0.1:10116", metrics_clients="yes", cert=cert, new_ids_per_hour=100, **shared)
         client = tunnel.client(metrics="127.0.0.1:10116", id="b8:27:eb:12:34:56", fingerprint=fingerprint_in(cert.read_text()))
         tunnel.crowd(3)
         tunnel.peer("<script>alert('hostile')</script>").connected()
@@ -15620,8 +15626,6 @@ def observe(lab: Lab, folder: Path, screenshot: Path) -> list[str]:
         undo.enter_context(repeated(lambda: transfer(lab, "internet", "client", own, down.randint(10**6, 4 * 10**6), 10**6), 1))
         time.sleep(OBSERVED_S)
         for query in dashboard_queries():
-            if "tun6_store" in query or "tun6_server_silent" in query:  # of a cluster
-                continue
             found: list[float] = []
             with suppress(tun6.KernelError, OSError):
                 found = wait_until(query, lambda query=query: figures_of(lab, query))  # type: ignore[misc]
@@ -15646,10 +15650,14 @@ def observe(lab: Lab, folder: Path, screenshot: Path) -> list[str]:
 
 
 def observers_command(arguments: Sequence[str]) -> int:
-    """`test_tun6.py observers`: needs root, and `apt-get install -y prometheus chromium`; gives the exit status."""
+    """`test_tun6.py observers`: needs root, and `apt-get install -y prometheus chromium`; gives the exit status.
+
+    It installs PostgreSQL as `test_tun6.py store` does.
+    """
     parser = argparse.ArgumentParser(prog="test_tun6.py observers", description=observe.__doc__)
     parser.add_argument("--screenshot", metavar="FILE", type=Path, help="where the picture of the page goes")
     options = parser.parse_args(arguments)
+    install_cluster_packages()
     with tempfile.TemporaryDirectory() as folder, Lab() as lab:
         faults = observe(lab, Path(folder), (options.screenshot or Path(folder, "page.png")).absolute())
     print("\n".join(faults) or "every query has a figure, and the pages are shown", flush=True)
@@ -16492,8 +16500,8 @@ class Postgres(Service):
         hot_standby = on
     """
 
-    def __init__(self, lab: ClusterLab, host: str, folder: Path) -> None:
-        self.address, self._data = lab.address("store", host), folder / f"{host}-data"
+    def __init__(self, lab: Lab, host: str, folder: Path) -> None:
+        self._data = folder / f"{host}-data"
         self._sockets = folder / f"{host}-sockets"
         self._sockets.mkdir()
         shutil.chown(self._sockets, "postgres", "postgres")
@@ -16501,6 +16509,11 @@ class Postgres(Service):
         super().__init__(
             lab, host, folder / f"{host}.log", *self.USER, str(self._bin / "postgres"), "-D", str(self._data), "-k", str(self._sockets)
         )
+
+    @property
+    def address(self) -> str:
+        """In the network of the stores."""
+        return ClusterLab.address("store", self.host)
 
     def _run(self, program: str, *words: str) -> None:
         done = self.lab.run(self.host, *self.USER, str(self._bin / program), *words)
@@ -18008,13 +18021,13 @@ STORE_KEY = "0" * 64  # a digest of a key
 class StoreBench:
     """A PostgreSQL, and the stores of several servers that share it, all in this process."""
 
-    def __init__(self, lab: ClusterLab, folder: Path) -> None:
+    def __init__(self, lab: Lab, folder: Path, host: str = "db1") -> None:
         self.folder, self._undo, self._numbers = folder, ExitStack(), itertools.count()
         os.chmod(folder, 0o755)
         (folder / "pg").mkdir()
         shutil.chown(folder / "pg", "postgres", "postgres")
-        self.postgres = Postgres(lab, "db1", folder / "pg")
-        self.url = f"postgresql://tun6@/tun6?host={folder / 'pg/db1-sockets'}"
+        self.postgres = Postgres(lab, host, folder / "pg")
+        self.url = f"postgresql://tun6@/tun6?host={folder / 'pg' / f'{host}-sockets'}"
 
     def __enter__(self) -> StoreBench:
         self.postgres.make()
@@ -18573,7 +18586,7 @@ def store_command(arguments: list[str]) -> int:
     with (
         tempfile.TemporaryDirectory(prefix="tun6-store-") as folder,
         ClusterLab(0) as lab,
-        StoreBench(cast(ClusterLab, lab), Path(folder)) as bench,
+        StoreBench(lab, Path(folder)) as bench,
     ):
         for check in wanted:
             bench.fresh()
