@@ -11069,6 +11069,16 @@ def wire_bytes(lab: Lab) -> tuple[int, int]:
     )  # without Ethernet's headers
 
 
+def wire_rates(lab: Lab, seconds: float) -> list[float]:
+    """Bits/s of these, after the first ones: the kernel does not pace the first ten segments of a connection."""
+    start = wire_bytes(lab)
+    wait_until("something is sent", lambda: wire_bytes(lab)[0] - start[0] > 50_000)
+    before, began = wire_bytes(lab), time.monotonic()
+    time.sleep(seconds)
+    after, ended = wire_bytes(lab), time.monotonic()
+    return [(now - earlier) * 8 / (ended - began) for now, earlier in zip(after, before)]
+
+
 @pytest.fixture
 def single_segments(lab: Lab) -> Iterator[None]:
     """What counts the packets between client and server counts each segment of TCP with its headers."""
@@ -11088,10 +11098,7 @@ def test_a_line_that_the_client_knows_is_not_filled_either_way(lab: Lab, site: S
     address = str(client.prefix()[1])
     with flood_between(lab, "client", "internet", Lab.INTERNET) as up, flood_between(lab, "internet", "client", address) as down:
         wait_until("something comes each way", lambda: up() and down())
-        began, before = time.monotonic(), wire_bytes(lab)
-        time.sleep(4)
-        seconds = time.monotonic() - began
-        rates = [(now - earlier) * 8 / seconds for now, earlier in zip(wire_bytes(lab), before)]
+        rates = wire_rates(lab, 4)
     for rate, setting in zip(rates, (1_000_000, 2_000_000)):
         assert 0.8 * setting < rate < 0.97 * setting, rates
     status = status_of(client)
@@ -11109,10 +11116,7 @@ def test_with_a_legacy_server_a_client_holds_its_own_direction_and_says_that_the
             reads = threads.submit(all_of, sock)
             client.wait_for(f"WARNING .*{Lab.SERVER} port {tunnel.port} does not know rate_down")
             with socket_on(lab, "client") as sender, repeated(lambda: sender.sendto(bytes(1200), (Lab.INTERNET, 9)), 0.002):
-                wait_until("something comes", lambda: wire_bytes(lab)[0] > 100_000)
-                began, (before, _) = time.monotonic(), wire_bytes(lab)
-                time.sleep(2)
-                rate = (wire_bytes(lab)[0] - before) * 8 / (time.monotonic() - began)
+                rate, _ = wire_rates(lab, 3)
             session = status_of(client)["session"]
             client.stop()
             reads.result()

@@ -2914,6 +2914,7 @@ LEGACY_READ_TIME_S = 0.2  # for a legacy client to read the answer, once its ker
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs neither BBR nor a paced writer
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
 UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR counts the connection as application-limited
+UNSENT_KNOWN_MIN = 3 << 10  # bytes, likewise where the rate is known: what BBR makes of it does not matter then
 PACING_UPDATE_S = 0.05  # between two computations of that
 SO_MAX_PACING_RATE = 47  # asm-generic/socket.h: bytes/s of payload, tcp_update_skb_after_send in net/ipv4/tcp_output.c
 SEGMENT_HEADERS = 52  # bytes: IPv4, TCP, its timestamps
@@ -3473,7 +3474,7 @@ class PacedWriter:
     def __init__(self, sock: socket.socket, write: Write, whole: bool, wire_rate: WireRate | None) -> None:
         """`write` is that of the connection. `whole`: each write must be passed on uncut. `wire_rate` is not exceeded."""
         self._sock, self._write, self._whole, self._wire_rate = sock, write, whole, wire_rate
-        self._limit = UNSENT_MIN
+        self._limit = self._least = UNSENT_KNOWN_MIN if wire_rate else UNSENT_MIN
         self._unsent = bytearray(4)
         self._update_at = 0.0
 
@@ -3485,7 +3486,7 @@ class PacedWriter:
             if self._wire_rate:
                 set_pacing_rate(self._sock, self._wire_rate.payload(now))
             bytes_per_s = read_tcp_info(self._sock, "Q", 104)  # tcpi_pacing_rate
-            self._limit = min(max(int(bytes_per_s * UNSENT_S), UNSENT_MIN), UNSENT_MAX)
+            self._limit = min(max(int(bytes_per_s * UNSENT_S), self._least), UNSENT_MAX)
             self._sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, self._limit)
         fcntl.ioctl(self._sock.fileno(), SIOCOUTQNSD, self._unsent)
         room = self._limit - int.from_bytes(self._unsent, sys.byteorder)
