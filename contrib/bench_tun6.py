@@ -1279,6 +1279,7 @@ def open_tunnels(testbed: Testbed, numbers: range, undo: ExitStack, seconds: flo
     with testbed.lab.inside("second"):
         sockets = [undo.enter_context(gevent.socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in numbers]
     greenlets = [gevent.spawn(open_tunnel, sock, number) for sock, number in zip(sockets, numbers)]
+    gevent.get_hub().loop.update_now()  # else a timeout counts from when the loop ran last, perhaps minutes ago
     try:
         waiting = len(greenlets) - len(gevent.joinall(greenlets, timeout=seconds, raise_error=True))
     except (OSError, EOFError, tun6.SessionError) as error:
