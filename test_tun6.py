@@ -17853,6 +17853,11 @@ class Newcomer:
         said = {name: re.findall(r"(?m)^\w+ +BGP .* (\w+) *$", self.machines[name].run("birdc", "show", "protocols")) for name in names}
         return all(states == ["Established"] * 3 for states in said.values())
 
+    def has_reconfigured(self, name: str) -> bool:
+        """Whether systemd-networkd has done to eth0 there what `networkctl reload` told it."""
+        said = self.machines[name].sh("journalctl -b -u systemd-networkd; networkctl --no-legend list eth0")
+        return "eth0: Reconfiguring" in said and " configured" in said.splitlines()[-1]
+
     def reboot(self, name: str) -> None:
         self.machines[name].run("systemctl", "reboot", status=None)
         self.machines[name].wait_for_boot()
@@ -17919,10 +17924,10 @@ def follow_bird(person: Newcomer) -> None:
     wait_until("BIRD is Established everywhere", lambda: person.talk(*names), 30)
     for name in names:
         person.machines[name].sh("sed -i '/^Gateway=2001:/d' /etc/systemd/network/eth*.network; networkctl reload")
-    person.machines["router"].sh("ip -6 route del 2001:db8:1::/48 via 2001:db8:fffe::11")
-    must = "default via 2001:db8:fffe::1 dev eth0 proto bird"
     for name in TOWN_SERVERS:
-        assert must in person.machines[name].sh("ip -6 route show default"), name
+        wait_until("networkd has reconfigured eth0", functools.partial(person.has_reconfigured, name), 10)
+        assert "default via 2001:db8:fffe::1 dev eth0 proto bird" in person.machines[name].sh("ip -6 route show default"), name
+    person.machines["router"].sh("ip -6 route del 2001:db8:1::/48 via 2001:db8:fffe::11")
     assert str(person.prefix) in person.machines["router"].run("birdc", "show", "route")
     person.must_work(*TOWN_SERVERS)
     (client,) = code_blocks(CHECKOUT / "docs/cluster.md", "### 5. The clients")
