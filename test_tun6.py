@@ -3756,6 +3756,7 @@ class SimulatedClient:
         self.asks: Asked | None = None  # at whom it waits for an answer
         self.epoch = 0
         self.unanswered = 0  # beginnings that are in the store, or may be, since the last answer after a COMMIT
+        self.pinned = 0  # its epoch in the store after the last pin, which ends sessions up to it also where it is not heard of yet
 
 
 @dataclasses.dataclass(eq=False)
@@ -3832,11 +3833,12 @@ class SimulatedServer:
         """Ends a session. A client that is still there must not lose it to an older one."""
         if id_ not in self.holds:
             return
-        client = self.holds[id_]
+        client, epoch = self.holds[id_], self.view.held[id_].epoch
         self.leave(id_)
         if client.at is self:
             client.at = None
-            strict = client.has_key and (why == "newest" or (why == "settlement" and client.unanswered <= 1))
+            can_know = client.unanswered <= 1 and epoch > client.pinned  # the store, that this one is newer than what it has
+            strict = client.has_key and (why == "newest" or (why == "settlement" and can_know))
             if strict and not self._cluster.lost_commits:
                 raise Violation(f"{id_} lost its newest session at {self.name}, {why}")
 
@@ -4012,7 +4014,7 @@ class SimulatedCluster:
         elif what == "late" and database.late:
             database.end_late()
         elif what == "pin" and client.id in database.rows:
-            self._pin(client)
+            self.pin(client, subnet(rng.randrange(8)))
         elif what == "revoke" and client.id in database.rows and database.reachable:
             row = database.rows[client.id]
             database.changes([tun6.KeyChange(client.id, row.key or "", not row.revoked)])
@@ -4042,19 +4044,19 @@ class SimulatedCluster:
         server.leave(id_)
         client.at = None if client.at is server else client.at
 
-    def _pin(self, client: SimulatedClient) -> None:
+    def pin(self, client: SimulatedClient, prefix: IPv6Network) -> None:
         """The operator gives a client another /64; one that another had only when all have heard that it is free."""
         database = self.database
         if not database.reachable or database.late or database.accepted != database.timeline:
             return
         rows = list(database.rows.values())
-        prefix = subnet(self._rng.randrange(8))
         epochs = [row.epoch for row in rows if row.id != client.id and prefix in row.former]
         heard = all(server.connected and not (server.notified or server.read or server.asked) for server in self.servers)
         if any(row.prefix == prefix for row in rows) or (epochs and not heard):
             return
         self._pinned.add((client.id, prefix))
         database.changes([tun6.Pin(client.id, prefix, max(epochs) + tun6.FREED_LEAD if epochs else 0)])
+        client.pinned = database.rows[client.id].epoch
 
     def heal(self) -> None:
         """All faults end; then each client that is still there has one session, and it is the newest."""
@@ -4241,6 +4243,37 @@ def test_a_limit_is_another_version_of_its_row_only_where_it_changes() -> None:
         assert row is changed
     with pytest.raises(KeyError):
         tun6.LimitChange("x", MBIT).create(1.0)
+
+
+@pytest.mark.parametrize(("pins", "stays"), [(0, True), (2, False)])
+def test_a_session_where_a_pin_and_its_undoing_are_not_heard_of_may_lose_to_one_that_its_client_left_unanswered(
+    pins: int, stays: bool
+) -> None:
+    cluster = SimulatedCluster(0)
+    database, client, (a, _, c) = cluster.database, cluster.clients[0], cluster.servers
+    client.has_key = True
+
+    def ask(server: SimulatedServer) -> Asked:
+        server.is_asked(client)
+        asked = cast(Asked, client.asks)
+        server.transact(asked, "committed")
+        return asked
+
+    c.finish(ask(c))
+    c.disconnect()
+    home = database.rows[client.id].prefix
+    for prefix in (subnet(7), home)[:pins]:
+        cluster.pin(client, prefix)
+    left = ask(a)
+    c.is_asked(client)  # which counts on from what the client says, and can't know of the numbers that pins have used
+    a.finish(left)
+    c.connect()
+    c.pay("committed")
+    assert (client.at is c) == stays
+    if not stays:
+        c.finish(ask(c))
+    row = database.rows[client.id]
+    assert client.at is c and (row.server, row.epoch, row.live) == ("C", c.view.held[client.id].epoch, True)
 
 
 def test_in_a_thousand_interleavings_no_64_has_two_ids_and_the_newest_session_of_each_id_stays() -> None:
