@@ -759,6 +759,9 @@ QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full f
 # and 75 Mbit/s, with these, in turn, 67, 75, 74 and 70: when the outer TCP repairs a loss, all that it carries is late, which is
 # no standing queue.
 CODEL_INTERVAL_S, CODEL_TARGET_S = 0.2, 0.05
+# At least so many round trips of the outer connection: a sender answers a drop a round trip later, and a repair takes one, at whose
+# end a whole window of the TCP inside comes at once.
+CODEL_ROUND_TRIPS, CODEL_TARGET_MAX_S = (3, 1), 0.2  # for interval and target
 FLOWS_MAX = 1024  # flows that have a queue of their own; Linux's fq_codel has as many, RFC 8290 section 5.2
 SEND_QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
 SHARED_BUFFER_MAX = 64 << 20  # bytes that may wait for all connections
@@ -819,6 +822,7 @@ class FqCodelQueue:
     ) -> None:
         """`limit` is the number of bytes that may wait here, `shared` bounds them together with those of other queues."""
         self._target, self._interval, self.limit = target, interval, limit
+        self._target_min, self._interval_min = target, interval
         self._shared = shared or SharedBuffer(8 * limit)
         self._flows: dict[bytes | int, FlowQueue] = {}
         self._new: deque[FlowQueue] = deque()
@@ -826,6 +830,11 @@ class FqCodelQueue:
         self._longest = 0  # bytes: no flow has more
         self._long: list[FlowQueue] = []  # those that had at least half of the longest when it was last looked for
         self.bytes = self.frames = self.dropped = self.marked = 0
+
+    def set_round_trip(self, seconds: float) -> None:
+        """Adapts CoDel to a path with this round trip."""
+        interval, target = (number * seconds for number in CODEL_ROUND_TRIPS)
+        self._interval, self._target = max(self._interval_min, interval), max(self._target_min, min(target, CODEL_TARGET_MAX_S))
 
     def push(self, frame: bytearray, now: float) -> None:
         """Adds a frame that has just arrived. When too much waits, a flow at least half as long as the longest loses its oldest."""
@@ -1053,9 +1062,9 @@ class SendQueue:
         encrypted in small pieces, as what is encrypted cannot be overtaken any more. `shared` is that of FqCodelQueue.
         """
         self._write, self._bare, self._encrypt, self._clock, self._whole_batches = write, bare, encrypt, clock, whole_batches
-        self._queue = FqCodelQueue(shared=shared)
+        self.queue = FqCodelQueue(shared=shared)
         self._limit: RateLimit | None = None
-        self._pop: Callable[[float], bytearray | None] = self._queue.pop  # or what the limit lets pass of that
+        self._pop: Callable[[float], bytearray | None] = self.queue.pop  # or what the limit lets pass of that
         self._direct = whole_batches  # whether what finds nothing waiting is written without the queue
         self._partial = memoryview(b"")  # the rest of what the connection took in part
         self.blocked = False  # whether something waits for the connection
@@ -1063,7 +1072,7 @@ class SendQueue:
     @property
     def dropped(self) -> int:
         """Number of packets that the queue dropped."""
-        return self._queue.dropped
+        return self.queue.dropped
 
     def pace(self, write: Write) -> None:
         """From now on uses this paced writer."""
@@ -1073,7 +1082,7 @@ class SendQueue:
     def set_limit(self, limit: RateLimit | None) -> None:
         """From now on sends only what this limit permits; the rest goes through the queue. None: there is no limit."""
         self._limit = limit
-        self._pop = functools.partial(limit.pop, self._queue) if limit else self._queue.pop
+        self._pop = functools.partial(limit.pop, self.queue) if limit else self.queue.pop
         self._direct = self._whole_batches and not limit
 
     @property
@@ -1087,7 +1096,7 @@ class SendQueue:
 
     def close(self) -> None:
         """Discards all that waits."""
-        self._queue.clear()
+        self.queue.clear()
 
     def send(self, frames: memoryview, ends: list[int]) -> None:
         """Takes frames, each with its offload header, that lie one behind the other; `ends` are the places where they end."""
@@ -1110,19 +1119,19 @@ class SendQueue:
         now = self._clock()
         begin = ends[taken - 1] if taken else 0
         for end in ends[taken:]:
-            self._queue.push(bytearray(frames[begin:end]), now)
+            self.queue.push(bytearray(frames[begin:end]), now)
             begin = end
 
     def flush(self) -> None:
         """Writes what waits until the connection is full, nothing waits, or a batch is written."""
         now, size = self._clock(), 0
-        few = self._queue.frames - BATCH_FRAMES
-        while size < BATCH_BYTES and (self._partial or (self._queue.frames > few and self._take_next(now))):
+        few = self.queue.frames - BATCH_FRAMES
+        while size < BATCH_BYTES and (self._partial or (self.queue.frames > few and self._take_next(now))):
             size += len(self._partial)
             self._partial = self._partial[self._write(self._partial) or 0 :]
             if self._partial:
                 return
-        self.blocked = self._queue.frames > 0
+        self.blocked = self.queue.frames > 0
 
     def _is_admitted(self, frames: memoryview, ends: list[int]) -> bool:
         """Returns whether a batch may be written whole although there is a limit."""
@@ -2919,6 +2928,32 @@ PACING_UPDATE_S = 0.05  # between two computations of that
 SO_MAX_PACING_RATE = 47  # asm-generic/socket.h: bytes/s of payload, tcp_update_skb_after_send in net/ipv4/tcp_output.c
 SEGMENT_HEADERS = 52  # bytes: IPv4, TCP, its timestamps
 ACKNOWLEDGEMENTS_S = 0.5  # over which the rate of acknowledgements, which the kernel does not pace, is measured
+TCP_CC_INFO, BBR_INFO = 26, struct.Struct("5I")  # linux/tcp.h; struct tcp_bbr_info, linux/inet_diag.h: the fourth is the pacing gain
+BBR_STARTUP_GAIN = 739  # of 256, in STARTUP: bbr_high_gain in net/ipv4/tcp_bbr.c
+TCP_CA_RECOVERY = 3  # of tcpi_ca_state: losses are being repaired, as in the higher states
+# Of QueueController:
+QUEUE_TARGET_S, QUEUE_TARGET_SHARE = 0.015, 1 / 24  # of the queue, besides so much of the round trip; with less, its noise costs goodput
+QUEUE_LOSSY = 1.25  # times as much on a path with losses, whose repair lowers the rate as if there were a queue
+QUEUE_PACKETS = 2  # which wait at least: their time, on a slow path
+QUEUE_WINDOW_S = 0.2  # over which a rate is measured, or over two round trips: acknowledgements come in bursts
+QUEUE_SAMPLES = 4  # of which the shortest round trip has the standing queue: single acknowledgements are late on radio links
+REACTION_S = 0.1, 2.5  # and round trips: time in which what the queue has too much would be gone; with less it oscillates
+BRAKE_MAX, GROWTH_MAX = 0.5, 1.0  # by which what arrives is changed at most; slow start doubles, too
+STREAK_RESUMED, STREAK_MAX = 4.0, 10.0  # with which growth begins after a pause, as the path may have changed, and its bound
+PAUSE_S = 1.0  # for which the socket was not full
+STALL_SHARE = 0.25  # of the rate, below which nothing is learned: what was lost is sent again, and the round trip is an old one
+MANY_BYTES = 16 * 1500  # in a window: with fewer, acknowledgements and pings, one packet makes a difference
+LEAST_BYTES = 4 * 1500  # that a round trip moves in any case, as with BBR
+LOSSY = 0.001  # of the segments that were sent while there was no queue: above that CUBIC would leave the path to the losses
+NOISE_MAX_S, NOISE_S = 0.06, 60.0  # that a path may always add to the round trip; for how long that is believed
+RECENT_S = 1.0  # in which the highest rate is taken up again as soon as the queue is short, where losses lower the rate as well
+FALLEN = 0.7  # of its rate has a connection that brakes beside another one, while what is alone keeps it as long as there is a queue
+BEST_S = 15.0  # in which the highest rate is forgotten
+COMPETE_S = 12.0  # between two looks whether the other one has gone
+COMPETE_TEST = 0.25  # of its rate is sent during such a look
+COMPETE_POOR = 0.4  # of the best rate; below that a slow start takes more
+COMPETE_STARTS = 6  # slow starts where the best rate is not known
+BBR_RENEWAL_S = 8.0  # BBR stops for 200 ms after 10 s without a shorter round trip
 RECEIVE_S = 0.05  # of what is read from a limited peer, besides a round trip, its receive buffer holds so many seconds
 RECEIVE_MIN, RECEIVE_MAX = 16 << 10, 1 << 20  # bytes, bounds of that; what is larger is left to the kernel
 SO_BUF_LOCK = 72  # asm-generic/socket.h; since Linux 5.14
@@ -3464,35 +3499,259 @@ def set_pacing_rate(sock: socket.socket, bytes_per_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, int(min(bytes_per_s, 2 ** (8 * size) - 2)).to_bytes(size, sys.byteorder))
 
 
+class PathSample(NamedTuple):
+    """What the kernel knows of a connection at a time; times in seconds."""
+
+    time: float
+    delivered: int  # bytes that have arrived
+    received: int  # bytes that have come from there
+    round_trip: float
+    shortest: float  # round trip that was ever measured
+    deviation: float  # of the round trips, in the mean
+    full: bool  # whether the socket has been full since the last sample
+    segments: int = 0  # that were sent
+    repeated: int = 0  # of them
+    starting: bool | None = None  # whether BBR is in its state STARTUP; None with another congestion control
+    repairing: bool = False  # whether losses are being repaired
+
+
+@dataclass
+class Braking:
+    """A time in which the queue is above its target and the rate is held below what arrives."""
+
+    rate: float  # bytes/s before it
+    peak: float  # s, the longest queue
+    peak_at: float  # when that was
+    held_s: float = 0.0  # by how much the queue would be shorter if it were all ours
+    reference: tuple[float, float] | None = None  # time, rate in bytes/s, when what was measured before has left the window
+
+
+class QueueController:
+    """Finds the rate at which a connection fills its path and only a short queue stands in it.
+
+    What arrives while there is a queue is the rate of the path. The cap is that rate, less in proportion to how far the queue, the
+    round trip above the shortest one, is above its target, or more to how far it is below. As the round trip has both directions in
+    it, only a side brakes whose own socket is full, or that mostly sends. A queue that does not become shorter by as much as is held
+    back is not ours: a short one is noise of the path, which does not count from then on, and a long one is another sender's.
+    """
+
+    def __init__(self) -> None:
+        self.cap: float | None = None  # bytes/s, None: none is needed
+        self.competes = False  # whether another sender fills the queue, so that only who does it, too, gets a share
+        self.hurries = False  # whether it begins that with a slow start
+        self.renews = False  # whether the congestion control is to begin anew
+        self._samples: deque[PathSample] = deque()
+        self._braking: Braking | None = None
+        self._noise_s = self._noise_until = 0.0  # what the path adds to the round trip without a queue; when to forget that
+        self._streak = 0.0  # reactions in a row that found no queue
+        self._rates: deque[tuple[float, float]] = deque()  # those of RECENT_S: times, bytes/s
+        self._best = 0.0  # bytes/s, the highest rate lately with a short queue; infinite when there was none
+        self._segments = self._repeated = 0  # that were sent, and sent again, while there was no queue
+        self._full_at = self._renewed_at = -math.inf
+        self._test: Braking | None = None  # whether the other sender has gone
+        self._yields_until = self._hurried_at = 0.0  # when to test that; when a slow start began
+        self._slow_starts = 0
+
+    def update(self, now: PathSample) -> None:
+        """Takes a sample, one each PACING_UPDATE_S while there is something to send."""
+        samples, resumed = self._samples, now.full and now.time - self._full_at > PAUSE_S
+        if samples and now.time - samples[-1].time > QUEUE_WINDOW_S:
+            samples.clear()
+        samples.append(now)
+        window = max(QUEUE_WINDOW_S, 2 * now.shortest)
+        while len(samples) > 2 and samples[1].time <= now.time - window:
+            samples.popleft()
+        elapsed = now.time - samples[0].time
+        if resumed:
+            self._streak, self._braking = STREAK_RESUMED, None
+        if now.full:
+            self._full_at = now.time
+        self.renews = False
+        if elapsed >= 0.9 * window:
+            self._judge(now, elapsed, window)
+        due = resumed or self.cap is not None
+        late = now.time - self._renewed_at > BBR_RENEWAL_S and self.cap is not None
+        if now.starting is not None and not now.repairing and ((due and not now.starting) or late):
+            self.renews = True
+            self._renewed_at = now.time
+
+    def _standing_queue(self) -> float:
+        """Returns by how much the shortest round trip of the last samples is above the shortest of all, in seconds."""
+        return min(each.round_trip - each.shortest for each in itertools.islice(reversed(self._samples), QUEUE_SAMPLES))
+
+    def _is_lossy(self) -> bool:
+        """Returns whether the path loses packets without a queue."""
+        return self._repeated > LOSSY * self._segments
+
+    def _judge(self, now: PathSample, elapsed: float, window: float) -> None:
+        samples = self._samples
+        delivered = now.delivered - samples[0].delivered
+        mostly_sends = delivered > max(now.received - samples[0].received, MANY_BYTES)
+        if delivered <= 0 or (now.time - self._full_at > window and not mostly_sends):
+            return
+        rate = delivered / elapsed
+        recent = list(itertools.islice(reversed(samples), QUEUE_SAMPLES + 1))
+        slowest = min((new.delivered - old.delivered) / (new.time - old.time) for new, old in zip(recent, recent[1:]))
+        if slowest < STALL_SHARE * rate and delivered > MANY_BYTES:
+            return  # it stalls, and what the round trip was is no news
+        if now.time > self._noise_until:
+            self._noise_s = 0.0
+        queue = max(self._standing_queue() - self._noise_s, 0.0)
+        target = max(QUEUE_TARGET_S + now.shortest * QUEUE_TARGET_SHARE, QUEUE_PACKETS * 1500 / rate)
+        if self._is_lossy():
+            target *= QUEUE_LOSSY
+        lag = now.round_trip + QUEUE_WINDOW_S  # from a change of the cap until it shows
+        if queue < target:
+            self._segments += (now.segments - samples[-2].segments) % 2**32
+            self._repeated += (now.repeated - samples[-2].repeated) % 2**32
+        if self.competes:
+            self._compete(now, rate, queue, target, lag)
+        elif now.time >= self._yields_until and (self.cap is not None or queue > 2 * target):
+            self._control(now, rate, queue, target, lag)
+
+    def _control(self, now: PathSample, rate: float, queue: float, target: float, lag: float) -> None:
+        error = max((target - queue) / (REACTION_S[0] + REACTION_S[1] * now.round_trip), -BRAKE_MAX)
+        step = now.time - self._samples[-2].time
+        self._rates.append((now.time, rate))
+        while self._rates[0][0] < now.time - RECENT_S:
+            self._rates.popleft()
+        if error < 0:
+            self._streak = 0.0
+            self._brake(now, rate, queue, target, lag, -error, step)
+            return
+        self._braking = None
+        if all(each.full for each in self._samples):
+            self._best = max(rate, self._best * (1 - step / BEST_S))
+            self._streak = min(self._streak + step / lag, STREAK_MAX) if queue < target / 2 else 0.0
+            growth = 1 + min(error * 2**self._streak, GROWTH_MAX)
+            recent = max(each for _, each in self._rates) if self._is_lossy() else 0.0
+            self.cap = max(self.cap or 0.0, rate * growth, recent)
+
+    def _brake(self, now: PathSample, rate: float, queue: float, target: float, lag: float, share: float, step: float) -> None:
+        braking = self._braking = self._braking or Braking(rate, queue, now.time)
+        if queue > braking.peak:
+            braking.peak, braking.peak_at, braking.reference = queue, now.time, None
+        self.cap = max(rate * (1 - share), LEAST_BYTES / now.round_trip)
+        braking.held_s += share * step
+        if not braking.reference and now.time - braking.peak_at > 1.5 * QUEUE_WINDOW_S:
+            braking.reference = now.time, rate
+        falls = braking.reference and now.time - braking.reference[0] > lag and rate < FALLEN * braking.reference[1]
+        if (braking.held_s - share * lag <= braking.peak and not falls) or queue < braking.peak / 2:
+            return
+        self._braking = None
+        if queue + self._noise_s < NOISE_MAX_S and rate > FALLEN * self._best:
+            self._noise_s, self._noise_until = self._noise_s + queue, now.time + NOISE_S
+            self.cap = braking.rate
+        else:
+            self.cap, self._yields_until, self._best = None, now.time + COMPETE_S, self._best or math.inf
+            self.competes = self.hurries = not self._is_lossy()
+            self._slow_starts, self._hurried_at = 0, now.time
+
+    def _compete(self, now: PathSample, rate: float, queue: float, target: float, lag: float) -> None:
+        if rate > 0.9 * self._best and now.time - self._hurried_at > COMPETE_S / 4:
+            self._yields_until = now.time  # the other one seems to be gone
+        poor = rate < COMPETE_POOR * self._best if self._best < math.inf else self._slow_starts < COMPETE_STARTS
+        if now.repairing or not poor:
+            self.hurries = False
+        if now.time < self._yields_until:
+            if poor and not self.hurries and now.time - self._hurried_at > 2 * now.round_trip + 0.5:
+                self._slow_starts, self._hurried_at, self.hurries = self._slow_starts + 1, now.time, True
+            return
+        if not self._test and queue > 2 * target and not now.full:
+            return  # it has all that it wants
+        test = self._test = self._test or Braking(rate, queue, now.time)
+        self.cap = COMPETE_TEST * test.rate
+        test.held_s = (1 - COMPETE_TEST) * (now.time - test.peak_at - now.round_trip)
+        if queue < max(2 * target, test.peak / 8):
+            self.competes, self.hurries, self._test, self._best = False, False, None, 0.0
+            self.cap = test.rate if now.time > test.peak_at else None
+        elif (rate < FALLEN * test.rate and queue > test.peak / 4) or test.held_s > test.peak + QUEUE_WINDOW_S:
+            self.cap, self._test, self._yields_until, self._hurried_at = None, None, now.time + COMPETE_S, now.time
+
+
 class PacedWriter:
-    """Writes to a connection over a real link no more than the connection sends in UNSENT_S.
+    """Writes to a connection over a real link no more than the connection sends in UNSENT_S, and what a QueueController permits.
 
     The unsent bytes in a socket are a queue that nobody manages, as the send queue is managed. TCP_NOTSENT_LOWAT alone would let
     64 KiB more in.
+
+    Under the cap, BBR only carries: it ignores losses. What it has learned would be in the way: it grows by 1.25 in one of eight round
+    trips, and every 10 s it stops for 200 ms. Therefore it begins anew as soon as it would do more than start.
     """
 
-    def __init__(self, sock: socket.socket, write: Write, whole: bool, wire_rate: WireRate | None) -> None:
-        """`write` is that of the connection. `whole`: each write must be passed on uncut. `wire_rate` is not exceeded."""
-        self._sock, self._write, self._whole, self._wire_rate = sock, write, whole, wire_rate
-        self._limit = self._least = UNSENT_KNOWN_MIN if wire_rate else UNSENT_MIN
+    def __init__(
+        self, sock: socket.socket, write: Write, whole: bool, wire_rate: WireRate | None, set_round_trip: Callable[[float], None]
+    ) -> None:
+        """`write` is that of the connection. `whole`: each write must be passed on uncut. `wire_rate` is not exceeded.
+
+        `set_round_trip` hears of the round trip of the path, in seconds.
+        """
+        self._sock, self._write, self._whole, self._wire_rate, self._set_round_trip = sock, write, whole, wire_rate, set_round_trip
+        self._controller = QueueController()
+        self._limit = UNSENT_MIN
         self._unsent = bytearray(4)
         self._update_at = 0.0
+        self._full = False
+        self._competitor = b""  # the congestion control with which it competes
+        self._carrier = b""  # what it has where it does not compete
+        self._cap = math.inf
 
     def __call__(self, data: memoryview) -> int | None:
         """A Write. Raises OSError."""
         now = time.monotonic()
         if now >= self._update_at:
             self._update_at = now + PACING_UPDATE_S
-            if self._wire_rate:
-                set_pacing_rate(self._sock, self._wire_rate.payload(now))
-            bytes_per_s = read_tcp_info(self._sock, "Q", 104)  # tcpi_pacing_rate
-            self._limit = min(max(int(bytes_per_s * UNSENT_S), self._least), UNSENT_MAX)
-            self._sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, self._limit)
+            self._update(now)
         fcntl.ioctl(self._sock.fileno(), SIOCOUTQNSD, self._unsent)
         room = self._limit - int.from_bytes(self._unsent, sys.byteorder)
         if room <= 0:
+            self._full = True
             return None
+        self._full |= room < len(data)
         return self._write(data if self._whole else data[:room])
+
+    def _update(self, now: float) -> None:
+        sock, controller = self._sock, self._controller
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256).ljust(256, b"\0")
+        mss, sacked = struct.unpack_from("I8xI", info, 16)
+        round_trip, deviation, repeated = struct.unpack_from("II24xI", info, 68)
+        pacing_rate, _, acknowledged, received = struct.unpack_from("4Q", info, 104)
+        shortest, _, segments = struct.unpack_from("3I", info, 148)
+        self._set_round_trip(round_trip / 1e6)
+        if acknowledged:  # since Linux 4.1
+            delivered = acknowledged + sacked * mss
+            times = (round_trip / 1e6, shortest / 1e6, deviation / 1e6)
+            repairing = info[1] >= TCP_CA_RECOVERY
+            sample = PathSample(now, delivered, received, *times, self._full, segments, repeated, self._is_bbr_starting(), repairing)
+            controller.update(sample)
+            self._full = False
+            self._carry()
+        cap = min(controller.cap or math.inf, self._wire_rate.payload(now) if self._wire_rate else math.inf)
+        if cap != self._cap:
+            self._cap = cap
+            set_pacing_rate(sock, cap)
+        least = UNSENT_MIN if cap == math.inf else UNSENT_KNOWN_MIN
+        self._limit = min(max(int(min(pacing_rate, cap) * UNSENT_S), least), UNSENT_MAX)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, self._limit)
+
+    def _is_bbr_starting(self) -> bool | None:
+        """Returns whether BBR is in its state STARTUP, None when there is no BBR."""
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, TCP_CC_INFO, 64)
+        return BBR_INFO.unpack(info)[3] == BBR_STARTUP_GAIN if len(info) == BBR_INFO.size else None
+
+    def _carry(self) -> None:
+        """Sets the congestion control that the controller wants, or begins with it anew."""
+        sock, controller = self._sock, self._controller
+        if controller.competes and not self._competitor:
+            self._carrier = sock.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, 16)
+        # Reno's slow start does not end when the round trip grows, as CUBIC's does
+        competitor = (b"reno" if controller.hurries else b"cubic") if controller.competes else b""
+        if competitor != self._competitor or controller.renews:
+            self._competitor = competitor
+            names = [b"bbr", competitor] if controller.hurries else [competitor] if competitor else [b"reno", self._carrier or b"bbr"]
+            for name in names:  # to set the same one again would do nothing; BBR forgets where slow start ended
+                with suppress(OSError):  # this kernel does not have it
+                    sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name)
 
 
 def receive_message(stream: Stream) -> tuple[dict[str, Any], bytes]:
@@ -4100,7 +4359,7 @@ class Session:
         self.offload: frozenset[str] | None = None  # GSO kinds that either side takes, None with a legacy peer; set by `run`
         self._sock: socket.socket | None = None
         self.lan = False  # whether the connection was taken for one over a LAN, by its round trip
-        self._pace: Callable[[], None] = lambda: None  # set by `run`
+        self._use_real_link: Callable[[], None] = lambda: None  # set by `run`
         self.limit: int | None = None  # bits/s of IPv6 packets each way, None without a limit
         self._apply_limit: Callable[[int | None], None] = lambda bits_per_s: None  # set by `run`
         self.wire_rate: int | None = None  # bits/s that the connection sends at most, headers included; set before `run`
@@ -4142,17 +4401,20 @@ class Session:
         self.offload = None if gso_kinds is None else gso_kinds | offered
         lan = choose_congestion_control(sock, congestion)
         wire_rate = WireRate(sock, self.wire_rate) if self.wire_rate else None
-        paced = not lan or wire_rate is not None
-        write = PacedWriter(sock, stream.write, bare, wire_rate) if paced else stream.write
-        send_queue = SendQueue(write, bare, stream.encrypt, whole_batches=not (paced and stream.encrypt), shared=SHARED_BUFFER)
+        send_queue = SendQueue(stream.write, bare, stream.encrypt, shared=SHARED_BUFFER)
         deframer = Deframer(_tcp_buffer, None if bare else offered, ingress_filter)
         self.lan = lan and congestion.kind == "auto" and not bare
 
         def pace() -> None:
-            choose_congestion_control(sock, congestion._replace(kind="real"))
-            send_queue.pace(PacedWriter(sock, stream.write, bare, wire_rate))
+            send_queue.pace(PacedWriter(sock, stream.write, bare, wire_rate, send_queue.queue.set_round_trip))
 
-        self._pace = pace
+        def use_real_link() -> None:
+            choose_congestion_control(sock, congestion._replace(kind="real"))
+            pace()
+
+        self._use_real_link = use_real_link
+        if not lan or wire_rate:
+            pace()
         receive_queue = ReceiveQueue(SHARED_BUFFER)
 
         def apply_limit(bits_per_s: int | None) -> None:
@@ -4205,7 +4467,7 @@ class Session:
     def use_real_link(self) -> None:
         """From now on treats the connection as one over a real link, whatever its round trip is."""
         self.lan = False
-        self._pace()
+        self._use_real_link()
 
     def drops(self, others: Counter[str] | None = None) -> Counter[str]:
         """Returns the packets that were not delivered, by reason, added to those of others."""
