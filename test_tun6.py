@@ -14336,6 +14336,23 @@ def test_the_doctor_says_what_only_root_can_see_and_names_the_sides_it_has_exami
         assert run_tun6("doctor", *wrong).returncode == 2
 
 
+@pytest.mark.parametrize("command", ["doctor client", "clients list"])
+def test_a_command_whose_reader_has_gone_says_nothing_about_it(command: str, tmp_path: Path) -> None:
+    path = write_ini(
+        tmp_path / "both.ini",
+        server={"localhost": "127.0.0.1", "listenport": 1, "prefixrange": "fd00:1::/48", "control": "none.sock", "assignments": "a.json"},
+        client={"remotehost": "127.0.0.1", "remoteport": 1, "tun": "none"},
+    )
+    (tmp_path / "a.json").write_text('{"somebody": "fd00:1::/64"}')
+    reader, writer = os.pipe()
+    os.close(reader)
+    (tmp_path / "quick").mkdir()
+    with tun6_with(tmp_path / "quick", *QUICK_DOCTOR), open(writer, "wb") as output:
+        words = [sys.executable, TUN6, *command.split(), "-c", str(path)]
+        done = subprocess.run(words, stdout=output, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert done.stderr == ""
+
+
 LIBPQ = 'connection failed: connection to server at "10.5.0.12", port 5432 failed: session is read-only'
 
 
