@@ -20,6 +20,7 @@ The file, top to bottom. Each section of tun6.py has one here; each helper stand
     wire                         without root, from here on
     prefixes
     send queue                   with a simulated link
+    queue in the path            with a simulated bottleneck
     network plans
     storage                      with a crash at every system call
     cluster rules                a simulated cluster, whose steps come in any order
@@ -3019,6 +3020,357 @@ def test_who_does_not_slow_down_is_read_at_a_few_times_its_limit_and_a_sparse_fl
     assert queue._queue.frames == 0
 
 
+# ---- queue in the path -----------------------------------------------------------------------------------------------
+
+
+MSS = 1448  # bytes
+
+
+class Control(Protocol):
+    """The congestion control of a Flow; times in seconds."""
+
+    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
+        """A packet has arrived; `delivered_then` is what had been delivered when it was sent, in bytes."""
+
+    def lose(self, now: float, sent_at: float) -> None:
+        """A packet is lost."""
+
+
+class Flow:
+    """A connection over a SimulatedPath, which sends as much as its pacing rate and its window permit."""
+
+    def __init__(self, control: Callable[[Flow, float], Control], round_trip: float) -> None:
+        self.round_trip = 0.0  # smoothed, as the kernel has it
+        self.shortest, self.lost_at = round_trip, -math.inf
+        self.window, self.pacing, self.cap = 10.0 * MSS, math.inf, math.inf  # bytes, bytes/s
+        self.in_flight = self.delivered = self.lost = self.sent = 0
+        self.demand: Callable[[float], float] = lambda now: math.inf  # bytes/s
+        self.full = False
+        self._credit = self._waiting = 0.0
+        self.control = control(self, 0.0)
+
+    def take(self, now: float, seconds: float) -> int:
+        """How many packets it sends in these seconds."""
+        self._waiting = min(self._waiting + self.demand(now) * seconds, 1e6)
+        rate = min(self.pacing, self.cap)
+        self._credit = min(self._credit + rate * seconds, max(rate * 0.01, 2.0 * MSS)) if rate < math.inf else math.inf
+        number = int(max(min(self._credit, self._waiting, self.window - self.in_flight), 0) // MSS)
+        self._credit -= number * MSS
+        self._waiting -= number * MSS
+        self.full |= self._waiting > max(0.01 * min(rate, 2 * self.window / self.shortest), 2 * MSS)
+        self.in_flight += number * MSS
+        self.sent += number
+        return number
+
+    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
+        self.in_flight -= MSS
+        self.delivered += MSS
+        round_trip = now - sent_at
+        self.round_trip = self.round_trip or round_trip
+        self.round_trip += (round_trip - self.round_trip) / 16  # every second packet is acknowledged, and counts an eighth
+        self.shortest = min(self.shortest, round_trip)
+        self.control.acknowledge(now, sent_at, delivered_then)
+
+    def lose(self, now: float, sent_at: float) -> None:
+        self.in_flight -= MSS
+        self.lost += 1
+        self.lost_at = now
+        self.control.lose(now, sent_at)
+
+
+class Cubic:
+    """RFC 9438 in short."""
+
+    def __init__(self, flow: Flow, now: float) -> None:
+        self._flow, self._most, self._epoch, self._slow_start = flow, 0.0, now, True
+        flow.pacing = math.inf
+
+    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
+        flow = self._flow
+        if self._slow_start:
+            flow.window += MSS
+        elif flow.in_flight > flow.window / 2:  # else the window is not what limits it
+            past = now - self._epoch - (self._most / MSS * 0.75) ** (1 / 3)
+            target = 0.4 * past**3 * MSS + self._most
+            flow.window += max(min((target - flow.window) / flow.window, 0.5), 0.01) * MSS
+
+    def lose(self, now: float, sent_at: float) -> None:
+        flow = self._flow
+        if sent_at > self._epoch:
+            self._most, self._epoch, self._slow_start = flow.window, now, False
+            flow.window *= 0.7
+
+
+class Bbr:
+    """BBRv1 in short, net/ipv4/tcp_bbr.c."""
+
+    def __init__(self, flow: Flow, now: float) -> None:
+        self._flow = flow
+        self.state, self.gain = "STARTUP", 2.885
+        self._rates: deque[tuple[int, float]] = deque()  # of ten rounds
+        self._round, self._round_ends, self._full, self._full_rounds = 0, flow.delivered, 0.0, 0
+        self._shortest_at = self._cycle_at = now
+        flow.pacing = self.gain * flow.window / (flow.round_trip or flow.shortest)
+        self._cycle = 2
+
+    def lose(self, now: float, sent_at: float) -> None:
+        """It does not care."""
+
+    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
+        flow = self._flow
+        if now - sent_at <= flow.shortest:
+            self._shortest_at = now
+        new_round = delivered_then >= self._round_ends
+        if new_round:
+            self._round, self._round_ends = self._round + 1, flow.delivered
+        self._rates.append((self._round, (flow.delivered - delivered_then) / (now - sent_at)))
+        while self._rates[0][0] < self._round - 10 or (len(self._rates) > 1 and self._rates[0][1] <= self._rates[-1][1]):
+            self._rates.popleft()
+        rate = self._rates[0][1]
+        if self.state == "STARTUP" and new_round:
+            if rate > 1.25 * self._full:
+                self._full, self._full_rounds = rate, 0
+            else:
+                self._full_rounds += 1
+                if self._full_rounds >= 3:
+                    self.state, self.gain = "DRAIN", 1 / 2.885
+        if self.state == "DRAIN" and flow.in_flight <= rate * flow.shortest:
+            self.state, self.gain, self._cycle_at = "PROBE_BW", 1.0, now
+        if self.state == "PROBE_BW" and now - self._cycle_at > flow.shortest:
+            self._cycle, self._cycle_at = (self._cycle + 1) % 8, now
+            self.gain = (1.25, 0.75, 1, 1, 1, 1, 1, 1)[self._cycle]
+        if self.state == "PROBE_RTT" and now - self._shortest_at > 0.2:
+            self.state, self.gain, self._shortest_at = "PROBE_BW", 1.0, now
+        elif self.state != "PROBE_RTT" and now - self._shortest_at > 10:
+            self.state, self.gain, self._shortest_at = "PROBE_RTT", 1.0, now
+        gain = 2.885 if self.state in ("STARTUP", "DRAIN") else 2
+        target = 4.0 * MSS if self.state == "PROBE_RTT" else gain * rate * flow.shortest + 3 * MSS
+        flow.window = max(min(flow.window + MSS, max(target, flow.window if self.state == "STARTUP" else 0)), 4 * MSS)
+        flow.pacing = max(self.gain * rate, flow.pacing) if self.state == "STARTUP" else self.gain * rate
+
+
+class SimulatedPath:
+    """A bottleneck with a drop-tail buffer, a delay and losses, in steps of a millisecond, for several flows."""
+
+    STEP = 0.001
+
+    def __init__(self, mbit: float, round_trip: float, buffer: float, loss: float = 0, jitter: float = 0) -> None:
+        """`round_trip`, `buffer` and `jitter`, on the way back, in seconds."""
+        self.rate, self.round_trip, self.loss, self.jitter = mbit * 1e6 / 8 * MSS / 1500, round_trip, loss, jitter
+        self.now, self.flows = 0.0, cast(list[Flow], [])
+        self.queue = 0  # bytes
+        self.delays: list[tuple[float, float]] = []  # time, seconds that a packet would wait
+        self._buffer, self._random = buffer * self.rate, random.Random(1)
+        self._waiting: deque[tuple[Flow, float, int]] = deque()
+        self._credit = self._latest = 0.0
+        self._back: deque[tuple[float, Flow, float, int, bool]] = deque()
+        self.each: list[Callable[[], None]] = []  # is called each 50 ms
+        self.events: list[tuple[float, Callable[[], None]]] = []
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        self.events.append((when, action))
+        self.events.sort(key=operator.itemgetter(0))
+
+    def run(self, until: float) -> None:
+        while self.now < until:
+            while self.events and self.events[0][0] <= self.now:
+                self.events.pop(0)[1]()
+            self._step()
+            if round(self.now / self.STEP) % 50 == 0:
+                for action in self.each:
+                    action()
+                self.delays.append((self.now, self.queue / self.rate))
+
+    def _step(self) -> None:
+        self.now += self.STEP
+        while self._back and self._back[0][0] <= self.now:
+            _, flow, sent_at, delivered_then, lost = self._back.popleft()
+            if lost:
+                flow.lose(self.now, sent_at)
+                continue
+            flow.acknowledge(self.now, sent_at, delivered_then)
+        for flow in self.flows:
+            for _ in range(flow.take(self.now, self.STEP)):
+                if self.queue + MSS <= self._buffer:
+                    self.queue += MSS
+                    self._waiting.append((flow, self.now, flow.delivered))
+                else:
+                    self._return(flow, self.now, flow.delivered, True)
+        self._credit = min(self._credit + self.rate * self.STEP, self.rate * self.STEP + MSS) if self._waiting else 0.0
+        while self._waiting and self._credit >= MSS:
+            self._credit -= MSS
+            self.queue -= MSS
+            flow, sent_at, delivered_then = self._waiting.popleft()
+            self._return(flow, sent_at, delivered_then, self._random.random() < self.loss)
+
+    def _return(self, flow: Flow, sent_at: float, delivered_then: int, lost: bool) -> None:
+        self._latest = max(self.now + self.round_trip + self._random.random() * self.jitter, self._latest)
+        self._back.append((self._latest, flow, sent_at, delivered_then, lost))
+
+
+class ControlledFlow(Flow):
+    """A Flow with a QueueController, as PacedWriter has it."""
+
+    def __init__(self, path: SimulatedPath, carrier: Callable[[Flow, float], Control] = Bbr) -> None:
+        super().__init__(carrier, path.round_trip)
+        self.path, self._carrier, self.received = path, carrier, 0
+        self.controller = tun6.QueueController()
+        self.history: list[tuple[float, int, float]] = []  # time, bytes delivered, cap
+        self.competed = False  # whether it ever did
+        path.flows.append(self)
+        path.each.append(self.tick)
+
+    def tick(self) -> None:
+        """Is called each 50 ms."""
+        now, controller = self.path.now, self.controller
+        competed, hurried = controller.competes, controller.hurries
+        starting = self.control.state == "STARTUP" if isinstance(self.control, Bbr) else None
+        times = (self.round_trip or self.shortest, self.shortest)
+        repairing = now - self.lost_at < self.round_trip
+        sample = tun6.PathSample(now, self.delivered, self.received, *times, self.full, self.sent, self.lost, starting, repairing)
+        controller.update(sample)
+        self.full = False
+        if controller.competes != competed or controller.hurries > hurried or controller.renews:
+            self.control = (Cubic if controller.competes else self._carrier)(self, now)
+        self.competed |= controller.competes
+        self.cap = math.inf if controller.cap is None else controller.cap
+        self.history.append((now, self.delivered, self.cap))
+
+    def mbit(self, begin: float, end: float) -> float:
+        """Its goodput between two times, in Mbit/s of the link."""
+        at = {round(now, 2): delivered for now, delivered, _ in self.history}
+        return (at[round(end, 2)] - at[round(begin, 2)]) / (end - begin) * 8e-6 * 1500 / MSS
+
+
+def controlled(
+    mbit: float, round_trip: float, buffer: float, loss: float = 0, jitter: float = 0, carrier: Callable[[Flow, float], Control] = Bbr
+) -> tuple[SimulatedPath, ControlledFlow]:
+    """A path, and a connection with a QueueController over it."""
+    path = SimulatedPath(mbit, round_trip, buffer, loss, jitter)
+    return path, ControlledFlow(path, carrier)
+
+
+@pytest.mark.parametrize(
+    ("mbit", "round_trip", "buffer", "loss", "carrier"),
+    [
+        (2, 0.08, 1.5, 0, Bbr),
+        (2, 0.08, 1.5, 0, Cubic),
+        (5, 0.08, 0.3, 0, Bbr),
+        (10, 0.12, 0.6, 0.002, Bbr),
+        (20, 0.03, 1, 0, Bbr),
+        (20, 0.03, 1, 0, Cubic),
+        (50, 0.05, 0.2, 0.005, Bbr),
+        (50, 0.04, 0.1, 0.01, Bbr),
+    ],
+)
+def test_a_full_path_has_a_short_queue_and_stays_full(
+    mbit: float, round_trip: float, buffer: float, loss: float, carrier: Callable[[Flow, float], Control]
+) -> None:
+    path, flow = controlled(mbit, round_trip, buffer, loss, carrier=carrier)
+    path.run(30)
+    queue = sorted(each for now, each in path.delays if now >= 3)
+    assert statistics.mean(queue) < 0.03
+    assert queue[int(0.95 * len(queue))] < (0.1 if loss else 0.08)
+    assert flow.mbit(3, 30) > 0.97 * mbit
+
+
+@pytest.mark.parametrize("idle", [0.0, 5.0])
+def test_the_rate_of_the_path_is_found_within_two_seconds_whatever_was_sent_before(idle: float) -> None:
+    path, flow = controlled(38, 0.12, 0.6, 0.002)
+    flow.demand = lambda now: 0.05e6 if now < 15 else 0 if now < 15 + idle else math.inf  # acknowledgements of an upload, then a download
+    path.run(25)
+    assert flow.mbit(17 + idle, 19 + idle) > 0.9 * 38
+
+
+def test_the_cap_of_a_slow_time_does_not_bind_a_fast_one() -> None:
+    path, flow = controlled(2, 0.12, 0.6)
+    path.at(8, lambda: setattr(path, "rate", path.rate * 19))
+    flow.demand = lambda now: math.inf if now < 8 or now > 12 else 0
+    path.run(20)
+    assert flow.history[150][2] < 0.3e6
+    assert flow.mbit(14, 20) > 0.9 * 38
+
+
+@pytest.mark.parametrize("jitter", [0.02, 0.05])
+def test_noise_of_the_path_is_not_taken_for_a_queue(jitter: float) -> None:
+    path, flow = controlled(20, 0.04, 0.3, jitter=jitter)
+    path.run(30)
+    assert flow.mbit(3, 30) > 0.93 * 20
+    assert not flow.competed
+
+
+@pytest.mark.parametrize("round_trip", [0.04, 0.12])
+def test_a_rate_that_halves_and_doubles_is_followed_within_two_seconds(round_trip: float) -> None:
+    path, flow = controlled(20, round_trip, 0.5)
+    full = path.rate
+    for number in range(1, 4):
+        path.at(10 * number, functools.partial(setattr, path, "rate", full / (1 + number % 2)))
+    path.run(40)
+    late = sorted(each for now, each in path.delays if now % 10 >= 2)
+    assert statistics.mean(late) < 0.04
+    assert late[int(0.95 * len(late))] < 0.08
+    assert flow.mbit(22, 30) > 0.95 * 20
+    assert flow.mbit(12, 20) > 0.95 * 10
+    assert not flow.competed
+
+
+def competition(begin: float, end: float) -> tuple[SimulatedPath, ControlledFlow]:
+    """A long buffer that a CUBIC upload outside of the tunnel fills between two times."""
+    path, flow = controlled(20, 0.03, 1)
+    other = Flow(Cubic, path.round_trip)
+    other.demand = lambda now: math.inf if begin <= now < end else 0
+    path.flows.append(other)
+    return path, flow
+
+
+def test_beside_a_cubic_upload_it_gets_its_share() -> None:
+    path, flow = competition(8, math.inf)
+    path.run(45)
+    assert 0.35 * 20 < flow.mbit(16, 45) < 0.65 * 20  # after it has found out, and a slow start with a round trip of a second
+
+
+def test_when_the_other_upload_has_ended_the_queue_is_short_again() -> None:
+    path, flow = competition(5, 20)
+    path.run(60)
+    assert statistics.mean(each for now, each in path.delays if 10 < now < 20) > 0.3
+    late = sorted(each for now, each in path.delays if now >= 40)
+    assert statistics.mean(late) < 0.03
+    assert late[int(0.95 * len(late))] < 0.08
+    assert not flow.controller.competes
+
+
+class Unmoved:
+    """The congestion control of a flow that keeps its window."""
+
+    def __init__(self, flow: Flow, now: float) -> None:
+        flow.window = 1_000 * MSS
+
+    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
+        """It does not grow."""
+
+    def lose(self, now: float, sent_at: float) -> None:
+        """It does not shrink."""
+
+
+@pytest.mark.parametrize("loss", [0, 0.01])
+def test_only_on_a_path_without_losses_it_competes_with_cubic(loss: float) -> None:
+    path, flow = controlled(20, 0.03, 1, loss)
+    path.run(8)
+    path.flows.append(Flow(Unmoved, path.round_trip))
+    path.flows[-1].demand = lambda now: math.inf
+    path.run(15)
+    assert flow.controller.cap is None
+    assert flow.controller.competes == (not loss)
+
+
+def test_pauses_of_what_is_sent_do_not_lower_the_cap() -> None:
+    path, flow = controlled(20, 0.04, 0.5)
+    flow.demand = lambda now: 0 if now % 1 < 0.3 else math.inf
+    path.run(20)
+    assert flow.controller.cap is not None
+    assert flow.mbit(5, 20) > 0.9 * 0.7 * 20
+
+
 # ---- network plans ---------------------------------------------------------------------------------------------------
 
 
@@ -4610,362 +4962,6 @@ def test_records_of_a_byte_each_come_fewer_at_a_time(cert: Path) -> None:
         assert came == bytes(number % 251 for number in range(count))
         first = next(number for number, size in enumerate(turns) if size > tun6.BATCH_RECORDS)
         assert all(size < 1.5 * tun6.BATCH_RECORDS for size in turns[first + 1 :]), turns
-
-
-MSS = 1448  # bytes
-
-
-class Control(Protocol):
-    """The congestion control of a Flow; times in seconds."""
-
-    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
-        """A packet has arrived; `delivered_then` is what had been delivered when it was sent, in bytes."""
-
-    def lose(self, now: float, sent_at: float) -> None:
-        """A packet is lost."""
-
-
-class Flow:
-    """A connection over a SimulatedPath, which sends as much as its pacing rate and its window permit."""
-
-    def __init__(self, control: Callable[[Flow, float], Control], round_trip: float) -> None:
-        self.round_trip = self.deviation = 0.0  # smoothed, as the kernel has it
-        self.shortest, self.lost_at = round_trip, -math.inf
-        self.window, self.pacing, self.cap = 10.0 * MSS, math.inf, math.inf  # bytes, bytes/s
-        self.in_flight = self.delivered = self.lost = self.sent = 0
-        self.demand: Callable[[float], float] = lambda now: math.inf  # bytes/s
-        self.full = False
-        self._credit = self._waiting = 0.0
-        self.control = control(self, 0.0)
-
-    def take(self, now: float, seconds: float) -> int:
-        """How many packets it sends in these seconds."""
-        self._waiting = min(self._waiting + self.demand(now) * seconds, 1e6)
-        rate = min(self.pacing, self.cap)
-        self._credit = min(self._credit + rate * seconds, max(rate * 0.01, 2.0 * MSS)) if rate < math.inf else math.inf
-        number = int(max(min(self._credit, self._waiting, self.window - self.in_flight), 0) // MSS)
-        self._credit -= number * MSS
-        self._waiting -= number * MSS
-        self.full |= self._waiting > max(0.01 * min(rate, 2 * self.window / self.shortest), 2 * MSS)
-        self.in_flight += number * MSS
-        self.sent += number
-        return number
-
-    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
-        self.in_flight -= MSS
-        self.delivered += MSS
-        round_trip = now - sent_at
-        if not self.round_trip:
-            self.round_trip, self.deviation = round_trip, round_trip / 2
-        error = round_trip - self.round_trip
-        self.round_trip += error / 16  # every second packet is acknowledged, and an acknowledgement counts an eighth
-        self.deviation += (abs(error) - self.deviation) / 8
-        self.shortest = min(self.shortest, round_trip)
-        self.control.acknowledge(now, sent_at, delivered_then)
-
-    def lose(self, now: float, sent_at: float) -> None:
-        self.in_flight -= MSS
-        self.lost += 1
-        self.lost_at = now
-        self.control.lose(now, sent_at)
-
-
-class Cubic:
-    """RFC 9438 in short."""
-
-    def __init__(self, flow: Flow, now: float) -> None:
-        self._flow, self._most, self._epoch, self._slow_start = flow, 0.0, now, True
-        flow.pacing = math.inf
-
-    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
-        flow = self._flow
-        if self._slow_start:
-            flow.window += MSS
-        elif flow.in_flight > flow.window / 2:  # else the window is not what limits it
-            past = now - self._epoch - (self._most / MSS * 0.75) ** (1 / 3)
-            target = 0.4 * past**3 * MSS + self._most
-            flow.window += max(min((target - flow.window) / flow.window, 0.5), 0.01) * MSS
-
-    def lose(self, now: float, sent_at: float) -> None:
-        flow = self._flow
-        if sent_at > self._epoch:
-            self._most, self._epoch, self._slow_start = flow.window, now, False
-            flow.window *= 0.7
-
-
-class Bbr:
-    """BBRv1 in short, net/ipv4/tcp_bbr.c."""
-
-    def __init__(self, flow: Flow, now: float) -> None:
-        self._flow = flow
-        self.state, self.gain = "STARTUP", 2.885
-        self._rates: deque[tuple[int, float]] = deque()  # of ten rounds
-        self._round, self._round_ends, self._full, self._full_rounds = 0, flow.delivered, 0.0, 0
-        self._shortest_at = self._cycle_at = now
-        flow.pacing = self.gain * flow.window / (flow.round_trip or flow.shortest)
-        self._cycle = 2
-
-    def lose(self, now: float, sent_at: float) -> None:
-        """It does not care."""
-
-    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
-        flow = self._flow
-        if now - sent_at <= flow.shortest:
-            self._shortest_at = now
-        new_round = delivered_then >= self._round_ends
-        if new_round:
-            self._round, self._round_ends = self._round + 1, flow.delivered
-        self._rates.append((self._round, (flow.delivered - delivered_then) / (now - sent_at)))
-        while self._rates[0][0] < self._round - 10 or (len(self._rates) > 1 and self._rates[0][1] <= self._rates[-1][1]):
-            self._rates.popleft()
-        rate = self._rates[0][1]
-        if self.state == "STARTUP" and new_round:
-            if rate > 1.25 * self._full:
-                self._full, self._full_rounds = rate, 0
-            else:
-                self._full_rounds += 1
-                if self._full_rounds >= 3:
-                    self.state, self.gain = "DRAIN", 1 / 2.885
-        if self.state == "DRAIN" and flow.in_flight <= rate * flow.shortest:
-            self.state, self.gain, self._cycle_at = "PROBE_BW", 1.0, now
-        if self.state == "PROBE_BW" and now - self._cycle_at > flow.shortest:
-            self._cycle, self._cycle_at = (self._cycle + 1) % 8, now
-            self.gain = (1.25, 0.75, 1, 1, 1, 1, 1, 1)[self._cycle]
-        if self.state == "PROBE_RTT" and now - self._shortest_at > 0.2:
-            self.state, self.gain, self._shortest_at = "PROBE_BW", 1.0, now
-        elif self.state != "PROBE_RTT" and now - self._shortest_at > 10:
-            self.state, self.gain, self._shortest_at = "PROBE_RTT", 1.0, now
-        target = (
-            4.0 * MSS
-            if self.state == "PROBE_RTT"
-            else (2.885 if self.state in ("STARTUP", "DRAIN") else 2) * rate * flow.shortest + 3 * MSS
-        )
-        flow.window = max(min(flow.window + MSS, max(target, flow.window if self.state == "STARTUP" else 0)), 4 * MSS)
-        flow.pacing = max(self.gain * rate, flow.pacing) if self.state == "STARTUP" else self.gain * rate
-
-
-class SimulatedPath:
-    """A bottleneck with a drop-tail buffer, a delay and losses, in steps of a millisecond, for several flows."""
-
-    STEP = 0.001
-
-    def __init__(self, mbit: float, round_trip: float, buffer: float, loss: float = 0, jitter: float = 0) -> None:
-        """`round_trip`, `buffer` and `jitter`, on the way back, in seconds."""
-        self.rate, self.round_trip, self.loss, self.jitter = mbit * 1e6 / 8 * MSS / 1500, round_trip, loss, jitter
-        self.now, self.flows = 0.0, cast(list[Flow], [])
-        self.queue = 0  # bytes
-        self.delays: list[tuple[float, float]] = []  # time, seconds that a packet would wait
-        self._buffer, self._random = buffer * self.rate, random.Random(1)
-        self._waiting: deque[tuple[Flow, float, int]] = deque()
-        self._credit = self._latest = 0.0
-        self._back: deque[tuple[float, Flow, float, int, bool]] = deque()
-        self.each: list[Callable[[], None]] = []  # is called each 50 ms
-        self.events: list[tuple[float, Callable[[], None]]] = []
-
-    def at(self, when: float, action: Callable[[], None]) -> None:
-        self.events.append((when, action))
-        self.events.sort(key=operator.itemgetter(0))
-
-    def run(self, until: float) -> None:
-        while self.now < until:
-            while self.events and self.events[0][0] <= self.now:
-                self.events.pop(0)[1]()
-            self._step()
-            if round(self.now / self.STEP) % 50 == 0:
-                for action in self.each:
-                    action()
-                self.delays.append((self.now, self.queue / self.rate))
-
-    def _step(self) -> None:
-        self.now += self.STEP
-        while self._back and self._back[0][0] <= self.now:
-            _, flow, sent_at, delivered_then, lost = self._back.popleft()
-            if lost:
-                flow.lose(self.now, sent_at)
-                continue
-            flow.acknowledge(self.now, sent_at, delivered_then)
-        for flow in self.flows:
-            for _ in range(flow.take(self.now, self.STEP)):
-                if self.queue + MSS <= self._buffer:
-                    self.queue += MSS
-                    self._waiting.append((flow, self.now, flow.delivered))
-                else:
-                    self._return(flow, self.now, flow.delivered, True)
-        self._credit = min(self._credit + self.rate * self.STEP, self.rate * self.STEP + MSS) if self._waiting else 0.0
-        while self._waiting and self._credit >= MSS:
-            self._credit -= MSS
-            self.queue -= MSS
-            flow, sent_at, delivered_then = self._waiting.popleft()
-            self._return(flow, sent_at, delivered_then, self._random.random() < self.loss)
-
-    def _return(self, flow: Flow, sent_at: float, delivered_then: int, lost: bool) -> None:
-        self._latest = max(self.now + self.round_trip + self._random.random() * self.jitter, self._latest)
-        self._back.append((self._latest, flow, sent_at, delivered_then, lost))
-
-
-class ControlledFlow(Flow):
-    """A Flow with a QueueController, as PacedWriter has it."""
-
-    def __init__(self, path: SimulatedPath, carrier: Callable[[Flow, float], Control] = Bbr) -> None:
-        super().__init__(carrier, path.round_trip)
-        self.path, self._carrier, self.received = path, carrier, 0
-        self.controller = tun6.QueueController()
-        self.history: list[tuple[float, int, float]] = []  # time, bytes delivered, cap
-        self.competed = False  # whether it ever did
-        path.flows.append(self)
-        path.each.append(self.tick)
-
-    def tick(self) -> None:
-        """Is called each 50 ms."""
-        now, controller = self.path.now, self.controller
-        competed, hurried = controller.competes, controller.hurries
-        starting = self.control.state == "STARTUP" if isinstance(self.control, Bbr) else None
-        times = (self.round_trip or self.shortest, self.shortest, self.deviation)
-        controller.update(
-            tun6.PathSample(
-                now, self.delivered, self.received, *times, self.full, self.sent, self.lost, starting, now - self.lost_at < self.round_trip
-            )
-        )
-        self.full = False
-        if controller.competes != competed or controller.hurries > hurried or controller.renews:
-            self.control = (Cubic if controller.competes else self._carrier)(self, now)
-        self.competed |= controller.competes
-        self.cap = math.inf if controller.cap is None else controller.cap
-        self.history.append((now, self.delivered, self.cap))
-
-    def mbit(self, begin: float, end: float) -> float:
-        """Its goodput between two times, in Mbit/s of the link."""
-        at = {round(now, 2): delivered for now, delivered, _ in self.history}
-        return (at[round(end, 2)] - at[round(begin, 2)]) / (end - begin) * 8e-6 * 1500 / MSS
-
-
-def controlled(
-    mbit: float, round_trip: float, buffer: float, loss: float = 0, jitter: float = 0, carrier: Callable[[Flow, float], Control] = Bbr
-) -> tuple[SimulatedPath, ControlledFlow]:
-    """A path, and a connection with a QueueController over it."""
-    path = SimulatedPath(mbit, round_trip, buffer, loss, jitter)
-    return path, ControlledFlow(path, carrier)
-
-
-@pytest.mark.parametrize(
-    ("mbit", "round_trip", "buffer", "loss", "carrier"),
-    [
-        (2, 0.08, 1.5, 0, Bbr),
-        (2, 0.08, 1.5, 0, Cubic),
-        (5, 0.08, 0.3, 0, Bbr),
-        (10, 0.12, 0.6, 0.002, Bbr),
-        (20, 0.03, 1, 0, Bbr),
-        (20, 0.03, 1, 0, Cubic),
-        (50, 0.05, 0.2, 0.005, Bbr),
-        (50, 0.04, 0.1, 0.01, Bbr),
-    ],
-)
-def test_a_full_path_has_a_short_queue_and_stays_full(
-    mbit: float, round_trip: float, buffer: float, loss: float, carrier: Callable[[Flow, float], Control]
-) -> None:
-    path, flow = controlled(mbit, round_trip, buffer, loss, carrier=carrier)
-    path.run(30)
-    queue = sorted(each for now, each in path.delays if now >= 3)
-    assert statistics.mean(queue) < 0.03
-    assert queue[int(0.95 * len(queue))] < (0.1 if loss else 0.08)
-    assert flow.mbit(3, 30) > 0.97 * mbit
-
-
-@pytest.mark.parametrize("idle", [0.0, 5.0])
-def test_the_rate_of_the_path_is_found_within_two_seconds_whatever_was_sent_before(idle: float) -> None:
-    path, flow = controlled(38, 0.12, 0.6, 0.002)
-    flow.demand = lambda now: 0.05e6 if now < 15 else 0 if now < 15 + idle else math.inf  # acknowledgements of an upload, then a download
-    path.run(25)
-    assert flow.mbit(17 + idle, 19 + idle) > 0.9 * 38
-
-
-def test_the_cap_of_a_slow_time_does_not_bind_a_fast_one() -> None:
-    path, flow = controlled(2, 0.12, 0.6)
-    path.at(8, lambda: setattr(path, "rate", path.rate * 19))
-    flow.demand = lambda now: math.inf if now < 8 or now > 12 else 0
-    path.run(20)
-    assert flow.history[150][2] < 0.3e6
-    assert flow.mbit(14, 20) > 0.9 * 38
-
-
-@pytest.mark.parametrize("jitter", [0.02, 0.05])
-def test_noise_of_the_path_is_not_taken_for_a_queue(jitter: float) -> None:
-    path, flow = controlled(20, 0.04, 0.3, jitter=jitter)
-    path.run(30)
-    assert flow.mbit(3, 30) > 0.93 * 20
-    assert not flow.competed
-
-
-@pytest.mark.parametrize("round_trip", [0.04, 0.12])
-def test_a_rate_that_halves_and_doubles_is_followed_within_two_seconds(round_trip: float) -> None:
-    path, flow = controlled(20, round_trip, 0.5)
-    full = path.rate
-    for number in range(1, 4):
-        path.at(10 * number, functools.partial(setattr, path, "rate", full / (1 + number % 2)))
-    path.run(40)
-    late = sorted(each for now, each in path.delays if now % 10 >= 2)
-    assert statistics.mean(late) < 0.04
-    assert late[int(0.95 * len(late))] < 0.08
-    assert flow.mbit(22, 30) > 0.95 * 20
-    assert flow.mbit(12, 20) > 0.95 * 10
-    assert not flow.competed
-
-
-def competition(begin: float, end: float) -> tuple[SimulatedPath, ControlledFlow]:
-    """A long buffer that a CUBIC upload outside of the tunnel fills between two times."""
-    path, flow = controlled(20, 0.03, 1)
-    other = Flow(Cubic, path.round_trip)
-    other.demand = lambda now: math.inf if begin <= now < end else 0
-    path.flows.append(other)
-    return path, flow
-
-
-def test_beside_a_cubic_upload_it_gets_its_share() -> None:
-    path, flow = competition(8, math.inf)
-    path.run(45)
-    assert 0.35 * 20 < flow.mbit(16, 45) < 0.65 * 20  # after it has found out, and a slow start with a round trip of a second
-
-
-def test_when_the_other_upload_has_ended_the_queue_is_short_again() -> None:
-    path, flow = competition(5, 20)
-    path.run(60)
-    assert statistics.mean(each for now, each in path.delays if 10 < now < 20) > 0.3
-    late = sorted(each for now, each in path.delays if now >= 40)
-    assert statistics.mean(late) < 0.03
-    assert late[int(0.95 * len(late))] < 0.08
-    assert not flow.controller.competes
-
-
-class Unmoved:
-    """The congestion control of a flow that keeps its window."""
-
-    def __init__(self, flow: Flow, now: float) -> None:
-        flow.window = 1_000 * MSS
-
-    def acknowledge(self, now: float, sent_at: float, delivered_then: int) -> None:
-        """It does not grow."""
-
-    def lose(self, now: float, sent_at: float) -> None:
-        """It does not shrink."""
-
-
-@pytest.mark.parametrize("loss", [0, 0.01])
-def test_only_on_a_path_without_losses_it_competes_with_cubic(loss: float) -> None:
-    path, flow = controlled(20, 0.03, 1, loss)
-    path.run(8)
-    path.flows.append(Flow(Unmoved, path.round_trip))
-    path.flows[-1].demand = lambda now: math.inf
-    path.run(15)
-    assert flow.controller.cap is None
-    assert flow.controller.competes == (not loss)
-
-
-def test_pauses_of_what_is_sent_do_not_lower_the_cap() -> None:
-    path, flow = controlled(20, 0.04, 0.5)
-    flow.demand = lambda now: 0 if now % 1 < 0.3 else math.inf
-    path.run(20)
-    assert flow.controller.cap is not None
-    assert flow.mbit(5, 20) > 0.9 * 0.7 * 20
 
 
 def test_the_socket_has_the_cap_and_the_congestion_control_that_the_controller_wants() -> None:

@@ -30,6 +30,7 @@ The file, top to bottom. A section uses only names defined above it; those marke
     wire                         MessageParser, messages, offload header, IngressFilter, Deframer, coalesce_datagrams (pure)
     prefixes                     PrefixPool: which Id owns which /64 (pure)
     send queue                   SharedBuffer, FqCodelQueue, SendQueue: what waits for a connection that is full (pure)
+    queue in the path            QueueController: at which rate the bottleneck of a connection stays full with a short queue (pure)
     network plans                the commands for `ip`, as pairs of do and undo (pure)
     storage                      GroupCommit, JsonFile, Store and Keys (what a server keeps), AssignmentStore and KeyStore: in files
     cluster rules                Row, Change, ClusterView: which of several servers has an Id's newest session (pure)
@@ -1246,6 +1247,201 @@ class ReceiveQueue:
     def close(self) -> None:
         """Discards all that waits."""
         self._queue.clear()
+
+
+# ---- queue in the path -----------------------------------------------------------------------------------------------
+
+QUEUE_TARGET_S, QUEUE_TARGET_SHARE = 0.015, 1 / 24  # of the queue, besides so much of the round trip; with less, its noise costs goodput
+QUEUE_LOSSY = 1.25  # times as much on a path with losses, whose repair lowers the rate as if there were a queue
+QUEUE_PACKETS = 2  # which wait at least: their time, on a slow path
+QUEUE_WINDOW_S = 0.2  # over which a rate is measured, or over two round trips: acknowledgements come in bursts
+QUEUE_SAMPLES = 4  # of which the shortest round trip has the standing queue: single acknowledgements are late on radio links
+REACTION_S = 0.1, 2.5  # and round trips: time in which what the queue has too much would be gone; with less it oscillates
+BRAKE_MAX, GROWTH_MAX = 0.5, 1.0  # by which what arrives is changed at most; slow start doubles, too
+STREAK_RESUMED, STREAK_MAX = 4.0, 10.0  # with which growth begins after a pause, as the path may have changed, and its bound
+PAUSE_S = 1.0  # for which the socket was not full
+STALL_SHARE = 0.25  # of the rate, below which nothing is learned: what was lost is sent again, and the round trip is an old one
+MANY_BYTES = 16 * 1500  # in a window: with fewer, acknowledgements and pings, one packet makes a difference
+LEAST_BYTES = 4 * 1500  # that a round trip moves in any case, as with BBR
+LOSSY = 0.001  # of the segments that were sent while there was no queue: above that CUBIC would leave the path to the losses
+NOISE_MAX_S, NOISE_S = 0.06, 60.0  # that a path may always add to the round trip; for how long that is believed
+RECENT_S = 1.0  # in which the highest rate is taken up again as soon as the queue is short, where losses lower the rate as well
+FALLEN = 0.7  # of its rate has a connection that brakes beside another one, while what is alone keeps it as long as there is a queue
+BEST_S = 15.0  # in which the highest rate is forgotten
+COMPETE_S = 12.0  # between two looks whether the other one has gone
+COMPETE_TEST = 0.25  # of its rate is sent during such a look
+COMPETE_POOR = 0.4  # of the best rate; below that a slow start takes more
+COMPETE_STARTS = 6  # slow starts where the best rate is not known
+BBR_RENEWAL_S = 8.0  # BBR stops for 200 ms after 10 s without a shorter round trip
+
+
+class PathSample(NamedTuple):
+    """What the kernel knows of a connection at a time; times in seconds."""
+
+    time: float
+    delivered: int  # bytes that have arrived
+    received: int  # bytes that have come from there
+    round_trip: float
+    shortest: float  # round trip that was ever measured
+    full: bool  # whether the socket has been full since the last sample
+    segments: int = 0  # that were sent
+    repeated: int = 0  # of them
+    starting: bool | None = None  # whether BBR is in its state STARTUP; None with another congestion control
+    repairing: bool = False  # whether losses are being repaired
+
+
+@dataclass
+class Braking:
+    """A time in which the queue is above its target and the rate is held below what arrives."""
+
+    rate: float  # bytes/s before it
+    peak: float  # s, the longest queue
+    peak_at: float  # when that was
+    held_s: float = 0.0  # by how much the queue would be shorter if it were all ours
+    reference: tuple[float, float] | None = None  # time, rate in bytes/s, when what was measured before has left the window
+
+
+class QueueController:
+    """Finds the rate at which a connection fills its path and only a short queue stands in it.
+
+    What arrives while there is a queue is the rate of the path. The cap is that rate, less in proportion to how far the queue, the
+    round trip above the shortest one, is above its target, or more to how far it is below. As the round trip has both directions in
+    it, only a side brakes whose own socket is full, or that mostly sends. A queue that does not become shorter by as much as is held
+    back is not ours: a short one is noise of the path, which does not count from then on, and a long one is another sender's.
+    """
+
+    def __init__(self) -> None:
+        self.cap: float | None = None  # bytes/s, None: none is needed
+        self.competes = False  # whether another sender fills the queue, so that only who does it, too, gets a share
+        self.hurries = False  # whether it begins that with a slow start
+        self.renews = False  # whether the congestion control is to begin anew
+        self._samples: deque[PathSample] = deque()
+        self._braking: Braking | None = None
+        self._noise_s = self._noise_until = 0.0  # what the path adds to the round trip without a queue; when to forget that
+        self._streak = 0.0  # reactions in a row that found no queue
+        self._rates: deque[tuple[float, float]] = deque()  # those of RECENT_S: times, bytes/s
+        self._best = 0.0  # bytes/s, the highest rate lately with a short queue; infinite when there was none
+        self._segments = self._repeated = 0  # that were sent, and sent again, while there was no queue
+        self._full_at = self._renewed_at = -math.inf
+        self._test: Braking | None = None  # whether the other sender has gone
+        self._yields_until = self._hurried_at = 0.0  # when to test that; when a slow start began
+        self._slow_starts = 0
+
+    def update(self, now: PathSample) -> None:
+        """Takes a sample, one each PACING_UPDATE_S while there is something to send."""
+        samples, resumed = self._samples, now.full and now.time - self._full_at > PAUSE_S
+        if samples and now.time - samples[-1].time > QUEUE_WINDOW_S:
+            samples.clear()
+        samples.append(now)
+        window = max(QUEUE_WINDOW_S, 2 * now.shortest)
+        while len(samples) > 2 and samples[1].time <= now.time - window:
+            samples.popleft()
+        elapsed = now.time - samples[0].time
+        if resumed:
+            self._streak, self._braking = STREAK_RESUMED, None
+        if now.full:
+            self._full_at = now.time
+        self.renews = False
+        if elapsed >= 0.9 * window:
+            self._judge(now, elapsed, window)
+        due = resumed or self.cap is not None
+        late = now.time - self._renewed_at > BBR_RENEWAL_S and self.cap is not None
+        if now.starting is not None and not now.repairing and ((due and not now.starting) or late):
+            self.renews = True
+            self._renewed_at = now.time
+
+    def _standing_queue(self) -> float:
+        """Returns by how much the shortest round trip of the last samples is above the shortest of all, in seconds."""
+        return min(each.round_trip - each.shortest for each in itertools.islice(reversed(self._samples), QUEUE_SAMPLES))
+
+    def _is_lossy(self) -> bool:
+        """Returns whether the path loses packets without a queue."""
+        return self._repeated > LOSSY * self._segments
+
+    def _judge(self, now: PathSample, elapsed: float, window: float) -> None:
+        samples = self._samples
+        delivered = now.delivered - samples[0].delivered
+        mostly_sends = delivered > max(now.received - samples[0].received, MANY_BYTES)
+        if delivered <= 0 or (now.time - self._full_at > window and not mostly_sends):
+            return
+        rate = delivered / elapsed
+        recent = list(itertools.islice(reversed(samples), QUEUE_SAMPLES + 1))
+        slowest = min((new.delivered - old.delivered) / (new.time - old.time) for new, old in zip(recent, recent[1:]))
+        if slowest < STALL_SHARE * rate and delivered > MANY_BYTES:
+            return  # it stalls, and what the round trip was is no news
+        if now.time > self._noise_until:
+            self._noise_s = 0.0
+        queue = max(self._standing_queue() - self._noise_s, 0.0)
+        target = max(QUEUE_TARGET_S + now.shortest * QUEUE_TARGET_SHARE, QUEUE_PACKETS * 1500 / rate)
+        if self._is_lossy():
+            target *= QUEUE_LOSSY
+        lag = now.round_trip + QUEUE_WINDOW_S  # from a change of the cap until it shows
+        if queue < target:
+            self._segments += (now.segments - samples[-2].segments) % 2**32
+            self._repeated += (now.repeated - samples[-2].repeated) % 2**32
+        if self.competes:
+            self._compete(now, rate, queue, target, lag)
+        elif now.time >= self._yields_until and (self.cap is not None or queue > 2 * target):
+            self._control(now, rate, queue, target, lag)
+
+    def _control(self, now: PathSample, rate: float, queue: float, target: float, lag: float) -> None:
+        error = max((target - queue) / (REACTION_S[0] + REACTION_S[1] * now.round_trip), -BRAKE_MAX)
+        step = now.time - self._samples[-2].time
+        self._rates.append((now.time, rate))
+        while self._rates[0][0] < now.time - RECENT_S:
+            self._rates.popleft()
+        if error < 0:
+            self._streak = 0.0
+            self._brake(now, rate, queue, target, lag, -error, step)
+            return
+        self._braking = None
+        if all(each.full for each in self._samples):
+            self._best = max(rate, self._best * (1 - step / BEST_S))
+            self._streak = min(self._streak + step / lag, STREAK_MAX) if queue < target / 2 else 0.0
+            growth = 1 + min(error * 2**self._streak, GROWTH_MAX)
+            recent = max(each for _, each in self._rates) if self._is_lossy() else 0.0
+            self.cap = max(self.cap or 0.0, rate * growth, recent)
+
+    def _brake(self, now: PathSample, rate: float, queue: float, target: float, lag: float, share: float, step: float) -> None:
+        braking = self._braking = self._braking or Braking(rate, queue, now.time)
+        if queue > braking.peak:
+            braking.peak, braking.peak_at, braking.reference = queue, now.time, None
+        self.cap = max(rate * (1 - share), LEAST_BYTES / now.round_trip)
+        braking.held_s += share * step
+        if not braking.reference and now.time - braking.peak_at > 1.5 * QUEUE_WINDOW_S:
+            braking.reference = now.time, rate
+        falls = braking.reference and now.time - braking.reference[0] > lag and rate < FALLEN * braking.reference[1]
+        if (braking.held_s - share * lag <= braking.peak and not falls) or queue < braking.peak / 2:
+            return
+        self._braking = None
+        if queue + self._noise_s < NOISE_MAX_S and rate > FALLEN * self._best:
+            self._noise_s, self._noise_until = self._noise_s + queue, now.time + NOISE_S
+            self.cap = braking.rate
+        else:
+            self.cap, self._yields_until, self._best = None, now.time + COMPETE_S, self._best or math.inf
+            self.competes = self.hurries = not self._is_lossy()
+            self._slow_starts, self._hurried_at = 0, now.time
+
+    def _compete(self, now: PathSample, rate: float, queue: float, target: float, lag: float) -> None:
+        if rate > 0.9 * self._best and now.time - self._hurried_at > COMPETE_S / 4:
+            self._yields_until = now.time  # the other one seems to be gone
+        poor = rate < COMPETE_POOR * self._best if self._best < math.inf else self._slow_starts < COMPETE_STARTS
+        if now.repairing or not poor:
+            self.hurries = False
+        if now.time < self._yields_until:
+            if poor and not self.hurries and now.time - self._hurried_at > 2 * now.round_trip + 0.5:
+                self._slow_starts, self._hurried_at, self.hurries = self._slow_starts + 1, now.time, True
+            return
+        if not self._test and queue > 2 * target and not now.full:
+            return  # it has all that it wants
+        test = self._test = self._test or Braking(rate, queue, now.time)
+        self.cap = COMPETE_TEST * test.rate
+        test.held_s = (1 - COMPETE_TEST) * (now.time - test.peak_at - now.round_trip)
+        if queue < max(2 * target, test.peak / 8):
+            self.competes, self.hurries, self._test, self._best = False, False, None, 0.0
+            self.cap = test.rate if now.time > test.peak_at else None
+        elif (rate < FALLEN * test.rate and queue > test.peak / 4) or test.held_s > test.peak + QUEUE_WINDOW_S:
+            self.cap, self._test, self._yields_until, self._hurried_at = None, None, now.time + COMPETE_S, now.time
 
 
 # ---- network plans ---------------------------------------------------------------------------------------------------
@@ -2931,29 +3127,6 @@ ACKNOWLEDGEMENTS_S = 0.5  # over which the rate of acknowledgements, which the k
 TCP_CC_INFO, BBR_INFO = 26, struct.Struct("5I")  # linux/tcp.h; struct tcp_bbr_info, linux/inet_diag.h: the fourth is the pacing gain
 BBR_STARTUP_GAIN = 739  # of 256, in STARTUP: bbr_high_gain in net/ipv4/tcp_bbr.c
 TCP_CA_RECOVERY = 3  # of tcpi_ca_state: losses are being repaired, as in the higher states
-# Of QueueController:
-QUEUE_TARGET_S, QUEUE_TARGET_SHARE = 0.015, 1 / 24  # of the queue, besides so much of the round trip; with less, its noise costs goodput
-QUEUE_LOSSY = 1.25  # times as much on a path with losses, whose repair lowers the rate as if there were a queue
-QUEUE_PACKETS = 2  # which wait at least: their time, on a slow path
-QUEUE_WINDOW_S = 0.2  # over which a rate is measured, or over two round trips: acknowledgements come in bursts
-QUEUE_SAMPLES = 4  # of which the shortest round trip has the standing queue: single acknowledgements are late on radio links
-REACTION_S = 0.1, 2.5  # and round trips: time in which what the queue has too much would be gone; with less it oscillates
-BRAKE_MAX, GROWTH_MAX = 0.5, 1.0  # by which what arrives is changed at most; slow start doubles, too
-STREAK_RESUMED, STREAK_MAX = 4.0, 10.0  # with which growth begins after a pause, as the path may have changed, and its bound
-PAUSE_S = 1.0  # for which the socket was not full
-STALL_SHARE = 0.25  # of the rate, below which nothing is learned: what was lost is sent again, and the round trip is an old one
-MANY_BYTES = 16 * 1500  # in a window: with fewer, acknowledgements and pings, one packet makes a difference
-LEAST_BYTES = 4 * 1500  # that a round trip moves in any case, as with BBR
-LOSSY = 0.001  # of the segments that were sent while there was no queue: above that CUBIC would leave the path to the losses
-NOISE_MAX_S, NOISE_S = 0.06, 60.0  # that a path may always add to the round trip; for how long that is believed
-RECENT_S = 1.0  # in which the highest rate is taken up again as soon as the queue is short, where losses lower the rate as well
-FALLEN = 0.7  # of its rate has a connection that brakes beside another one, while what is alone keeps it as long as there is a queue
-BEST_S = 15.0  # in which the highest rate is forgotten
-COMPETE_S = 12.0  # between two looks whether the other one has gone
-COMPETE_TEST = 0.25  # of its rate is sent during such a look
-COMPETE_POOR = 0.4  # of the best rate; below that a slow start takes more
-COMPETE_STARTS = 6  # slow starts where the best rate is not known
-BBR_RENEWAL_S = 8.0  # BBR stops for 200 ms after 10 s without a shorter round trip
 RECEIVE_S = 0.05  # of what is read from a limited peer, besides a round trip, its receive buffer holds so many seconds
 RECEIVE_MIN, RECEIVE_MAX = 16 << 10, 1 << 20  # bytes, bounds of that; what is larger is left to the kernel
 SO_BUF_LOCK = 72  # asm-generic/socket.h; since Linux 5.14
@@ -3499,176 +3672,6 @@ def set_pacing_rate(sock: socket.socket, bytes_per_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, int(min(bytes_per_s, 2 ** (8 * size) - 2)).to_bytes(size, sys.byteorder))
 
 
-class PathSample(NamedTuple):
-    """What the kernel knows of a connection at a time; times in seconds."""
-
-    time: float
-    delivered: int  # bytes that have arrived
-    received: int  # bytes that have come from there
-    round_trip: float
-    shortest: float  # round trip that was ever measured
-    deviation: float  # of the round trips, in the mean
-    full: bool  # whether the socket has been full since the last sample
-    segments: int = 0  # that were sent
-    repeated: int = 0  # of them
-    starting: bool | None = None  # whether BBR is in its state STARTUP; None with another congestion control
-    repairing: bool = False  # whether losses are being repaired
-
-
-@dataclass
-class Braking:
-    """A time in which the queue is above its target and the rate is held below what arrives."""
-
-    rate: float  # bytes/s before it
-    peak: float  # s, the longest queue
-    peak_at: float  # when that was
-    held_s: float = 0.0  # by how much the queue would be shorter if it were all ours
-    reference: tuple[float, float] | None = None  # time, rate in bytes/s, when what was measured before has left the window
-
-
-class QueueController:
-    """Finds the rate at which a connection fills its path and only a short queue stands in it.
-
-    What arrives while there is a queue is the rate of the path. The cap is that rate, less in proportion to how far the queue, the
-    round trip above the shortest one, is above its target, or more to how far it is below. As the round trip has both directions in
-    it, only a side brakes whose own socket is full, or that mostly sends. A queue that does not become shorter by as much as is held
-    back is not ours: a short one is noise of the path, which does not count from then on, and a long one is another sender's.
-    """
-
-    def __init__(self) -> None:
-        self.cap: float | None = None  # bytes/s, None: none is needed
-        self.competes = False  # whether another sender fills the queue, so that only who does it, too, gets a share
-        self.hurries = False  # whether it begins that with a slow start
-        self.renews = False  # whether the congestion control is to begin anew
-        self._samples: deque[PathSample] = deque()
-        self._braking: Braking | None = None
-        self._noise_s = self._noise_until = 0.0  # what the path adds to the round trip without a queue; when to forget that
-        self._streak = 0.0  # reactions in a row that found no queue
-        self._rates: deque[tuple[float, float]] = deque()  # those of RECENT_S: times, bytes/s
-        self._best = 0.0  # bytes/s, the highest rate lately with a short queue; infinite when there was none
-        self._segments = self._repeated = 0  # that were sent, and sent again, while there was no queue
-        self._full_at = self._renewed_at = -math.inf
-        self._test: Braking | None = None  # whether the other sender has gone
-        self._yields_until = self._hurried_at = 0.0  # when to test that; when a slow start began
-        self._slow_starts = 0
-
-    def update(self, now: PathSample) -> None:
-        """Takes a sample, one each PACING_UPDATE_S while there is something to send."""
-        samples, resumed = self._samples, now.full and now.time - self._full_at > PAUSE_S
-        if samples and now.time - samples[-1].time > QUEUE_WINDOW_S:
-            samples.clear()
-        samples.append(now)
-        window = max(QUEUE_WINDOW_S, 2 * now.shortest)
-        while len(samples) > 2 and samples[1].time <= now.time - window:
-            samples.popleft()
-        elapsed = now.time - samples[0].time
-        if resumed:
-            self._streak, self._braking = STREAK_RESUMED, None
-        if now.full:
-            self._full_at = now.time
-        self.renews = False
-        if elapsed >= 0.9 * window:
-            self._judge(now, elapsed, window)
-        due = resumed or self.cap is not None
-        late = now.time - self._renewed_at > BBR_RENEWAL_S and self.cap is not None
-        if now.starting is not None and not now.repairing and ((due and not now.starting) or late):
-            self.renews = True
-            self._renewed_at = now.time
-
-    def _standing_queue(self) -> float:
-        """Returns by how much the shortest round trip of the last samples is above the shortest of all, in seconds."""
-        return min(each.round_trip - each.shortest for each in itertools.islice(reversed(self._samples), QUEUE_SAMPLES))
-
-    def _is_lossy(self) -> bool:
-        """Returns whether the path loses packets without a queue."""
-        return self._repeated > LOSSY * self._segments
-
-    def _judge(self, now: PathSample, elapsed: float, window: float) -> None:
-        samples = self._samples
-        delivered = now.delivered - samples[0].delivered
-        mostly_sends = delivered > max(now.received - samples[0].received, MANY_BYTES)
-        if delivered <= 0 or (now.time - self._full_at > window and not mostly_sends):
-            return
-        rate = delivered / elapsed
-        recent = list(itertools.islice(reversed(samples), QUEUE_SAMPLES + 1))
-        slowest = min((new.delivered - old.delivered) / (new.time - old.time) for new, old in zip(recent, recent[1:]))
-        if slowest < STALL_SHARE * rate and delivered > MANY_BYTES:
-            return  # it stalls, and what the round trip was is no news
-        if now.time > self._noise_until:
-            self._noise_s = 0.0
-        queue = max(self._standing_queue() - self._noise_s, 0.0)
-        target = max(QUEUE_TARGET_S + now.shortest * QUEUE_TARGET_SHARE, QUEUE_PACKETS * 1500 / rate)
-        if self._is_lossy():
-            target *= QUEUE_LOSSY
-        lag = now.round_trip + QUEUE_WINDOW_S  # from a change of the cap until it shows
-        if queue < target:
-            self._segments += (now.segments - samples[-2].segments) % 2**32
-            self._repeated += (now.repeated - samples[-2].repeated) % 2**32
-        if self.competes:
-            self._compete(now, rate, queue, target, lag)
-        elif now.time >= self._yields_until and (self.cap is not None or queue > 2 * target):
-            self._control(now, rate, queue, target, lag)
-
-    def _control(self, now: PathSample, rate: float, queue: float, target: float, lag: float) -> None:
-        error = max((target - queue) / (REACTION_S[0] + REACTION_S[1] * now.round_trip), -BRAKE_MAX)
-        step = now.time - self._samples[-2].time
-        self._rates.append((now.time, rate))
-        while self._rates[0][0] < now.time - RECENT_S:
-            self._rates.popleft()
-        if error < 0:
-            self._streak = 0.0
-            self._brake(now, rate, queue, target, lag, -error, step)
-            return
-        self._braking = None
-        if all(each.full for each in self._samples):
-            self._best = max(rate, self._best * (1 - step / BEST_S))
-            self._streak = min(self._streak + step / lag, STREAK_MAX) if queue < target / 2 else 0.0
-            growth = 1 + min(error * 2**self._streak, GROWTH_MAX)
-            recent = max(each for _, each in self._rates) if self._is_lossy() else 0.0
-            self.cap = max(self.cap or 0.0, rate * growth, recent)
-
-    def _brake(self, now: PathSample, rate: float, queue: float, target: float, lag: float, share: float, step: float) -> None:
-        braking = self._braking = self._braking or Braking(rate, queue, now.time)
-        if queue > braking.peak:
-            braking.peak, braking.peak_at, braking.reference = queue, now.time, None
-        self.cap = max(rate * (1 - share), LEAST_BYTES / now.round_trip)
-        braking.held_s += share * step
-        if not braking.reference and now.time - braking.peak_at > 1.5 * QUEUE_WINDOW_S:
-            braking.reference = now.time, rate
-        falls = braking.reference and now.time - braking.reference[0] > lag and rate < FALLEN * braking.reference[1]
-        if (braking.held_s - share * lag <= braking.peak and not falls) or queue < braking.peak / 2:
-            return
-        self._braking = None
-        if queue + self._noise_s < NOISE_MAX_S and rate > FALLEN * self._best:
-            self._noise_s, self._noise_until = self._noise_s + queue, now.time + NOISE_S
-            self.cap = braking.rate
-        else:
-            self.cap, self._yields_until, self._best = None, now.time + COMPETE_S, self._best or math.inf
-            self.competes = self.hurries = not self._is_lossy()
-            self._slow_starts, self._hurried_at = 0, now.time
-
-    def _compete(self, now: PathSample, rate: float, queue: float, target: float, lag: float) -> None:
-        if rate > 0.9 * self._best and now.time - self._hurried_at > COMPETE_S / 4:
-            self._yields_until = now.time  # the other one seems to be gone
-        poor = rate < COMPETE_POOR * self._best if self._best < math.inf else self._slow_starts < COMPETE_STARTS
-        if now.repairing or not poor:
-            self.hurries = False
-        if now.time < self._yields_until:
-            if poor and not self.hurries and now.time - self._hurried_at > 2 * now.round_trip + 0.5:
-                self._slow_starts, self._hurried_at, self.hurries = self._slow_starts + 1, now.time, True
-            return
-        if not self._test and queue > 2 * target and not now.full:
-            return  # it has all that it wants
-        test = self._test = self._test or Braking(rate, queue, now.time)
-        self.cap = COMPETE_TEST * test.rate
-        test.held_s = (1 - COMPETE_TEST) * (now.time - test.peak_at - now.round_trip)
-        if queue < max(2 * target, test.peak / 8):
-            self.competes, self.hurries, self._test, self._best = False, False, None, 0.0
-            self.cap = test.rate if now.time > test.peak_at else None
-        elif (rate < FALLEN * test.rate and queue > test.peak / 4) or test.held_s > test.peak + QUEUE_WINDOW_S:
-            self.cap, self._test, self._yields_until, self._hurried_at = None, None, now.time + COMPETE_S, now.time
-
-
 class PacedWriter:
     """Writes to a connection over a real link no more than the connection sends in UNSENT_S, and what a QueueController permits.
 
@@ -3714,16 +3717,15 @@ class PacedWriter:
         sock, controller = self._sock, self._controller
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256).ljust(256, b"\0")
         mss, sacked = struct.unpack_from("I8xI", info, 16)
-        round_trip, deviation, repeated = struct.unpack_from("II24xI", info, 68)
+        round_trip, repeated = struct.unpack_from("I28xI", info, 68)
         pacing_rate, _, acknowledged, received = struct.unpack_from("4Q", info, 104)
         shortest, _, segments = struct.unpack_from("3I", info, 148)
         self._set_round_trip(round_trip / 1e6)
         if acknowledged:  # since Linux 4.1
             delivered = acknowledged + sacked * mss
-            times = (round_trip / 1e6, shortest / 1e6, deviation / 1e6)
-            repairing = info[1] >= TCP_CA_RECOVERY
-            sample = PathSample(now, delivered, received, *times, self._full, segments, repeated, self._is_bbr_starting(), repairing)
-            controller.update(sample)
+            times = (round_trip / 1e6, shortest / 1e6)
+            starting, repairing = self._is_bbr_starting(), info[1] >= TCP_CA_RECOVERY
+            controller.update(PathSample(now, delivered, received, *times, self._full, segments, repeated, starting, repairing))
             self._full = False
             self._carry()
         cap = min(controller.cap or math.inf, self._wire_rate.payload(now) if self._wire_rate else math.inf)
