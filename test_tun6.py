@@ -4195,10 +4195,10 @@ class SimulatedServer:
         self.connected = True
 
     def hear(self, row: tun6.Row) -> None:
-        held, is_new = self.view.held.get(row.id), row.id not in self.view.rows
+        held, known = self.view.held.get(row.id), self.view.rows.get(row.id)
         before = held.settled if held else False
         reason = self.view.hear(row)
-        if is_new:
+        if not known or known.prefix != row.prefix:
             self.save()
         if reason:
             self._end(row.id, "newest" if before and row.live and "newer" in reason else None)  # a pin ends it, too
@@ -4514,9 +4514,14 @@ def test_what_rows_say_together_does_not_depend_on_which_was_read_first() -> Non
     ended = old._replace(live=False, last=9.0)
     operators: dict[str, Any] = {"version": 2, "key": "k", "limit": MBIT, "former": (subnet(7),), "moved": 3.0}
     changed = row_of(epoch=4, server="b", live=True, **operators)._replace(prefix=subnet(1))
-    both = changed._replace(epoch=5, server="a", live=False, last=9.0)
+    both = changed._replace(epoch=5, server="a", live=False, last=9.0, former=(subnet(7), subnet(0)))
     for rows in itertools.permutations([old, ended, changed]):
         assert functools.reduce(tun6.merge_rows, rows) == both
+    twice = [
+        ended._replace(**fields) for fields in ({"since": 8.0}, {"since": 8.0, "last": 10.0}, {"since": 7.0, "last": 11.0, "server": "b"})
+    ]
+    for rows in itertools.permutations(twice):  # what an epoch was given for, that was given again after a failover
+        assert functools.reduce(tun6.merge_rows, rows) == twice[1]
 
 
 @pytest.mark.parametrize(
@@ -7388,6 +7393,18 @@ def test_a_server_that_ends_while_its_cache_is_written_leaves_the_whole_of_it(
     a.close()
     assert began == done and not any(overlaps)
     assert json.loads((tmp_path / "a.json").read_text()).keys() == known
+
+
+def test_another_64_of_an_id_is_in_the_cache_at_once(open_cluster: OpenCluster, tmp_path: Path) -> None:
+    a, cache = open_cluster("a"), tmp_path / "a.json"
+
+    def prefix() -> object:
+        return json.loads(cache.read_text()).get("x", {}).get("prefix") if cache.exists() else None
+
+    first = str(a.assign("x"))
+    assert becomes_true(lambda: prefix() == first, tun6.CACHE_S / 2)
+    a.pin("x", subnet(40))
+    assert becomes_true(lambda: prefix() == str(subnet(40)), tun6.CACHE_S / 2)
 
 
 def test_a_cache_of_the_version_that_had_no_limits_is_used(open_cluster: OpenCluster, tmp_path: Path) -> None:

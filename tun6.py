@@ -2282,12 +2282,14 @@ class Row(NamedTuple):
 def merge_rows(one: Row, other: Row) -> Row:
     """Returns what two rows of an Id say together, whichever was read first: what the operator changed last, and the newest session.
 
-    Of one session, that it ended is the newer news.
+    Of one session, that it ended is the newer news. After lost commits an epoch may be given twice: then the later one stays. A /64
+    that only the older row knows was the Id's, too.
     """
     changed = max(one, other, key=lambda row: row.version)
-    newest = max(one, other, key=lambda row: (row.epoch, not row.live))
+    missing = {one.prefix, other.prefix, *one.former, *other.former} - {changed.prefix, *changed.former}
     at = Row._fields.index("epoch")  # what stands before it is the operator's
-    return Row._make([*changed[:at], *newest[at:]])
+    newest = max(one, other, key=lambda row: (row.epoch, not row.live, row.since or 0.0, row.last or 0.0, row.server or "", row[at + 5 :]))
+    return Row._make([*changed._replace(former=(*changed.former, *sorted(missing)))[:at], *newest[at:]])
 
 
 def next_version(row: Row, now: float) -> int:
@@ -5575,7 +5577,7 @@ class ClusterStore(Store):
         self._greenlets = gevent.pool.Group()
         self._cache, self._is_cached = CacheFile(cache), True
         self._saving = gevent.lock.RLock()
-        self._has_new = gevent.event.Event()  # set when an Id is known that was not
+        self._has_new = gevent.event.Event()  # set when an Id is known that was not, or has another /64
         self._facts: dict[str, Any] = {}  # of the pool, for the cache: "pool", its id, "keys", and "own", this server's /64
         self._clock_offset = 0.0  # of the database's clock, against time.monotonic()
         self._timeline = ""  # of the database, when this server entered
@@ -5847,7 +5849,8 @@ class ClusterStore(Store):
                 self._hear(row)
 
     def _hear(self, row: Row) -> None:
-        if row.id not in self._view.rows:
+        known = self._view.rows.get(row.id)
+        if not known or known.prefix != row.prefix:
             self._has_new.set()
         reason = self._view.hear(row)
         if self._view.owes_ends:
@@ -5918,7 +5921,7 @@ class ClusterStore(Store):
                         claim.on_epoch(epoch)
 
     def _save_when_due(self) -> NoReturn:
-        """Saves what is known for when the store is down, a new Id at once. Runs until it is killed."""
+        """Saves what is known for when the store is down, who has which /64 at once. Runs until it is killed."""
         while True:
             self._has_new.wait(CACHE_S)
             self._has_new.clear()
