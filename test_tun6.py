@@ -420,10 +420,10 @@ def namespaces() -> set[str]:
 def children() -> set[int]:
     """The processes that this one has started and not waited for."""
     found = set()
-    for status in Path("/proc").glob("[0-9]*/stat"):
+    for process in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # it has ended
-            if int(status.read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.add(int(status.parent.name))
+            if int(Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(process))
     return found
 
 
