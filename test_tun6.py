@@ -11726,9 +11726,9 @@ def lan_folder(lab: Lab) -> Path:
 def radvds(lab: Lab) -> set[str]:
     """The process ids of the client's radvd."""
     found, folder = set(), str(lan_folder(lab))
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if folder in (text := tun6.read_text(path)) and "radvd" in text.split("\0")[0]:
-            found.add(path.parent.name)
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        if folder in (text := tun6.read_text(Path("/proc", process, "cmdline"))) and "radvd" in text.split("\0")[0]:
+            found.add(process)
     return found
 
 
