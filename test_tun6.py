@@ -8045,7 +8045,9 @@ def test_a_peer_without_whole_hello_is_dropped_after_ten_seconds_and_disturbs_no
     assert whole.recv(1 << 16)[0] == 0x16  # and now it would be its turn
     while waiting and time.monotonic() < began + 30:  # the silent one waits in the kernel first
         for sock in select.select(waiting, [], [], 1)[0]:
-            said = sock.recv(1 << 16)
+            said = b""
+            with suppress(ConnectionResetError):  # the slow one has just sent something that nobody read
+                said = sock.recv(1 << 16)
             assert not said or sock is whole  # the rest of what the server says in the handshake
             if not said:
                 assert 9 < time.monotonic() - began < (30 if sock is silent else 13)
