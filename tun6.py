@@ -1380,7 +1380,7 @@ class QueueController:
             self._segments += (now.segments - samples[-2].segments) % 2**32
             self._repeated += (now.repeated - samples[-2].repeated) % 2**32
         if self.competes:
-            self._compete(now, rate, queue, target, lag)
+            self._compete(now, rate, queue, target)
         elif now.time >= self._yields_until and (self.cap is not None or queue > 2 * target):
             self._control(now, rate, queue, target, lag)
 
@@ -1422,7 +1422,7 @@ class QueueController:
             self.competes = self.hurries = not self._is_lossy()
             self._slow_starts, self._hurried_at = 0, now.time
 
-    def _compete(self, now: PathSample, rate: float, queue: float, target: float, lag: float) -> None:
+    def _compete(self, now: PathSample, rate: float, queue: float, target: float) -> None:
         if rate > 0.9 * self._best and now.time - self._hurried_at > COMPETE_S / 4:
             self._yields_until = now.time  # the other one seems to be gone
         poor = rate < COMPETE_POOR * self._best if self._best < math.inf else self._slow_starts < COMPETE_STARTS
@@ -3121,7 +3121,7 @@ LEGACY_READ_TIME_S = 0.2  # for a legacy client to read the answer, once its ker
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs neither BBR nor a paced writer
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
 UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR counts the connection as application-limited
-UNSENT_KNOWN_MIN = 3 << 10  # bytes, likewise where the rate is known: what BBR makes of it does not matter then
+UNSENT_KNOWN_MIN = 3 << 10  # bytes, likewise under a cap or a known rate: what BBR makes of it does not matter then
 PACING_UPDATE_S = 0.05  # between two computations of that
 SO_MAX_PACING_RATE = 47  # asm-generic/socket.h: bytes/s of payload, tcp_update_skb_after_send in net/ipv4/tcp_output.c
 SEGMENT_HEADERS = 52  # bytes: IPv4, TCP, its timestamps
@@ -5951,7 +5951,7 @@ ACCEPT_PAUSE_S = 0.5  # after an accept that failed for want of descriptors or m
 DEFER_ACCEPT_S = 5  # that the kernel keeps a connection without data from us, TCP_DEFER_ACCEPT; it rounds this up
 HANDSHAKES_MAX, HANDSHAKES_PER_HOST_MAX = 64, 8  # handshakes at a time: in all, of one IPv4 address
 SLOW_HANDSHAKE_S = 1.0  # a handshake that takes longer, while it is the peer that we wait for, may be ended to admit another
-SEGMENTS_MAX = 16  # in which the peer's part of a handshake comes, usually in up to four; what comes in more is a peer that plays for time
+HANDSHAKE_SEGMENTS_MAX = 16  # of the peer's part of a handshake, usually up to four; who needs more plays for time
 CONTENTION_PAUSE_S = 5.0  # before each takeover then
 FORWARDING_CHECK_S = 60.0  # between two looks at whether others have turned forwarding off, and at whether we need an address
 NOTHING_NEW = "the server can't serve a new client at the moment"
@@ -6128,7 +6128,7 @@ def is_waited_for(sock: socket.socket, seconds: float) -> bool:
         if sock.closed:  # the handshake is over, and its place is about to be free
             return False
         ours = has_data(sock) or not sock._read_event.active  # its greenlet does not wait to read
-        if ours and read_tcp_info(sock, "I", 152) <= SEGMENTS_MAX:  # tcpi_data_segs_in
+        if ours and read_tcp_info(sock, "I", 152) <= HANDSHAKE_SEGMENTS_MAX:  # tcpi_data_segs_in
             return False
         return read_tcp_info(sock, "I", 44) >= 1e3 * seconds  # tcpi_last_data_sent
     return True
