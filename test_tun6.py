@@ -15049,7 +15049,7 @@ MARGIN_S = 1.0  # a client's fault window is so much longer than the outage, on 
 OUTAGE_S = 5.0  # so long without an echo and without a fault: an outage that nobody caused
 LOST_S = 90.0  # a probe that has no echo by then is lost
 NOTICED_S = 35.0  # so long after a program was hung up, whoever talked with it has noticed
-PATH_MTU_S = 13.0  # from a stall by large packets that vanish until all passes: 10 s, and the TCP inside may wait for 2 s more
+PATH_MTU_S = 20.0  # from a stall by large packets that vanish until all passes: 10 s, 2 s more that the TCP inside may wait, and room
 REPAIRED_S = 2.0  # from a manager's change of a client's TUN until it is as before
 UNANSWERED_MAX = 32  # blocks of a stream
 BLOCK = struct.Struct(">IQII")  # client, sequence number, bytes of the payload, bytes that the answer's is to have
@@ -16971,10 +16971,15 @@ class Bird(Service):
         done = self.lab.run(self.host, "birdc", "-r", "-s", str(self._control), *words)
         return str(done.stdout) if done.returncode == 0 else ""
 
-    def talks(self) -> bool:
-        """Whether it does with all its neighbours."""
-        states = [line.split()[-1] for line in self.ask("show", "protocols").splitlines() if " BGP " in line]
+    def talks(self, protocol: str = "") -> bool:
+        """Whether it does with all its neighbours, or by this protocol."""
+        states = [line.split()[-1] for line in self.ask("show", "protocols", *filter(None, [protocol])).splitlines() if " BGP " in line]
         return bool(states) and set(states) == {"Established"}
+
+    def watched(self) -> dict[str, tuple[str, float]]:
+        """What BFD watches: the neighbours' addresses, and the state and how often it says that we are there, s."""
+        rows = re.findall(r"(?m)^(\S*:\S*) +\S+ +(\w+) +\S+ +([\d.]+)", self.ask("show", "bfd", "sessions"))
+        return {address: (state, float(interval)) for address, state, interval in rows}
 
 
 class Postgres(Service):
@@ -17349,7 +17354,8 @@ class Cluster:
         wait_until("the standby is synchronous", self.primary.followed, 20)
 
     def routers_talk(self) -> bool:
-        return all(bird.talks() for bird in self.birds.values())
+        """Whether all do, and would notice a link that is lost."""
+        return all(bird.talks() and {state for state, _ in bird.watched().values()} == {"Up"} for bird in self.birds.values())
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:7.1f} s  {text}", flush=True)
@@ -17611,6 +17617,18 @@ def cut_server(cluster: Cluster, victim: str, *networks: str) -> None:
     cluster.lab.cut(victim, *networks)
     gevent.sleep(2 * CLUSTER_DEAD_AFTER_S)
     cluster.lab.heal(victim, *networks)
+    wait_until("the routers talk with each other again", cluster.routers_talk, 30)
+
+
+def flap_link(cluster: Cluster, victim: str, network: str) -> None:
+    """It comes back, and is lost again as soon as BGP trusts it."""
+    cluster.lab.cut(victim, network)
+    wait_until("BGP has noticed", lambda: not cluster.birds[victim].talks("uplink"))
+    gevent.sleep(random.uniform(1, 3))  # for another phase of what tries again
+    cluster.lab.heal(victim, network)
+    wait_until("BGP is up", lambda: cluster.birds[victim].talks("uplink"))
+    gevent.sleep(0.3)
+    cut_server(cluster, victim, network)
 
 
 def restart_bird(cluster: Cluster, victim: str, seconds: float) -> None:
@@ -17895,6 +17913,8 @@ def check_routes(upstream: str) -> None:
             "the link from s2 to the router is cut: all lead there through another server",
             lambda: leads("s2", *every) and "s2" not in lab.path("router", prefix[1])[1:2],
         )
+        watch = birds[2].watched()["2001:db8:fffe::1"]  # an interval of 1 s, and a link that comes and goes again is a black hole for 9 s
+        assert watch[0] in ("Down", "Init") and watch[1] <= 0.1, watch
         expect("and so does the way from s2 to the Internet", lambda: lab.path("s2", IPv6Address(Lab.INTERNET))[-2:] == ["router", "world"])
         lab.heal("s2", "wan")
         wait_until("all is as before", lambda: all(bird.talks() for bird in birds), 30)
@@ -18044,6 +18064,7 @@ CLUSTER_FAULTS = (
     ClusterFault("host dead: all its links cut", cut_server, ("wan", "peers", "store", "access"), quick=True),
     ClusterFault("link to the clients cut", cut_server, ("access",)),
     ClusterFault("link to the router cut", cut_server, ("wan",), quick=True),
+    ClusterFault("link to the router cut, back and cut again", flap_link, ("wan",)),
     ClusterFault("link to the other servers cut", cut_server, ("peers",)),
     ClusterFault("link to the store cut", cut_server, ("store",)),
     ClusterFault("BIRD killed, back after 0.2 s", restart_bird, (0.2,)),
@@ -19004,6 +19025,9 @@ def check_lost_commits_are_written_back_before_anybody_is_new(bench: StoreBench)
                 gives()
         with bench.database() as database, pytest.raises(tun6.StorageError, match="cluster accept"):
             database.take_in({"imported": subnet(9)}, {}, {})
+        a.pin("old", bench.visit(a, "old").prefix)  # nobody gets anything by these two
+        with bench.database() as database:
+            assert database.take_in({"old": subnet(0)}, {}, {"old": 0}) == 0
         with bench.database() as database:
             assert database.accept() and not database.accept()
         assert bench.visit(a, "new").prefix == subnet(2)

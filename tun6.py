@@ -5219,7 +5219,7 @@ class Database:
 
     def beat(self, name: str) -> tuple[float, str, list[tuple[str, str, float]]]:
         """Says that this server runs. Returns the database's clock and timeline, and name, address and last heartbeat of all servers."""
-        listener = self._listener
+        listener = self._listener  # no lock on the pool: a connection sees one timeline only, so all who accept it write the same
         listener.execute("update server set heartbeat = clock_timestamp() where name = %s", (name,))
         pool = self._pool(listener)
         with listener.transaction():
@@ -5265,7 +5265,7 @@ class Database:
         for change in batch.changes:
             row = rows.get(change.id)
             try:
-                if isinstance(change, Pin):
+                if isinstance(change, Pin) and not (row and row.prefix == change.prefix):
                     change = self._check_pin(change, pool)
                 decided = change.decide(row or change.create(now), now)
                 if row is None and isinstance(change, SessionBegin) and change.claim.counted:
@@ -5370,7 +5370,9 @@ class Database:
         risks = ["fsync is off: after a power cut it is perhaps not whole"] if fsync != "on" else []
         if not standbys or commit in ("off", "local"):
             what = "synchronous_standby_names is empty" if not standbys else f"synchronous_commit is {commit}"
-            risks.append(f"{what}: a standby that is promoted may lack commits, and then nobody new is served until all servers are back")
+            risks.append(
+                f"{what}: a standby that is promoted may lack commits, and then nobody gets another /64 until all servers are back"
+            )
         return pool, [name for (name,) in missing] if pool.timeline != pool.current else [], risks
 
     def create(self, network: IPv6Network, keys: str) -> None:
@@ -5408,7 +5410,6 @@ class Database:
         """
         with self._worker.transaction():
             pool = self.require_pool("for update")
-            self._require_whole(pool)
             if keys and pool.keys == "none":
                 raise RequestError("the pool is open to everybody, and there are keys; make it without --open")
             stored = {row.id: row for row in map(self._row, self._worker.execute(f"select {ROW} from client order by id for update"))}
@@ -5418,6 +5419,8 @@ class Database:
             changed: list[Row] = []
             for id_ in {**prefixes, **keys, **limits}:
                 old, prefix, key, limit = stored.get(id_), prefixes.get(id_), keys.get(id_), limits.get(id_)
+                if not old:
+                    self._require_whole(pool)
                 if prefix is None:
                     prefix = old.prefix if old else self._new_prefix(pool, free)
                 if old and old.prefix != prefix:
@@ -9508,7 +9511,7 @@ class ServerDoctor(Doctor):
         if pool.timeline != pool.current:
             how = "start those servers, or `tun6.py cluster accept` goes on without what they know"
             log.error(
-                "the store may have lost changes, so that nobody new is served until %s wrote back theirs; %s", ", ".join(missing), how
+                "the store may have lost changes, so that nobody gets another /64 until %s wrote back theirs; %s", ", ".join(missing), how
             )
         for risk in risks:
             log.warning("the database's %s", risk)
@@ -10935,7 +10938,9 @@ def _upgrade_cluster(database: Database, config: ServerConfig, options: argparse
 
 def _accept_cluster(database: Database, config: ServerConfig, options: argparse.Namespace) -> str:
     if database.accept():
-        return "new Ids are served again; what only servers know that are not back is lost when another Id gets that /64"
+        return (
+            "new Ids, `pin` and `import` are served again; what only servers know that are not back is lost when another Id gets that /64"
+        )
     return "nothing was lost, as far as the store knows: there is nothing to accept"
 
 
