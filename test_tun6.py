@@ -3371,6 +3371,78 @@ def test_pauses_of_what_is_sent_do_not_lower_the_cap() -> None:
     assert flow.mbit(5, 20) > 0.9 * 0.7 * 20
 
 
+class MeasuredPath:
+    """Tells a QueueController each 50 ms what the kernel would say of a path."""
+
+    def __init__(self, round_trip: float = 0.05) -> None:
+        """`round_trip` without a queue, in seconds."""
+        self.controller = tun6.QueueController()
+        self._round_trip, self._now = round_trip, 0.0
+        self._delivered = self._received = self._segments = self._repeated = 0
+
+    def cap_after(self, seconds: float, rate: float, queue: float, received: float = 0, full: bool = True, losses: int = 0) -> float:
+        """The cap when this has been so for some seconds; rates in bytes/s, the queue in seconds, losses of 100 segments."""
+        for _ in range(round(seconds / tun6.PACING_UPDATE_S)):
+            self._now += tun6.PACING_UPDATE_S
+            self._delivered += round(rate * tun6.PACING_UPDATE_S)
+            self._received += round(received * tun6.PACING_UPDATE_S)
+            self._segments, self._repeated = self._segments + 100, self._repeated + losses
+            times = (self._round_trip + queue, self._round_trip)
+            numbers = (self._delivered, self._received, *times, full, self._segments, self._repeated)
+            self.controller.update(tun6.PathSample(self._now, *numbers))
+        return self.controller.cap or math.inf
+
+
+@pytest.mark.parametrize(("full", "received", "brakes"), [(True, 4e6, True), (False, 0.5e6, True), (False, 4e6, False)])
+def test_only_the_side_brakes_whose_own_socket_is_full_or_that_mostly_sends(full: bool, received: float, brakes: bool) -> None:
+    assert (MeasuredPath().cap_after(0.5, 1e6, 0.1, received, full) < 1e6) == brakes
+
+
+def test_nothing_is_learned_while_the_connection_stalls() -> None:
+    path = MeasuredPath()
+    cap = path.cap_after(0.5, 1e6, 0.1)
+    assert cap < 1e6
+    for rate in (0, 0, 0, 1e6, 1e6, 1e6):
+        assert path.cap_after(tun6.PACING_UPDATE_S, rate, 0.1) == cap
+
+
+def test_times_without_a_packet_are_no_stall_on_a_slow_path() -> None:
+    path = MeasuredPath()
+    for _ in range(10):
+        path.cap_after(tun6.PACING_UPDATE_S, 30_000, 0.5)
+        cap = path.cap_after(tun6.PACING_UPDATE_S, 0, 0.5)
+    assert cap < 15_000
+
+
+def test_a_round_trip_moves_a_few_packets_in_any_case() -> None:
+    path = MeasuredPath(0.01)
+    assert path.cap_after(0.3, 40_000, 0.2) < 40_000
+    assert path.cap_after(0.3, 40_000, 0.08) == pytest.approx(tun6.LEAST_BYTES / 0.09)
+
+
+@pytest.mark.parametrize("losses", [0, 1])
+def test_a_path_with_losses_may_have_a_longer_queue(losses: int) -> None:
+    path = MeasuredPath()
+    path.cap_after(1, 1e6, 0, losses=losses)
+    assert path.cap_after(0.3, 1e6, 0.06, losses=losses) < 0.9e6
+    assert (path.cap_after(0.3, 1e6, 0.02, losses=losses) > 1e6) == bool(losses)
+
+
+@pytest.mark.parametrize("losses", [0, 1])
+def test_a_path_with_losses_has_its_highest_rate_of_the_last_second_as_soon_as_the_queue_is_short(losses: int) -> None:
+    path = MeasuredPath()
+    path.cap_after(1, 1e6, 0, losses=losses)
+    assert path.cap_after(0.5, 1e6, 0.06, losses=losses) < 0.9e6
+    assert path.cap_after(0.3, 0.6e6, 0.06, losses=losses) < 0.6e6
+    assert (path.cap_after(0.2, 0.6e6, 0.01, losses=losses) > 0.9e6) == bool(losses)
+
+
+def test_what_arrives_is_doubled_at_most_however_long_there_was_no_queue() -> None:
+    path = MeasuredPath()
+    path.cap_after(0.5, 1e6, 0.1)
+    assert path.cap_after(300, 1e6, 0) == pytest.approx(2e6, rel=0.01)
+
+
 # ---- network plans ---------------------------------------------------------------------------------------------------
 
 
