@@ -1290,15 +1290,86 @@ class PathSample(NamedTuple):
     repairing: bool = False  # whether losses are being repaired
 
 
-@dataclass
+class PathState(NamedTuple):
+    """What the samples of the last window say; times in seconds."""
+
+    time: float
+    step: float  # since the sample before
+    rate: float  # bytes/s that arrived
+    queue: float
+    target: float  # how long the queue may be
+    round_trip: float
+
+    @property
+    def lag(self) -> float:
+        """From a change of the cap until it shows."""
+        return self.round_trip + QUEUE_WINDOW_S
+
+    @property
+    def correction(self) -> float:
+        """The share of the rate by which more or, if it is negative, less should be sent."""
+        return max((self.target - self.queue) / (REACTION_S[0] + REACTION_S[1] * self.round_trip), -BRAKE_MAX)
+
+
 class Braking:
     """A time in which the queue is above its target and the rate is held below what arrives."""
 
-    rate: float  # bytes/s before it
-    peak: float  # s, the longest queue
-    peak_at: float  # when that was
-    held_s: float = 0.0  # by how much the queue would be shorter if it were all ours
-    reference: tuple[float, float] | None = None  # time, rate in bytes/s, when what was measured before has left the window
+    def __init__(self, state: PathState) -> None:
+        self.rate = state.rate  # before it
+        self._peak, self._peak_at = state.queue, state.time
+        self._held_s = 0.0  # by how much the queue would be shorter if it were all ours
+        self._after_peak: PathState | None = None  # the first one of whose window what was before the peak has left
+
+    def is_in_vain(self, state: PathState) -> bool:
+        """Returns whether the queue is not ours: it stays while what we send is held back for long or becomes ever less."""
+        if state.queue > self._peak:
+            self._peak, self._peak_at, self._after_peak = state.queue, state.time, None
+        if not self._after_peak and state.time - self._peak_at > 1.5 * QUEUE_WINDOW_S:
+            self._after_peak = state
+        self._held_s -= state.correction * state.step
+        held_long = self._held_s + state.correction * state.lag > self._peak
+        then = self._after_peak
+        falls = then is not None and state.time - then.time > state.lag and state.rate < FALLEN * then.rate
+        return (held_long or falls) and state.queue >= self._peak / 2
+
+
+class Competitor:
+    """Another sender that fills the queue, beside which only who does it, too, gets a share.
+
+    From time to time the rate is held far below what it was: if the queue goes then, the other one has gone.
+    """
+
+    def __init__(self, now: float, best: float) -> None:
+        """`best` is the highest rate without it, in bytes/s, infinite when that is not known."""
+        self.gone = False
+        self.hurries = True  # whether a slow start is to take more
+        self.cap: float | None = None  # bytes/s
+        self._best = best
+        self._hurried_at, self._slow_starts = now, 0
+        self._look_at = now + COMPETE_S
+        self._look: PathState | None = None  # with which a look at what is left of the queue began
+
+    def update(self, now: PathSample, state: PathState) -> None:
+        """Takes what the newest sample says."""
+        if state.rate > 0.9 * self._best and now.time - self._hurried_at > COMPETE_S / 4:
+            self._look_at = now.time  # it seems to be gone
+        poor = state.rate < COMPETE_POOR * self._best if self._best < math.inf else self._slow_starts < COMPETE_STARTS
+        if now.repairing or not poor:
+            self.hurries = False
+        if now.time >= self._look_at:
+            if self._look or state.queue <= 2 * state.target or now.full:  # else we have all that we want
+                self._continue_look(state)
+        elif poor and not self.hurries and now.time - self._hurried_at > 2 * now.round_trip + 0.5:
+            self._slow_starts, self._hurried_at, self.hurries = self._slow_starts + 1, now.time, True
+
+    def _continue_look(self, state: PathState) -> None:
+        before = self._look = self._look or state
+        self.cap = COMPETE_TEST * before.rate
+        held_s = (1 - COMPETE_TEST) * (state.time - before.time - state.round_trip)
+        if state.queue < max(2 * state.target, before.queue / 8):
+            self.gone, self.cap = True, before.rate if state is not before else None
+        elif (state.rate < FALLEN * before.rate and state.queue > before.queue / 4) or held_s > before.queue + QUEUE_WINDOW_S:
+            self.cap, self._look, self._look_at, self._hurried_at = None, None, state.time + COMPETE_S, state.time
 
 
 class QueueController:
@@ -1312,136 +1383,113 @@ class QueueController:
 
     def __init__(self) -> None:
         self.cap: float | None = None  # bytes/s, None: none is needed
-        self.competes = False  # whether another sender fills the queue, so that only who does it, too, gets a share
-        self.hurries = False  # whether it begins that with a slow start
         self.renews = False  # whether the congestion control is to begin anew
-        self._samples: deque[PathSample] = deque()
-        self._braking: Braking | None = None
-        self._noise_s = self._noise_until = 0.0  # what the path adds to the round trip without a queue; when to forget that
-        self._streak = 0.0  # reactions in a row that found no queue
+        self._samples: deque[PathSample] = deque()  # of the last window
         self._rates: deque[tuple[float, float]] = deque()  # those of RECENT_S: times, bytes/s
         self._best = 0.0  # bytes/s, the highest rate lately with a short queue; infinite when there was none
+        self._streak = 0.0  # reactions in a row that found no queue
+        self._braking: Braking | None = None
+        self._competitor: Competitor | None = None
+        self._yields_until = 0.0  # to another sender, on a path with losses
+        self._noise_s = self._noise_until = 0.0  # what the path adds to the round trip without a queue; when to forget that
         self._segments = self._repeated = 0  # that were sent, and sent again, while there was no queue
+        self._lossy = False  # whether the path loses packets without a queue
         self._full_at = self._renewed_at = -math.inf
-        self._test: Braking | None = None  # whether the other sender has gone
-        self._yields_until = self._hurried_at = 0.0  # when to test that; when a slow start began
-        self._slow_starts = 0
+
+    @property
+    def competes(self) -> bool:
+        """Whether another sender fills the queue, so that only who does it, too, gets a share."""
+        return self._competitor is not None
+
+    @property
+    def hurries(self) -> bool:
+        """Whether it competes with a slow start."""
+        return self._competitor is not None and self._competitor.hurries
 
     def update(self, now: PathSample) -> None:
         """Takes a sample, one each PACING_UPDATE_S while there is something to send."""
-        samples, resumed = self._samples, now.full and now.time - self._full_at > PAUSE_S
-        if samples and now.time - samples[-1].time > QUEUE_WINDOW_S:
-            samples.clear()
-        samples.append(now)
-        window = max(QUEUE_WINDOW_S, 2 * now.shortest)
-        while len(samples) > 2 and samples[1].time <= now.time - window:
-            samples.popleft()
-        elapsed = now.time - samples[0].time
+        resumed = now.full and now.time - self._full_at > PAUSE_S
         if resumed:
             self._streak, self._braking = STREAK_RESUMED, None
         if now.full:
             self._full_at = now.time
-        self.renews = False
-        if elapsed >= 0.9 * window:
-            self._judge(now, elapsed, window)
-        due = resumed or self.cap is not None
-        late = now.time - self._renewed_at > BBR_RENEWAL_S and self.cap is not None
-        if now.starting is not None and not now.repairing and ((due and not now.starting) or late):
-            self.renews = True
+        state = self._measure(now)
+        if state and self._competitor:
+            self._compete(self._competitor, now, state)
+        elif state and now.time >= self._yields_until and (self.cap is not None or state.queue > 2 * state.target):
+            self._control(state)
+        capped = self.cap is not None
+        late = capped and now.time - self._renewed_at > BBR_RENEWAL_S
+        self.renews = now.starting is not None and not now.repairing and (late or ((capped or resumed) and not now.starting))
+        if self.renews:
             self._renewed_at = now.time
 
-    def _standing_queue(self) -> float:
-        """Returns by how much the shortest round trip of the last samples is above the shortest of all, in seconds."""
-        return min(each.round_trip - each.shortest for each in itertools.islice(reversed(self._samples), QUEUE_SAMPLES))
-
-    def _is_lossy(self) -> bool:
-        """Returns whether the path loses packets without a queue."""
-        return self._repeated > LOSSY * self._segments
-
-    def _judge(self, now: PathSample, elapsed: float, window: float) -> None:
-        samples = self._samples
-        delivered = now.delivered - samples[0].delivered
-        mostly_sends = delivered > max(now.received - samples[0].received, MANY_BYTES)
-        if delivered <= 0 or (now.time - self._full_at > window and not mostly_sends):
-            return
-        rate = delivered / elapsed
-        recent = list(itertools.islice(reversed(samples), QUEUE_SAMPLES + 1))
+    def _measure(self, now: PathSample) -> PathState | None:
+        """Returns what the last window says, None when that is nothing."""
+        samples, window = self._samples, max(QUEUE_WINDOW_S, 2 * now.shortest)
+        if samples and now.time - samples[-1].time > QUEUE_WINDOW_S:
+            samples.clear()
+        samples.append(now)
+        while len(samples) > 2 and samples[1].time <= now.time - window:
+            samples.popleft()
+        first, elapsed = samples[0], now.time - samples[0].time
+        delivered = now.delivered - first.delivered
+        mostly_sends = delivered > max(now.received - first.received, MANY_BYTES)
+        if elapsed < 0.9 * window or delivered <= 0 or (now.time - self._full_at > window and not mostly_sends):
+            return None
+        rate, recent = delivered / elapsed, list(itertools.islice(reversed(samples), QUEUE_SAMPLES + 1))
         slowest = min((new.delivered - old.delivered) / (new.time - old.time) for new, old in zip(recent, recent[1:]))
         if slowest < STALL_SHARE * rate and delivered > MANY_BYTES:
-            return  # it stalls, and what the round trip was is no news
+            return None  # it stalls, and what the round trip was is no news
         if now.time > self._noise_until:
             self._noise_s = 0.0
-        queue = max(self._standing_queue() - self._noise_s, 0.0)
+        queue = max(min(each.round_trip - each.shortest for each in recent[:QUEUE_SAMPLES]) - self._noise_s, 0.0)
         target = max(QUEUE_TARGET_S + now.shortest * QUEUE_TARGET_SHARE, QUEUE_PACKETS * 1500 / rate)
-        if self._is_lossy():
+        if self._lossy:
             target *= QUEUE_LOSSY
-        lag = now.round_trip + QUEUE_WINDOW_S  # from a change of the cap until it shows
         if queue < target:
-            self._segments += (now.segments - samples[-2].segments) % 2**32
-            self._repeated += (now.repeated - samples[-2].repeated) % 2**32
-        if self.competes:
-            self._compete(now, rate, queue, target)
-        elif now.time >= self._yields_until and (self.cap is not None or queue > 2 * target):
-            self._control(now, rate, queue, target, lag)
+            self._segments += (now.segments - recent[1].segments) % 2**32
+            self._repeated += (now.repeated - recent[1].repeated) % 2**32
+            self._lossy = self._repeated > LOSSY * self._segments
+        return PathState(now.time, now.time - recent[1].time, rate, queue, target, now.round_trip)
 
-    def _control(self, now: PathSample, rate: float, queue: float, target: float, lag: float) -> None:
-        error = max((target - queue) / (REACTION_S[0] + REACTION_S[1] * now.round_trip), -BRAKE_MAX)
-        step = now.time - self._samples[-2].time
-        self._rates.append((now.time, rate))
-        while self._rates[0][0] < now.time - RECENT_S:
+    def _control(self, state: PathState) -> None:
+        self._rates.append((state.time, state.rate))
+        while self._rates[0][0] < state.time - RECENT_S:
             self._rates.popleft()
-        if error < 0:
-            self._streak = 0.0
-            self._brake(now, rate, queue, target, lag, -error, step)
+        if state.correction < 0:
+            self._brake(state)
             return
         self._braking = None
         if all(each.full for each in self._samples):
-            self._best = max(rate, self._best * (1 - step / BEST_S))
-            self._streak = min(self._streak + step / lag, STREAK_MAX) if queue < target / 2 else 0.0
-            growth = 1 + min(error * 2**self._streak, GROWTH_MAX)
-            recent = max(each for _, each in self._rates) if self._is_lossy() else 0.0
-            self.cap = max(self.cap or 0.0, rate * growth, recent)
+            self._best = max(state.rate, self._best * (1 - state.step / BEST_S))
+            self._streak = min(self._streak + state.step / state.lag, STREAK_MAX) if state.queue < state.target / 2 else 0.0
+            growth = 1 + min(state.correction * 2**self._streak, GROWTH_MAX)
+            recent = max(rate for _, rate in self._rates) if self._lossy else 0.0
+            self.cap = max(self.cap or 0.0, state.rate * growth, recent)
 
-    def _brake(self, now: PathSample, rate: float, queue: float, target: float, lag: float, share: float, step: float) -> None:
-        braking = self._braking = self._braking or Braking(rate, queue, now.time)
-        if queue > braking.peak:
-            braking.peak, braking.peak_at, braking.reference = queue, now.time, None
-        self.cap = max(rate * (1 - share), LEAST_BYTES / now.round_trip)
-        braking.held_s += share * step
-        if not braking.reference and now.time - braking.peak_at > 1.5 * QUEUE_WINDOW_S:
-            braking.reference = now.time, rate
-        falls = braking.reference and now.time - braking.reference[0] > lag and rate < FALLEN * braking.reference[1]
-        if (braking.held_s - share * lag <= braking.peak and not falls) or queue < braking.peak / 2:
+    def _brake(self, state: PathState) -> None:
+        self._streak = 0.0
+        self.cap = max(state.rate * (1 + state.correction), LEAST_BYTES / state.round_trip)
+        braking = self._braking = self._braking or Braking(state)
+        if not braking.is_in_vain(state):
             return
         self._braking = None
-        if queue + self._noise_s < NOISE_MAX_S and rate > FALLEN * self._best:
-            self._noise_s, self._noise_until = self._noise_s + queue, now.time + NOISE_S
+        if state.queue + self._noise_s < NOISE_MAX_S and state.rate > FALLEN * self._best:
+            self._noise_s, self._noise_until = self._noise_s + state.queue, state.time + NOISE_S
             self.cap = braking.rate
-        else:
-            self.cap, self._yields_until, self._best = None, now.time + COMPETE_S, self._best or math.inf
-            self.competes = self.hurries = not self._is_lossy()
-            self._slow_starts, self._hurried_at = 0, now.time
-
-    def _compete(self, now: PathSample, rate: float, queue: float, target: float) -> None:
-        if rate > 0.9 * self._best and now.time - self._hurried_at > COMPETE_S / 4:
-            self._yields_until = now.time  # the other one seems to be gone
-        poor = rate < COMPETE_POOR * self._best if self._best < math.inf else self._slow_starts < COMPETE_STARTS
-        if now.repairing or not poor:
-            self.hurries = False
-        if now.time < self._yields_until:
-            if poor and not self.hurries and now.time - self._hurried_at > 2 * now.round_trip + 0.5:
-                self._slow_starts, self._hurried_at, self.hurries = self._slow_starts + 1, now.time, True
             return
-        if not self._test and queue > 2 * target and not now.full:
-            return  # it has all that it wants
-        test = self._test = self._test or Braking(rate, queue, now.time)
-        self.cap = COMPETE_TEST * test.rate
-        test.held_s = (1 - COMPETE_TEST) * (now.time - test.peak_at - now.round_trip)
-        if queue < max(2 * target, test.peak / 8):
-            self.competes, self.hurries, self._test, self._best = False, False, None, 0.0
-            self.cap = test.rate if now.time > test.peak_at else None
-        elif (rate < FALLEN * test.rate and queue > test.peak / 4) or test.held_s > test.peak + QUEUE_WINDOW_S:
-            self.cap, self._test, self._yields_until, self._hurried_at = None, None, now.time + COMPETE_S, now.time
+        self.cap, self._best = None, self._best or math.inf
+        if self._lossy:
+            self._yields_until = state.time + COMPETE_S
+        else:
+            self._competitor = Competitor(state.time, self._best)
+
+    def _compete(self, competitor: Competitor, now: PathSample, state: PathState) -> None:
+        competitor.update(now, state)
+        self.cap = competitor.cap
+        if competitor.gone:
+            self._competitor, self._best = None, 0.0
 
 
 # ---- network plans ---------------------------------------------------------------------------------------------------
