@@ -3393,6 +3393,14 @@ class MeasuredPath:
         return self.controller.cap or math.inf
 
 
+def test_on_a_path_with_losses_noise_is_told_from_a_queue_also_after_somebody_elses_queue() -> None:
+    path = MeasuredPath()
+    path.cap_after(1, 1e6, 0, losses=1)
+    assert path.cap_after(5, 1e6, 0.2, losses=1) == math.inf
+    path.cap_after(tun6.COMPETE_S, 1e6, 0, losses=1)
+    assert path.cap_after(5, 1e6, 0.05, losses=1) < math.inf
+
+
 @pytest.mark.parametrize(("full", "received", "brakes"), [(True, 4e6, True), (False, 0.5e6, True), (False, 4e6, False)])
 def test_only_the_side_brakes_whose_own_socket_is_full_or_that_mostly_sends(full: bool, received: float, brakes: bool) -> None:
     assert (MeasuredPath().cap_after(0.5, 1e6, 0.1, received, full) < 1e6) == brakes

@@ -1386,7 +1386,7 @@ class QueueController:
         self.renews = False  # whether the congestion control is to begin anew
         self._samples: deque[PathSample] = deque()  # of the last window
         self._rates: deque[tuple[float, float]] = deque()  # those of RECENT_S: times, bytes/s
-        self._best = 0.0  # bytes/s, the highest rate lately with a short queue; infinite when there was none
+        self._best = 0.0  # bytes/s, the highest rate lately with a short queue
         self._streak = 0.0  # reactions in a row that found no queue
         self._braking: Braking | None = None
         self._competitor: Competitor | None = None
@@ -1479,11 +1479,11 @@ class QueueController:
             self._noise_s, self._noise_until = self._noise_s + state.queue, state.time + NOISE_S
             self.cap = braking.rate
             return
-        self.cap, self._best = None, self._best or math.inf
+        self.cap = None
         if self._lossy:
             self._yields_until = state.time + COMPETE_S
         else:
-            self._competitor = Competitor(state.time, self._best)
+            self._competitor = Competitor(state.time, self._best or math.inf)
 
     def _compete(self, competitor: Competitor, now: PathSample, state: PathState) -> None:
         competitor.update(now, state)
