@@ -3379,6 +3379,12 @@ class MeasuredPath:
         self.controller = tun6.QueueController()
         self._round_trip, self._now = round_trip, 0.0
         self._delivered = self._received = self._segments = self._repeated = 0
+        self.starting: bool | None = None  # whether BBR is
+        self.renewals = 0  # times that it was to begin anew
+
+    def pass_time(self, seconds: float) -> None:
+        """Nothing is sent, and nobody asks."""
+        self._now += seconds
 
     def cap_after(self, seconds: float, rate: float, queue: float, received: float = 0, full: bool = True, losses: int = 0) -> float:
         """The cap when this has been so for some seconds; rates in bytes/s, the queue in seconds, losses of 100 segments."""
@@ -3388,8 +3394,9 @@ class MeasuredPath:
             self._received += round(received * tun6.PACING_UPDATE_S)
             self._segments, self._repeated = self._segments + 100, self._repeated + losses
             times = (self._round_trip + queue, self._round_trip)
-            numbers = (self._delivered, self._received, *times, full, self._segments, self._repeated)
+            numbers = (self._delivered, self._received, *times, full, self._segments, self._repeated, self.starting)
             self.controller.update(tun6.PathSample(self._now, *numbers))
+            self.renewals += self.controller.renews
         return self.controller.cap or math.inf
 
 
@@ -3443,6 +3450,87 @@ def test_a_path_with_losses_has_its_highest_rate_of_the_last_second_as_soon_as_t
     assert path.cap_after(0.5, 1e6, 0.06, losses=losses) < 0.9e6
     assert path.cap_after(0.3, 0.6e6, 0.06, losses=losses) < 0.6e6
     assert (path.cap_after(0.2, 0.6e6, 0.01, losses=losses) > 0.9e6) == bool(losses)
+
+
+def test_only_a_queue_of_twice_the_target_begins_to_be_controlled() -> None:
+    assert MeasuredPath().cap_after(1, 1e6, 0.03) == math.inf
+    assert MeasuredPath().cap_after(0.5, 1e6, 0.04) < 1e6
+
+
+def test_two_packets_may_wait_on_a_slow_path() -> None:
+    path = MeasuredPath()
+    assert path.cap_after(0.3, 100_000, 0.3) < 100_000
+    assert path.cap_after(0.3, 100_000, 0.025) > 100_000
+
+
+def test_a_time_in_which_nothing_was_sent_does_not_count() -> None:
+    path = MeasuredPath()
+    cap = path.cap_after(0.5, 1e6, 0.1)
+    path.pass_time(0.9)
+    assert path.cap_after(0.15, 1e6, 0.1) == cap
+
+
+def test_what_a_sender_has_that_does_not_fill_its_socket_raises_no_cap() -> None:
+    path = MeasuredPath()
+    cap = path.cap_after(0.5, 1e6, 0.1)
+    assert path.cap_after(0.9, 1e6, 0, full=False) == cap
+    assert path.cap_after(0.5, 1e6, 0) > cap
+
+
+def test_what_was_taken_for_noise_is_a_queue_again_a_minute_later() -> None:
+    path = MeasuredPath()
+    assert path.cap_after(10, 1e6, 0.05) > 1e6
+    caps = [path.cap_after(0.1, 1e6, 0.05) for _ in range(10 * int(tun6.NOISE_S))]
+    assert min(caps[: 10 * int(tun6.NOISE_S - 12)]) > 1e6 > min(caps)
+
+
+def test_a_path_that_became_slower_long_ago_may_have_noise() -> None:
+    path = MeasuredPath()
+    path.cap_after(0.5, 2e6, 0.1)
+    path.cap_after(1, 2e6, 0)
+    path.cap_after(2 * tun6.BEST_S, 1e6, 0)
+    path.cap_after(5, 1e6, 0.05)
+    assert not path.controller.competes
+
+
+def test_beside_a_queue_that_stays_it_competes_whatever_is_lost_then() -> None:
+    path = MeasuredPath()
+    assert path.cap_after(5, 1e6, 0.2, losses=5) == math.inf
+    assert path.controller.competes
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_it_looks_from_time_to_time_whether_the_other_sender_has_gone(stays: bool) -> None:
+    path = MeasuredPath()
+    path.cap_after(3, 1e6, 0.2)
+    assert path.controller.competes
+    assert path.cap_after(tun6.COMPETE_S - 3, 1e6, 0.2) == math.inf
+    looks = [cap for cap in (path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.2) for _ in range(100)) if cap < math.inf]
+    assert all(cap == pytest.approx(tun6.COMPETE_TEST * 1e6) for cap in looks) and 5 <= len(looks) <= 20
+    path.cap_after(tun6.COMPETE_S - 4, 1e6, 0.2)
+    while path.controller.cap is None:
+        path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.2)
+    path.cap_after(0.5, 0.9e6, 0.2 if stays else 0)
+    assert path.controller.competes == stays
+
+
+@pytest.mark.parametrize("rate", [0.8e6, 1e6])
+def test_it_looks_sooner_when_the_best_rate_of_before_is_back(rate: float) -> None:
+    path = MeasuredPath()
+    path.cap_after(0.5, 1e6, 0.1)
+    path.cap_after(1, 1e6, 0)
+    path.cap_after(2, 0.6e6, 0.3)
+    assert path.controller.competes
+    assert (min(path.cap_after(0.05, rate, 0.3) for _ in range(80)) < rate) == (rate > 0.9e6)
+
+
+def test_bbr_begins_anew_before_it_would_stop_to_look_for_a_shorter_round_trip() -> None:
+    path = MeasuredPath()
+    path.starting = True
+    path.cap_after(0.5, 1e6, 0.1)
+    assert path.renewals == 1
+    path.cap_after(3.5 * tun6.BBR_RENEWAL_S, 1e6, 0)
+    assert path.renewals == 4
 
 
 def test_what_arrives_is_doubled_at_most_however_long_there_was_no_queue() -> None:
