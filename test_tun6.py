@@ -3532,10 +3532,24 @@ def test_bbr_begins_anew_before_it_would_stop_to_look_for_a_shorter_round_trip()
     assert path.renewals == 4
 
 
-def test_what_arrives_is_doubled_at_most_however_long_there_was_no_queue() -> None:
+@pytest.mark.parametrize("losses", [0, 1])
+def test_bbr_that_has_started_begins_anew_at_once_only_where_nothing_is_lost(losses: int) -> None:
     path = MeasuredPath()
-    path.cap_after(0.5, 1e6, 0.1)
-    assert path.cap_after(300, 1e6, 0) == pytest.approx(2e6, rel=0.01)
+    path.cap_after(1, 1e6, 0, losses=losses)
+    path.cap_after(0.5, 1e6, 0.1, losses=losses)
+    path.starting = True
+    path.cap_after(0.1, 1e6, 0.1, losses=losses)
+    path.renewals, path.starting = 0, False
+    path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.1, losses=losses)
+    assert path.renewals == (0 if losses else 1)
+
+
+@pytest.mark.parametrize(("losses", "times"), [(0, 2), (1, 1 + tun6.GROWTH_LOSSY)])
+def test_the_cap_grows_to_so_many_times_of_what_arrives_however_long_there_was_no_queue(losses: int, times: float) -> None:
+    path = MeasuredPath()
+    path.cap_after(1, 1e6, 0, losses=losses)
+    path.cap_after(0.5, 1e6, 0.1, losses=losses)
+    assert path.cap_after(300, 1e6, 0, losses=losses) == pytest.approx(times * 1e6, rel=0.01)
 
 
 # ---- network plans ---------------------------------------------------------------------------------------------------
