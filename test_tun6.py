@@ -3513,6 +3513,37 @@ def test_it_looks_from_time_to_time_whether_the_other_sender_has_gone(stays: boo
     assert path.controller.competes == stays
 
 
+def test_a_look_in_a_moment_in_which_little_arrives_neither_holds_all_back_nor_ends_at_once() -> None:
+    path = MeasuredPath()
+    path.cap_after(3, 1e6, 0.2)
+    assert path.controller.competes
+    path.cap_after(tun6.COMPETE_S - 4, 1e6, 0.2)
+    caps = [path.cap_after(tun6.PACING_UPDATE_S, 2e5, 0.2) for _ in range(100)]
+    assert caps.count(pytest.approx(tun6.COMPETE_TEST * 1e6)) >= 5
+    path.cap_after(tun6.COMPETE_S - 6, 4e5, 0.2)
+    later = [cap for cap in (path.cap_after(tun6.PACING_UPDATE_S, 4e5, 0.2) for _ in range(200)) if cap < math.inf]
+    assert later and all(cap == pytest.approx(tun6.COMPETE_TEST * 4e5) for cap in later)
+
+
+def test_a_look_leaves_some_packets_to_a_connection_that_has_nearly_nothing() -> None:
+    path = MeasuredPath()
+    path.cap_after(5, 30_000, 1)
+    assert path.controller.competes
+    caps = [path.cap_after(tun6.PACING_UPDATE_S, 30_000, 1) for _ in range(round(tun6.COMPETE_S / tun6.PACING_UPDATE_S))]
+    assert min(caps) == tun6.LEAST_BYTES / tun6.QUEUE_WINDOW_S
+
+
+def test_samples_that_are_rare_as_the_cap_is_low_count() -> None:
+    path = MeasuredPath()
+    path.cap_after(0.3, 20_000, 0.2)
+    low = path.cap_after(0.5, 4_000, 2)
+    assert low < 10_000
+    for _ in range(20):
+        path.pass_time(0.3)
+        cap = path.cap_after(tun6.PACING_UPDATE_S, 60_000, 0)
+    assert cap > 2 * low
+
+
 @pytest.mark.parametrize("rate", [0.8e6, 1e6])
 def test_it_looks_sooner_when_the_best_rate_of_before_is_back(rate: float) -> None:
     path = MeasuredPath()

@@ -763,7 +763,7 @@ QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full f
 CODEL_INTERVAL_S, CODEL_TARGET_S = 0.4, 0.05
 # At least so many round trips of the outer connection: a sender answers a drop a round trip later, and a repair takes one, at whose
 # end a whole window of the TCP inside comes at once.
-CODEL_ROUND_TRIPS, CODEL_TARGET_MAX_S = (3, 1), 0.2  # for interval and target
+CODEL_ROUND_TRIPS, CODEL_TARGET_MAX_S = (3, 1), 1.0  # for interval and target
 FLOWS_MAX = 1024  # flows that have a queue of their own; Linux's fq_codel has as many, RFC 8290 section 5.2
 SEND_QUEUE_MAX = 4 << 20  # bytes that may wait for one connection: 50 ms at 640 Mbit/s
 SHARED_BUFFER_MAX = 64 << 20  # bytes that may wait for all connections
@@ -1270,10 +1270,11 @@ NOISE_MAX_S, NOISE_S = 0.06, 60.0  # that a path may always add to the round tri
 RECENT_S = 1.0  # in which the highest rate is taken up again as soon as the queue is short, where losses lower the rate as well
 FALLEN = 0.7  # of its rate has a connection that brakes beside another one, while what is alone keeps it as long as there is a queue
 BEST_S = 15.0  # in which the highest rate is forgotten
-COMPETE_S = 12.0  # between two looks whether the other one has gone
+COMPETE_S = 30.0  # between two looks whether the other one has gone, each of which costs some round trips
 COMPETE_TEST = 0.25  # of its rate is sent during such a look
 COMPETE_POOR = 0.4  # of the best rate; below that a slow start takes more
 COMPETE_STARTS = 6  # slow starts where the best rate is not known
+YIELD_S = 12.0  # for which there is no cap beside another sender on a path with losses
 BBR_RENEWAL_S = 8.0  # BBR stops for 200 ms after 10 s without a shorter round trip
 
 
@@ -1347,13 +1348,15 @@ class Competitor:
         self.hurries = True  # whether a slow start is to take more
         self.cap: float | None = None  # bytes/s
         self._best = best
+        self._highest = 0.0  # bytes/s, the highest rate since the last look
         self._hurried_at, self._slow_starts = now, 0
         self._look_at = now + COMPETE_S
         self._look: PathState | None = None  # with which a look at what is left of the queue began
 
     def update(self, now: PathSample, state: PathState) -> None:
         """Takes what the newest sample says."""
-        if state.rate > 0.9 * self._best and now.time - self._hurried_at > COMPETE_S / 4:
+        self._highest = max(self._highest, state.rate)
+        if state.rate > 0.9 * self._best and now.time - self._hurried_at > COMPETE_S / 10:
             self._look_at = now.time  # it seems to be gone
         poor = state.rate < COMPETE_POOR * self._best if self._best < math.inf else self._slow_starts < COMPETE_STARTS
         if now.repairing or not poor:
@@ -1365,13 +1368,16 @@ class Competitor:
             self._slow_starts, self._hurried_at, self.hurries = self._slow_starts + 1, now.time, True
 
     def _continue_look(self, state: PathState) -> None:
-        before = self._look = self._look or state
-        self.cap = COMPETE_TEST * before.rate
-        held_s = (1 - COMPETE_TEST) * (state.time - before.time - state.round_trip)
+        before = self._look = self._look or state._replace(rate=self._highest)
+        self.cap = max(COMPETE_TEST * before.rate, LEAST_BYTES / QUEUE_WINDOW_S)
+        since = state.time - before.time
+        held_s = (1 - COMPETE_TEST) * (since - state.round_trip)
+        falls = since > state.lag and state.rate < FALLEN * before.rate
         if state.queue < max(2 * state.target, before.queue / 8):
-            self.gone, self.cap = True, before.rate if state is not before else None
-        elif (state.rate < FALLEN * before.rate and state.queue > before.queue / 4) or held_s > before.queue + QUEUE_WINDOW_S:
+            self.gone, self.cap = True, before.rate if since else None
+        elif (falls and state.queue > before.queue / 4) or held_s > before.queue + QUEUE_WINDOW_S:
             self.cap, self._look, self._look_at, self._hurried_at = None, None, state.time + COMPETE_S, state.time
+            self._highest = 0.0
 
 
 class QueueController:
@@ -1430,7 +1436,8 @@ class QueueController:
     def _measure(self, now: PathSample) -> PathState | None:
         """Returns what the last window says, None when that is nothing."""
         samples, window = self._samples, max(QUEUE_WINDOW_S, 2 * now.shortest)
-        if samples and now.time - samples[-1].time > QUEUE_WINDOW_S:
+        pause = now.time - samples[-1].time if samples else 0.0
+        if pause > QUEUE_WINDOW_S and pause * (self.cap or math.inf) > LEAST_BYTES:  # it is not the cap that makes them rare
             samples.clear()
         samples.append(now)
         while len(samples) > 2 and samples[1].time <= now.time - window:
@@ -1486,7 +1493,7 @@ class QueueController:
             return
         self.cap = None
         if self._lossy:
-            self._yields_until = state.time + COMPETE_S
+            self._yields_until = state.time + YIELD_S
         else:
             self._competitor = Competitor(state.time, self._best or math.inf)
 
