@@ -3380,6 +3380,7 @@ class MeasuredPath:
         self._round_trip, self._now = round_trip, 0.0
         self._delivered = self._received = self._segments = self._repeated = 0
         self.starting: bool | None = None  # whether BBR is
+        self.repairing = False  # whether losses are being repaired
         self.renewals = 0  # times that it was to begin anew
 
     def pass_time(self, seconds: float) -> None:
@@ -3394,7 +3395,7 @@ class MeasuredPath:
             self._received += round(received * tun6.PACING_UPDATE_S)
             self._segments, self._repeated = self._segments + 100, self._repeated + losses
             times = (self._round_trip + queue, self._round_trip)
-            numbers = (self._delivered, self._received, *times, full, self._segments, self._repeated, self.starting)
+            numbers = (self._delivered, self._received, *times, full, self._segments, self._repeated, self.starting, self.repairing)
             self.controller.update(tun6.PathSample(self._now, *numbers))
             self.renewals += self.controller.renews
         return self.controller.cap or math.inf
@@ -3552,6 +3553,165 @@ def test_it_looks_sooner_when_the_best_rate_of_before_is_back(rate: float) -> No
     path.cap_after(2, 0.6e6, 0.3)
     assert path.controller.competes
     assert (min(path.cap_after(0.05, rate, 0.3) for _ in range(80)) < rate) == (rate > 0.9e6)
+
+
+def competing(rate: float = 1e6, queue: float = 0.2, best: float = 0) -> MeasuredPath:
+    """A path on which another sender has been found. `best`: what was moved before it came, in bytes/s, 0: nothing."""
+    path = MeasuredPath()
+    if best:
+        path.cap_after(0.5, best, 0.1)
+        path.cap_after(1, best, 0)
+    for _ in range(200):
+        path.cap_after(tun6.PACING_UPDATE_S, rate, queue)
+        if path.controller.competes:
+            return path
+    raise AssertionError("it does not compete")
+
+
+def looking(path: MeasuredPath, rate: float = 1e6, queue: float = 0.2) -> float:
+    """Waits until it looks whether the other sender has gone. Returns the cap then."""
+    for _ in range(round(1.2 * tun6.COMPETE_S / tun6.PACING_UPDATE_S)):
+        cap = path.cap_after(tun6.PACING_UPDATE_S, rate, queue)
+        if cap < math.inf:
+            return cap
+    raise AssertionError("it does not look")
+
+
+def test_a_pause_begins_the_search_for_the_owner_of_a_queue_anew() -> None:
+    path = MeasuredPath()
+    path.cap_after(1.3, 1e6, 0.2)
+    path.pass_time(1.1 * tun6.PAUSE_S)
+    path.cap_after(1.2, 1e6, 0.2)
+    assert not path.controller.competes
+    path.cap_after(0.5, 1e6, 0.2)
+    assert path.controller.competes
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.1 * tun6.PAUSE_S])
+def test_after_a_pause_the_cap_grows_fast_at_once(pause: float) -> None:
+    path = MeasuredPath()
+    path.cap_after(0.5, 1e6, 0.1)
+    path.pass_time(pause)
+    assert (path.cap_after(0.4, 1e6, 0) > 1.9e6) == bool(pause)
+
+
+def test_after_a_queue_the_cap_grows_slowly_again() -> None:
+    path = MeasuredPath()
+    path.cap_after(0.5, 1e6, 0.1)
+    assert path.cap_after(10, 1e6, 0) == pytest.approx(2e6, rel=0.01)
+    assert path.cap_after(0.3, 1e6, 0.1) < 1e6
+    assert path.cap_after(0.25, 1e6, 0) < 1.3e6
+
+
+@pytest.mark.parametrize("rate", [1.2e6, 1.6e6])
+def test_a_queue_that_took_a_third_of_the_best_rate_is_no_noise(rate: float) -> None:
+    path = MeasuredPath()
+    path.cap_after(0.5, 2e6, 0.1)
+    path.cap_after(1, 2e6, 0)
+    path.cap_after(3, rate, 0.05)
+    assert path.controller.competes == (rate < tun6.FALLEN * 2e6)
+
+
+def test_where_a_queue_was_noise_the_cap_is_what_arrived_before_it_braked() -> None:
+    path = MeasuredPath()
+    path.cap_after(0.5, 1e6, 0.1)
+    path.cap_after(2, 1e6, 0)
+    path.cap_after(0.3, 1e6, 0.05)
+    caps = [path.cap_after(tun6.PACING_UPDATE_S, 0.75e6, 0.05) for _ in range(100)]
+    assert caps[10] < 0.7e6
+    assert next(cap for cap in caps[10:] if cap > 0.7e6) == pytest.approx(1e6)
+
+
+def test_a_queue_that_grows_has_its_own_time_to_go() -> None:
+    path = MeasuredPath()
+    path.cap_after(0.3, 1e6, 0.1)
+    path.cap_after(1.5, 1e6, 0.4)
+    assert not path.controller.competes
+    path.cap_after(1, 1e6, 0.4)
+    assert path.controller.competes
+
+
+@pytest.mark.parametrize(("rate", "grows"), [(1e6, False), (0.6e6, True)])
+def test_what_arrives_less_while_a_queue_still_grows_says_nothing_of_its_owner(rate: float, grows: bool) -> None:
+    path = MeasuredPath()
+    path.cap_after(0.9, 1e6, 0.2)
+    path.cap_after(0.6, rate, 0.3 if grows else 0.2)
+    assert path.controller.competes != grows
+
+
+def test_a_queue_of_which_half_has_gone_is_ours() -> None:
+    path = MeasuredPath()
+    path.cap_after(1.5, 1e6, 0.4)
+    path.cap_after(5, 1e6, 0.15)
+    assert not path.controller.competes
+
+
+@pytest.mark.parametrize(("best", "bound"), [(0, True), (4e6, False)])
+def test_it_competes_with_a_few_slow_starts_or_as_many_as_it_needs_where_the_best_rate_is_known(best: float, bound: bool) -> None:
+    path = competing(best=best)
+    begun, hurried = [0.0], True
+    for step in range(1, 1200):
+        path.repairing = hurried
+        path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.2)
+        hurries = path.controller.hurries
+        if hurries > hurried:
+            begun.append(step * tun6.PACING_UPDATE_S)
+        hurried = hurries
+    assert (len(begun) == 1 + tun6.COMPETE_STARTS) if bound else (len(begun) > 3 * tun6.COMPETE_STARTS)
+    assert all(later - earlier > 0.99 * (2 * 0.25 + 0.5) for earlier, later in zip(begun, begun[1:]))
+
+
+def test_with_half_of_the_best_rate_it_needs_no_slow_start() -> None:
+    path = competing(best=2e6)
+    assert not any(path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.2) < math.inf or path.controller.hurries for _ in range(100))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_it_does_not_look_while_it_has_all_that_it_wants(full: bool) -> None:
+    path = competing()
+    caps = [path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.2, full=full) for _ in range(round(1.2 * tun6.COMPETE_S / tun6.PACING_UPDATE_S))]
+    assert (min(caps) < math.inf) == full
+    path.cap_after(1, 1e6, 0, full=False)
+    assert full or not path.controller.competes
+
+
+@pytest.mark.parametrize("left", [0.09, 0.12])
+def test_an_eighth_of_a_long_queue_may_be_left_where_the_other_sender_has_gone(left: float) -> None:
+    path = competing(queue=0.8)
+    looking(path, queue=0.8)
+    path.cap_after(0.3, 0.25e6, left)
+    assert path.controller.competes == (left > 0.8 / 8)
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_what_was_found_to_be_gone_leaves_the_rate_of_before_as_the_cap_or_none(looked: bool) -> None:
+    path = competing()
+    if looked:
+        looking(path)
+    for _ in range(round(1.2 * tun6.COMPETE_S / tun6.PACING_UPDATE_S)):
+        cap = path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0)
+        if not path.controller.competes:
+            break
+    assert cap == (pytest.approx(1e6) if looked else math.inf)
+
+
+def test_the_best_rate_of_before_the_other_sender_does_not_count_after_it() -> None:
+    path = competing(best=2e6, queue=0.3)
+    looking(path, queue=0.3)
+    path.cap_after(2, 1e6, 0)
+    assert not path.controller.competes
+    path.cap_after(5, 1e6, 0.05)
+    assert not path.controller.competes
+
+
+@pytest.mark.parametrize(("obeyed", "shortest", "longest"), [(True, 0.4, 0.6), (False, 0.7, 1.0)])
+def test_a_look_ends_as_soon_as_less_is_sent_and_the_queue_stays(obeyed: bool, shortest: float, longest: float) -> None:
+    path = competing()
+    looking(path)
+    steps = 1
+    while path.cap_after(tun6.PACING_UPDATE_S, 0.25e6 if obeyed else 1e6, 0.2) < math.inf:
+        steps += 1
+    assert shortest <= steps * tun6.PACING_UPDATE_S <= longest
 
 
 def test_bbr_begins_anew_before_it_would_stop_to_look_for_a_shorter_round_trip() -> None:
