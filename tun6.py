@@ -758,7 +758,7 @@ FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
 # and 75 Mbit/s, with these, in turn, 67, 75, 74 and 70: when the outer TCP repairs a loss, all that it carries is late, which is
-# no standing queue. A download over 50 Mbit/s, 50 ms and 0.5 % loss moved 44.5 Mbit/s with an interval of 200 ms (medians of 8, in turn)
+# no standing queue. A download over 50 Mbit/s, 50 ms and 0.5 % loss moved 44.6 Mbit/s with an interval of 200 ms (medians of 8, in turn)
 # and 46.5 with 400: until a drop shows, repair and queue take some round trips, and a second one has halved the sender's window by then.
 CODEL_INTERVAL_S, CODEL_TARGET_S = 0.4, 0.05
 # At least so many round trips of the outer connection: a sender answers a drop a round trip later, and a repair takes one, at whose
