@@ -757,7 +757,7 @@ BUSY_BYTES, BUSY_FRAMES = 32 << 10, 50  # a session that moved so much at once, 
 FLUSH_BYTES = 4 << 10  # bytes taken from the queue at a time; what arrives next can overtake all others
 QUANTUM = 1524  # bytes that a flow may send before the next flow does: a full frame, RFC 8290 section 5.2
 # RFC 8289 sections 4.3 and 4.4 have 100 ms and 5 ms. With those, four uploads over 100 Mbit/s, 40 ms and 1 % loss moved 57, 61, 75
-# and 75 Mbit/s, with these, in turn, 67, 75, 74 and 70: when the outer TCP repairs a loss, all that it carries is late, which is
+# and 75 Mbit/s, with 200 and 50, in turn, 67, 75, 74 and 70: when the outer TCP repairs a loss, all that it carries is late, which is
 # no standing queue. A download over 50 Mbit/s, 50 ms and 0.5 % loss moved 44.6 Mbit/s with an interval of 200 ms (medians of 8, in turn)
 # and 46.5 with 400: until a drop shows, repair and queue take some round trips, and a second one has halved the sender's window by then.
 CODEL_INTERVAL_S, CODEL_TARGET_S = 0.4, 0.05
@@ -1259,19 +1259,20 @@ QUEUE_WINDOW_S = 0.2  # over which a rate is measured, or over two round trips: 
 QUEUE_SAMPLES = 4  # of which the shortest round trip has the standing queue: single acknowledgements are late on radio links
 REACTION_S = 0.1, 2.5  # and round trips: time in which what the queue has too much would be gone; with less it oscillates
 BRAKE_MAX, GROWTH_MAX = 0.5, 1.0  # by which what arrives is changed at most; slow start doubles, too
-GROWTH_LOSSY = 0.25  # by which it exceeds the highest rate lately where losses hide the queue, as BBR's does
+GROWTH_LOSSY = 0.25  # by which the cap exceeds the highest rate of RECENT_S where losses hide the queue, as BBR's pacing does
 STREAK_RESUMED, STREAK_MAX = 4.0, 10.0  # with which growth begins after a pause, as the path may have changed, and its bound
 PAUSE_S = 1.0  # for which the socket was not full
 STALL_SHARE = 0.25  # of the rate, below which nothing is learned: what was lost is sent again, and the round trip is an old one
 MANY_BYTES = 16 * 1500  # in a window: with fewer, acknowledgements and pings, one packet makes a difference
 LEAST_BYTES = 4 * 1500  # that a round trip moves in any case, as with BBR
+SETTLING_BYTES = 32 * 1500  # until the kernel's round trip, which is a moving average of those of acknowledgements, shows a change
 LOSSY = 0.001  # of the segments that were sent while there was no queue: above that CUBIC would leave the path to the losses
 NOISE_MAX_S, NOISE_S = 0.06, 60.0  # that a path may always add to the round trip; for how long that is believed
 RECENT_S = 1.0  # in which the highest rate is taken up again as soon as the queue is short, where losses lower the rate as well
 FALLEN = 0.7  # of its rate has a connection that brakes beside another one, while what is alone keeps it as long as there is a queue
 BEST_S = 15.0  # in which the highest rate is forgotten
 COMPETE_S = 30.0  # between two looks whether the other one has gone, each of which costs some round trips
-COMPETE_TEST = 0.25  # of its rate is sent during such a look
+COMPETE_TEST = 0.25  # of its highest rate since the last look is sent during a look, and up to half of a very low one
 COMPETE_POOR = 0.4  # of the best rate; below that a slow start takes more
 COMPETE_STARTS = 6  # slow starts where the best rate is not known
 YIELD_S = 12.0  # for which there is no cap beside another sender on a path with losses
@@ -1369,10 +1370,11 @@ class Competitor:
 
     def _continue_look(self, state: PathState) -> None:
         before = self._look = self._look or state._replace(rate=self._highest)
-        self.cap = max(COMPETE_TEST * before.rate, LEAST_BYTES / QUEUE_WINDOW_S)
-        since = state.time - before.time
-        held_s = (1 - COMPETE_TEST) * (since - state.round_trip)
-        falls = since > state.lag and state.rate < FALLEN * before.rate
+        share = max(COMPETE_TEST, min(LEAST_BYTES / QUEUE_WINDOW_S / before.rate, 0.5))
+        self.cap = share * before.rate
+        since, late = state.time - before.time, SETTLING_BYTES / self.cap
+        held_s = (1 - share) * (since - state.round_trip - late)
+        falls = since > state.lag + late and state.rate < FALLEN * before.rate
         if state.queue < max(2 * state.target, before.queue / 8):
             self.gone, self.cap = True, before.rate if since else None
         elif (falls and state.queue > before.queue / 4) or held_s > before.queue + QUEUE_WINDOW_S:
@@ -1402,6 +1404,7 @@ class QueueController:
         self._noise_s = self._noise_until = 0.0  # what the path adds to the round trip without a queue; when to forget that
         self._segments = self._repeated = 0  # that were sent, and sent again, while there was no queue
         self._lossy = False  # whether the path loses packets without a queue
+        self._low = False  # whether far less arrives than lately
         self._full_at = self._renewed_at = -math.inf
 
     @property
@@ -1428,7 +1431,8 @@ class QueueController:
             self._control(state)
         capped = self.cap is not None
         late = capped and now.time - self._renewed_at > BBR_RENEWAL_S
-        done = (capped or resumed) and not now.starting and not self._lossy  # else its own model of the path is the better one
+        knows = self._lossy and not self._low  # its own model of the path is the better one
+        done = (capped or resumed) and not now.starting and not knows
         self.renews = now.starting is not None and not now.repairing and (late or done)
         if self.renews:
             self._renewed_at = now.time
@@ -1467,6 +1471,8 @@ class QueueController:
         self._rates.append((state.time, state.rate))
         while self._rates[0][0] < state.time - RECENT_S:
             self._rates.popleft()
+        recent = max(rate for _, rate in self._rates)
+        self._low = recent < FALLEN * self._best
         if state.correction < 0:
             self._brake(state)
             return
@@ -1477,8 +1483,8 @@ class QueueController:
             growth = 1 + min(state.correction * 2**self._streak, GROWTH_MAX)
             self.cap = max(self.cap or 0.0, state.rate * growth)
             if self._lossy:
-                recent = max(rate for _, rate in self._rates)
-                self.cap = min(max(self.cap, recent), (1 + GROWTH_LOSSY) * recent)
+                bound = (1 + (GROWTH_MAX if self._low else GROWTH_LOSSY)) * recent
+                self.cap = min(max(self.cap, recent), max(bound, self._best / 4, LEAST_BYTES / state.round_trip))
 
     def _brake(self, state: PathState) -> None:
         self._streak = 0.0
@@ -3181,7 +3187,7 @@ LEGACY_READ_TIME_S = 0.2  # for a legacy client to read the answer, once its ker
 LAN_RTT_US = 2_000  # a path with a shorter round trip is a LAN, which needs neither BBR nor a paced writer
 UNSENT_S = 0.01  # a socket holds the unsent data of so many seconds: nothing can overtake what is in it
 UNSENT_MIN, UNSENT_MAX = 8 << 10, 256 << 10  # bytes, bounds of that; with less, BBR counts the connection as application-limited
-UNSENT_KNOWN_MIN = 1500  # bytes, likewise under a cap or a known rate, one packet: what BBR makes of it does not matter then
+UNSENT_KNOWN_MIN = 1600  # bytes, likewise under a cap or a known rate: one full frame, in TLS, too
 PACING_UPDATE_S = 0.05  # between two computations of that
 SO_MAX_PACING_RATE = 47  # asm-generic/socket.h: bytes/s of payload, tcp_update_skb_after_send in net/ipv4/tcp_output.c
 SEGMENT_HEADERS = 52  # bytes: IPv4, TCP, its timestamps
