@@ -3349,14 +3349,14 @@ def test_on_a_slow_link_too_it_finds_out_that_the_other_upload_has_ended(mbit: f
     assert not flow.controller.competes
 
 
-@pytest.mark.parametrize("round_trip", [0.05, 0.12])
+@pytest.mark.parametrize("round_trip", [0.05, 0.12, 0.3])
 def test_after_some_seconds_in_which_nearly_all_was_lost_the_path_is_soon_full_again(round_trip: float) -> None:
-    path, flow = controlled(10, round_trip, 0.6, 0.002)
-    path.at(6, lambda: setattr(path, "loss", 0.98))
-    path.at(10, lambda: setattr(path, "loss", 0.002))
+    path, flow = controlled(38, round_trip, 0.6, 0.002)
+    path.at(10, lambda: setattr(path, "loss", 0.98))
+    path.at(14, lambda: setattr(path, "loss", 0.002))
     path.run(20)
-    assert flow.mbit(9, 10) < 1
-    assert flow.mbit(12, 20) > 0.95 * 10
+    assert flow.mbit(13, 14) < 1
+    assert flow.mbit(16.5, 20) > 0.9 * 38
 
 
 class Unmoved:
@@ -3552,6 +3552,13 @@ def test_a_look_leaves_half_of_very_little() -> None:
     assert path.controller.competes
     caps = [path.cap_after(tun6.PACING_UPDATE_S, 30_000, 1) for _ in range(round(tun6.COMPETE_S / tun6.PACING_UPDATE_S))]
     assert min(caps) == pytest.approx(15_000)
+
+
+def test_a_path_with_losses_that_moves_nearly_nothing_may_have_a_few_packets_in_each_round_trip() -> None:
+    path = MeasuredPath()
+    path.cap_after(1, 1e6, 0, losses=1)
+    path.cap_after(0.5, 1e6, 0.1, losses=1)
+    assert path.cap_after(300, 1_000, 0, losses=1) == pytest.approx(tun6.LEAST_BYTES / 0.05)
 
 
 def test_samples_that_are_rare_as_the_cap_is_low_count() -> None:

@@ -1259,7 +1259,7 @@ QUEUE_WINDOW_S = 0.2  # over which a rate is measured, or over two round trips: 
 QUEUE_SAMPLES = 4  # of which the shortest round trip has the standing queue: single acknowledgements are late on radio links
 REACTION_S = 0.1, 2.5  # and round trips: time in which what the queue has too much would be gone; with less it oscillates
 BRAKE_MAX, GROWTH_MAX = 0.5, 1.0  # by which what arrives is changed at most; slow start doubles, too
-GROWTH_LOSSY = 0.25  # by which the cap exceeds the highest rate of RECENT_S where losses hide the queue, as BBR's pacing does
+GROWTH_LOSSY = 0.25  # by which the cap exceeds the highest rate lately at most where losses hide the queue, as BBR's pacing does
 STREAK_RESUMED, STREAK_MAX = 4.0, 10.0  # with which growth begins after a pause, as the path may have changed, and its bound
 PAUSE_S = 1.0  # for which the socket was not full
 STALL_SHARE = 0.25  # of the rate, below which nothing is learned: what was lost is sent again, and the round trip is an old one
@@ -1483,8 +1483,8 @@ class QueueController:
             growth = 1 + min(state.correction * 2**self._streak, GROWTH_MAX)
             self.cap = max(self.cap or 0.0, state.rate * growth)
             if self._lossy:
-                bound = (1 + (GROWTH_MAX if self._low else GROWTH_LOSSY)) * recent
-                self.cap = min(max(self.cap, recent), max(bound, self._best / 4, LEAST_BYTES / state.round_trip))
+                bound = max((1 + GROWTH_LOSSY) * recent, self._best, LEAST_BYTES / state.round_trip)
+                self.cap = min(max(self.cap, recent), bound)
 
     def _brake(self, state: PathState) -> None:
         self._streak = 0.0
