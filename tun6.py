@@ -3747,8 +3747,9 @@ class PacedWriter:
     64 KiB more in.
 
     Under the cap, BBR only carries: it ignores losses. What it has learned would be in the way: it grows by 1.25 in one of eight round
-    trips, and every 10 s it stops for 200 ms. Therefore it begins anew as soon as it would do more than start, and on a path that
-    loses packets, where it would forget how much was in flight before a loss, only before it would stop.
+    trips, and every 10 s it stops for 200 ms. Therefore it begins anew as soon as it would do more than start. On a path that
+    loses packets, where it would forget how much was in flight before a loss, it does so only before it would stop, or when far less
+    arrives than before.
     """
 
     def __init__(
