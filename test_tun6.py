@@ -3412,8 +3412,9 @@ class MeasuredPath:
         """Nothing is sent, and nobody asks."""
         self._now += seconds
 
-    def cap_after(self, seconds: float, rate: float, queue: float, received: float = 0, full: bool = True, losses: int = 0) -> float:
-        """The cap when this has been so for some seconds; rates in bytes/s, the queue in seconds, losses of 100 segments."""
+    def caps(self, seconds: float, rate: float, queue: float, received: float = 0, full: bool = True, losses: int = 0) -> list[float]:
+        """The caps while this is so for some seconds; rates in bytes/s, the queue in seconds, losses of 100 segments."""
+        caps = []
         for _ in range(round(seconds / tun6.PACING_UPDATE_S)):
             self._now += tun6.PACING_UPDATE_S
             self._delivered += round(rate * tun6.PACING_UPDATE_S)
@@ -3423,7 +3424,34 @@ class MeasuredPath:
             numbers = (self._delivered, self._received, *times, full, self._segments, self._repeated, self.starting, self.repairing)
             self.controller.update(tun6.PathSample(self._now, *numbers))
             self.renewals += self.controller.renews
-        return self.controller.cap or math.inf
+            caps.append(self.controller.cap or math.inf)
+        return caps
+
+    def cap_after(self, seconds: float, rate: float, queue: float, received: float = 0, full: bool = True, losses: int = 0) -> float:
+        """The last one of them."""
+        return (self.caps(seconds, rate, queue, received, full, losses) or [self.controller.cap or math.inf])[-1]
+
+
+def competing(rate: float = 1e6, queue: float = 0.2, best: float = 0) -> MeasuredPath:
+    """A path on which another sender has been found. `best`: what was moved before it came, in bytes/s, 0: nothing."""
+    path = MeasuredPath()
+    if best:
+        path.cap_after(0.5, best, 0.1)
+        path.cap_after(1, best, 0)
+    for _ in range(200):
+        path.cap_after(tun6.PACING_UPDATE_S, rate, queue)
+        if path.controller.competes:
+            return path
+    raise AssertionError("it does not compete")
+
+
+def looking(path: MeasuredPath, rate: float = 1e6, queue: float = 0.2) -> float:
+    """Waits until it looks whether the other sender has gone. Returns the cap then."""
+    for _ in range(round(1.2 * tun6.COMPETE_S / tun6.PACING_UPDATE_S)):
+        cap = path.cap_after(tun6.PACING_UPDATE_S, rate, queue)
+        if cap < math.inf:
+            return cap
+    raise AssertionError("it does not look")
 
 
 def test_on_a_path_with_losses_noise_is_told_from_a_queue_also_after_somebody_elses_queue() -> None:
@@ -3531,7 +3559,7 @@ def test_it_looks_from_time_to_time_whether_the_other_sender_has_gone(stays: boo
     path.cap_after(3, 1e6, 0.2)
     assert path.controller.competes
     assert path.cap_after(tun6.COMPETE_S - 3, 1e6, 0.2) == math.inf
-    looks = [cap for cap in (path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.2) for _ in range(100)) if cap < math.inf]
+    looks = [cap for cap in path.caps(5, 1e6, 0.2) if cap < math.inf]
     assert all(cap == pytest.approx(tun6.COMPETE_TEST * 1e6) for cap in looks) and 5 <= len(looks) <= 20
     path.cap_after(tun6.COMPETE_S - 4, 1e6, 0.2)
     assert any(path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.2) < math.inf for _ in range(100)), "it does not look again"
@@ -3540,23 +3568,18 @@ def test_it_looks_from_time_to_time_whether_the_other_sender_has_gone(stays: boo
 
 
 def test_a_look_in_a_moment_in_which_little_arrives_neither_holds_all_back_nor_ends_at_once() -> None:
-    path = MeasuredPath()
-    path.cap_after(3, 1e6, 0.2)
-    assert path.controller.competes
-    path.cap_after(tun6.COMPETE_S - 4, 1e6, 0.2)
-    caps = [path.cap_after(tun6.PACING_UPDATE_S, 2e5, 0.2) for _ in range(100)]
+    path = competing()
+    path.cap_after(tun6.COMPETE_S - 2, 1e6, 0.2)
+    caps = path.caps(5, 2e5, 0.2)
     assert sum(cap == pytest.approx(tun6.COMPETE_TEST * 1e6) for cap in caps) >= 5
     path.cap_after(tun6.COMPETE_S - 6, 4e5, 0.2)
-    later = [cap for cap in (path.cap_after(tun6.PACING_UPDATE_S, 4e5, 0.2) for _ in range(200)) if cap < math.inf]
+    later = [cap for cap in path.caps(10, 4e5, 0.2) if cap < math.inf]
     assert later and all(cap == pytest.approx(tun6.COMPETE_TEST * 4e5) for cap in later)
 
 
 def test_a_look_leaves_half_of_very_little() -> None:
-    path = MeasuredPath()
-    path.cap_after(5, 30_000, 1)
-    assert path.controller.competes
-    caps = [path.cap_after(tun6.PACING_UPDATE_S, 30_000, 1) for _ in range(round(tun6.COMPETE_S / tun6.PACING_UPDATE_S))]
-    assert min(caps) == pytest.approx(15_000)
+    path = competing(30_000, 1)
+    assert min(path.caps(1.2 * tun6.COMPETE_S, 30_000, 1)) == pytest.approx(15_000)
 
 
 def test_a_path_with_losses_that_moves_nearly_nothing_may_have_a_few_packets_in_each_round_trip() -> None:
@@ -3584,29 +3607,7 @@ def test_it_looks_sooner_when_the_best_rate_of_before_is_back(rate: float) -> No
     path.cap_after(1, 1e6, 0)
     path.cap_after(2, 0.6e6, 0.3)
     assert path.controller.competes
-    assert (min(path.cap_after(0.05, rate, 0.3) for _ in range(80)) < rate) == (rate > 0.9e6)
-
-
-def competing(rate: float = 1e6, queue: float = 0.2, best: float = 0) -> MeasuredPath:
-    """A path on which another sender has been found. `best`: what was moved before it came, in bytes/s, 0: nothing."""
-    path = MeasuredPath()
-    if best:
-        path.cap_after(0.5, best, 0.1)
-        path.cap_after(1, best, 0)
-    for _ in range(200):
-        path.cap_after(tun6.PACING_UPDATE_S, rate, queue)
-        if path.controller.competes:
-            return path
-    raise AssertionError("it does not compete")
-
-
-def looking(path: MeasuredPath, rate: float = 1e6, queue: float = 0.2) -> float:
-    """Waits until it looks whether the other sender has gone. Returns the cap then."""
-    for _ in range(round(1.2 * tun6.COMPETE_S / tun6.PACING_UPDATE_S)):
-        cap = path.cap_after(tun6.PACING_UPDATE_S, rate, queue)
-        if cap < math.inf:
-            return cap
-    raise AssertionError("it does not look")
+    assert (min(path.caps(4, rate, 0.3)) < rate) == (rate > 0.9e6)
 
 
 def test_a_pause_begins_the_search_for_the_owner_of_a_queue_anew() -> None:
@@ -3649,7 +3650,7 @@ def test_where_a_queue_was_noise_the_cap_is_what_arrived_before_it_braked() -> N
     path.cap_after(0.5, 1e6, 0.1)
     path.cap_after(2, 1e6, 0)
     path.cap_after(0.3, 1e6, 0.05)
-    caps = [path.cap_after(tun6.PACING_UPDATE_S, 0.75e6, 0.05) for _ in range(100)]
+    caps = path.caps(5, 0.75e6, 0.05)
     assert caps[10] < 0.7e6
     assert next(cap for cap in caps[10:] if cap > 0.7e6) == pytest.approx(1e6)
 
@@ -3701,8 +3702,7 @@ def test_with_half_of_the_best_rate_it_needs_no_slow_start() -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_it_does_not_look_while_it_has_all_that_it_wants(full: bool) -> None:
     path = competing()
-    caps = [path.cap_after(tun6.PACING_UPDATE_S, 1e6, 0.2, full=full) for _ in range(round(1.2 * tun6.COMPETE_S / tun6.PACING_UPDATE_S))]
-    assert (min(caps) < math.inf) == full
+    assert (min(path.caps(1.2 * tun6.COMPETE_S, 1e6, 0.2, full=full)) < math.inf) == full
     path.cap_after(1, 1e6, 0, full=False)
     assert full or not path.controller.competes
 
